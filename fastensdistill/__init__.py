@@ -1,0 +1,1 @@
+"""fastensdistill: distil an ensemble of image classifiers into one ordinary network."""
