@@ -1,0 +1,227 @@
+"""Distillation loss with its gradient, in one pass over the logits.
+
+For branch k, image b, temperature τ, and the target p of branch k (Nam et al., ICML 2022, section 2)
+
+    L_KD = τ² · mean_{k,b} − Σ_c p_c · log softmax(z_S[k,b] / τ)_c
+    L_CE =      mean_{k,b} − log softmax(z_S[k,b])_label[b]
+    L    = (1 − α) · L_CE + α · L_KD
+
+    p = softmax(z_T[k mod M, b] / τ)          target "one-to-one"
+    p = mean_m softmax(z_T[m, b] / τ)         target "mean"
+
+    ∂L/∂z_S[k,b] = ( α·τ·(softmax(z_S/τ) − p) + (1 − α)·(softmax(z_S) − onehot(label)) ) / (K·B)
+
+The gradient costs two more multiplications per logit once the softmaxes are there, so the op returns it with the value;
+``backward`` only scales it. A label outside [0, C) cannot be reported without reading it back from the device: it makes
+``loss_ce``, and with α < 1 the loss and the gradient of its row, NaN. With α = 1 labels do not enter the loss at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastensdistill.errors import InputError, unknown
+from fastensdistill.kernels import extension
+from fastensdistill.kernels.diversity_seed import diversity_seed_reference
+from fastensdistill.kernels.inputs import arithmetic_dtype, check_device, check_floating, check_like, check_positive
+
+TARGETS = ("one-to-one", "mean")
+
+
+# ---- references
+
+
+def distillation_loss_reference(
+    teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, temperature: float, alpha: float, mean_target: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The equations above in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
+    K, B, C = branch_logits.shape
+    dtype = arithmetic_dtype(branch_logits.dtype)
+    z = branch_logits.to(dtype)
+    p = F.softmax(teacher_logits.to(dtype) / temperature, -1)
+    if mean_target:
+        p = p.mean(0, keepdim=True).expand(K, B, C)
+    else:
+        p = p[torch.arange(K, device=z.device) % teacher_logits.shape[0]]
+    log_q = F.log_softmax(z / temperature, -1)
+    loss_kd = -(p * log_q).sum() * (temperature**2 / (K * B))
+    log_q1 = F.log_softmax(z, -1)
+    index = labels.clamp(0, C - 1).expand(K, B).unsqueeze(-1)
+    hit = log_q1.gather(-1, index)
+    hit = torch.where((labels == index[0, :, 0]).unsqueeze(-1), hit, math.nan)
+    loss_ce = -hit.mean()
+    gradient = (log_q.exp() - p) * (alpha * temperature / (K * B))
+    if alpha == 1:
+        return loss_kd, loss_kd.clone(), loss_ce, gradient.to(branch_logits.dtype)
+    hard = log_q1.exp().scatter_add(-1, index, torch.full_like(hit, -1)) + 0 * hit
+    gradient = gradient + hard * ((1 - alpha) / (K * B))
+    return (1 - alpha) * loss_ce + alpha * loss_kd, loss_kd, loss_ce, gradient.to(branch_logits.dtype)
+
+
+def distill_and_diversify_reference(
+    teacher_logits: Tensor,
+    branch_logits: Tensor,
+    labels: Tensor,
+    pair: Tensor,
+    temperature: float,
+    alpha: float,
+    mean_target: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both ops, one after the other."""
+    loss = distillation_loss_reference(teacher_logits, branch_logits, labels, temperature, alpha, mean_target)
+    limit = min(teacher_logits.shape[0], branch_logits.shape[0])
+    inside = ((pair >= 0) & (pair < limit)).all()
+    safe = pair.clamp(0, limit - 1)
+    seed = diversity_seed_reference(teacher_logits.index_select(0, safe), branch_logits.index_select(0, safe))
+    tdiv, sdiv, grad_teacher_a, grad_branch_a = (torch.where(inside, value, math.nan) for value in seed)
+    return *loss, tdiv, sdiv, grad_teacher_a, grad_branch_a
+
+
+# ---- registration
+
+
+def _scalars(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty((), dtype=arithmetic_dtype(logits.dtype)) for _ in range(count))
+
+
+def _loss_fake(teacher_logits, branch_logits, labels, temperature, alpha, mean_target):
+    return *_scalars(branch_logits, 3), branch_logits.new_empty(branch_logits.shape)
+
+
+def _both_fake(teacher_logits, branch_logits, labels, pair, temperature, alpha, mean_target):
+    shape = branch_logits.shape[1:]
+    return (
+        *_scalars(branch_logits, 3),
+        branch_logits.new_empty(branch_logits.shape),
+        *_scalars(branch_logits, 2),
+        branch_logits.new_empty(shape),
+        branch_logits.new_empty(shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[3])
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    extension.refuse_second_derivative("distillation_loss")
+    (gradient,) = ctx.saved_tensors
+    return None, gradient * grad_loss.to(gradient.dtype), *([None] * (ctx.num_inputs - 2))
+
+
+_LOSS_OUTPUTS = "Tensor loss, Tensor loss_kd, Tensor loss_ce, Tensor grad_branch_logits"
+
+extension.define(
+    "distillation_loss",
+    "(Tensor teacher_logits, Tensor branch_logits, Tensor labels, float temperature, float alpha, bool mean_target)"
+    f" -> ({_LOSS_OUTPUTS})",
+    distillation_loss_reference,
+    _loss_fake,
+)
+extension.define(
+    "distill_and_diversify",
+    "(Tensor teacher_logits, Tensor branch_logits, Tensor labels, Tensor pair, float temperature, float alpha,"
+    f" bool mean_target) -> ({_LOSS_OUTPUTS}, Tensor tdiv, Tensor sdiv, Tensor grad_teacher_a, Tensor grad_branch_a)",
+    distill_and_diversify_reference,
+    _both_fake,
+)
+torch.library.register_autograd("fastensdistill::distillation_loss", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastensdistill::distill_and_diversify", _backward, setup_context=_setup_context)
+
+
+# ---- public functions
+
+
+def _check(
+    teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, temperature: float, alpha: float, target: str
+) -> None:
+    check_floating("teacher_logits", teacher_logits, 3, "[M, B, C]")
+    check_floating("branch_logits", branch_logits, 3, "[K, B, C]")
+    check_like("teacher_logits", teacher_logits, "branch_logits", branch_logits)
+    if teacher_logits.shape[1:] != branch_logits.shape[1:] or 0 in branch_logits.shape or 0 in teacher_logits.shape:
+        raise InputError(
+            f"teacher_logits has shape {tuple(teacher_logits.shape)} and branch_logits {tuple(branch_logits.shape)}; "
+            "expected [M, B, C] and [K, B, C] with the same images and classes, none of them empty"
+        )
+    if teacher_logits.requires_grad:
+        raise InputError("teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad")
+    if labels.dtype != torch.int64:
+        raise InputError(f"labels has dtype {labels.dtype}; expected torch.int64")
+    if labels.shape != branch_logits.shape[1:2]:
+        raise InputError(f"labels has shape {tuple(labels.shape)}; expected ({branch_logits.shape[1]},), one per image")
+    check_device("labels", labels, "branch_logits", branch_logits)
+    check_positive("temperature", temperature)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is {alpha}; expected a number from 0 to 1")
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS)
+
+
+def distillation_loss(
+    teacher_logits: Tensor,
+    branch_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    target: str = "one-to-one",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distillation loss of K branches against M teachers, with its gradient.
+
+    Args:
+        teacher_logits: [M, B, C], float32, bfloat16, float16 or float64; must not require gradients.
+        branch_logits: [K, B, C], the same dtype and device.
+        labels: [B] int64.
+        temperature: τ > 0, on both sides.
+        alpha: weight of the distillation term, 0 to 1; cross-entropy with the labels has weight 1 − α.
+        target: "one-to-one" (branch k learns from teacher k mod M) or "mean" (every branch from the teachers' mean).
+
+    Returns:
+        ``(loss, loss_kd, loss_ce, grad_branch_logits)``: three scalars (float32; float64 for float64 logits) and
+        [K, B, C] in the dtype of ``branch_logits``. Only ``loss`` is differentiable, in ``branch_logits``, once.
+
+    Raises:
+        InputError: a dtype, shape, device or number that does not fit.
+
+    Source: Nam et al., ICML 2022, equations of section 2.
+    """
+    _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
+    op = torch.ops.fastensdistill.distillation_loss
+    return op(teacher_logits, branch_logits, labels, temperature, alpha, target == "mean")
+
+
+def distill_and_diversify(
+    teacher_logits: Tensor,
+    branch_logits: Tensor,
+    labels: Tensor,
+    pair: Tensor,
+    temperature: float,
+    alpha: float,
+    target: str = "one-to-one",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`distillation_loss` and ``diversity_seed`` of members (a, b) = ``pair``, from one read of the same logits.
+
+    Args:
+        pair: [2] int64 on the logits' device, a and b below min(M, K). It is read on the device, so that a captured
+            graph can draw a new pair each step; an index outside makes the four seed outputs NaN.
+        teacher_logits, branch_logits, labels, temperature, alpha, target: as for :func:`distillation_loss`.
+
+    Returns:
+        ``(loss, loss_kd, loss_ce, grad_branch_logits, tdiv, sdiv, grad_teacher_a, grad_branch_a)``. Only ``loss`` is
+        differentiable, in ``branch_logits``, once.
+
+    Raises:
+        InputError: as for :func:`distillation_loss`, or a pair that is not two int64 on the same device.
+    """
+    _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
+    if pair.dtype != torch.int64 or tuple(pair.shape) != (2,):
+        raise InputError(f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64")
+    check_device("pair", pair, "branch_logits", branch_logits)
+    op = torch.ops.fastensdistill.distill_and_diversify
+    return op(teacher_logits, branch_logits, labels, pair, temperature, alpha, target == "mean")
