@@ -1,0 +1,104 @@
+"""Random crop and flip of a whole batch on the device, per image random.
+
+For the image at ``index[b]`` with offsets ``dy, dx`` in ``0..2·pad`` and a flip bit, and ``w' = W-1-w`` where flipped::
+
+    out[b, c, h, w] = images[index[b], c, h + dy - pad, w' + dx - pad] / 255      (0 outside the image)
+
+which is: zero-pad by ``pad``, crop back to ``(H, W)`` at ``(dy, dx)``, flip (the recipe of the CIFAR experiments in Nam
+et al., ICML 2022). One gather reads the unpadded uint8 set; the padding is a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop out of an image zero-padded by ``pad`` pixels on each side, and a horizontal flip with p = 1/2."""
+
+    pad: int = 4
+    flip: bool = True
+
+    def check(self, image_size: tuple[int, int]) -> None:
+        """Raise ``InputError`` unless ``0 <= pad < min(image_size)``: beyond that, a crop may miss the image."""
+        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or not 0 <= self.pad < min(image_size):
+            raise InputError(
+                f"pad is {self.pad!r}; expected a whole number from 0 to {min(image_size) - 1} "
+                f"for images of {image_size[0]}x{image_size[1]}"
+            )
+
+
+def default_augment(dataset_name: str, image_size: tuple[int, int]) -> Augment:
+    """The augmentation that suits a set: an eighth of the image size and flips (4 pixels at 32x32).
+
+    ``digits`` is moved by one pixel and never flipped: a mirrored digit is another symbol.
+    """
+    if dataset_name == "digits":
+        return Augment(pad=1, flip=False)
+    return Augment(pad=min(image_size) // 8, flip=True)
+
+
+def draw(
+    count: int, augment: Augment, generator: torch.Generator
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The draws for ``count`` images, in this order: row offsets, column offsets (both ``0..2·pad``), flips (0 or 1).
+
+    int64 ``(count,)`` each, on the generator's device; None, with nothing drawn, where ``pad`` is 0 or ``flip`` is off.
+    """
+    dy = dx = flips = None
+    if augment.pad > 0:
+        dy = torch.randint(0, 2 * augment.pad + 1, (count,), generator=generator, device=generator.device)
+        dx = torch.randint(0, 2 * augment.pad + 1, (count,), generator=generator, device=generator.device)
+    if augment.flip:
+        flips = torch.randint(0, 2, (count,), generator=generator, device=generator.device)
+    return dy, dx, flips
+
+
+def to_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 values ``(B, H, W, C)`` to ``(B, C, H, W)`` in [0, 1], channels_last."""
+    return pixels.to(dtype).div_(255).permute(0, 3, 1, 2)
+
+
+def augment(
+    images: Tensor,
+    index: Tensor,
+    generator: torch.Generator,
+    pad: int = 4,
+    flip: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The images at ``index``, each cropped and flipped at random.
+
+    ``images`` is the whole set, uint8 ``(N, C, H, W)`` in any memory layout (channels_last is fastest); ``index`` is
+    int64 ``(B,)`` on the same device as the images and the generator. Returns ``(B, C, H, W)`` in [0, 1],
+    channels_last. The draws are those of :func:`draw`. Nothing waits for the device. Raises ``InputError`` for images
+    that are not 4-dimensional uint8 and for a pad outside ``0..min(H, W) - 1``.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise InputError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W)")
+    H, W = images.shape[2:]
+    setting = Augment(pad, flip)
+    setting.check((H, W))
+    dy, dx, flips = draw(len(index), setting, generator)
+
+    pixels = images.permute(0, 2, 3, 1)
+    if dy is None and flips is None:
+        return to_float(pixels[index], dtype)
+    rows = torch.arange(H, device=images.device).expand(len(index), H)
+    columns = torch.arange(W, device=images.device).expand(len(index), W)
+    if flips is not None:
+        columns = torch.where(flips[:, None] == 1, W - 1 - columns, columns)
+    if dy is None or dx is None:
+        return to_float(pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]], dtype)
+
+    rows, columns = rows + (dy[:, None] - pad), columns + (dx[:, None] - pad)
+    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    rows, columns = rows.clamp(0, H - 1), columns.clamp(0, W - 1)
+    crops = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return to_float(crops * inside[..., None], dtype)

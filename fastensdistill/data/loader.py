@@ -1,0 +1,159 @@
+"""The whole split on the device as uint8; shuffling, crop, flip and cast are batched tensor code there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastensdistill.data.augment import Augment, augment, to_float
+from fastensdistill.data.sources import Split
+from fastensdistill.errors import InputError
+
+
+class EvaluationSet:
+    """A split on the device, read in order and without augmentation.
+
+    ``images`` is uint8 ``(N, C, H, W)``, stored channels_last; ``labels`` is int64 ``(N,)``.
+    """
+
+    def __init__(self, split: Split, device: torch.device | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """``dtype`` is the floating type of the batches. Raises ``InputError`` for images that are not uint8 NHWC."""
+        self.images, self.labels = to_device(split, torch.device(device))
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the set on the device, in bytes."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Images ``(B, C, H, W)`` in [0, 1], channels_last, in the order of ``labels``; the last batch may be smaller.
+
+        A batch size beyond the set gives one batch. Raises ``InputError`` for a batch size below 1.
+        """
+        check_batch_size(batch_size)
+        return (
+            to_float(self.images[start : start + batch_size].permute(0, 2, 3, 1), self.dtype)
+            for start in range(0, len(self), batch_size)
+        )
+
+
+class DeviceLoader:
+    """Endless shuffled training batches from a split that lives on the device.
+
+    Each epoch is a new permutation; its last incomplete batch is dropped. All randomness comes from ``generator``,
+    drawn in this order: the permutation when an epoch starts, then per batch the row offsets, column offsets, flips.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        generator: torch.Generator,
+        augment: Augment | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``augment=None`` leaves the images as they are; ``dtype`` is the floating type of the batches.
+
+        Raises ``InputError`` for a batch below 1 or larger than the set, a pad that does not fit the images, images
+        that are not uint8 NHWC, and a generator on another device.
+        """
+        check_batch_size(batch_size)
+        if batch_size > len(split.labels):
+            raise InputError(f"batch size is {batch_size}; expected at most the {len(split.labels)} training images")
+        self.augment = augment if augment is not None else Augment(pad=0, flip=False)
+        self.augment.check((split.images.shape[1], split.images.shape[2]))
+        self.images, self.labels = to_device(split, torch.device(device))
+        if generator.device.type != self.images.device.type:
+            raise InputError(f"the generator is on {generator.device}; expected it on {self.images.device}")
+        self.batch_size, self.generator, self.dtype = batch_size, generator, dtype
+        self._permutation = torch.arange(len(self.labels), device=self.images.device)
+        self._position = self.batches_per_epoch  # used up: the first batch draws the first permutation
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return len(self.labels) // self.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the set on the device, in bytes."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Images ``(B, C, H, W)`` in [0, 1], channels_last, and labels int64 ``(B,)``; starts a new epoch by itself."""
+        if self._position == self.batches_per_epoch:
+            self._permutation = torch.randperm(
+                len(self.labels), generator=self.generator, device=self.images.device
+            )
+            self._position = 0
+        start = self._position * self.batch_size
+        index = self._permutation[start : start + self.batch_size]
+        self._position += 1
+        images = augment(self.images, index, self.generator, self.augment.pad, self.augment.flip, self.dtype)
+        return images, self.labels[index]
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.
+
+        ``position`` counts the batches of this epoch that were handed out; ``permutation`` is int64 ``(N,)``;
+        ``generator`` is the generator's state, uint8; ``batch_size`` is there to be compared.
+        """
+        return {
+            "position": self._position,
+            "batch_size": self.batch_size,
+            "permutation": self._permutation.cpu().clone(),
+            "generator": self.generator.get_state().clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        """Continue where ``state_dict`` was taken. Sets the generator too.
+
+        Raises ``InputError``, with nothing changed, for a state of another set size or batch size, or with entries
+        missing or damaged.
+        """
+        missing = {"position", "batch_size", "permutation", "generator"} - set(state)
+        if missing:
+            raise InputError(f"the loader's state lacks {', '.join(sorted(missing))}")
+        position, batch_size = int(state["position"]), int(state["batch_size"])
+        permutation, generator = torch.as_tensor(state["permutation"]), torch.as_tensor(state["generator"])
+        if batch_size != self.batch_size:
+            raise InputError(f"the loader's state has batch size {batch_size}; expected {self.batch_size}")
+        if permutation.shape != (len(self.labels),):
+            raise InputError(f"the loader's state is of {permutation.numel()} images; expected {len(self.labels)}")
+        if not torch.equal(permutation.cpu().sort().values, torch.arange(len(self.labels))):
+            raise InputError(f"the loader's state holds no permutation of 0..{len(self.labels) - 1}")
+        if not 0 <= position <= self.batches_per_epoch:
+            raise InputError(f"the loader's state has position {position}; expected 0 to {self.batches_per_epoch}")
+        try:
+            self.generator.set_state(generator.cpu())
+        except (RuntimeError, TypeError) as error:
+            kind = self.generator.device.type
+            raise InputError(f"the loader's state holds no state of a {kind} generator") from error
+        self._permutation = permutation.to(self.images.device, copy=True)
+        self._position = position
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ``InputError`` unless ``batch_size`` is a whole number of at least 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch size is {batch_size!r}; expected a whole number of at least 1")
+
+
+def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images uint8 ``(N, C, H, W)``, stored channels_last as the split has them, and labels int64, on the device."""
+    images, labels = split.images, split.labels
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 (N, H, W, C)")
+    if labels.shape != (len(images),):
+        raise InputError(f"labels have shape {labels.shape}; expected ({len(images)},), one per image")
+    pixels = torch.tensor(np.ascontiguousarray(images), device=device)
+    return pixels.permute(0, 3, 1, 2), torch.tensor(np.asarray(labels, dtype=np.int64), device=device)
