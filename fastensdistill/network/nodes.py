@@ -1,0 +1,143 @@
+"""The typed list a network becomes: one dataclass per kind of layer, each naming its inputs and its output's shape.
+
+A node and the value it computes share one name: the path of its module, or of the operation where there is no module.
+Shapes are (C, H, W) of one image; a flattened value keeps the shape it had before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    inputs: tuple[str, ...]
+    shape: Shape
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the trainable tensors, as in the module's state dict."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Input(Node):
+    """The image, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Affine(Node):
+    """``(x - mean) / std`` per channel, from the buffers ``name.mean`` and ``name.std``."""
+
+
+@dataclass(frozen=True)
+class Conv(Node):
+    """Square, zero-padded convolution with weight (Co, Ci, kernel, kernel)."""
+
+    in_shape: Shape
+    kernel: int
+    stride: int
+    padding: int
+    bias: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (f"{self.name}.weight", *([f"{self.name}.bias"] if self.bias else []))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return prod(self.shape) * self.in_shape[0] * self.kernel**2
+
+
+@dataclass(frozen=True)
+class Linear(Node):
+    """Linear layer over all C·H·W values of its input, weight (Co, C·H·W)."""
+
+    in_shape: Shape
+    bias: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (f"{self.name}.weight", *([f"{self.name}.bias"] if self.bias else []))
+
+    @property
+    def macs(self) -> int:
+        return self.shape[0] * prod(self.in_shape)
+
+
+@dataclass(frozen=True)
+class Norm(Node):
+    """BatchNorm; ``unbiased`` says which variance enters the running estimate (PyTorch's own: the unbiased one)."""
+
+    eps: float
+    momentum: float
+    unbiased: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return f"{self.name}.weight", f"{self.name}.bias"
+
+
+@dataclass(frozen=True)
+class Activation(Node):
+    """ReLU."""
+
+
+@dataclass(frozen=True)
+class Add(Node):
+    """Sum of two values of one shape."""
+
+
+@dataclass(frozen=True)
+class Pool(Node):
+    """``kind`` "max" or "avg" over windows, or "adaptive": the mean over the windows that give the output's size."""
+
+    kind: str
+    in_shape: Shape
+    kernel: int = 0
+    stride: int = 0
+    padding: int = 0
+
+    @property
+    def is_global(self) -> bool:
+        return self.kind == "adaptive" and self.shape[1:] == (1, 1)
+
+
+@dataclass(frozen=True)
+class Pad(Node):
+    """``x[:, :, ::stride, ::stride]`` with zero channels appended: the shortcut without parameters."""
+
+    in_shape: Shape
+    stride: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """Nodes in the order they are computed. Two modules of one architecture give equal networks.
+
+    ``dropout`` names the layers that would drop values in training; they are absorbed, as they do nothing in
+    evaluation, and a plan that trains refuses them.
+    """
+
+    nodes: tuple[Node, ...]
+    output: str
+    dropout: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[Node, ...]]:
+        return {value.name: tuple(n for n in self.nodes if value.name in n.inputs) for value in self.nodes}
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass of one image: F of method.md §4 is twice that many FLOPs."""
+        return sum(node.macs for node in self.nodes if isinstance(node, Conv | Linear))
