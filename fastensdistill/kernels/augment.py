@@ -1,0 +1,58 @@
+"""A training batch out of a device-resident uint8 set: shifted crop, horizontal flip, division by 255.
+
+    out[b, h, w] = images[index[b], h + dy[b], w' + dx[b]] / 255, 0 outside the image;   w' = W − 1 − w if flipped
+
+Shifts (dy, dx) in [−4, 4] are the zero-padded random crop of CIFAR recipes (method §5).
+"""
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import unknown
+from fastensdistill.kernels.triton_utils import DTYPE_NAMES, check_tensor, require
+
+
+def augment_reference(images: Tensor, index: Tensor, shifts: Tensor, flips: Tensor, dtype: str) -> Tensor:
+    height, width = images.shape[1:3]
+    rows = torch.arange(height, device=images.device)[None] + shifts[:, :1]
+    columns = torch.arange(width, device=images.device)[None].expand(index.shape[0], -1)
+    columns = torch.where(flips[:, None].bool(), width - 1 - columns, columns) + shifts[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    r, c = rows.clamp(0, height - 1).long(), columns.clamp(0, width - 1).long()
+    picked = images[index.long()[:, None, None], r[:, :, None], c[:, None, :]]
+    return (picked.to(torch.float32) * inside[..., None] / 255).to(DTYPE_NAMES[dtype])
+
+
+@torch.library.custom_op("fastensdistill::augment", mutates_args=())
+def _augment(images: Tensor, index: Tensor, shifts: Tensor, flips: Tensor, dtype: str) -> Tensor:
+    return augment_reference(images, index, shifts, flips, dtype)
+
+
+@_augment.register_fake
+def _augment_fake(images, index, shifts, flips, dtype):
+    return images.new_empty(index.shape[0], *images.shape[1:], dtype=DTYPE_NAMES[dtype])
+
+
+def augment(
+    images: Tensor, index: Tensor, shifts: Tensor, flips: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Batch (B, H, W, C) in [0, 1] of the given ``dtype``.
+
+    ``images`` uint8 (count, H, W, C), contiguous; ``index`` int32 or int64 (B,), rows of it; ``shifts`` int32 (B, 2),
+    (down, right) offsets of the crop in pixels; ``flips`` uint8 (B,), non-zero mirrors the image left to right.
+    """
+    check_tensor("images", images, 4)
+    require(images.dtype == torch.uint8, f"images is {images.dtype}, expected uint8")
+    batch = index.shape[0]
+    require(
+        shifts.shape == (batch, 2) and shifts.dtype == torch.int32 and shifts.is_contiguous(),
+        f"shifts is {shifts.dtype} of shape {tuple(shifts.shape)}, expected contiguous int32 ({batch}, 2)",
+    )
+    require(
+        flips.shape == (batch,) and flips.dtype == torch.uint8,
+        f"flips is {flips.dtype} of shape {tuple(flips.shape)}, expected uint8 ({batch},)",
+    )
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_NAMES:
+        raise unknown("dtype", name, DTYPE_NAMES)
+    return _augment(images, index, shifts, flips, name)

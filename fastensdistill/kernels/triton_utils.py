@@ -1,0 +1,144 @@
+"""What the Triton ops share: when a kernel runs instead of its reference, checks of shapes and sizes, 1-bit ReLU masks.
+
+An op runs its kernel on CUDA tensors and its reference on all others. Under ``TRITON_INTERPRET=1`` the kernels can be
+run on CPU tensors too: inside ``use_kernels()``, or everywhere with ``FASTENSDISTILL_KERNELS=interpret``.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastensdistill.errors import InputError, unknown
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a platform without Triton: the kernels stay plain functions and every op runs its reference
+
+    class _Absent:
+        constexpr = Any
+
+        @staticmethod
+        def jit(function: Any) -> Any:
+            return function
+
+    triton = tl = _Absent()
+
+HAS_TRITON = not isinstance(triton, type) and hasattr(triton, "__version__")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPE_NAMES = {str(t).removeprefix("torch."): t for t in (*KERNEL_DTYPES, torch.float64)}
+PRECISIONS = ("ieee", "tf32")
+_LIMIT = 2**31
+
+_forced = False
+
+
+@contextlib.contextmanager
+def use_kernels() -> Iterator[None]:
+    """Run the Triton kernels on CPU tensors too, through Triton's interpreter (needs ``TRITON_INTERPRET=1``)."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether an op with input ``x`` runs its Triton kernel (True) or its reference."""
+    if not HAS_TRITON or x.dtype == torch.float64:
+        return False
+    if x.is_cuda:
+        return True
+    if not (_forced or os.environ.get("FASTENSDISTILL_KERNELS") == "interpret"):
+        return False
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError("kernels on CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the start")
+    return True
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``InputError(message)`` unless ``condition``."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_tensor(name: str, x: Tensor, dimensions: int) -> None:
+    """A contiguous floating-point tensor of so many dimensions, whose size per group fits int32 offsets."""
+    require(x.dim() == dimensions, f"{name} has shape {tuple(x.shape)}, expected {dimensions} dimensions")
+    require(x.is_contiguous(), f"{name} of shape {tuple(x.shape)} is not contiguous")
+    count = 1
+    for size in x.shape[1:]:
+        count *= int(size)
+    require(
+        count < _LIMIT,
+        f"{name} of shape {tuple(x.shape)} has {count} elements in one group, more than 32-bit offsets reach; "
+        "use smaller batches",
+    )
+
+
+def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> None:
+    """Per-slot (or per-group) channel parameters: shape (count, channels), or (1, channels) where all share them."""
+    if rows is not None:
+        good = rows.dim() == 2 and rows.shape[0] in (1, count) and rows.shape[1] == channels and rows.is_contiguous()
+        require(good, f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are held in: float32, or float64 for float64 (references only)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def absent(x: Tensor) -> Tensor:
+    """What an op returns in the place of a result nobody asked for (ops return fixed tuples)."""
+    return x.new_empty(0)
+
+
+def present(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of a per-slot parameter (slots or 1, C) for each group, shaped (G, 1, 1, 1, C)."""
+    chosen = rows.expand(index.shape[0], -1) if rows.shape[0] == 1 else rows[index.long()]
+    return chosen[:, None, None, None, :]
+
+
+def row_stride(rows: Tensor | None) -> int:
+    """Elements from one slot's row to the next; 0 where all slots share one row."""
+    return 0 if rows is None or rows.shape[0] == 1 else int(rows.shape[1])
+
+
+def shortcut(x: Tensor, stride: int, height: int, width: int, channels: int) -> Tensor:
+    """``x[:, :, ::stride, ::stride]`` with zero channels appended (or the first ``channels`` kept)."""
+    x = x[:, :, ::stride, ::stride][:, :, :height, :width]
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def pack_mask(positive: Tensor) -> Tensor:
+    """Bool (..., C) → uint8 (..., ceil(C/8)): channel c is bit c % 8 of byte c // 8; bits past C are 0."""
+    channels = positive.shape[-1]
+    bits = F.pad(positive.to(torch.uint8), (0, -channels % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=positive.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, channels: int) -> Tensor:
+    """The inverse of ``pack_mask``: uint8 (..., ceil(C/8)) → bool (..., C)."""
+    bits = (mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.flatten(-2)[..., :channels].bool()
+
+
+def partial_rows(values: Tensor, block: int) -> Tensor:
+    """Sums of (G, positions, C) over runs of ``block`` positions: (G, ceil(positions / block), C)."""
+    padded = F.pad(values, (0, 0, 0, -values.shape[1] % block))
+    return padded.unflatten(1, (-1, block)).sum(2)
