@@ -37,13 +37,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.track_running_stats):
             return super().forward(x)
-        assert self.running_var is not None and self.momentum is not None
-        previous = self.running_var.clone()
-        y = super().forward(x)
-        # running = (1-m)·previous + m·var·n/(n-1)  →  (1-m)·previous + m·var
+        assert self.running_var is not None and self.running_mean is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        unbiased = self.running_var.clone()  # a copy: autograd keeps what F.batch_norm is given
+        y = F.batch_norm(x, self.running_mean, unbiased, self.weight, self.bias, True, self.momentum, self.eps)
+        # unbiased = (1-m)·running + m·var·n/(n-1)  →  (1-m)·running + m·var
         n = x.numel() // x.shape[1]
         with torch.no_grad():
-            self.running_var.mul_((n - 1) / n).add_(previous, alpha=(1 - self.momentum) / n)
+            self.running_var.mul_((1 - self.momentum) / n).add_(unbiased, alpha=(n - 1) / n)
+            self.num_batches_tracked += 1
         return y
 
 

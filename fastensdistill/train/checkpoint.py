@@ -1,0 +1,123 @@
+"""A run's state in one file: tensors in safetensors, the rest as JSON in its card. Nothing is ever unpickled.
+
+Written atomically, so a run killed at any moment, even while writing, leaves the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.config import TrainConfig, to_yaml
+from fastensdistill.data.sources import Dataset
+from fastensdistill.errors import InputError
+from fastensdistill.weights import read_tensors, save_tensors, write_atomically
+
+CHECKPOINT = "checkpoint.safetensors"
+# What may differ between a run and its continuation: none of it changes a single bit of the result on one device.
+FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root"}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split nested dictionaries into tensors and plain values, both under names joined by ``/``."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = flatten(value, f"{name}/")
+            tensors |= inner[0]
+            values |= inner[1]
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            values[name] = value
+    return tensors, values
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flatten` for one of its two parts, or both merged."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, key = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+    return tree
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    tensors, values = flatten(state)
+    save_tensors(folder / CHECKPOINT, tensors, {"kind": "checkpoint", "values": values, "fingerprint": fingerprint})
+
+
+def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The state in a run folder. Raises InputError where it is missing, damaged, or of a run with other settings."""
+    tensors, card = read_tensors(folder / CHECKPOINT)
+    if card.get("kind") != "checkpoint":
+        raise InputError(f"{folder / CHECKPOINT} is not the checkpoint of a run")
+    before, now = card["fingerprint"], json.loads(json.dumps(fingerprint, default=str))
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"the run in {folder} was started with {key}={before.get(key)!r}, "
+                f"not {now.get(key)!r}: resume it with the same setting, or choose another folder"
+            )
+    return unflatten(tensors | card["values"])
+
+
+def fingerprint(config: TrainConfig, data: Dataset, networks: Iterable[nn.Module]) -> dict[str, Any]:
+    """What must be the same for a run to continue: settings, images, and the frozen networks it learns from."""
+    settings = {k: v for k, v in asdict(config).items() if k not in FREE}
+    return {**settings, "images": digest_data(data), "teachers": digest_networks(networks)}
+
+
+def digest_data(data: Dataset) -> str:
+    digest = hashlib.sha256()
+    for split in (data.train, data.validation, data.test):
+        digest.update(np.ascontiguousarray(split.images))
+        digest.update(np.ascontiguousarray(split.labels))
+    return digest.hexdigest()[:16]
+
+
+def digest_networks(networks: Iterable[nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def claim_folder(folder: Path, config: Any, resume: bool) -> None:
+    """Make ``folder`` this run's. Raises InputError where it holds another run, or nothing to resume."""
+    if resume:
+        if not (folder / CHECKPOINT).is_file():
+            raise InputError(f"nothing to resume in {folder}: no {CHECKPOINT} there")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: choose another --out, or --resume the run in it")
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """PyTorch's global generators, which dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,201 @@
+"""Networks in files: one safetensors file holds the tensors and, in its metadata, a card that says how to build it.
+
+Foreign state dicts (.safetensors, or .pt/.pth read with ``weights_only=True``, so nothing is unpickled but tensors)
+load too, with the prefixes that wrappers leave (``module.``, ``_orig_mod.``) taken off.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastensdistill.errors import InputError
+from fastensdistill.method.student import STUDENTS, Student
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.models import ModelSpec, Normalized, create_model
+
+FORMAT = "fastensdistill-1"
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path`` and rename it into place, so that ``path`` is always whole: the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error} ({len(data):,} bytes)") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON card as one safetensors file, atomically. Copies are made only where tensors share memory."""
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    seen: set[int] = set()
+    for name, t in flat.items():
+        if t.data_ptr() in seen and t.numel():
+            flat[name] = t.clone()
+        seen.add(t.data_ptr())
+    metadata = {"format": FORMAT, "card": json.dumps(card, default=_jsonable)}
+    write_atomically(path, save(flat, metadata=metadata))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file and its card ({} for a foreign file). Raises InputError for a missing or damaged file."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, json.loads(metadata["card"]) if metadata.get("format") == FORMAT else {}
+        return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path), {}
+    except (SafetensorError, json.JSONDecodeError, EOFError, KeyError) as error:
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, ValueError, ... for damaged files
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as a state dict without unpickling code: {first}") from error
+
+
+def save_network(path: Path, network: nn.Module, card: Mapping[str, Any] | None = None) -> None:
+    """Save a network, or a student, with all that :func:`load_network` needs to build it again."""
+    inner = network.module if isinstance(network, Student) else network
+    spec = getattr(inner, "spec", None)
+    full: dict[str, Any] = {
+        "model": spec.name if spec else None,
+        "arguments": spec.arguments if spec else {},
+        "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
+        **(card or {}),
+    }
+    if isinstance(network, Student):
+        full |= {"student": network.kind, "branches": network.branches}
+    save_tensors(path, network.state_dict(), full)
+
+
+def load_network(path: str | Path, model: str | nn.Module | None = None, **arguments: Any) -> nn.Module:
+    """A network, or a student, from a file, in evaluation mode.
+
+    Files written by this package say what they hold. For foreign ones ``model`` is a registry name (``arguments`` go to
+    :func:`create_model`; ``num_classes`` is read off the last linear layer if it is not given) or a module to fill.
+    """
+    tensors, card = read_tensors(path)
+    if isinstance(model, nn.Module):
+        network = copy.deepcopy(model)
+    else:
+        name = model or card.get("model")
+        if name is None:
+            raise InputError(f"{path} does not say which model it holds: pass model=, a name or an nn.Module")
+        same = model is None or model == card.get("model")
+        arguments = {**(card.get("arguments", {}) if same else {}), **arguments}
+        arguments.setdefault("num_classes", _count_classes(tensors, path))
+        network = create_model(name, **arguments)
+    if "student" in card:
+        network = STUDENTS[card["student"]](network, card["branches"])
+    _fill(network, tensors, path)
+    return network.eval()
+
+
+def load_teachers(
+    model: str | nn.Module | Sequence[str | nn.Module],
+    files: Sequence[str | Path] | None = None,
+    **arguments: Any,
+) -> Teachers:
+    """M teachers from files or modules, frozen and in evaluation mode.
+
+    ``load_teachers("wrn28_4", ["t0.safetensors", "t1.safetensors"])``: one architecture, a file per member.
+    ``load_teachers(["wrn28_4", "resnet18"], files)``: an architecture per member (names or modules to fill).
+    ``load_teachers([net0, net1])``: modules as they are. ``arguments`` go to :func:`create_model`; networks saved by
+    this package bring their own, so their normalisation may differ.
+    Raises InputError for missing or damaged files, or keys and shapes that do not fit.
+    """
+    if files is None:
+        modules = [model] if isinstance(model, nn.Module) else list(model)
+        named = [m for m in modules if not isinstance(m, nn.Module)]
+        if named:
+            raise InputError(f"teachers {named} are names; expected files to load, or modules")
+        return Teachers([m for m in modules if isinstance(m, nn.Module)])
+    models = [model] * len(files) if isinstance(model, str | nn.Module) else list(model)
+    if len(models) != len(files):
+        raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
+    return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])
+
+
+def spec_of(card: Mapping[str, Any]) -> ModelSpec | None:
+    """The spec in a card, where the model came from the registry."""
+    return ModelSpec(card["model"], card["arguments"]) if card.get("model") else None
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model_state_dict", "model", "network"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
+        raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
+    return {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+
+
+def _strip(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Take off wrapper prefixes until the names fit; a prefix the network itself uses stays."""
+    for _ in range(4):
+        if set(tensors) & wanted:
+            break
+        prefix = next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    return tensors
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    wanted = network.state_dict()
+    tensors = _strip(tensors, set(wanted))
+    if isinstance(network, Normalized) and not any(k.startswith("network.") for k in tensors):
+        tensors = {f"network.{k}": v for k, v in _strip(tensors, set(network.network.state_dict())).items()}
+    # What a foreign file may lack: our normalisation, which is not trained, and BatchNorm's counters.
+    optional = {k for k in wanted if k.startswith("normalize.") or k.endswith("num_batches_tracked")}
+    missing, extra = set(wanted) - set(tensors) - optional, set(tensors) - set(wanted)
+    wrong = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    name = type(network.module if isinstance(network, Student) else network).__name__
+    if missing or extra:
+        example = sorted(missing or extra)[0]
+        raise InputError(
+            f"{path} does not fit {name}: {len(missing)} tensors missing, {len(extra)} unknown, {example!r} among them"
+        )
+    if wrong:
+        k = wrong[0]
+        raise InputError(
+            f"{path} does not fit {name}: {k} has shape {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
+        )
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if bad:
+        raise InputError(f"{path} holds values that are not finite, in {bad[0]!r}")
+    network.load_state_dict(tensors, strict=False)
+
+
+def _count_classes(tensors: dict[str, Tensor], path: str | Path) -> int:
+    matrices = [v for k, v in tensors.items() if v.ndim == 2 and k.endswith("weight")]
+    if not matrices:
+        raise InputError(f"{path}: no linear layer to read the number of classes off; pass num_classes=")
+    return len(matrices[-1])
+
+
+def _jsonable(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
