@@ -62,7 +62,7 @@ def draw(
 
 def to_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 values ``(B, H, W, C)`` to ``(B, C, H, W)`` in [0, 1], channels_last."""
-    return pixels.to(dtype).div_(255).permute(0, 3, 1, 2)
+    return pixels.contiguous().to(dtype).div_(255).permute(0, 3, 1, 2)
 
 
 def augment(

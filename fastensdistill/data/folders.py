@@ -192,8 +192,9 @@ def read_image(path: Path, shape: tuple[int, int, int], image_size: int | None) 
     if image_size is not None and (height, width) != (H, W):
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((W, H), Image.Resampling.BICUBIC, box=box)
+        # cropped before, because resize's own box lets the filter reach across the square's edge
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize((W, H), Image.Resampling.BICUBIC)
     elif (height, width) != (H, W):
         raise InputError(
             f"{path} is {height}x{width} pixels, another image is {H}x{W}; "

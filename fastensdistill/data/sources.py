@@ -231,9 +231,10 @@ def open_cifar(root: Path | None, class_name: str, statistics: Statistics) -> So
 def open_npz(path: Path) -> Source:
     """An ``.npz`` file; nothing in it is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} is a single array; expected an .npz file")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is a single array; expected an .npz file")
+        with file:
             known = {f"{part}_{kind}" for part in ("train", "test", "validation") for kind in ("images", "labels")}
             arrays = {key: file[key] for key in file.files if key in known | {"classes"}}
     except InputError:
