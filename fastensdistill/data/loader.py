@@ -53,7 +53,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | EvaluationSet,
         batch_size: int,
         *,
         device: torch.device | str,
@@ -63,6 +63,7 @@ class DeviceLoader:
     ) -> None:
         """``augment=None`` leaves the images as they are; ``dtype`` is the floating type of the batches.
 
+        Given an ``EvaluationSet`` on ``device``, the loader reads that memory: several loaders, one copy.
         Raises ``InputError`` for a batch below 1 or larger than the set, a pad that does not fit the images, images
         that are not uint8 NHWC, and a generator on another device.
         """
@@ -70,8 +71,13 @@ class DeviceLoader:
         if batch_size > len(split.labels):
             raise InputError(f"batch size is {batch_size}; expected at most the {len(split.labels)} training images")
         self.augment = augment if augment is not None else Augment(pad=0, flip=False)
-        self.augment.check((split.images.shape[1], split.images.shape[2]))
-        self.images, self.labels = to_device(split, torch.device(device))
+        if isinstance(split, EvaluationSet):
+            self.images, self.labels = split.images, split.labels
+            if self.images.device.type != torch.device(device).type:
+                raise InputError(f"the set is on {self.images.device}; expected it on {device}")
+        else:
+            self.images, self.labels = to_device(split, torch.device(device))
+        self.augment.check((self.images.shape[2], self.images.shape[3]))
         if generator.device.type != self.images.device.type:
             raise InputError(f"the generator is on {generator.device}; expected it on {self.images.device}")
         self.batch_size, self.generator, self.dtype = batch_size, generator, dtype
