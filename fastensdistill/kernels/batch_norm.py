@@ -18,6 +18,7 @@ from torch import Tensor
 from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
+    check_pair,
     check_rows,
     check_tensor,
     pack_mask,
@@ -180,8 +181,7 @@ def batch_norm_apply(
     read at every ``residual_stride``-th position, missing channels being 0.
     """
     check_tensor("z", z, 5)
-    check_rows("scale", scale, z.shape[0], z.shape[4])
-    check_rows("shift", shift, z.shape[0], z.shape[4])
+    check_pair("scale and shift", scale, shift, z.shape[0], z.shape[4])
     if residual is not None:
         check_tensor("residual", residual, 5)
         size = tuple(-(-s // residual_stride) for s in residual.shape[2:4])
@@ -237,8 +237,7 @@ def batch_norm_backward_statistics(
     check_tensor("d", d, 5)
     require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
     require(residual is None or residual.shape == d.shape, "residual and d have different shapes, expected the same")
-    check_rows("mean", mean, z.shape[0], z.shape[4])
-    check_rows("inv_std", inv_std, z.shape[0], z.shape[4])
+    check_pair("mean and inv_std", mean, inv_std, z.shape[0], z.shape[4])
     return NormSums(*_batch_norm_backward_statistics(d, z, mean, inv_std, mask, residual))
 
 

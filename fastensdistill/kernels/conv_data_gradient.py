@@ -16,18 +16,25 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from fastensdistill.errors import unknown
+from fastensdistill.kernels.gather import gather_product, load_bits
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
     DTYPE_NAMES,
     absent,
     accumulator,
+    check_pair,
     check_precision,
     check_rows,
     check_tensor,
+    launch,
     partial_rows,
     pick,
     present,
     require,
+    row_stride,
+    runs_kernel,
+    tl,
+    triton,
     unpack_mask,
 )
 
@@ -108,6 +115,190 @@ def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
     return torch.cat([partial_rows(F.pad(c, (0, 0, 0, most - c.shape[1])), block) for c in classes], 1)
 
 
+@triton.jit
+def conv_data_gradient_kernel(
+    p_d,
+    p_w,
+    p_slots,
+    p_residual,
+    p_mask,
+    p_scale,
+    p_z,
+    p_mean,
+    p_inv_std,
+    p_out,
+    p_statistics,
+    N,
+    n_partials,
+    s_scale,
+    s_mean,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    CO: tl.constexpr,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    N_BLOCKS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    i_m = tl.program_id(0) // N_BLOCKS
+    i_n = tl.program_id(0) % N_BLOCKS
+    i_g = tl.program_id(1).to(tl.int64)
+    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    # at stride s the positions of one residue (row % s, column % s) all use the same taps, 1 to ceil(KERNEL / s) a side
+    i_class = tl.program_id(2)
+    first_row = i_class // STRIDE
+    first_column = i_class % STRIDE
+    class_height = (H - first_row + STRIDE - 1) // STRIDE
+    class_width = (W - first_column + STRIDE - 1) // STRIDE
+    low_row = (first_row + PADDING) % STRIDE
+    low_column = (first_column + PADDING) % STRIDE
+    n_rows = (KERNEL - low_row + STRIDE - 1) // STRIDE
+    n_columns = (KERNEL - low_column + STRIDE - 1) // STRIDE
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < N * class_height * class_width
+    image = o_m // (class_height * class_width)
+    i_h = (o_m % (class_height * class_width)) // class_width
+    i_w = o_m % class_width
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    # rows of d in ascending order are taps in descending order, which the flipped packing turns into ascending again
+    i_row = i_h + (first_row + PADDING - low_row) // STRIDE - n_rows + 1
+    i_column = i_w + (first_column + PADDING - low_column) // STRIDE - n_columns + 1
+    acc = gather_product(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        p_d + i_g * N * (HO * WO * CO),
+        p_w + i_slot * (KERNEL * KERNEL * C * CO),
+        None,
+        None,
+        ((image * HO + i_row) * WO + i_column) * CO,
+        i_row,
+        i_column,
+        m_m,
+        o_n,
+        m_n,
+        KERNEL - 1 - low_row - STRIDE * (n_rows - 1),
+        KERNEL - 1 - low_column - STRIDE * (n_columns - 1),
+        n_rows,
+        n_columns,
+        HO,
+        WO,
+        CO,
+        C,
+        KERNEL,
+        STRIDE,
+        BLOCK_K,
+        False,
+        False,
+        PRECISION,
+    )
+
+    i_h = i_h * STRIDE + first_row
+    i_w = i_w * STRIDE + first_column
+    o_position = (image * H + i_h) * W + i_w
+    o_group = i_g * N * (H * W)
+    o_out = o_position[:, None] * C + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if p_residual is not None:
+        p_residual += i_g * N * (HR * WR * CR)
+        on_grid = m_m & (i_h % RESIDUAL_STRIDE == 0) & (i_w % RESIDUAL_STRIDE == 0)
+        o_r = ((image * HR + i_h // RESIDUAL_STRIDE) * WR + i_w // RESIDUAL_STRIDE) * CR
+        m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
+        b_residual = tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
+        if RESIDUAL_FIRST:
+            acc += b_residual
+    if p_mask is not None:
+        p_bits = p_mask + o_group * ((C + 7) // 8)
+        b_open = load_bits(p_bits, o_position, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N)
+        acc = tl.where(b_open, acc, 0.0)
+    if p_scale is not None:
+        acc *= tl.load(p_scale + i_slot * s_scale + o_n, mask=m_n, other=0.0)[None, :]
+    if p_residual is not None and not RESIDUAL_FIRST:
+        acc += b_residual
+    b_out = acc.to(p_out.dtype.element_ty)
+    tl.store(p_out + o_group * C + o_out, b_out, mask=m_out)
+    if p_z is not None:
+        b_d = tl.where(m_out, b_out.to(tl.float32), 0.0)
+        b_mean = tl.load(p_mean + i_slot * s_mean + o_n, mask=m_n, other=0.0)
+        b_inv = tl.load(p_inv_std + i_slot * s_mean + o_n, mask=m_n, other=0.0)
+        b_z = tl.load(p_z + o_group * C + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_hat = (b_z - b_mean[None, :]) * b_inv[None, :]
+        i_partial = i_class * (n_partials // (STRIDE * STRIDE)) + i_m
+        p_statistics += (i_g * n_partials + i_partial) * (2 * C)
+        tl.store(p_statistics + o_n, tl.sum(b_d, 0), mask=m_n)
+        tl.store(p_statistics + C + o_n, tl.sum(b_d * b_hat, 0), mask=m_n)
+
+
+def _launch(
+    d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
+    z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
+):  # fmt: skip
+    out, statistics = _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
+    tile = _tile(d, weight_flipped)
+    tiles = _class_tiles(d, weight_flipped, height, width, stride)
+    launch(
+        conv_data_gradient_kernel,
+        (tiles * -(-out.shape[4] // tile.BLOCK_N), slots.shape[0], stride * stride),
+        tile,
+        p_d=d,
+        p_w=weight_flipped,
+        p_slots=slots,
+        p_residual=residual,
+        p_mask=mask,
+        p_scale=scale,
+        p_z=z,
+        p_mean=mean,
+        p_inv_std=inv_std,
+        p_out=out,
+        p_statistics=statistics if z is not None else None,
+        N=d.shape[1],
+        n_partials=stride * stride * tiles,
+        s_scale=row_stride(scale),
+        s_mean=row_stride(mean),
+        H=height,
+        W=width,
+        C=out.shape[4],
+        HO=d.shape[2],
+        WO=d.shape[3],
+        CO=d.shape[4],
+        HR=residual.shape[2] if residual is not None else 0,
+        WR=residual.shape[3] if residual is not None else 0,
+        CR=residual.shape[4] if residual is not None else 0,
+        RESIDUAL_STRIDE=residual_stride,
+        RESIDUAL_FIRST=residual_first,
+        KERNEL=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        PRECISION=precision,
+    )
+    return out, statistics
+
+
+def _class_tiles(d: Tensor, weight: Tensor, height: int, width: int, stride: int) -> int:
+    """Tiles of the largest residue class; the others get as many, some of them empty."""
+    return -(-d.shape[1] * -(-height // stride) * -(-width // stride) // _tile(d, weight).BLOCK_M)
+
+
+def _empty_results(d, weight, slots, height, width, z, stride, out_dtype):
+    groups, channels = slots.shape[0], weight.shape[3]
+    out = d.new_empty(groups, d.shape[1], height, width, channels, dtype=DTYPE_NAMES[out_dtype])
+    rows = stride * stride * _class_tiles(d, weight, height, width, stride)
+    shape = (groups, rows, 2, channels) if z is not None else (0,)
+    return out, d.new_empty(shape, dtype=accumulator(weight.dtype))
+
+
 @torch.library.custom_op("fastensdistill::conv_data_gradient", mutates_args=())
 def _conv_data_gradient(
     d: Tensor,
@@ -133,7 +324,7 @@ def _conv_data_gradient(
         d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
         z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
     )  # fmt: skip
-    return conv_data_gradient_reference(*arguments)
+    return (_launch if runs_kernel(d) else conv_data_gradient_reference)(*arguments)
 
 
 @_conv_data_gradient.register_fake
@@ -141,13 +332,7 @@ def _conv_data_gradient_fake(
     d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
     z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
 ):  # fmt: skip
-    channels = weight_flipped.shape[3]
-    out = d.new_empty(slots.shape[0], d.shape[1], height, width, channels, dtype=DTYPE_NAMES[out_dtype])
-    positions = d.shape[1] * -(-height // stride) * -(-width // stride)
-    rows = stride * stride * -(-positions // _tile(d, weight_flipped).BLOCK_M)
-    high = accumulator(weight_flipped.dtype)
-    shape = (slots.shape[0], rows, 2, channels) if z is not None else (0,)
-    return out, d.new_empty(shape, dtype=high)
+    return _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
 
 
 def conv_data_gradient(
@@ -194,9 +379,9 @@ def conv_data_gradient(
     require(d.dtype == weight_flipped.dtype, f"d is {d.dtype}, expected the weight's {weight_flipped.dtype}")
     out = tuple((size + 2 * padding - kernel) // stride + 1 for size in in_size)
     require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
-    require((z is None) == (mean is None) == (inv_std is None), "z, mean and inv_std must be given together")
-    for name, rows in (("scale", scale), ("mean", mean), ("inv_std", inv_std)):
-        check_rows(name, rows, slot_count, channels)
+    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
+    check_pair("mean and inv_std", mean, inv_std, slot_count, channels)
+    check_rows("scale", scale, slot_count, channels)
     if z is not None:
         require(z.shape == shape and z.is_contiguous(), f"z has shape {tuple(z.shape)}, expected {shape}, contiguous")
     if mask is not None:

@@ -13,7 +13,7 @@ from torch.nn import grad as nn_grad
 from fastensdistill.kernels.triton_utils import (
     accumulator,
     check_precision,
-    check_rows,
+    check_pair,
     check_tensor,
     require,
 )
@@ -99,7 +99,5 @@ def conv_weight_gradient(
     )
     require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for this x")
     require(x.dtype in (d.dtype, torch.float32), f"x is {x.dtype}, expected float32 or d's {d.dtype}")
-    require((in_scale is None) == (in_shift is None), "in_scale and in_shift must be given together")
-    check_rows("in_scale", in_scale, groups, x.shape[4])
-    check_rows("in_shift", in_shift, groups, x.shape[4])
+    check_pair("in_scale and in_shift", in_scale, in_shift, groups, x.shape[4])
     return _conv_weight_gradient(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision)

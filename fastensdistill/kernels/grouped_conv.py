@@ -15,19 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.kernels.gather import gather_product, store_bits
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
+    check_pair,
     check_precision,
     check_rows,
     check_tensor,
+    launch,
     pack_mask,
     partial_rows,
     pick,
     present,
     require,
+    row_stride,
+    runs_kernel,
     shortcut,
+    tl,
+    triton,
 )
 
 
@@ -97,6 +104,205 @@ def grouped_conv_reference(
     return z, activated, bits, statistics
 
 
+@triton.jit
+def grouped_conv_kernel(
+    p_x,
+    p_w,
+    p_slots,
+    p_inputs,
+    p_in_scale,
+    p_in_shift,
+    p_bias,
+    p_residual,
+    p_next_scale,
+    p_next_shift,
+    p_center,
+    p_z,
+    p_activated,
+    p_mask,
+    p_statistics,
+    N,
+    n_partials,
+    s_x_group,
+    s_in,
+    s_bias,
+    s_next,
+    s_center,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    CO: tl.constexpr,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    IN_RELU: tl.constexpr,
+    RELU: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # blocks of channels are neighbours in the grid: they read the same positions out of L2
+    N_BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    i_m = tl.program_id(0) // N_BLOCKS
+    i_n = tl.program_id(0) % N_BLOCKS
+    i_g = tl.program_id(1).to(tl.int64)
+    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    i_input = i_g
+    if p_inputs is not None:
+        i_input = tl.load(p_inputs + i_g).to(tl.int64)
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < N * (HO * WO)
+    image = o_m // (HO * WO)
+    i_oh = (o_m % (HO * WO)) // WO
+    i_ow = o_m % WO
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < CO
+    i_row = i_oh * STRIDE - PADDING
+    i_column = i_ow * STRIDE - PADDING
+    o_x = ((image * H + i_row) * W + i_column) * C
+    if p_in_scale is not None:
+        p_in_scale += i_slot * s_in
+        p_in_shift += i_slot * s_in
+    acc = gather_product(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        p_x + i_input * s_x_group,
+        p_w + i_slot * (KERNEL * KERNEL * C * CO),
+        p_in_scale,
+        p_in_shift,
+        o_x,
+        i_row,
+        i_column,
+        m_m,
+        o_n,
+        m_n,
+        0,
+        0,
+        KERNEL,
+        KERNEL,
+        H,
+        W,
+        C,
+        CO,
+        KERNEL,
+        1,
+        BLOCK_K,
+        ROW_TAPS,
+        IN_RELU,
+        PRECISION,
+    )
+
+    m_z = m_m[:, None] & m_n[None, :]
+    if p_bias is not None:
+        acc += tl.load(p_bias + i_slot * s_bias + o_n, mask=m_n, other=0.0)[None, :]
+    if p_residual is not None:
+        p_residual += i_g * N * (HR * WR * CR)
+        o_r = ((image * HR + i_oh * RESIDUAL_STRIDE) * WR + i_ow * RESIDUAL_STRIDE) * CR
+        m_r = m_m[:, None] & (o_n < CR)[None, :]
+        acc += tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0.0)
+    o_group = i_g * N * (HO * WO)
+    o_z = o_m[:, None] * CO + o_n[None, :]
+    b_z = acc.to(p_z.dtype.element_ty)
+    tl.store(p_z + o_group * CO + o_z, b_z, mask=m_z)
+    acc = b_z.to(tl.float32)
+    if p_center is not None:
+        b_center = tl.load(p_center + i_slot * s_center + o_n, mask=m_n, other=0.0)
+        b_rest = tl.where(m_m[:, None], acc - b_center[None, :], 0.0)
+        p_statistics += (i_g * n_partials + i_m) * (2 * CO)
+        tl.store(p_statistics + o_n, tl.sum(b_rest, 0), mask=m_n)
+        tl.store(p_statistics + CO + o_n, tl.sum(b_rest * b_rest, 0), mask=m_n)
+    if p_next_scale is not None:
+        b_scale = tl.load(p_next_scale + i_slot * s_next + o_n, mask=m_n, other=0.0)
+        b_shift = tl.load(p_next_shift + i_slot * s_next + o_n, mask=m_n, other=0.0)
+        acc = tl.maximum(acc * b_scale[None, :] + b_shift[None, :], 0.0)
+        tl.store(p_activated + o_group * CO + o_z, acc.to(p_activated.dtype.element_ty), mask=m_z)
+    if p_mask is not None:
+        p_bits = p_mask + o_group * ((CO + 7) // 8)
+        # the bit is of the value as stored: one too small for float16 is stored as 0
+        b_positive = (acc.to(p_z.dtype.element_ty) > 0) & m_n[None, :]
+        store_bits(p_bits, b_positive, o_m, m_m, i_n * BLOCK_N, CO, BLOCK_M, BLOCK_N)
+
+
+def _launch(
+    x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
+    next_scale, next_shift, center, mask, kernel, stride, padding, precision,
+):  # fmt: skip
+    groups, (_, images, height, width, channels) = slots.shape[0], x.shape
+    z, activated, bits, statistics = _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding)
+    tile = _tile(x, weight)
+    row_taps = kernel > 1 and kernel * channels <= 32
+    rows = -(-images * z.shape[2] * z.shape[3] // tile.BLOCK_M)
+    launch(
+        grouped_conv_kernel,
+        (rows * -(-z.shape[4] // tile.BLOCK_N), groups),
+        tile,
+        p_x=x,
+        p_w=weight,
+        p_slots=slots,
+        p_inputs=inputs,
+        p_in_scale=in_scale,
+        p_in_shift=in_shift,
+        p_bias=bias,
+        p_residual=residual,
+        p_next_scale=next_scale,
+        p_next_shift=next_shift,
+        p_center=center,
+        p_z=z,
+        p_activated=activated if next_scale is not None else None,
+        p_mask=bits if mask else None,
+        p_statistics=statistics if center is not None else None,
+        N=images,
+        n_partials=rows,
+        s_x_group=0 if x.shape[0] == 1 else images * height * width * channels,
+        s_in=row_stride(in_scale),
+        s_bias=row_stride(bias),
+        s_next=row_stride(next_scale),
+        s_center=row_stride(center),
+        H=height,
+        W=width,
+        C=channels,
+        HO=z.shape[2],
+        WO=z.shape[3],
+        CO=z.shape[4],
+        HR=residual.shape[2] if residual is not None else 0,
+        WR=residual.shape[3] if residual is not None else 0,
+        CR=residual.shape[4] if residual is not None else 0,
+        RESIDUAL_STRIDE=residual_stride,
+        KERNEL=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        IN_RELU=in_relu,
+        RELU=relu,
+        ROW_TAPS=row_taps,
+        PRECISION=precision,
+        BLOCK_K=(16 if kernel * channels <= 16 else 32) if row_taps else tile.BLOCK_K,
+    )
+    return z, activated, bits, statistics
+
+
+def _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding):
+    groups, channels = slots.shape[0], weight.shape[3]
+    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
+    z = weight.new_empty(groups, x.shape[1], height, width, channels)
+    rows = -(-x.shape[1] * height * width // _tile(x, weight).BLOCK_M)
+    return (
+        z,
+        torch.empty_like(z) if next_scale is not None else absent(z),
+        z.new_empty((*z.shape[:4], -(-channels // 8)) if mask else (0,), dtype=torch.uint8),
+        z.new_empty((groups, rows, 2, channels) if center is not None else (0,), dtype=accumulator(weight.dtype)),
+    )
+
+
 @torch.library.custom_op("fastensdistill::grouped_conv", mutates_args=())
 def _grouped_conv(
     x: Tensor,
@@ -123,7 +329,7 @@ def _grouped_conv(
         x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
         next_scale, next_shift, center, mask, kernel, stride, padding, precision,
     )  # fmt: skip
-    return grouped_conv_reference(*arguments)
+    return (_launch if runs_kernel(weight) else grouped_conv_reference)(*arguments)
 
 
 @_grouped_conv.register_fake
@@ -131,17 +337,7 @@ def _grouped_conv_fake(
     x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
     next_scale, next_shift, center, mask, kernel, stride, padding, precision,
 ):  # fmt: skip
-    groups, channels = slots.shape[0], weight.shape[3]
-    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
-    z = weight.new_empty(groups, x.shape[1], height, width, channels)
-    high = accumulator(weight.dtype)
-    rows = -(-x.shape[1] * height * width // _tile(x, weight).BLOCK_M)
-    return (
-        z,
-        torch.empty_like(z) if next_scale is not None else absent(z),
-        z.new_empty(*(z.shape[:4] if mask else ()), -(-channels // 8) if mask else 0, dtype=torch.uint8),
-        z.new_empty(groups, rows, 2, channels, dtype=high) if center is not None else z.new_empty(0, dtype=high),
-    )
+    return _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding)
 
 
 def grouped_conv(
@@ -194,12 +390,10 @@ def grouped_conv(
     require(
         x.dtype in (weight.dtype, torch.float32), f"x is {x.dtype}, expected float32 or the weight's {weight.dtype}"
     )
-    require((in_scale is None) == (in_shift is None), "in_scale and in_shift must be given together")
-    require((next_scale is None) == (next_shift is None), "next_scale and next_shift must be given together")
-    check_rows("in_scale", in_scale, slot_count, x.shape[4])
-    check_rows("in_shift", in_shift, slot_count, x.shape[4])
-    for name, rows in (("bias", bias), ("next_scale", next_scale), ("next_shift", next_shift), ("center", center)):
-        check_rows(name, rows, slot_count, out_channels)
+    check_pair("in_scale and in_shift", in_scale, in_shift, slot_count, x.shape[4])
+    check_pair("next_scale and next_shift", next_scale, next_shift, slot_count, out_channels)
+    check_rows("bias", bias, slot_count, out_channels)
+    check_rows("center", center, slot_count, out_channels)
     height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
     check_tensor("the result", torch.empty(groups, x.shape[1], height, width, out_channels, device="meta"), 5)
     if residual is not None:

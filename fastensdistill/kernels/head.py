@@ -14,8 +14,8 @@ from torch import Tensor
 from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
+    check_pair,
     check_precision,
-    check_rows,
     check_tensor,
     pick,
     present,
@@ -84,7 +84,9 @@ def _head_fake(z, weight, bias, slots, scale, shift, relu, precision):
     )
 
 
-def _check(z: Tensor, weight: Tensor, slots: Tensor, precision: str, **rows: Tensor | None) -> None:
+def _check(
+    z: Tensor, weight: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None, precision: str
+) -> None:
     check_tensor("z", z, 5)
     check_tensor("weight", weight, 3)
     check_precision(precision)
@@ -93,8 +95,7 @@ def _check(z: Tensor, weight: Tensor, slots: Tensor, precision: str, **rows: Ten
         weight.shape[1] == z.shape[4],
         f"weight has shape {tuple(weight.shape)}, expected (slots, {z.shape[4]}, classes)",
     )
-    for name, value in rows.items():
-        check_rows(name, value, weight.shape[0], z.shape[4])
+    check_pair("scale and shift", scale, shift, weight.shape[0], z.shape[4])
 
 
 def head(
@@ -114,8 +115,7 @@ def head(
     None; ``slots`` int32 (G,); ``scale, shift`` (S or 1, C) float32, by slot, or None. ``relu=False`` for a network
     whose last layer has its ReLU already. Raises InputError for shapes that disagree.
     """
-    _check(z, weight, slots, precision, scale=scale, shift=shift)
-    require((scale is None) == (shift is None), "scale and shift must be given together")
+    _check(z, weight, slots, scale, shift, precision)
     return HeadOutput(*_head(z, weight, bias, slots, scale, shift, relu, precision))
 
 
@@ -204,8 +204,8 @@ def head_backward(
     mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
     ``batch_norm_backward``.
     """
-    _check(z, weight, slots, precision, scale=scale, shift=shift, mean=mean, inv_std=inv_std)
-    require((mean is None) == (inv_std is None), "mean and inv_std must be given together")
+    _check(z, weight, slots, scale, shift, precision)
+    check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
     wanted = (z.shape[0], z.shape[1], weight.shape[2])
     require(
         d_logits.shape == wanted and d_logits.is_contiguous(),

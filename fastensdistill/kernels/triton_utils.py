@@ -7,7 +7,7 @@ run on CPU tensors too: inside ``use_kernels()``, or everywhere with ``FASTENSDI
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +29,46 @@ except ImportError:  # a platform without Triton: the kernels stay plain functio
 
     triton = tl = _Absent()
 
-HAS_TRITON = not isinstance(triton, type) and hasattr(triton, "__version__")
+HAS_TRITON = hasattr(triton, "__version__")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {str(t).removeprefix("torch."): t for t in (*KERNEL_DTYPES, torch.float64)}
 PRECISIONS = ("ieee", "tf32")
 _LIMIT = 2**31
 
 _forced = False
+_recorded: list["Launch"] | None = None
+
+
+class Launch(NamedTuple):
+    """One kernel launch as the ops would do it: what the ahead-of-time report compiles."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Within, ops launch nothing: their results stay unwritten, and the launches are collected in the yielded list."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> None:
+    """Launch ``kernel`` with a ``Tile``'s warps and stages, and its block sizes where the kernel has them."""
+    for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
+        if block in kernel.arg_names:
+            arguments.setdefault(block, getattr(tile, block))
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages))
+        return
+    kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @contextlib.contextmanager
@@ -53,7 +86,7 @@ def runs_kernel(x: Tensor) -> bool:
     """Whether an op with input ``x`` runs its Triton kernel (True) or its reference."""
     if not HAS_TRITON or x.dtype == torch.float64:
         return False
-    if x.is_cuda:
+    if x.is_cuda or _recorded is not None:
         return True
     if not (_forced or os.environ.get("FASTENSDISTILL_KERNELS") == "interpret"):
         return False
@@ -87,6 +120,15 @@ def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> Non
     if rows is not None:
         good = rows.dim() == 2 and rows.shape[0] in (1, count) and rows.shape[1] == channels and rows.is_contiguous()
         require(good, f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
+
+
+def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: int, channels: int) -> None:
+    """Two per-slot parameters that only make sense together: both absent, or both of one shape."""
+    require((first is None) == (second is None), f"{names} must be given together")
+    if first is not None and second is not None:
+        check_rows(names, first, count, channels)
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        require(first.shape == second.shape and second.is_contiguous(), f"{names} have shapes {shapes}, expected equal")
 
 
 def check_precision(precision: str) -> None:
