@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
@@ -113,7 +114,14 @@ class DataConfig:
     limit: int | None = None
     """Use only the first so many training images."""
     validation: int | None = None
-    """Training images set aside (the last ones). Unset: 5,000 for CIFAR, a tenth otherwise."""
+    """Training images set aside (the last ones). Unset: 5,000 for CIFAR, 300 for digits, a tenth otherwise."""
+    image_size: int | None = None
+    """Height and width that the images of a folder are resized to."""
+
+    def load(self) -> Dataset:
+        return load_dataset(
+            self.data, root=self.root, limit=self.limit, validation=self.validation, image_size=self.image_size
+        )
 
 
 @dataclass

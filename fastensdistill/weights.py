@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON card as one safetensors file, atomically. Copies are made only where tensors share memory."""
+    """Write tensors and a JSON card as one safetensors file, atomically."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
     for name, t in flat.items():
@@ -114,7 +114,7 @@ def load_network(path: str | Path, model: str | nn.Module | None = None, **argum
 
 
 def load_teachers(
-    model: str | nn.Module | Sequence[str | nn.Module],
+    model: str | nn.Module | Sequence[str | nn.Module] | None = None,
     files: Sequence[str | Path] | None = None,
     **arguments: Any,
 ) -> Teachers:
@@ -122,17 +122,18 @@ def load_teachers(
 
     ``load_teachers("wrn28_4", ["t0.safetensors", "t1.safetensors"])``: one architecture, a file per member.
     ``load_teachers(["wrn28_4", "resnet18"], files)``: an architecture per member (names or modules to fill).
-    ``load_teachers([net0, net1])``: modules as they are. ``arguments`` go to :func:`create_model`; networks saved by
+    ``load_teachers([net0, net1])``: modules as they are. ``load_teachers(files=[...])``: files of this package, which
+    say what they hold. ``arguments`` go to :func:`create_model`; networks saved by
     this package bring their own, so their normalisation may differ.
     Raises InputError for missing or damaged files, or keys and shapes that do not fit.
     """
     if files is None:
-        modules = [model] if isinstance(model, nn.Module) else list(model)
+        modules = [model] if isinstance(model, str | nn.Module) else list(model or ())
         named = [m for m in modules if not isinstance(m, nn.Module)]
         if named:
             raise InputError(f"teachers {named} are names; expected files to load, or modules")
         return Teachers([m for m in modules if isinstance(m, nn.Module)])
-    models = [model] * len(files) if isinstance(model, str | nn.Module) else list(model)
+    models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
     return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.method.perturbation import tdiv_sdiv
 from fastensdistill.method.modes import evaluating
+from fastensdistill.method.perturbation import tdiv_sdiv
 from fastensdistill.method.student import LatentBE, RankOneLayer
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.layers import BatchNorm2d

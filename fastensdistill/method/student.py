@@ -39,9 +39,8 @@ class RankOneLayer(nn.Module):
         self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         cin = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
         cout = layer.weight.shape[0]
-        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.delta_r = nn.Parameter(torch.zeros(branches, cin, **like))
-        self.delta_s = nn.Parameter(torch.zeros(branches, cout, **like))
+        self.delta_r = nn.Parameter(layer.weight.new_zeros(branches, cin))
+        self.delta_s = nn.Parameter(layer.weight.new_zeros(branches, cout))
         self.active = tuple(range(branches))
 
     @property
@@ -224,11 +223,12 @@ class MultiHead(nn.Module):
 
     def __init__(self, layer: nn.Linear, branches: int):
         super().__init__()
-        self.heads = nn.ModuleList(copy.deepcopy(layer) for _ in range(branches))
-        for head in self.heads[1:]:  # equal heads would stay equal but for their teachers: start them apart
+        heads = [copy.deepcopy(layer) for _ in range(branches)]
+        for head in heads[1:]:  # equal heads would part only through their teachers: start them apart
             head.reset_parameters()
             with torch.no_grad():
                 head.weight.mul_(layer.weight.std() / head.weight.std())
+        self.heads = nn.ModuleList(heads)
         self.active = tuple(range(branches))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,9 +251,12 @@ class Hydra(Student):
         layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         if not layers or not isinstance(layers[-1], nn.Linear):
             raise InputError(f"hydra needs a network that ends in a Linear layer; {type(module).__name__} does not")
+        last = layers[-1]
+        heads = MultiHead(last, branches)
+        name = next(n for n, m in module.named_modules() if m is last)
         self.module = copy.deepcopy(module)
-        last = [m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
-        self.module = _replace(self.module, lambda m: MultiHead(last, branches) if m is last else None)
+        copied = self.module.get_submodule(name)
+        self.module = _replace(self.module, lambda m: heads if m is copied else None)
 
     def forward(self, x: Tensor, branches: Sequence[int] | None = None) -> Tensor:
         chosen = self._chosen(branches)
@@ -313,7 +316,7 @@ def _check_branches(branches: int) -> None:
 def _wrap_with(branches: int) -> Callable[[nn.Module], nn.Module | None]:
     def wrap(module: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.MultiheadAttention):
-            raise InputError("attention layers (MultiheadAttention) cannot be wrapped: expected a convolutional network")
+            raise InputError("MultiheadAttention cannot be wrapped: expected a convolutional network")
         if isinstance(module, nn.Conv2d | nn.Linear):
             return RankOneLayer(module, branches)
         return None

@@ -43,8 +43,10 @@ class Teachers(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def check_output(network: nn.Module, name: str, image_shape: tuple[int, int, int], expected: tuple[int, ...]) -> None:
-        """Raise InputError unless ``network`` turns one image (channels, H, W) into logits of the ``expected`` shape."""
+    def check_output(
+        network: nn.Module, name: str, image_shape: tuple[int, int, int], expected: tuple[int, ...]
+    ) -> None:
+        """Raise InputError unless one image (channels, H, W) gives logits of the ``expected`` shape."""
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         try:
             with evaluating(network):

@@ -104,7 +104,7 @@ def create_model(
         model = build(num_classes=num_classes, mean=mean, std=std, **arguments)
     except TypeError as error:
         raise InputError(f"model {name!r} does not take {arguments}: {error}") from error
-    model.spec = ModelSpec(name, {"num_classes": num_classes, "mean": mean, "std": std, **arguments})
+    model.__dict__["spec"] = ModelSpec(name, {"num_classes": num_classes, "mean": mean, "std": std, **arguments})
     return model
 
 

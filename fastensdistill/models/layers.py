@@ -1,4 +1,4 @@
-"""The layers our own networks are made of: normalisation inside the model, the paper's BatchNorm, its initialisation."""
+"""The layers of our own networks: normalisation inside the model, the paper's BatchNorm, its initialisation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.track_running_stats):
             return super().forward(x)
-        assert self.running_var is not None and self.running_mean is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
         assert self.num_batches_tracked is not None
         unbiased = self.running_var.clone()  # a copy: autograd keeps what F.batch_norm is given
         y = F.batch_norm(x, self.running_mean, unbiased, self.weight, self.bias, True, self.momentum, self.eps)
@@ -61,7 +63,7 @@ class PadShortcut(nn.Module):
 
 
 def initialize(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Weights of every convolution and linear layer from a truncated normal of variance 2/fan_in; biases 0 (method §5)."""
+    """Weights of convolutions and linear layers from a truncated normal of variance 2/fan_in; biases 0 (method §5)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fan_in = layer.weight[0].numel()

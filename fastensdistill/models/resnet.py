@@ -32,7 +32,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """conv3x3-BN-ReLU, groups of residual blocks, global mean, linear. Input (B, channels, H, W) in [0, 1].
 
-    The stem has ``in_planes`` channels, group i ``in_planes·widen·2^i`` and stride 2 but for the first. ResNet-32xk is ``blocks=(5, 5, 5), widen=k``.
+    The stem has ``in_planes`` channels, group i ``in_planes·widen·2^i`` and stride 2 but for the first.
+    ResNet-32xk is ``blocks=(5, 5, 5), widen=k``.
     """
 
     def __init__(

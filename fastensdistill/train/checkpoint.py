@@ -84,8 +84,8 @@ def fingerprint(config: TrainConfig, data: Dataset, networks: Iterable[nn.Module
 def digest_data(data: Dataset) -> str:
     digest = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
-        digest.update(np.ascontiguousarray(split.images))
-        digest.update(np.ascontiguousarray(split.labels))
+        digest.update(np.ascontiguousarray(split.images).data)
+        digest.update(np.ascontiguousarray(split.labels).data)
     return digest.hexdigest()[:16]
 
 

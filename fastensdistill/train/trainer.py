@@ -6,9 +6,9 @@ and a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ State = dict[str, Any]
 
 
 class Trainer:
-    """What both trainers share. ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files.
+    """What both trainers share.
 
-    ``augment`` defaults to what suits the data (CIFAR: zero-pad 4, crop, flip). ``resume`` continues the run in ``out``.
+    ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files; ``augment`` defaults to
+    what suits the data (CIFAR: zero-pad 4, crop, flip); ``resume`` continues the run in ``out``.
     """
 
     title: str
@@ -65,7 +66,8 @@ class Trainer:
         Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and DivergedError for a loss that is not
         finite, with the last good checkpoint kept.
         """
-        self.loaders = [self.make_loader(seed) for seed in self.seeds]
+        images = EvaluationSet(self.data.train, self.device)  # one copy, however many streams of batches
+        self.loaders = [self.make_loader(images, seed) for seed in self.seeds]
         self.steps_per_epoch = self.loaders[0].batches_per_epoch
         rate = make_schedule(self.config, self.steps_per_epoch)
         self.begin()
@@ -79,7 +81,8 @@ class Trainer:
                 scalars = self.train_step()
                 recorder.step(self.step_index, scalars)
                 self.step_index += 1
-                epoch, end_of_epoch = self.step_index / self.steps_per_epoch, self.step_index % self.steps_per_epoch == 0
+                epoch = self.step_index / self.steps_per_epoch
+                end_of_epoch = self.step_index % self.steps_per_epoch == 0
                 if end_of_epoch or self.step_index % RECORD_EVERY == 0:
                     recorder.train(self.step_index, epoch, rate(self.step_index - 1), self.config.batch_size)
                 if end_of_epoch or stopper.signum:
@@ -146,10 +149,10 @@ class Trainer:
         checkpoint.set_random_state(state["random"], self.device)
         self.best = {n: (b["score"], b["step"], b["weights"]) for n, b in state.get("best", {}).items()}
 
-    def make_loader(self, seed: int) -> DeviceLoader:
+    def make_loader(self, images: EvaluationSet, seed: int) -> DeviceLoader:
         generator = torch.Generator(self.device).manual_seed(seed)
         return DeviceLoader(
-            self.data.train, self.config.batch_size, device=self.device, generator=generator, augment=self.augment
+            images, self.config.batch_size, device=self.device, generator=generator, augment=self.augment
         )
 
     def card(self) -> dict[str, Any]:
@@ -170,8 +173,8 @@ class Trainer:
 class DistillTrainer(Trainer):
     """Distils ``teachers`` into ``student`` (method §2–5).
 
-    After :meth:`fit`, ``student.average()`` is the network with the best validation accuracy, which is also in the run's
-    folder as ``network.safetensors``, beside the student itself, ``student.safetensors``.
+    After :meth:`fit`, ``student.average()`` is the network with the best validation accuracy. The run's folder holds it
+    as ``network.safetensors``, beside the student itself, ``student.safetensors``.
     Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
     """
 
@@ -185,19 +188,18 @@ class DistillTrainer(Trainer):
         if not isinstance(student, Student):
             raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
         teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
-        self.student = student.to(self.device, memory_format=torch.channels_last)
-        self.teachers = teachers.to(self.device, memory_format=torch.channels_last)
+        self.student, self.teachers = place(student, self.device), place(teachers, self.device)
         self.teachers.check((self.data.channels, *self.data.image_size), self.data.num_classes)
         Teachers.check_output(self.student, "student", (self.data.channels, *self.data.image_size),
                               (student.branches, 1, self.data.num_classes))  # fmt: skip
         self.networks = {"student": self.student}
         self.seeds = [config.seed]
-        self.step = ReferenceStep(self.student, self.teachers, config, num_classes=self.data.num_classes)
+        self.step = self.distil = ReferenceStep(self.student, self.teachers, config, num_classes=self.data.num_classes)
         self._teacher_diversity: dict[str, float] | None = None
 
     def train_step(self) -> dict[str, Tensor]:
         images, labels = self.loaders[0].next()
-        return self.step(images, labels)
+        return self.distil(images, labels)
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
@@ -248,14 +250,14 @@ class TeachTrainer(Trainer):
         shape = (self.data.channels, *self.data.image_size)
         self.networks = {}
         for i, network in enumerate(networks):
-            network = network.to(self.device, memory_format=torch.channels_last)
+            network = place(network, self.device)
             Teachers.check_output(network, f"teacher {i}", shape, (1, self.data.num_classes))
             self.networks[f"teacher-{i}"] = network
         self.seeds = [config.seed + i for i in range(config.members)]
-        self.step = TeachStep(list(self.networks.values()), config)
+        self.step = self.teach = TeachStep(list(self.networks.values()), config)
 
     def train_step(self) -> dict[str, Tensor]:
-        return self.step([loader.next() for loader in self.loaders])
+        return self.teach([loader.next() for loader in self.loaders])
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
@@ -265,6 +267,14 @@ class TeachTrainer(Trainer):
         if len(members) > 1:
             record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
         return dict(zip(self.networks, accuracies, strict=True)), record
+
+
+Placed = TypeVar("Placed", bound=nn.Module)
+
+
+def place(network: Placed, device: torch.device) -> Placed:
+    """On the device, weights stored channels last, which is how the batches come."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def choose_device(name: str) -> torch.device:
@@ -279,11 +289,8 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def member_networks(create: Any, seeds: Sequence[int]) -> list[nn.Module]:
-    """One freshly initialised network per seed, without touching PyTorch's global generator."""
-    networks = []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            networks.append(create())
-    return networks
+def seeded(seed: int, create: Callable[[], Placed]) -> Placed:
+    """What ``create`` returns with PyTorch's generator seeded, which is put back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create()

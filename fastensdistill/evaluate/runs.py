@@ -1,0 +1,183 @@
+"""From run folders and files to the rows of a table and what a report shows."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastensdistill.data.loader import EvaluationSet
+from fastensdistill.data.sources import Dataset
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.predict import predict
+from fastensdistill.evaluate.report import Row, read_metrics, write_report
+from fastensdistill.method.modes import evaluating
+from fastensdistill.method.perturbation import Perturbation
+from fastensdistill.method.student import Student
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.weights import load_network, write_atomically
+
+STRIP = 8  # images beside their perturbed versions
+SHOWN = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "precision")
+
+
+@dataclass
+class Candidate:
+    """One row: a network, or an ensemble (Teachers, or a student that is one), once for each seed."""
+
+    name: str
+    group: str  # teachers, ensemble or student
+    networks: list[nn.Module]
+    folders: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Evaluated:
+    row: Row
+    probabilities: Tensor  # (N, C) of the first seed on the test split
+
+
+def evaluate_candidate(candidate: Candidate, data: Dataset, device: torch.device) -> Evaluated:
+    """All metrics of every seed on the test split, its parameters and the cost of one image.
+
+    Raises InputError for a network whose output does not fit the data.
+    """
+    test, validation = EvaluationSet(data.test, device), EvaluationSet(data.validation, device)
+    found, first = [], None
+    for network in candidate.networks:
+        network = network.to(device)
+        shape = (data.channels, *data.image_size)
+        lead = (len(network),) if isinstance(network, Teachers) else ()
+        lead = (network.branches,) if isinstance(network, Student) else lead
+        Teachers.check_output(network, candidate.name, shape, (*lead, 1, data.num_classes))
+        p = predict(network, test)
+        found.append(metrics.evaluate(p, test.labels, predict(network, validation), validation.labels))
+        first = p.mean(0).cpu() if first is None else first
+    assert first is not None
+    example = candidate.networks[0]
+    row = Row(candidate.name, candidate.group, found, count_parameters(example), count_macs(example, shape))
+    return Evaluated(row, first)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def count_macs(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image (channels, H, W): those of convolutions and linear layers."""
+    device = next(network.parameters()).device
+    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *image_shape, device=device))
+    return counter.get_total_flops() // 2
+
+
+def find_candidates(paths: Sequence[Path], model: str | None = None) -> list[Candidate]:
+    """The rows that files and run folders make; runs that differ only in their seed share one.
+
+    A folder of ``teach`` gives its members and their ensemble; one of ``distill`` its averaged network, or the
+    branch ensemble where that is what the student is for. Raises InputError for a path that holds neither.
+    """
+    candidates: list[Candidate] = []
+    seeds: dict[str, Candidate] = {}
+    for path in paths:
+        if path.is_file():
+            network = load_network(path, model)
+            candidates.append(Candidate(path.stem, "student" if isinstance(network, Student) else "network", [network]))
+            continue
+        teachers = teacher_files(path)
+        if teachers:
+            networks = [load_network(f, model) for f in teachers]
+            prefix = "" if path.name == "teachers" else f"{path.name}: "
+            candidates.append(Candidate(f"{prefix}teachers", "teachers", networks, [path]))
+            if len(networks) > 1:
+                candidates.append(Candidate(f"{prefix}ensemble of {len(networks)}", "ensemble", [Teachers(networks)]))
+            continue
+        file = next((path / f for f in ("network.safetensors", "student.safetensors") if (path / f).is_file()), None)
+        if file is None:
+            raise InputError(f"{path}: expected a safetensors file, or the folder of a finished run")
+        config = read_config(path)
+        free = ("seed", "out", "resume", "tensorboard", "device", "engine")
+        key = json.dumps({k: v for k, v in config.items() if k not in free}, default=str) if config else str(path)
+        if key in seeds:
+            seeds[key].networks.append(load_network(file))
+            seeds[key].folders.append(path)
+            seeds[key].name = re.sub(r"[-_]?(seed)?[-_]?\d+$", "", seeds[key].folders[0].name) or path.name
+        else:
+            seeds[key] = Candidate(path.name, "student", [load_network(file)], [path])
+            candidates.append(seeds[key])
+    if not candidates:
+        raise InputError("nothing to evaluate: expected at least one file or run folder")
+    return candidates
+
+
+def teacher_files(folder: Path) -> list[Path]:
+    """``teacher-0.safetensors``, ``teacher-1.safetensors``, ... in their order."""
+    return sorted(folder.glob("teacher-*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or 0))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder``, {} where it has none."""
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+
+
+def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], data: Dataset) -> tuple[Any, ...] | None:
+    """Test images, the same perturbed as the student was trained, and the names of their classes."""
+    if config.get("perturbation", "none") == "none":
+        return None
+    images = next(EvaluationSet(data.test, "cpu").batches(STRIP))
+    pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    perturbation = Perturbation(
+        config["perturbation"], len(teachers), student.branches, size=config["step_size"],
+        temperature=config["temperature"], pick=pick, noise=noise,
+    )  # fmt: skip
+    perturbed = perturbation(images, teachers.cpu(), student.cpu(), data.num_classes).images
+    return images, perturbed, [data.classes[i] for i in data.test.labels[:STRIP]]
+
+
+def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: torch.device, title: str) -> list[Row]:
+    """Evaluate all candidates and write ``results.json``, ``report.html`` and its pictures to ``out``."""
+    evaluated = [evaluate_candidate(c, data, device) for c in candidates]
+    rows = [e.row for e in evaluated]
+    curves = {}
+    for candidate in candidates:
+        for i, folder in enumerate(candidate.folders):
+            name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {i}"
+            if (folder / "metrics.jsonl").is_file():
+                curves[name] = read_metrics(folder / "metrics.jsonl")
+    labels = torch.from_numpy(data.test.labels)
+    reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
+    strip = None
+    settings: dict[str, Any] = {}
+    for candidate in reversed(candidates):
+        config = read_config(candidate.folders[0]) if candidate.folders else {}
+        files = [Path(f) for f in config.get("teachers", ())]
+        if strip is None and files and all(f.is_file() for f in files):
+            student = load_network(candidate.folders[0] / "student.safetensors")
+            teachers = Teachers([load_network(f, config.get("teacher_model")) for f in files])
+            strip = strip_images(student, teachers, config, data) if isinstance(student, Student) else None
+        settings = settings or config
+    facts = {
+        "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
+        f"{len(data.test):,} test images, {data.num_classes} classes",
+        **{k: str(settings[k]) for k in SHOWN if settings.get(k) is not None},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+    }  # fmt: skip
+    results = {"title": title, "facts": facts, "rows": [
+        {"name": r.name, "group": r.group, "parameters": r.parameters, "macs": r.macs,
+         "metrics": [m.to_dict() for m in r.metrics]} for r in rows
+    ]}  # fmt: skip
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
+    write_report(out, title=title, rows=rows, curves=curves, reliability=reliability, strip=strip, facts=facts)
+    return rows
