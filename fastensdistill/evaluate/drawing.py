@@ -25,11 +25,12 @@ DOTS: dict[str, Any] = {"linestyle": (0, (1, 1.5)), "linewidth": 1.6}
 # Okabe and Ito's colours without yellow, which is lost on white, and their black softened to a grey
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)))
-_SEED = re.compile(r"[\s,;:/_(\[-]*\bseed[\s_=-]*\d+\s*[)\]]?\s*$", re.IGNORECASE)
+_SEED = re.compile(r"[\s,;:/_(\[-]*(?<![a-zA-Z])seed[\s_=-]*\d+\s*[)\]]?\s*$", re.IGNORECASE)
 _LOOK: dict[Any, Any] = {
     "font.size": 10,
     "font.family": ["DejaVu Sans"],
     "text.color": "#222222",
+    "text.parse_math": False,  # a name may hold dollars
     "axes.facecolor": "white",
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -194,6 +195,7 @@ def run_handles(runs: Mapping[str, Records], styles: Mapping[str, LineStyle], wi
         notes = [f"{len(own)} seeds"] if len(own) > 1 else []
         notes += [f"mean and range of {members}"] if members > 1 else []
         label = textwrap.fill(f"{base} ({', '.join(notes)})" if notes else base, width)
+        label = f" {label}" if label.startswith("_") else label  # matplotlib hides labels that begin with one
         style = style_of(base, styles)
         handles.append(Line2D([], [], color=style.colour, linestyle=style.dashes, linewidth=2.2, label=label))
     return handles

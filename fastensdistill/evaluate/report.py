@@ -43,13 +43,13 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anyw
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { color: var(--quiet); font-weight: 600; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal;
   min-width: 8.5rem; max-width: 18rem; }
 tbody th { font-weight: 500; }
 .sd, .note, figcaption { color: var(--quiet); }
-.sd { font-size: .85em; }
+td.sd { font-size: .85em; text-align: left; padding-left: 0; } .mean { padding-right: .3rem; }
 .note, figcaption { font-size: .88rem; max-width: 46rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; padding: .8rem 1rem;
   background: var(--soft); border-radius: .5rem; font-size: .9rem; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,15 +130,15 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def html_table(rows: Sequence[Row]) -> str:
-    """The table as an HTML ``<table>`` with escaped names."""
+    """The table as an HTML ``<table>`` with escaped names; standard deviations are columns, so that means align."""
 
     def cell(value: dict[str, Any]) -> str:
         mean = f"<b>{value['mean']}</b>" if value["best"] else value["mean"]
-        sd = f' <span class="sd">± {value["sd"]}</span>' if value["sd"] else ""
-        return f"<td>{mean}{sd}</td>"
+        return f'<td class="mean">{mean}</td><td class="sd">{"± " + value["sd"] if value["sd"] else ""}</td>'
 
-    titles = ["seeds", *(column.title for column in COLUMNS), *(title for _, title in _SIZES)]
-    head = '<th scope="col"></th>' + "".join(f'<th scope="col">{title}</th>' for title in titles)
+    head = '<th scope="col"></th><th scope="col">seeds</th>'
+    head += "".join(f'<th scope="col" class="mean">{column.title}</th><th></th>' for column in COLUMNS)
+    head += "".join(f'<th scope="col">{title}</th>' for _, title in _SIZES)
     body = []
     for line in table(rows):
         cells = f"<td>{line['seeds']}</td>" + "".join(cell(line[column.key]) for column in COLUMNS)
@@ -178,21 +178,37 @@ def _rich_table(
 
     out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     out.add_column("", max_width=32)
-    fields: list[tuple[str, Callable[[dict[str, Any]], Text]]] = []
     if seeds:
-        fields.append(("seeds", lambda line: Text(line["seeds"])))
+        out.add_column("seeds", justify="right", no_wrap=True)
     for column in columns:
-        fields.append((column.title, lambda line, key=column.key: _rich_cell(line[key], separator)))  # type: ignore[misc]
-    if sizes:
-        fields += [(title, lambda line, key=key: Text(line[key])) for key, title in _SIZES]  # type: ignore[misc]
-    for title, _ in fields:
+        out.add_column(Text(column.title, justify="right"), no_wrap=True)
+    for _, title in _SIZES if sizes else ():
         out.add_column(title, justify="right", no_wrap=True)
+    cells = [_rich_cells([line[column.key] for line in lines], column.title, separator) for column in columns]
     for i, line in enumerate(lines):
+        row = [Text(line["name"])]
+        row += [Text(line["seeds"])] if seeds else []
+        row += [cell[i] for cell in cells]
+        row += [Text(line[key]) for key, _ in _SIZES] if sizes else []
         last = i + 1 < len(lines) and lines[i + 1]["group"] != line["group"]
-        out.add_row(Text(line["name"]), *(make(line) for _, make in fields), end_section=last)
+        out.add_row(*row, end_section=last)
     return out
 
 
-def _rich_cell(value: dict[str, Any], separator: str) -> Text:
-    text = Text(value["mean"], style="bold" if value["best"] else "")
-    return text.append(separator + value["sd"], style="dim not bold") if value["sd"] else text
+def _rich_cells(column: Sequence[dict[str, Any]], title: str, separator: str) -> list[Text]:
+    """The cells of one metric, all of one width: means end in one column whether a deviation follows or not."""
+    beside = not separator.startswith("\n")
+    deviations = [separator + value["sd"] if value["sd"] else "" for value in column]
+    right = max(map(len, deviations)) if beside else 0
+    left = max(len(title) - right, *(len(value["mean"]) for value in column))
+    left = left if beside else max(left, *(len(deviation) - 1 for deviation in deviations))
+    cells = []
+    for value, deviation in zip(column, deviations, strict=True):
+        cell = Text(" " * (left - len(value["mean"])))
+        cell.append(value["mean"], style="bold" if value["best"] else "")
+        if beside:
+            deviation = deviation.ljust(right)
+        elif deviation:
+            deviation = "\n" + deviation[1:].rjust(left)
+        cells.append(cell.append(deviation, style="dim"))
+    return cells
