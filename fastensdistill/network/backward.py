@@ -1,0 +1,213 @@
+"""The launches of a backward pass: nodes in reverse, each gradient going as far as ``BACKWARD_FUSIONS`` lets it.
+
+``missing`` counts, per value, the readers whose gradient has not come yet; ``waiting`` holds those that came and were
+stored apart. The launch that brings the last one adds them, applies the ReLU's mask and so on, and stores the sum.
+"""
+
+from __future__ import annotations
+
+from fastensdistill.network.build import FLOAT, Builder
+from fastensdistill.network.forward import Forward
+from fastensdistill.network.launch import BACKWARD_FUSIONS, Part, Step, after
+from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
+
+
+class Backward(Builder):
+    def __init__(self, part: Part, forward: Part):
+        """Plan the gradient of ``forward``'s first groups; ``part`` receives the launches."""
+        super().__init__(part)
+        Forward(forward)
+        part.buffers.update(forward.buffers)
+        self.needed = self.find_needed()
+        self.missing = {name: len(users) for name, users in self.network.consumers.items()}
+        self.waiting: dict[str, list[Step]] = {name: [] for name in self.missing}
+        self.gradient: dict[str, str] = {}
+        self.done: set[str] = self.head.absorbed
+        self.summed: set[str] = set()
+        self.unfinished: list[str] = []  # values with more gradients than the launch that came last could add
+        self.head_gradient()
+        for node in reversed(self.network.nodes):
+            if node.name in self.needed and node.name not in self.done:
+                self.emit(node, self.gradient[node.name])
+
+    def find_needed(self) -> set[str]:
+        """Values whose gradient somebody reads: all for the image's, for the parameters' those that depend on one."""
+        needed: set[str] = set()
+        for node in self.network.nodes:
+            wanted = self.part.gradient == "input" or node.parameters or needed.intersection(node.inputs)
+            needed.update([node.name] if wanted else [])
+        return needed
+
+    def emit(self, node: Node, gradient: str) -> None:
+        source = node.inputs[0] if node.inputs else ""
+        if isinstance(node, Conv | Linear):
+            self.convolution(node, gradient)
+        elif isinstance(node, Norm) and self.part.training:
+            self.norm(node, gradient)
+        elif isinstance(node, Norm) and self.folded(node):
+            self.pass_on(source, Step("add", gradient))
+        elif isinstance(node, Activation):
+            self.deliver("elementwise gradient", node, source, [gradient], [Step("mask", f"{node.name}.mask")])
+        elif isinstance(node, Norm | Affine):
+            self.deliver("elementwise gradient", node, source, [gradient], [Step("scale", node.name)])
+        elif isinstance(node, Add):
+            for operand in node.inputs:
+                self.pass_on(operand, Step("add", gradient))
+        elif isinstance(node, Pool):
+            reads = [gradient, *([f"{node.name}.index"] if node.kind == "max" else [])]
+            self.deliver("pool gradient", node, source, reads)
+        elif isinstance(node, Pad):
+            self.pass_on(source, Step("add", gradient, node.stride))
+
+    def convolution(self, node: Conv | Linear, gradient: str) -> None:
+        source, prologue = node.inputs[0], []
+        if source in self.needed:
+            flat = isinstance(node, Linear) and node.in_shape[1:] != (1, 1)
+            op = "flat gradient" if flat else "conv gradient"
+            self.deliver(op, node, source, [gradient], macs=node.macs, weights=self.weights(node))
+        if self.part.gradient == "parameters":
+            if isinstance(self.network.by_name[source], Affine):
+                prologue = [Step("affine", source)]
+                source = self.network.by_name[source].inputs[0]
+            writes = self.parameter_buffers(node)
+            self.launch("weight gradient", node.name, [source, gradient], writes, prologue=prologue, macs=node.macs)
+
+    def parameter_buffers(self, node: Conv | Linear) -> list[str]:
+        writes = [self.buffer(f"{node.name}.weight.grad", (self.weights(node),), FLOAT)]
+        if node.bias:
+            writes.append(self.buffer(f"{node.name}.bias.grad", (node.shape[0],), FLOAT))
+        return writes
+
+    def norm(self, node: Norm, gradient: str) -> None:
+        source, sums, batch = node.inputs[0], f"{node.name}.grad_sums", f"{node.name}.statistics"
+        if node.name not in self.summed:
+            self.sums_buffer(sums, node.name)
+            self.launch("norm sums gradient", node.name, [gradient, source, batch], [sums])
+        writes = [self.buffer(f"{name}.grad", (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
+        reads = [gradient, source, sums, batch]
+        if source in self.needed:
+            self.deliver("norm gradient", node, source, reads, writes=writes)
+        else:
+            self.launch("norm gradient", node.name, reads, writes)
+
+    def head_gradient(self) -> None:
+        head, N = self.head, self.part.batch
+        linear = head.linear
+        logits = self.buffer(f"{linear.name}.grad", (N, linear.shape[0]), FLOAT)
+        reads, writes, macs = [logits, head.source, f"{linear.name}.pooled"], [], 2 * linear.macs
+        if self.part.gradient == "parameters":
+            writes = self.parameter_buffers(linear)
+        else:
+            reads, macs = reads[:2], linear.macs
+        prologue = [Step("relu")] if head.relu else []
+        if head.norm:
+            kind = "batch_norm" if self.part.training else "scale_shift"
+            prologue = [Step(kind, head.norm.name), *prologue]
+        if head.norm and self.part.training:
+            name, gradient = head.norm.name, self.image_buffer(f"{head.norm.name}.grad", head.norm.name)
+            self.summed.add(name)
+            steps = [Step("store", gradient), Step("sums", name)]
+            writes.append(self.sums_buffer(f"{name}.grad_sums", name))
+            reads.append(f"{name}.statistics")
+            self.launch("head gradient", linear.name, reads, writes, steps, prologue, macs, self.weights(linear))
+            self.norm(head.norm, gradient)
+        else:
+            weights = self.weights(linear)
+            self.deliver("head gradient", linear, head.source, reads, [], writes, prologue, macs, weights)
+
+    def deliver(
+        self,
+        op: str,
+        node: Node,
+        value: str,
+        reads: list[str],
+        steps: list[Step] | None = None,
+        writes: list[str] | None = None,
+        prologue: list[Step] | None = None,
+        macs: int = 0,
+        weights: int = 0,
+    ) -> None:
+        """A launch that computes one reader's gradient of ``value`` (from ``steps`` on) and goes on from there."""
+        steps, writes, fusions = [*(steps or [])], [*(writes or [])], BACKWARD_FUSIONS[op]
+        if steps:
+            fusions = after(fusions, steps[0].kind)
+        while True:
+            self.missing[value] -= 1
+            waiting = self.waiting[value]
+            if waiting and not self.missing[value] and "add" in fusions:
+                steps.append(waiting.pop())
+                fusions = after(fusions, "add")
+            if self.missing[value] or waiting:
+                name = self.image_buffer(f"{value}.grad{len(waiting)}", value)
+                steps.append(Step("store", name))
+                waiting.append(Step("add", name))
+                if not self.missing[value]:
+                    self.unfinished.append(value)
+                break
+            producer = self.network.by_name[value]
+            if isinstance(producer, Activation) and "mask" in fusions:
+                steps.append(Step("mask", f"{value}.mask"))
+                fusions = after(fusions, "mask")
+            elif isinstance(producer, Affine) or (isinstance(producer, Norm) and not self.part.training):
+                if not self.folded(producer):
+                    if "scale" not in fusions:
+                        steps.append(self.complete(value))
+                        break
+                    steps.append(Step("scale", value))
+                    fusions = after(fusions, "scale")
+            else:
+                steps.append(self.complete(value))
+                norm = self.norm_behind(value)
+                if norm and "sums" in fusions:
+                    self.summed.add(norm.name)
+                    steps.append(Step("sums", norm.name))
+                    reads = [*reads, norm.inputs[0], f"{norm.name}.statistics"]
+                    writes.append(self.sums_buffer(f"{norm.name}.grad_sums", norm.name))
+                break
+            self.done.add(producer.name)
+            value = producer.inputs[0]
+        self.launch(op, node.name, reads, writes, steps, prologue, macs, weights)
+        while self.unfinished:
+            self.add_up(self.unfinished.pop())
+
+    def complete(self, value: str) -> Step:
+        """Store the whole gradient of ``value``."""
+        bits = FLOAT if value == "input" else 16
+        self.gradient[value] = self.image_buffer(f"{value}.grad", value, bits)
+        return Step("store", self.gradient[value])
+
+    def norm_behind(self, value: str) -> Norm | None:
+        """The training-mode BatchNorm whose output has the same gradient as ``value``."""
+        if not self.part.training:
+            return None
+        node = self.network.by_name[value]
+        if isinstance(node, Norm):
+            return node
+        operands = [self.network.by_name[name] for name in node.inputs if isinstance(node, Add)]
+        return next((norm for norm in operands if isinstance(norm, Norm) and self.sole(norm.name)), None)
+
+    def pass_on(self, value: str, gradient: Step) -> None:
+        """A gradient that is ``value``'s as it stands, or belongs at its every ``stride``-th position: no launch."""
+        if value not in self.needed:
+            return
+        self.missing[value] -= 1
+        self.waiting[value].append(gradient)
+        if self.missing[value]:
+            return
+        if len(self.waiting[value]) == 1 and gradient.stride == 1:
+            self.gradient[value] = self.waiting[value].pop().arg
+        else:
+            self.add_up(value)
+
+    def add_up(self, value: str) -> None:
+        """Sum the gradients of ``value`` that wait, two at a time."""
+        self.missing[value] = 1
+        waiting = self.waiting[value]
+        first = next((step for step in waiting if step.stride == 1), None)
+        if first is None:
+            first = waiting.pop(0)
+            node = self.network.by_name[first.arg.removesuffix(".grad")]
+            self.deliver("pad gradient", node, value, [first.arg])
+        else:
+            waiting.remove(first)
+            self.deliver("elementwise gradient", self.network.by_name[value], value, [first.arg])

@@ -1,0 +1,123 @@
+"""What the forward and the backward planner share: buffers, launches with their bytes, and the shape of the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from fastensdistill.errors import InputError
+from fastensdistill.network.launch import Buffer, Launch, Part, Step
+from fastensdistill.network.nodes import Activation, Conv, Linear, Network, Node, Norm, Pool
+
+ACTIVATION, FLOAT, BIT, INDEX = 16, 32, 1, 8  # bits per element
+
+
+@dataclass(frozen=True)
+class Head:
+    """The network's last linear layer and what its launch takes in from ``source`` on: BatchNorm, ReLU, global mean."""
+
+    linear: Linear
+    pool: Pool | None
+    relu: Activation | None
+    norm: Norm | None
+    source: str
+
+    @property
+    def absorbed(self) -> set[str]:
+        return {node.name for node in (self.linear, self.pool, self.relu, self.norm) if node}
+
+
+def sole(network: Network, value: str) -> Node | None:
+    """The one node that reads ``value``, if there is exactly one."""
+    users = network.consumers[value]
+    return users[0] if len(users) == 1 and value != network.output else None
+
+
+def folded(part: Part, node: Node | None) -> bool:
+    """Whether this BatchNorm goes into the convolution's weights: evaluation mode, and nothing else reads that."""
+    if not isinstance(node, Norm) or part.training:
+        return False
+    source = node.inputs[0]
+    return isinstance(part.network.by_name[source], Conv) and sole(part.network, source) is node
+
+
+def find_head(part: Part) -> Head:
+    """The launch at the end of ``part``'s network. Raises ``InputError`` where the last layer is not linear."""
+    network, by_name = part.network, part.network.by_name
+    linear = by_name[network.output]
+    if not isinstance(linear, Linear):
+        raise InputError(f"the network ends in {linear.name!r}, a {type(linear).__name__}; expected a linear layer")
+    pool = relu = norm = None
+    node = by_name[linear.inputs[0]]
+    if isinstance(node, Pool) and node.is_global and sole(network, node.name):
+        pool, node = node, by_name[node.inputs[0]]
+    if isinstance(node, Activation) and sole(network, node.name):
+        relu, node = node, by_name[node.inputs[0]]
+        per_channel = pool is not None or node.shape[1:] == (1, 1)
+        if isinstance(node, Norm) and sole(network, node.name) and per_channel and not folded(part, node):
+            norm, node = node, by_name[node.inputs[0]]
+    return Head(linear, pool, relu, norm, node.name)
+
+
+class Builder:
+    """Collects the launches of one part."""
+
+    def __init__(self, part: Part):
+        self.part, self.network = part, part.network
+        self.head = find_head(part)
+
+    def sole(self, value: str) -> Node | None:
+        return sole(self.network, value)
+
+    def folded(self, node: Node | None) -> bool:
+        return folded(self.part, node)
+
+    @property
+    def groups(self) -> int:
+        return len(self.part.groups)
+
+    def buffer(self, name: str, shape: tuple[int, ...], bits: int = ACTIVATION, groups: int | None = None) -> str:
+        self.part.buffers[name] = Buffer(shape, bits, self.groups if groups is None else groups)
+        return name
+
+    def image_buffer(self, name: str, node: str, bits: int = ACTIVATION) -> str:
+        """A buffer with the shape of ``node``'s value, for all images."""
+        C, H, W = self.network.by_name[node].shape
+        return self.buffer(name, (self.part.batch, H, W, C), bits)
+
+    def sums_buffer(self, name: str, norm: str) -> str:
+        """Partial sums of two kinds per group and channel; the number of rows is the kernel's affair."""
+        return self.buffer(name, (2, self.network.by_name[norm].shape[0]), FLOAT)
+
+    def launch(
+        self,
+        op: str,
+        node: str,
+        reads: list[str],
+        writes: list[str],
+        epilogue: list[Step] | None = None,
+        prologue: list[Step] | None = None,
+        macs: int = 0,
+        weights: int = 0,
+    ) -> None:
+        """Append a launch. ``macs`` per image and group, ``weights`` elements per group; steps add their buffers."""
+        epilogue = epilogue or []
+        reads = [*reads, *(s.arg for s in epilogue if s.kind in ("add", "mask"))]
+        writes = [*writes, *(s.arg for s in epilogue if s.kind in ("store", "bits"))]
+        nbytes = weights * self.groups * ACTIVATION / 8
+        for name in (*reads, *writes):
+            held = self.part.buffers[name]
+            nbytes += Buffer(held.shape, held.bits, min(held.groups, self.groups)).nbytes
+        flops = 2 * macs * self.part.batch * self.groups
+        user = self.sole(node) if op in ("conv", "conv gradient") else None
+        self.part.launches.append(
+            Launch(
+                op, node, tuple(reads), tuple(writes), tuple(prologue or ()), tuple(epilogue),
+                user.name if user and self.folded(user) else "", flops, nbytes,
+            )
+        )  # fmt: skip
+
+    def weights(self, node: Conv | Linear) -> int:
+        if isinstance(node, Conv):
+            return node.shape[0] * node.in_shape[0] * node.kernel**2
+        return node.shape[0] * prod(node.in_shape)

@@ -1,0 +1,97 @@
+"""What the weights of a launch carry: an evaluation-mode BatchNorm, or a branch's rank-one factors, with its adjoint.
+
+    conv then BatchNorm:  W' = scale ⊗ W,  b' = scale·b + shift,   scale = γ/√(var + ε),  shift = β − scale·mean
+    branch k:             W_k = s_k ⊗ W ⊗ r_k,  b_k = s_k·b                    (Nam et al., ICML 2022, section 2)
+    adjoint:              dW = Σ_k s_k ⊗ dW_k ⊗ r_k,  db = Σ_k s_k·db_k
+                          dr_k = Σ_{o,tap} s_k·W·dW_k,  ds_k = Σ_{i,tap} r_k·W·dW_k + b·db_k
+
+Parameters are given as in a state dict, name → tensor. A student's rank-one layer at ``path`` holds
+``path.layer.weight`` (and bias) and the deviations ``path.delta_r`` (K, Ci) and ``path.delta_s`` (K, Co); in a plain
+network it is ``path.weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastensdistill.network.nodes import Conv, Linear, Norm
+
+Parameters = Mapping[str, Tensor]
+
+
+def norm_scale_shift(parameters: Parameters, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of an evaluation-mode BatchNorm."""
+    scale = parameters[f"{norm.name}.weight"] * (parameters[f"{norm.name}.running_var"] + norm.eps).rsqrt()
+    return scale, parameters[f"{norm.name}.bias"] - scale * parameters[f"{norm.name}.running_mean"]
+
+
+def image_scale_shift(parameters: Parameters, name: str) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of the image normalisation ``name``."""
+    mean, std = parameters[f"{name}.mean"].flatten(), parameters[f"{name}.std"].flatten()
+    return 1 / std, -mean / std
+
+
+def layer_weights(parameters: Parameters, layer: Conv | Linear, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution or linear layer, carrying ``norm`` where one is given."""
+    weight = parameters[f"{layer.name}.weight"]
+    bias = parameters[f"{layer.name}.bias"] if layer.bias else None
+    if norm is None:
+        return weight, bias
+    scale, shift = norm_scale_shift(parameters, norm)
+    return weight * _rows(scale, weight), shift if bias is None else scale * bias + shift
+
+
+def _rows(values: Tensor, weight: Tensor) -> Tensor:
+    """(…, Co) shaped to multiply the output channels of ``weight`` (Co, Ci, …)."""
+    return values[(..., *[None] * (weight.dim() - 1))]
+
+
+def _columns(values: Tensor, weight: Tensor) -> Tensor:
+    """(…, Ci) shaped to multiply the input channels of ``weight`` (Co, Ci, …)."""
+    return values[(..., None, slice(None), *[None] * (weight.dim() - 2))]
+
+
+def fold_branches(parameters: Parameters, branches: int) -> list[dict[str, Tensor]]:
+    """The plain network that each branch of a student is: K mappings with a plain network's names."""
+    folded: list[dict[str, Tensor]] = [{} for _ in range(branches)]
+    for name, value in parameters.items():
+        path, _, kind = name.rpartition(".layer.")
+        for k, branch in enumerate(folded):
+            if kind == "weight":
+                r, s = 1 + parameters[f"{path}.delta_r"][k], 1 + parameters[f"{path}.delta_s"][k]
+                branch[f"{path}.weight"] = value * _rows(s, value) * _columns(r, value)
+            elif kind == "bias":
+                branch[f"{path}.bias"] = (1 + parameters[f"{path}.delta_s"][k]) * value
+            elif not name.endswith((".delta_r", ".delta_s")):
+                branch[name] = value
+    return folded
+
+
+def unfold_branches(parameters: Parameters, gradients: Parameters) -> dict[str, Tensor]:
+    """The student's gradients, by its own names, from those of its branches by a plain network's names.
+
+    Args:
+        gradients: of a layer (K, …), one per branch; of a shared BatchNorm (1, C), already summed over branches.
+    """
+    result: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        path, _, kind = name.rpartition(".layer.")
+        if kind == "weight":
+            d = gradients[f"{path}.weight"].view(-1, *value.shape)
+            r, s = 1 + parameters[f"{path}.delta_r"], 1 + parameters[f"{path}.delta_s"]
+            rows, columns = _rows(s, value), _columns(r, value)
+            result[name] = (d * rows * columns).sum(0)
+            product = (value * d).flatten(3) if value.dim() > 2 else (value * d)[..., None]
+            by_pair = product.sum(3)
+            result[f"{path}.delta_r"] = (by_pair * s[:, :, None]).sum(1)
+            result[f"{path}.delta_s"] = (by_pair * r[:, None, :]).sum(2)
+            bias = f"{path}.layer.bias"
+            if bias in parameters:
+                result[f"{path}.delta_s"] += parameters[bias] * gradients[f"{path}.bias"]
+        elif kind == "bias":
+            result[name] = ((1 + parameters[f"{path}.delta_s"]) * gradients[f"{path}.bias"]).sum(0)
+        elif name in gradients:
+            result[name] = gradients[name].sum(0)
+    return result

@@ -1,0 +1,159 @@
+"""The launches of a forward pass: each op takes along what follows it, as far as ``FORWARD_FUSIONS`` lets it."""
+
+from __future__ import annotations
+
+from fastensdistill.network.build import BIT, FLOAT, INDEX, Builder
+from fastensdistill.network.launch import FORWARD_FUSIONS, Part, Step, after
+from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
+
+
+class Forward(Builder):
+    def __init__(self, part: Part):
+        super().__init__(part)
+        self.done: set[str] = self.head.absorbed
+        self.summed: set[str] = set()
+        C, H, W = self.network.nodes[0].shape
+        self.buffer("input", (part.batch, H, W, C), FLOAT, groups=1)
+        for node in self.network.nodes:
+            if node.name not in self.done:
+                self.emit(node)
+        self.finish_head()
+
+    def emit(self, node: Node) -> None:
+        if isinstance(node, Conv | Linear):
+            self.convolution(node)
+        elif isinstance(node, Norm) and self.part.training:
+            self.statistics(node)
+            source = node.inputs[0]
+            self.follow("norm", node, [source, f"{node.name}.statistics"], [Step("batch_norm", node.name)])
+        elif isinstance(node, Norm):
+            self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
+        elif isinstance(node, Activation):
+            self.follow("elementwise", node, [node.inputs[0]], [Step("relu"), *self.bits(node)])
+        elif isinstance(node, Add):
+            first, second = node.inputs
+            if self.view(first):
+                first, second = second, first
+            if self.view(first):
+                self.follow("pad", self.network.by_name[first], [self.network.by_name[first].inputs[0]], [])
+            self.follow("elementwise", node, [first], [self.addition(second)])
+        elif isinstance(node, Pool):
+            indices = [f"{node.name}.index"] if node.kind == "max" and self.part.gradient else []
+            for name in indices:
+                self.image_buffer(name, node.name, INDEX)
+            self.follow("pool", node, [node.inputs[0]], [], writes=indices)
+        elif isinstance(node, Pad) and not self.view(node.name):
+            self.follow("pad", node, [node.inputs[0]], [])
+
+    def convolution(self, node: Conv | Linear) -> None:
+        source, prologue = node.inputs[0], []
+        if isinstance(self.network.by_name[source], Affine):
+            prologue = [Step("affine", source)]
+            source = self.network.by_name[source].inputs[0]
+        user, value, steps = self.sole(node.name), node.name, [Step("bias")] if node.bias else []
+        if user and self.folded(user):
+            value, steps = user.name, [Step("bias")]
+            self.done.add(user.name)
+        steps += self.chain(value, FORWARD_FUSIONS["conv"])
+        self.done.add(node.name)
+        self.launch(
+            "conv", node.name, [source], self.sums(steps), steps, prologue, macs=node.macs, weights=self.weights(node)
+        )
+
+    def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
+        """A launch that computes ``node`` by ``steps`` and takes along what it can."""
+        fusions = FORWARD_FUSIONS[op]
+        if steps and steps[0].kind in fusions:
+            fusions = after(fusions, steps[0].kind)
+        steps = [*steps, *self.chain(node.name, fusions)]
+        self.launch(op, node.name, reads, [*(writes or []), *self.sums(steps)], steps)
+        self.done.add(node.name)
+
+    def sums(self, steps: list[Step]) -> list[str]:
+        return [self.sums_buffer(f"{step.arg}.sums", step.arg) for step in steps if step.kind == "sums"]
+
+    def bits(self, relu: Node) -> list[Step]:
+        if not self.part.gradient:
+            return []
+        return [Step("bits", self.image_buffer(f"{relu.name}.mask", relu.name, BIT))]
+
+    def view(self, value: str) -> bool:
+        """Whether ``value`` is a zero-padded shortcut that the one addition which reads it can read in place."""
+        return isinstance(self.network.by_name[value], Pad) and isinstance(self.sole(value), Add)
+
+    def addition(self, operand: str) -> Step:
+        node = self.network.by_name[operand]
+        if isinstance(node, Pad) and self.view(operand):
+            return Step("add", node.inputs[0], node.stride)
+        return Step("add", operand)
+
+    def other_operand(self, node: Node | None, value: str) -> Step | None:
+        """The residual that makes ``node``, an addition, of ``value``; None if it is not computed yet."""
+        if not isinstance(node, Add) or node.inputs[0] == node.inputs[1]:
+            return None
+        step = self.addition(next(name for name in node.inputs if name != value))
+        return step if step.arg in self.part.buffers else None
+
+    def chain(self, value: str, fusions: tuple[str, ...]) -> list[Step]:
+        """The steps from ``value`` on: what is fused, what is stored, the second output, the sums."""
+        steps: list[Step] = []
+        while user := self.sole(value):
+            residual = self.other_operand(user, value)
+            if residual and "add" in fusions:
+                steps.append(residual)
+                fusions = after(fusions, "add")
+            elif isinstance(user, Activation) and user.name not in self.head.absorbed and "relu" in fusions:
+                steps += [Step("relu"), *self.bits(user)]
+                fusions = after(fusions, "relu")
+            else:
+                break
+            self.done.add(user.name)
+            value = user.name
+        steps.append(Step("store", self.image_buffer(value, value)))
+        users = self.network.consumers[value]
+        norm = next((u for u in users if isinstance(u, Norm)), None)
+        if norm is None:
+            return steps
+        relu = self.sole(norm.name)
+        masked = any(step.kind == "bits" for step in steps)
+        if self.part.training and "sums" in fusions:
+            self.summed.add(norm.name)
+            steps.append(Step("sums", norm.name))
+        if self.part.training or masked or "next" not in fusions:
+            return steps
+        if isinstance(relu, Activation) and relu.name not in self.head.absorbed:
+            self.done.update((norm.name, relu.name))
+            steps += [Step("scale_shift", norm.name), Step("relu"), *self.bits(relu)]
+            steps.append(Step("store", self.image_buffer(relu.name, relu.name)))
+        return steps
+
+    def statistics(self, norm: Norm) -> None:
+        """Finish the sums, made here if no launch before could: the batch's statistics, and the running ones moved."""
+        sums, channels = f"{norm.name}.sums", norm.shape[0]
+        if norm.name not in self.summed:
+            self.launch("norm sums", norm.name, [norm.inputs[0]], [self.sums_buffer(sums, norm.name)])
+        batch = self.buffer(f"{norm.name}.statistics", (2, channels), FLOAT, self.part.sets)
+        running = self.buffer(f"{norm.name}.running", (2, channels), FLOAT, self.part.sets)
+        self.launch("norm statistics", norm.name, [sums], [batch, running])
+
+    def finish_head(self) -> None:
+        head = self.head
+        reads, prologue = [head.source], []
+        if head.norm and self.part.training:
+            self.statistics(head.norm)
+            reads.append(f"{head.norm.name}.statistics")
+            prologue.append(Step("batch_norm", head.norm.name))
+        elif head.norm:
+            prologue.append(Step("scale_shift", head.norm.name))
+        if head.relu:
+            prologue.append(Step("relu"))
+        N, linear = self.part.batch, head.linear
+        features = self.weights(linear) // linear.shape[0]
+        writes = [
+            self.buffer(linear.name, (N, linear.shape[0]), FLOAT),
+            self.buffer(f"{linear.name}.pooled", (N, features), FLOAT),
+        ]
+        steps = [Step("bias")] if linear.bias else []
+        self.launch(
+            "head", linear.name, reads, writes, steps, prologue, macs=linear.macs, weights=self.weights(linear)
+        )

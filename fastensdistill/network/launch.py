@@ -1,0 +1,164 @@
+"""What a plan consists of: groups, steps, launches, buffers, parts; and what each launch can fuse.
+
+A launch runs one op over all groups of a part. What it does besides is written out as steps, in order: the prologue
+transforms the input as it is read, the epilogue the result before and while it is written.
+
+    prologue  affine NAME                    (x - mean) / std of the image, zero padding coming after it
+              scale_shift NORM, relu         BatchNorm in evaluation mode, then ReLU
+              batch_norm NORM, relu          BatchNorm with this batch's statistics, then ReLU
+    epilogue  bias                           the layer's own, or that of the BatchNorm its weights carry
+              add BUFFER [every S]           plus a residual; every S-th position of it, or to every S-th (gradients)
+              relu, scale_shift, batch_norm  as above
+              mask BUFFER                    keep a gradient where the forward pass's ReLU was open
+              scale NORM                     times an evaluation-mode BatchNorm's scale, or 1 / std of the image
+              store BUFFER, bits BUFFER      write the value; write one bit per value, whether it is positive
+              sums NORM                      per-channel sums which that BatchNorm needs next
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from fastensdistill.errors import InputError, unknown
+from fastensdistill.network.nodes import Network
+
+# What follows an op inside its own launch, in this order; of two "add" one can be used. The convolutions' "next" is a
+# second output, relu(scale_shift(value)), for the block that comes after.
+FORWARD_FUSIONS: dict[str, tuple[str, ...]] = {
+    "conv": ("add", "relu", "next", "sums"),
+    "norm": ("add", "relu"),
+    "elementwise": ("add", "relu"),
+    "pool": (),
+    "pad": (),
+}
+BACKWARD_FUSIONS: dict[str, tuple[str, ...]] = {
+    "conv gradient": ("add", "mask", "scale", "add", "sums"),
+    "flat gradient": (),
+    "norm gradient": ("add",),
+    "elementwise gradient": ("add", "mask", "scale", "add", "sums"),
+    "head gradient": (),
+    "pool gradient": (),
+    "pad gradient": (),
+}
+RULES = (
+    "Groups of one architecture and one BatchNorm mode share their launches; another architecture forms its own.",
+    "BatchNorm in evaluation mode goes into the weights of the convolution before it, if nothing else reads that.",
+    "Else it is a scale-shift-ReLU, a second output of the launch before it, where a ReLU follows; else a launch.",
+    "Normalisation of the image is a prologue of the stem: zero padding comes after it, so weights cannot carry it.",
+    "BatchNorm in training mode: sums in the epilogue before it, one small launch to finish them, one to apply them "
+    "with the residual and the ReLU. As a convolution's prologue it would be computed once per tap.",
+    "The last linear layer, the pooling, ReLU and BatchNorm before it are one launch, forward and backward.",
+    "An addition belongs to the launch that computes its last operand; a zero-padded shortcut is a strided read.",
+    "ReLU leaves one bit per value where a gradient follows; the data gradient applies it, the evaluation-mode scale "
+    "or the sums of the training-mode BatchNorm, and adds the residual's gradient.",
+    "No gradient is computed that nobody reads: in training the stem has a weight gradient only.",
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One network's run in a pass.
+
+    Args:
+        name: for printing, such as "T1".
+        network: its index in the list given to ``plan``.
+        statistics: None for evaluation mode; else groups with the same label take BatchNorm's mean and variance (and
+            have its scale, shift and running estimates) together. A part has one label or one per group.
+        gradient: None; "input", of the image (evaluation mode); or "parameters" (training mode).
+    """
+
+    name: str
+    network: int = 0
+    statistics: str | None = None
+    gradient: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.gradient not in (None, "input", "parameters"):
+            raise unknown("gradient", str(self.gradient), ["input", "parameters"])
+        if self.gradient and (self.gradient == "parameters") != (self.statistics is not None):
+            raise InputError(
+                f"group {self.name!r} asks for the gradient of its {self.gradient} in "
+                f"{'evaluation' if self.statistics is None else 'training'} mode; expected the parameters' in training "
+                "mode or the input's in evaluation mode"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    kind: str
+    arg: str = ""
+    stride: int = 1
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *([self.arg] if self.arg else []), *([f"every {self.stride}"] * (self.stride > 1))])
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """``shape`` of one group's share, (N, H, W, C) for activations; ``bits`` per element; ``groups`` shares."""
+
+    shape: tuple[int, ...]
+    bits: int
+    groups: int
+
+    @property
+    def nbytes(self) -> float:
+        return self.groups * prod(self.shape) * self.bits / 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One op over all groups of its part.
+
+    ``folded`` names the evaluation-mode BatchNorm which the weights carry.
+    ``reads`` and ``writes`` are the buffers it touches, its main input first; weights and parameters are not buffers.
+    ``flops`` counts convolutions and linear layers, two per multiply-accumulate; ``nbytes`` what it must move.
+    """
+
+    op: str
+    node: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    prologue: tuple[Step, ...] = ()
+    epilogue: tuple[Step, ...] = ()
+    folded: str = ""
+    flops: int = 0
+    nbytes: float = 0.0
+
+    def steps(self, kind: str) -> tuple[Step, ...]:
+        return tuple(step for step in self.epilogue if step.kind == kind)
+
+
+@dataclass
+class Part:
+    """The launches over groups that share an architecture and a BatchNorm mode. Buffers belong to the part.
+
+    Groups whose gradient is asked for come first, so that a backward part's groups are the first of the forward's.
+    """
+
+    name: str
+    network: Network
+    groups: tuple[Group, ...]
+    batch: int
+    launches: list[Launch] = field(default_factory=list)
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+
+    @property
+    def training(self) -> bool:
+        return self.groups[0].statistics is not None
+
+    @property
+    def gradient(self) -> str | None:
+        return self.groups[0].gradient
+
+    @property
+    def sets(self) -> int:
+        """How many sets of groups share BatchNorm statistics: 1 or the number of groups."""
+        return len({group.statistics for group in self.groups}) if self.training else len(self.groups)
+
+
+def after(fusions: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    """The fusions still possible once ``kind`` has been used."""
+    rest = fusions[fusions.index(kind) + 1 :]
+    return tuple(k for k in rest if k != "add") if kind == "add" else rest

@@ -1,0 +1,106 @@
+"""The plan of a pass: which launches, over which groups, with which fusions. ``RULES`` says how they are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastensdistill.errors import InputError, unknown
+from fastensdistill.network.backward import Backward
+from fastensdistill.network.forward import Forward
+from fastensdistill.network.launch import Group, Launch, Part
+from fastensdistill.network.nodes import Network
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts are independent of one another; within a part the launches run in order."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def launches(self) -> list[Launch]:
+        return [launch for part in self.parts for launch in part.launches]
+
+    @property
+    def flops(self) -> int:
+        """Of convolutions and linear layers, two per multiply-accumulate, for the whole batch."""
+        return sum(launch.flops for launch in self.launches)
+
+    @property
+    def nbytes(self) -> float:
+        return sum(launch.nbytes for launch in self.launches)
+
+
+def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, batch: int) -> Plan:
+    """The launches of one pass of ``batch`` images.
+
+    Args:
+        networks: traced architectures; equal ones count as one.
+        groups: who runs, in which mode and to what end. A backward pass takes the forward pass's list and plans for
+            the groups that ask for a gradient.
+        direction: "forward" or "backward".
+
+    Raises:
+        InputError: dropout in a network that trains, statistics shared in a way no launch can, a network that does not
+            end in a linear layer.
+    """
+    if direction not in ("forward", "backward"):
+        raise unknown("direction", direction, ["forward", "backward"])
+    together: dict[tuple[int, bool], list[Group]] = {}
+    for group in groups:
+        first = networks.index(networks[group.network])
+        together.setdefault((first, group.statistics is not None), []).append(group)
+    parts = []
+    for (index, training), members in together.items():
+        ordered = tuple(sorted(members, key=lambda group: group.gradient is None))
+        name = f"network {index}, {'training' if training else 'evaluation'}"
+        part = Part(name, networks[index], ordered, batch)
+        check(part)
+        if direction == "forward":
+            Forward(part)
+            parts.append(part)
+        elif part.gradient:
+            backward = replace(part, groups=tuple(g for g in ordered if g.gradient), launches=[], buffers={})
+            Backward(backward, part)
+            parts.append(backward)
+    return Plan(tuple(parts))
+
+
+def check(part: Part) -> None:
+    names = ", ".join(group.name for group in part.groups)
+    if part.training and part.network.dropout:
+        raise InputError(
+            f"dropout in {part.network.dropout[0]!r} while {names} train; expected p=0, or the reference engine"
+        )
+    if part.training and part.sets not in (1, len(part.groups)):
+        raise InputError(f"{names} share {part.sets} sets of BatchNorm statistics; expected one, or one each")
+    if part.training and len({group.gradient for group in part.groups}) > 1:
+        raise InputError(f"{names} train together; expected all of them to ask for the parameters' gradient, or none")
+
+
+def step_groups(teachers: int, branches: int, student: int = 1) -> dict[str, tuple[list[Group], str]]:
+    """The four passes of one training step with the TDiv − SDiv perturbation (design.md §1, method.md §3).
+
+    Network 0 is the teachers'; ``student`` is the index of the student's. Of the perturbation only the first member's
+    gradient is taken (a); b's logits are constants.
+    """
+    pair = [
+        Group("Ta", 0, gradient="input"), Group("Sa", student, gradient="input"), Group("Tb", 0), Group("Sb", student),
+    ]  # fmt: skip
+    distillation = [Group(f"T{m + 1}", 0) for m in range(teachers)]
+    distillation += [Group(f"S{k + 1}", student, "S", "parameters") for k in range(branches)]
+    return {
+        "perturbation, forward": (pair, "forward"),
+        "perturbation, input gradient": (pair, "backward"),
+        "distillation, forward": (distillation, "forward"),
+        "distillation, backward": (distillation, "backward"),
+    }
+
+
+def plan_step(teacher: Network, student: Network, teachers: int, branches: int, batch: int) -> dict[str, Plan]:
+    """The plans of the four passes of ``step_groups``, for teachers of one architecture."""
+    return {
+        name: plan([teacher, student], groups, direction, batch)
+        for name, (groups, direction) in step_groups(teachers, branches).items()
+    }
