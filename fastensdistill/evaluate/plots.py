@@ -103,7 +103,7 @@ def reliability_diagram(
             upper.set_ylabel("accuracy", fontsize=9)
             lower.set_ylabel("images, %", fontsize=9)
             figure.align_ylabels([upper, lower])
-        if i + columns >= len(entries):
+        if i // columns == rows - 1:  # not where a column ends early: its panel would shrink
             lower.set_xlabel("top probability", fontsize=9)
     figure.legend(
         handles=[
