@@ -1,13 +1,11 @@
-"""BatchNorm in training mode, from partial sums: statistics, application, and the backward pass.
+"""BatchNorm in training mode, forward: statistics from partial sums, and application.
 
 The Q sets of groups which share statistics: one (all K branches of a student) or G (teachers, each its own).
 
-    forward:  mean = center + S₁/n,  var = S₂/n − (S₁/n)²           (biased; S about center = the running mean)
-              running = (1 − momentum) · running + momentum · (mean, var)
-              scale = γ / √(var + ε),  shift = β − scale · mean
-              y = scale · z + shift (+ residual), ReLU
-    backward: dβ = Σ d,  dγ = Σ d · x̂,   x̂ = (z − mean) · inv_std
-              dz = A·d + B·z + C (+ residual),  A = γ·inv_std,  B = −A·inv_std·dγ/n,  C = −A·dβ/n − B·mean
+    mean = center + S₁/n,  var = S₂/n − (S₁/n)²           (biased; S about center = the running mean)
+    running = (1 − momentum) · running + momentum · (mean, var)
+    scale = γ / √(var + ε),  shift = β − scale · mean
+    y = scale · z + shift (+ residual), ReLU
 """
 
 from typing import NamedTuple
@@ -15,21 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.kernels.gather import store_bits, sum_rows
+from fastensdistill.kernels.tiles import Tile, rows_tile
 from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
     check_pair,
     check_rows,
     check_tensor,
+    launch,
     pack_mask,
-    partial_rows,
     present,
     require,
+    row_stride,
+    runs_kernel,
     shortcut,
-    unpack_mask,
+    tl,
+    triton,
 )
 
-ROWS_BLOCK = 256  # positions that one program of batch_norm_backward_statistics sums
+SUMS_ROWS, SUMS_CHANNELS = 256, 16  # rows of partial sums read at once, and the channels of one program
+SUMS_TILE = Tile(0, 0, 0, 8, 1, "few programs: latency decides, so many loads are in flight")
 
 
 class NormStatistics(NamedTuple):
@@ -44,18 +48,7 @@ class NormOutput(NamedTuple):
     mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
 
 
-class NormGradient(NamedTuple):
-    d: Tensor  # (G, N, H, W, C)
-    d_weight: Tensor  # (Q, C) float32
-    d_bias: Tensor
-
-
-class NormSums(NamedTuple):
-    d: Tensor  # (G, N, H, W, C): the masked gradient
-    statistics: Tensor  # (G, P, 2, C)
-
-
-def _wide(rows: Tensor) -> Tensor:
+def wide(rows: Tensor) -> Tensor:
     return rows[:, None, None, None, :]
 
 
@@ -80,6 +73,72 @@ def batch_norm_statistics_reference(
     return mean, inv_std, weight * inv_std, bias - weight * inv_std * mean
 
 
+@triton.jit
+def batch_norm_statistics_kernel(
+    p_partials,
+    p_weight,
+    p_bias,
+    p_running_mean,
+    p_running_var,
+    p_mean,
+    p_inv_std,
+    p_scale,
+    p_shift,
+    n_rows,
+    share,
+    momentum,
+    eps,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_q = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    first, second = sum_rows(p_partials, i_q * n_rows, n_rows, o_c, m_c, C, BLOCK_R, BLOCK_C)
+    o = i_q * C + o_c
+    b_running_mean = tl.load(p_running_mean + o, mask=m_c, other=0.0)
+    b_running_var = tl.load(p_running_var + o, mask=m_c, other=0.0)
+    offset = first * share
+    b_mean = b_running_mean + offset
+    b_var = tl.maximum(second * share - offset * offset, 0.0)
+    tl.store(p_running_mean + o, b_running_mean + momentum * offset, mask=m_c)
+    tl.store(p_running_var + o, b_running_var + momentum * (b_var - b_running_var), mask=m_c)
+    b_inv_std = 1.0 / tl.sqrt_rn(b_var + eps)
+    b_scale = tl.load(p_weight + o, mask=m_c, other=0.0) * b_inv_std
+    tl.store(p_mean + o, b_mean, mask=m_c)
+    tl.store(p_inv_std + o, b_inv_std, mask=m_c)
+    tl.store(p_scale + o, b_scale, mask=m_c)
+    tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
+
+
+def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps):
+    mean, inv_std, scale, shift = (torch.empty_like(weight) for _ in range(4))
+    sets, channels = weight.shape
+    launch(
+        batch_norm_statistics_kernel,
+        (-(-channels // SUMS_CHANNELS), sets),
+        SUMS_TILE,
+        p_partials=partials,
+        p_weight=weight,
+        p_bias=bias,
+        p_running_mean=running_mean,
+        p_running_var=running_var,
+        p_mean=mean,
+        p_inv_std=inv_std,
+        p_scale=scale,
+        p_shift=shift,
+        n_rows=partials.shape[0] * partials.shape[1] // sets,
+        share=1.0 / count,
+        momentum=momentum,
+        eps=eps,
+        C=channels,
+        BLOCK_R=SUMS_ROWS,
+        BLOCK_C=SUMS_CHANNELS,
+    )
+    return mean, inv_std, scale, shift
+
+
 @torch.library.custom_op("fastensdistill::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
 def _batch_norm_statistics(
     partials: Tensor,
@@ -91,7 +150,8 @@ def _batch_norm_statistics(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return batch_norm_statistics_reference(partials, count, weight, bias, running_mean, running_var, momentum, eps)
+    run = _launch_statistics if runs_kernel(partials) else batch_norm_statistics_reference
+    return run(partials, count, weight, bias, running_mean, running_var, momentum, eps)
 
 
 @_batch_norm_statistics.register_fake
@@ -139,11 +199,98 @@ def batch_norm_apply_reference(
     mask: bool,
 ) -> tuple[Tensor, Tensor]:
     high = accumulator(z.dtype)
-    y = z.to(high) * _wide(scale) + _wide(shift)
+    y = z.to(high) * wide(scale) + wide(shift)
     if residual is not None:
         y = y + shortcut(residual, residual_stride, z.shape[2], z.shape[3], z.shape[4]).to(high)
     y = (y.relu() if relu else y).to(z.dtype)
     return y, pack_mask(y > 0) if mask else absent(z.new_empty(0, dtype=torch.uint8))
+
+
+@triton.jit
+def batch_norm_apply_kernel(
+    p_z,
+    p_scale,
+    p_shift,
+    p_residual,
+    p_y,
+    p_mask,
+    positions,
+    s_scale,
+    s_residual,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_n = tl.program_id(1)
+    i_g = tl.program_id(2).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < positions
+    m_n = o_n < C
+    m_z = m_m[:, None] & m_n[None, :]
+    o_z = o_m[:, None] * C + o_n[None, :]
+    b_scale = tl.load(p_scale + i_g * s_scale + o_n, mask=m_n, other=0.0)
+    b_shift = tl.load(p_shift + i_g * s_scale + o_n, mask=m_n, other=0.0)
+    b_y = tl.load(p_z + i_g * positions * C + o_z, mask=m_z, other=0.0).to(tl.float32)
+    b_y = b_y * b_scale[None, :] + b_shift[None, :]
+    if p_residual is not None:
+        image = o_m // (H * W)
+        i_h = (o_m % (H * W)) // W * RESIDUAL_STRIDE
+        i_w = o_m % W * RESIDUAL_STRIDE
+        o_r = ((image * HR + i_h) * WR + i_w) * CR
+        m_r = m_m[:, None] & (o_n < CR)[None, :]
+        b_y += tl.load(p_residual + i_g * s_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(
+            tl.float32
+        )
+    if RELU:
+        b_y = tl.maximum(b_y, 0.0)
+    b_stored = b_y.to(p_y.dtype.element_ty)
+    tl.store(p_y + i_g * positions * C + o_z, b_stored, mask=m_z)
+    if p_mask is not None:
+        p_bits = p_mask + i_g * positions * ((C + 7) // 8)
+        store_bits(p_bits, (b_stored > 0) & m_z, o_m, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N)
+
+
+def _launch_apply(z, scale, shift, residual, residual_stride, relu, mask):
+    y, bits = _empty_apply(z, mask)
+    groups, images, height, width, channels = z.shape
+    tile = rows_tile(channels)
+    positions = images * height * width
+    launch(
+        batch_norm_apply_kernel,
+        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
+        tile,
+        p_z=z,
+        p_scale=scale,
+        p_shift=shift,
+        p_residual=residual,
+        p_y=y,
+        p_mask=bits if mask else None,
+        positions=positions,
+        s_scale=row_stride(scale),
+        s_residual=residual.stride(0) if residual is not None else 0,
+        H=height,
+        W=width,
+        C=channels,
+        HR=residual.shape[2] if residual is not None else 0,
+        WR=residual.shape[3] if residual is not None else 0,
+        CR=residual.shape[4] if residual is not None else 0,
+        RESIDUAL_STRIDE=residual_stride,
+        RELU=relu,
+    )
+    return y, bits
+
+
+def _empty_apply(z, mask):
+    shape = (*z.shape[:4], -(-z.shape[4] // 8)) if mask else (0,)
+    return torch.empty_like(z), z.new_empty(shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op("fastensdistill::batch_norm_apply", mutates_args=())
@@ -156,13 +303,13 @@ def _batch_norm_apply(
     relu: bool,
     mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    return batch_norm_apply_reference(z, scale, shift, residual, residual_stride, relu, mask)
+    run = _launch_apply if runs_kernel(z) else batch_norm_apply_reference
+    return run(z, scale, shift, residual, residual_stride, relu, mask)
 
 
 @_batch_norm_apply.register_fake
 def _batch_norm_apply_fake(z, scale, shift, residual, residual_stride, relu, mask):
-    shape = (*z.shape[:4], -(-z.shape[4] // 8)) if mask else (0,)
-    return torch.empty_like(z), z.new_empty(shape, dtype=torch.uint8)
+    return _empty_apply(z, mask)
 
 
 def batch_norm_apply(
@@ -192,118 +339,3 @@ def batch_norm_apply(
         )
     y, bits = _batch_norm_apply(z, scale, shift, residual, residual_stride, relu, mask)
     return NormOutput(y, present(bits))
-
-
-def batch_norm_backward_statistics_reference(
-    d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    high = accumulator(d.dtype)
-    u = d.to(high) if residual is None else d.to(high) + residual.to(high)
-    if mask is not None:
-        u = u * unpack_mask(mask, d.shape[4])
-    out = u.to(d.dtype)
-    stored = out.to(high)
-    product = stored * ((z.to(high) - _wide(mean)) * _wide(inv_std))
-    sums = torch.stack([partial_rows(v.flatten(1, 3), ROWS_BLOCK) for v in (stored, product)], 2)
-    return out.clone() if out is d else out, sums
-
-
-@torch.library.custom_op("fastensdistill::batch_norm_backward_statistics", mutates_args=())
-def _batch_norm_backward_statistics(
-    d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return batch_norm_backward_statistics_reference(d, z, mean, inv_std, mask, residual)
-
-
-@_batch_norm_backward_statistics.register_fake
-def _batch_norm_backward_statistics_fake(d, z, mean, inv_std, mask, residual):
-    rows = -(-d.shape[1] * d.shape[2] * d.shape[3] // ROWS_BLOCK)
-    return torch.empty_like(d), d.new_empty(d.shape[0], rows, 2, d.shape[4], dtype=accumulator(d.dtype))
-
-
-def batch_norm_backward_statistics(
-    d: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    *,
-    mask: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> NormSums:
-    """``u = mask · (d + residual)`` with the partial Σu and Σu·x̂, where no data gradient made them on its way.
-
-    ``d, z, residual`` (G, N, H, W, C); ``mean, inv_std`` (Q, C) float32; ``mask`` uint8 (G, N, H, W, ceil(C/8)).
-    """
-    check_tensor("d", d, 5)
-    require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
-    require(residual is None or residual.shape == d.shape, "residual and d have different shapes, expected the same")
-    check_pair("mean and inv_std", mean, inv_std, z.shape[0], z.shape[4])
-    return NormSums(*_batch_norm_backward_statistics(d, z, mean, inv_std, mask, residual))
-
-
-def batch_norm_backward_reference(
-    d: Tensor,
-    z: Tensor,
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    high = accumulator(d.dtype)
-    sums = partials.sum(1)
-    if weight.shape[0] == 1:
-        sums = sums.sum(0, keepdim=True)
-    d_bias, d_weight = sums[:, 0].contiguous(), sums[:, 1].contiguous()
-    a = weight * inv_std
-    b = -a * inv_std * d_weight / count
-    c = -a * d_bias / count - b * mean
-    out = _wide(a) * d.to(high) + _wide(b) * z.to(high) + _wide(c)
-    if residual is not None:
-        out = out + residual.to(high)
-    return out.to(d.dtype), d_weight, d_bias
-
-
-@torch.library.custom_op("fastensdistill::batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    d: Tensor,
-    z: Tensor,
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_norm_backward_reference(d, z, partials, count, weight, mean, inv_std, residual)
-
-
-@_batch_norm_backward.register_fake
-def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, residual):
-    return torch.empty_like(d), torch.empty_like(weight), torch.empty_like(weight)
-
-
-def batch_norm_backward(
-    d: Tensor,
-    z: Tensor,
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    *,
-    residual: Tensor | None = None,
-) -> NormGradient:
-    """Gradient of BatchNorm's input, weight γ and bias β, from the sums (G, P, 2, C) made with ``d``.
-
-    ``d, z`` and the optional ``residual`` gradient, added last, (G, N, H, W, C); ``weight, mean, inv_std`` (Q, C)
-    float32; ``count`` as in ``batch_norm_statistics``.
-    """
-    check_tensor("d", d, 5)
-    require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
-    require(residual is None or residual.shape == d.shape, "residual and d have different shapes, expected the same")
-    for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
-        check_rows(name, rows, d.shape[0], d.shape[4])
-        require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
-    return NormGradient(*_batch_norm_backward(d, z, partials, count, weight, mean, inv_std, residual))

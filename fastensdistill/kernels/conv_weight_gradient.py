@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
+from fastensdistill.kernels.tiles import SUM_TILE, device_arch, split_steps, weight_gradient_tile
 from fastensdistill.kernels.triton_utils import (
     accumulator,
-    check_precision,
     check_pair,
+    check_precision,
     check_tensor,
+    launch,
     require,
+    row_stride,
+    runs_kernel,
+    tl,
+    triton,
 )
 
 
@@ -50,6 +56,167 @@ def conv_weight_gradient_reference(
     return dw.permute(0, 3, 2, 1).contiguous()
 
 
+@triton.jit
+def conv_weight_gradient_kernel(
+    p_x,
+    p_d,
+    p_in_scale,
+    p_in_shift,
+    p_partial,
+    N,
+    steps,
+    s_x_group,
+    s_in,
+    s_split,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    CO: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    IN_RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # rows: taps x input channels; columns: output channels; depth: positions, a run of them per program
+    N_BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    i_m = tl.program_id(0) // N_BLOCKS
+    i_n = tl.program_id(0) % N_BLOCKS
+    i_split = tl.program_id(1)
+    i_g = tl.program_id(2).to(tl.int64)
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    # few channels: one block of rows covers several taps, and the borders are tested per row
+    SEVERAL_TAPS: tl.constexpr = C < BLOCK_M
+    if SEVERAL_TAPS:
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < TAPS * C
+        i_channel = o_m % C
+        tap_row = ((o_m // C) // KERNEL)[None, :]
+        tap_column = ((o_m // C) % KERNEL)[None, :]
+        o_out = o_m
+    else:
+        C_BLOCKS: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
+        tap = i_m // C_BLOCKS
+        i_channel = (i_m % C_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = i_channel < C
+        tap_row = tap // KERNEL
+        tap_column = tap % KERNEL
+        o_out = tap * C + i_channel
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < CO
+    o_tap = (tap_row * W + tap_column) * C
+
+    p_x += i_g * s_x_group
+    p_d += i_g * N * (HO * WO * CO)
+    if p_in_scale is not None:
+        b_scale = tl.load(p_in_scale + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
+        b_shift = tl.load(p_in_shift + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
+    # image, row and column of each position are carried from step to step instead of divided out again
+    o_k = i_split * steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    image = o_k // (HO * WO)
+    i_oh = (o_k % (HO * WO)) // WO
+    i_ow = o_k % WO
+    STEP_IMAGES: tl.constexpr = BLOCK_K // (HO * WO)
+    STEP_ROWS: tl.constexpr = (BLOCK_K % (HO * WO)) // WO
+    STEP_COLUMNS: tl.constexpr = BLOCK_K % WO
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(steps):
+        m_k = image < N
+        i_row = i_oh * STRIDE - PADDING
+        i_column = i_ow * STRIDE - PADDING
+        o_x = ((image * H + i_row) * W + i_column) * C
+        i_h = i_row[:, None] + tap_row
+        i_w = i_column[:, None] + tap_column
+        m_x = m_k[:, None] & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W) & m_m[None, :]
+        b_x = tl.load(p_x + ((o_x[:, None] + o_tap) + i_channel[None, :]), mask=m_x, other=0.0)
+        if p_in_scale is not None or IN_RELU:
+            b_u = b_x.to(tl.float32)
+            if p_in_scale is not None:
+                b_u = b_u * b_scale + b_shift
+            if IN_RELU:
+                b_u = tl.maximum(b_u, 0.0)
+            b_x = tl.where(m_x, b_u, 0.0)
+        o_d = ((image * HO + i_oh) * WO + i_ow) * CO
+        b_d = tl.load(p_d + (o_d[:, None] + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)
+        acc = tl.dot(tl.trans(b_x.to(b_d.dtype)), b_d, acc, input_precision=PRECISION)
+        i_ow += STEP_COLUMNS
+        wrap = i_ow >= WO
+        i_ow = tl.where(wrap, i_ow - WO, i_ow)
+        i_oh += STEP_ROWS + wrap.to(tl.int32)
+        wrap = i_oh >= HO
+        i_oh = tl.where(wrap, i_oh - HO, i_oh)
+        image += STEP_IMAGES + wrap.to(tl.int32)
+    p_partial += i_split * s_split + i_g * (TAPS * C * CO)
+    tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def sum_splits_kernel(p_partial, p_out, n_splits, n_values, BLOCK_N: tl.constexpr):
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_values
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for _ in range(n_splits):
+        acc += tl.load(p_partial + o_n, mask=m_n, other=0.0)
+        p_partial += n_values
+    tl.store(p_out + o_n, acc, mask=m_n)
+
+
+def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):
+    groups, images, out_height, out_width, out_channels = d.shape
+    height, width, channels = x.shape[2:]
+    rows = kernel * kernel * channels
+    positions = images * out_height * out_width
+    tile = weight_gradient_tile(device_arch(d), channels, out_channels, d.element_size())
+    row_blocks = -(-rows // tile.BLOCK_M) if channels < tile.BLOCK_M else kernel**2 * -(-channels // tile.BLOCK_M)
+    blocks = row_blocks * -(-out_channels // tile.BLOCK_N)
+    steps = split_steps(device_arch(d), blocks * groups, -(-positions // tile.BLOCK_K))
+    splits = -(-positions // (tile.BLOCK_K * steps))
+    out = d.new_empty(groups, kernel * kernel, channels, out_channels, dtype=torch.float32)
+    partial = out if splits == 1 else d.new_empty(splits, groups, rows, out_channels, dtype=torch.float32)
+    launch(
+        conv_weight_gradient_kernel,
+        (blocks, splits, groups),
+        tile,
+        p_x=x,
+        p_d=d,
+        p_in_scale=in_scale,
+        p_in_shift=in_shift,
+        p_partial=partial,
+        N=images,
+        steps=steps,
+        s_x_group=0 if x.shape[0] == 1 else images * height * width * channels,
+        s_in=row_stride(in_scale),
+        s_split=groups * rows * out_channels,
+        H=height,
+        W=width,
+        C=channels,
+        HO=out_height,
+        WO=out_width,
+        CO=out_channels,
+        KERNEL=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        IN_RELU=in_relu,
+        PRECISION=precision,
+    )
+    if splits > 1:
+        launch(
+            sum_splits_kernel,
+            (-(-out.numel() // SUM_TILE.BLOCK_N),),
+            SUM_TILE,
+            p_partial=partial,
+            p_out=out,
+            n_splits=splits,
+            n_values=out.numel(),
+        )
+    return out
+
+
 @torch.library.custom_op("fastensdistill::conv_weight_gradient", mutates_args=())
 def _conv_weight_gradient(
     x: Tensor,
@@ -62,7 +229,8 @@ def _conv_weight_gradient(
     padding: int,
     precision: str,
 ) -> Tensor:
-    return conv_weight_gradient_reference(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision)
+    run = _launch if runs_kernel(d) else conv_weight_gradient_reference
+    return run(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision)
 
 
 @_conv_weight_gradient.register_fake

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: the inner loop of a convolution, and 1-bit masks."""
+"""Device functions that several kernels share: a convolution's inner loop, 1-bit masks, sums over rows of partials."""
 
 from fastensdistill.kernels.triton_utils import tl, triton
 
@@ -101,10 +101,8 @@ def gather_product(
 
 
 @triton.jit
-def store_bits(
-    p_mask, b_positive, o_m, m_m, i_first, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Bits of ``b_positive`` (BLOCK_M, BLOCK_N), false past C, to bytes: positions ``o_m``, channels from ``i_first``."""
+def store_bits(p_mask, b_positive, o_m, m_m, i_first, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store ``b_positive`` (BLOCK_M, BLOCK_N), false past C, as bits: positions ``o_m``, channels from ``i_first``."""
     CB: tl.constexpr = (C + 7) // 8
     b_bits = tl.reshape(b_positive.to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8))
     b_bytes = tl.sum(b_bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
@@ -121,3 +119,17 @@ def load_bits(p_mask, o_m, m_m, i_first, C: tl.constexpr, BLOCK_M: tl.constexpr,
     b_bytes = tl.load(p_mask + (o_m * CB)[:, None] + o_b[None, :], mask=m_b, other=0).to(tl.int32)
     b_bits = (b_bytes[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(b_bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def sum_rows(p_partials, i_first, n_rows, o_c, m_c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Both sums over rows i_first .. i_first + n_rows of (rows, 2, C), in one fixed order."""
+    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in range(0, n_rows, BLOCK_R):
+        o_r = i + tl.arange(0, BLOCK_R)
+        m_r = (o_r < n_rows)[:, None] & m_c[None, :]
+        o = ((i_first + o_r) * (2 * C))[:, None] + o_c[None, :]
+        first += tl.load(p_partials + o, mask=m_r, other=0.0)
+        second += tl.load(p_partials + C + o, mask=m_r, other=0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)

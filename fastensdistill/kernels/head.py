@@ -1,4 +1,4 @@
-"""The classifier: BatchNorm by known scale and shift, ReLU, mean over positions, linear; and its backward.
+"""The classifier: BatchNorm by known scale and shift, ReLU, mean over positions, linear.
 
 pooled[c] = mean over positions of relu(scale · z + shift)            logits = pooled · W[slots[g]] + bias[slots[g]]
 dpooled = dlogits · Wᵀ,   d = [scale · z + shift > 0] · dpooled / (H·W)   (· scale in eval mode)
@@ -11,18 +11,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.kernels.tiles import Tile
 from fastensdistill.kernels.triton_utils import (
-    absent,
     accumulator,
     check_pair,
     check_precision,
     check_tensor,
+    launch,
     pick,
-    present,
     require,
+    row_stride,
+    runs_kernel,
+    tl,
+    triton,
 )
 
-IMAGES_BLOCK = 16  # images of one program; one row of the backward's statistics each
+IMAGES_BLOCK = 16  # images of one program, the fewest a matrix product takes; one row of the statistics each
+POSITIONS_BLOCK, CHANNELS_BLOCK = 16, 32  # read at once for each of them
+HEAD_TILE = Tile(0, 0, 0, 8, 2, "few programs: latency decides, so 32 values a thread are in flight")
+
+
+def class_block(classes: int) -> int:
+    """Classes of one program."""
+    return min(128, max(16, 1 << (classes - 1).bit_length()))
 
 
 class HeadOutput(NamedTuple):
@@ -30,14 +41,7 @@ class HeadOutput(NamedTuple):
     pooled: Tensor  # (G, N, C) float32
 
 
-class HeadGradient(NamedTuple):
-    d: Tensor  # (G, N, H, W, C)
-    d_weight: Tensor | None  # (G, C, classes) float32
-    d_bias: Tensor | None  # (G, classes) float32
-    statistics: Tensor | None  # (G, P, 2, C) float32
-
-
-def _normalized(z: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def normalized(z: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     y = z.to(accumulator(z.dtype))
     return y if scale is None or shift is None else y * pick(scale, slots) + pick(shift, slots)
 
@@ -53,11 +57,106 @@ def head_reference(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     high = accumulator(z.dtype)
-    y = _normalized(z, slots, scale, shift)
+    y = normalized(z, slots, scale, shift)
     pooled = (y.relu() if relu else y).mean((2, 3))
     logits = pooled.to(weight.dtype).to(high) @ weight[slots.long()].to(high)
     if bias is not None:
         logits = logits + bias[slots.long()][:, None].to(high)
+    return logits, pooled
+
+
+@triton.jit
+def head_kernel(
+    p_z,
+    p_w,
+    p_bias,
+    p_slots,
+    p_scale,
+    p_shift,
+    p_logits,
+    p_pooled,
+    N,
+    s_scale,
+    POSITIONS: tl.constexpr,
+    C: tl.constexpr,
+    CLASSES: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_n = tl.program_id(1)
+    i_g = tl.program_id(2).to(tl.int64)
+    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_b = o_b < N
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < CLASSES
+    o_p = tl.arange(0, BLOCK_P)
+    p_z += i_g * N * (POSITIONS * C)
+    p_w += i_slot * (C * CLASSES)
+    acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        if p_scale is not None:
+            b_scale = tl.load(p_scale + i_slot * s_scale + o_c, mask=m_c, other=0.0)[None, None, :]
+            b_shift = tl.load(p_shift + i_slot * s_scale + o_c, mask=m_c, other=0.0)[None, None, :]
+        b_pooled = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        for i_p in range(0, POSITIONS, BLOCK_P):
+            m_z = m_b[:, None, None] & ((i_p + o_p) < POSITIONS)[None, :, None] & m_c[None, None, :]
+            o_z = (o_b[:, None, None] * POSITIONS + (i_p + o_p)[None, :, None]) * C + o_c[None, None, :]
+            b_y = tl.load(p_z + o_z, mask=m_z, other=0.0).to(tl.float32)
+            if p_scale is not None:
+                b_y = tl.where(m_z, b_y * b_scale + b_shift, 0.0)
+            if RELU:
+                b_y = tl.maximum(b_y, 0.0)
+            b_pooled += tl.sum(b_y, 1)
+        b_pooled *= 1.0 / POSITIONS
+        if i_n == 0:
+            o_pooled = i_g * N * C + o_b[:, None] * C + o_c[None, :]
+            tl.store(p_pooled + o_pooled, b_pooled, mask=m_b[:, None] & m_c[None, :])
+        m_w = m_c[:, None] & m_n[None, :]
+        b_w = tl.load(p_w + (o_c[:, None] * CLASSES + o_n[None, :]), mask=m_w, other=0.0)
+        acc = tl.dot(b_pooled.to(b_w.dtype), b_w, acc, input_precision=PRECISION)
+    if p_bias is not None:
+        acc += tl.load(p_bias + i_slot * CLASSES + o_n, mask=m_n, other=0.0)[None, :]
+    o_logits = i_g * N * CLASSES + o_b[:, None] * CLASSES + o_n[None, :]
+    tl.store(p_logits + o_logits, acc, mask=m_b[:, None] & m_n[None, :])
+
+
+def _launch(z, weight, bias, slots, scale, shift, relu, precision):
+    groups, images, height, width, channels = z.shape
+    classes = weight.shape[2]
+    logits = z.new_empty(groups, images, classes, dtype=torch.float32)
+    pooled = z.new_empty(groups, images, channels, dtype=torch.float32)
+    columns = class_block(classes)
+    launch(
+        head_kernel,
+        (-(-images // IMAGES_BLOCK), -(-classes // columns), groups),
+        HEAD_TILE,
+        p_z=z,
+        p_w=weight,
+        p_bias=bias,
+        p_slots=slots,
+        p_scale=scale,
+        p_shift=shift,
+        p_logits=logits,
+        p_pooled=pooled,
+        N=images,
+        s_scale=row_stride(scale),
+        POSITIONS=height * width,
+        C=channels,
+        CLASSES=classes,
+        RELU=relu,
+        PRECISION=precision,
+        BLOCK_B=IMAGES_BLOCK,
+        BLOCK_P=POSITIONS_BLOCK,
+        BLOCK_C=CHANNELS_BLOCK,
+        BLOCK_N=columns,
+    )
     return logits, pooled
 
 
@@ -72,7 +171,8 @@ def _head(
     relu: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    return head_reference(z, weight, bias, slots, scale, shift, relu, precision)
+    run = _launch if runs_kernel(z) else head_reference
+    return run(z, weight, bias, slots, scale, shift, relu, precision)
 
 
 @_head.register_fake
@@ -84,7 +184,7 @@ def _head_fake(z, weight, bias, slots, scale, shift, relu, precision):
     )
 
 
-def _check(
+def check_head(
     z: Tensor, weight: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None, precision: str
 ) -> None:
     check_tensor("z", z, 5)
@@ -115,103 +215,5 @@ def head(
     None; ``slots`` int32 (G,); ``scale, shift`` (S or 1, C) float32, by slot, or None. ``relu=False`` for a network
     whose last layer has its ReLU already. Raises InputError for shapes that disagree.
     """
-    _check(z, weight, slots, scale, shift, precision)
+    check_head(z, weight, slots, scale, shift, precision)
     return HeadOutput(*_head(z, weight, bias, slots, scale, shift, relu, precision))
-
-
-def head_backward_reference(
-    d_logits: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    pooled: Tensor | None,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    high = accumulator(z.dtype)
-    y = _normalized(z, slots, scale, shift)
-    d_wide = d_logits.to(weight.dtype).to(high)
-    d_pooled = d_wide @ weight[slots.long()].to(high).transpose(1, 2) / (z.shape[2] * z.shape[3])
-    d = d_pooled[:, :, None, None, :] * (y > 0 if relu else torch.ones_like(y))
-    if scale is not None and mean is None:
-        d = d * pick(scale, slots)
-    out = d.to(z.dtype)
-    statistics = d_weight = d_bias = absent(d_logits)
-    if mean is not None and inv_std is not None:
-        stored = out.to(high)
-        product = stored * ((z.to(high) - pick(mean, slots)) * pick(inv_std, slots))
-        sums = torch.stack([stored.sum((2, 3)), product.sum((2, 3))], 2)
-        padded = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, -z.shape[1] % IMAGES_BLOCK))
-        statistics = padded.unflatten(1, (-1, IMAGES_BLOCK)).sum(2)
-    if pooled is not None:
-        d_weight = pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide
-        d_bias = d_logits.sum(1)
-    return out, d_weight, absent(d_logits) if pooled is None else d_bias, statistics
-
-
-@torch.library.custom_op("fastensdistill::head_backward", mutates_args=())
-def _head_backward(
-    d_logits: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    pooled: Tensor | None,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = head_backward_reference(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision)
-    return tuple(r if r.numel() else absent(d_logits) for r in results)  # type: ignore[return-value]
-
-
-@_head_backward.register_fake
-def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
-    groups, channels, classes = z.shape[0], z.shape[4], weight.shape[2]
-    weighted, counted = pooled is not None, mean is not None
-    rows = -(-z.shape[1] // IMAGES_BLOCK)
-    return (
-        torch.empty_like(z),
-        d_logits.new_empty((groups, channels, classes) if weighted else (0,)),
-        d_logits.new_empty((groups, classes) if weighted else (0,)),
-        d_logits.new_empty((groups, rows, 2, channels) if counted else (0,)),
-    )
-
-
-def head_backward(
-    d_logits: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    relu: bool = True,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
-    pooled: Tensor | None = None,
-    precision: str = "ieee",
-) -> HeadGradient:
-    """Gradient of ``head``: of z, and, where ``pooled`` is given, of weight and bias per group.
-
-    ``d_logits`` (G, N, classes) float32; the rest as in ``head``. Without ``mean`` the gradient is of z itself (eval
-    mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
-    ``batch_norm_backward``.
-    """
-    _check(z, weight, slots, scale, shift, precision)
-    check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
-    wanted = (z.shape[0], z.shape[1], weight.shape[2])
-    require(
-        d_logits.shape == wanted and d_logits.is_contiguous(),
-        f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous",
-    )
-    d, d_weight, d_bias, statistics = _head_backward(
-        d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision
-    )
-    return HeadGradient(d, present(d_weight), present(d_bias), present(statistics))

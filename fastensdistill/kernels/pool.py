@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastensdistill.kernels.triton_utils import accumulator, check_tensor, require
+from fastensdistill.kernels.tiles import rows_tile
+from fastensdistill.kernels.triton_utils import accumulator, check_tensor, launch, require, runs_kernel, tl, triton
 
 
 class MaxPoolOutput(NamedTuple):
@@ -51,9 +52,180 @@ def max_pool_backward_reference(
     return dx[:, :, padding : padding + height, padding : padding + width].to(d.dtype).contiguous()
 
 
+@triton.jit
+def max_pool_kernel(
+    p_x,
+    p_y,
+    p_taps,
+    N,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_g = tl.program_id(2).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < N * (HO * WO)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    image = o_m // (HO * WO)
+    i_row = (o_m % (HO * WO)) // WO * STRIDE - PADDING
+    i_column = o_m % WO * STRIDE - PADDING
+    p_x += i_g * N * (H * W * C)
+    b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
+    b_tap = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for i_r in tl.static_range(KERNEL):
+        for i_s in tl.static_range(KERNEL):
+            i_h = i_row + i_r
+            i_w = i_column + i_s
+            inside = m_m & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W)
+            o_x = ((image * H + i_h) * W + i_w) * C
+            m_x = inside[:, None] & m_n[None, :]
+            b_x = tl.load(p_x + (o_x[:, None] + o_n[None, :]), mask=m_x, other=float("-inf")).to(tl.float32)
+            # NaN is passed on, as torch does: it compares greater than nothing, so it is asked for by name
+            better = (b_x > b_best) | ((b_x != b_x) & (b_best == b_best))
+            b_best = tl.where(better, b_x, b_best)
+            b_tap = tl.where(better, i_r * KERNEL + i_s, b_tap)
+    o_y = i_g * N * (HO * WO * C) + o_m[:, None] * C + o_n[None, :]
+    m_y = m_m[:, None] & m_n[None, :]
+    tl.store(p_y + o_y, b_best.to(p_y.dtype.element_ty), mask=m_y)
+    tl.store(p_taps + o_y, b_tap.to(tl.uint8), mask=m_y)
+
+
+@triton.jit
+def max_pool_backward_kernel(
+    p_d,
+    p_taps,
+    p_dx,
+    N,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_g = tl.program_id(2).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < N * (H * W)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    image = o_m // (H * W)
+    i_h = (o_m % (H * W)) // W + PADDING
+    i_w = o_m % W + PADDING
+    p_d += i_g * N * (HO * WO * C)
+    p_taps += i_g * N * (HO * WO * C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # the windows over a position: the last one starts at or before it, the others STRIDE earlier each
+    REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    for j_r in tl.static_range(REACH):
+        for j_s in tl.static_range(REACH):
+            i_oh = i_h // STRIDE - j_r
+            i_ow = i_w // STRIDE - j_s
+            i_r = i_h - i_oh * STRIDE
+            i_s = i_w - i_ow * STRIDE
+            inside = m_m & (i_oh >= 0) & (i_oh < HO) & (i_ow >= 0) & (i_ow < WO) & (i_r < KERNEL) & (i_s < KERNEL)
+            o_d = (((image * HO + i_oh) * WO + i_ow) * C)[:, None] + o_n[None, :]
+            m_d = inside[:, None] & m_n[None, :]
+            b_tap = tl.load(p_taps + o_d, mask=m_d, other=255).to(tl.int32)
+            b_d = tl.load(p_d + o_d, mask=m_d, other=0.0).to(tl.float32)
+            acc += tl.where(b_tap == (i_r * KERNEL + i_s)[:, None], b_d, 0.0)
+    o_x = i_g * N * (H * W * C) + o_m[:, None] * C + o_n[None, :]
+    tl.store(p_dx + o_x, acc.to(p_dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def mean_pool_kernel(p_x, p_y, POSITIONS: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    i_image = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    p_x += i_image * (POSITIONS * C)
+    for i in range(0, POSITIONS, BLOCK_M):
+        o_m = i + tl.arange(0, BLOCK_M)
+        m_x = (o_m < POSITIONS)[:, None] & m_n[None, :]
+        acc += tl.load(p_x + (o_m[:, None] * C + o_n[None, :]), mask=m_x, other=0.0).to(tl.float32)
+    tl.store(p_y + i_image * C + o_n, tl.sum(acc, 0) * (1.0 / POSITIONS), mask=m_n)
+
+
+def _launch_max_pool(x, kernel, stride, padding):
+    groups, images, height, width, channels = x.shape
+    y, taps = _max_pool_fake(x, kernel, stride, padding)
+    tile = rows_tile(channels)
+    positions = images * y.shape[2] * y.shape[3]
+    launch(
+        max_pool_kernel,
+        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
+        tile,
+        p_x=x,
+        p_y=y,
+        p_taps=taps,
+        N=images,
+        H=height,
+        W=width,
+        C=channels,
+        HO=y.shape[2],
+        WO=y.shape[3],
+        KERNEL=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+    )
+    return y, taps
+
+
+def _launch_max_pool_backward(d, taps, height, width, kernel, stride, padding):
+    dx = _max_pool_backward_fake(d, taps, height, width, kernel, stride, padding)
+    tile = rows_tile(d.shape[4])
+    positions = d.shape[1] * height * width
+    launch(
+        max_pool_backward_kernel,
+        (-(-positions // tile.BLOCK_M), -(-d.shape[4] // tile.BLOCK_N), d.shape[0]),
+        tile,
+        p_d=d,
+        p_taps=taps,
+        p_dx=dx,
+        N=d.shape[1],
+        H=height,
+        W=width,
+        C=d.shape[4],
+        HO=d.shape[2],
+        WO=d.shape[3],
+        KERNEL=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+    )
+    return dx
+
+
+def _launch_mean_pool(x):
+    y = _mean_pool_fake(x)
+    tile = rows_tile(x.shape[4])
+    launch(
+        mean_pool_kernel,
+        (x.shape[0] * x.shape[1], -(-x.shape[4] // tile.BLOCK_N)),
+        tile,
+        p_x=x,
+        p_y=y,
+        POSITIONS=x.shape[2] * x.shape[3],
+        C=x.shape[4],
+        BLOCK_M=16,
+    )
+    return y
+
+
 @torch.library.custom_op("fastensdistill::max_pool", mutates_args=())
 def _max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    return max_pool_reference(x, kernel, stride, padding)
+    return (_launch_max_pool if runs_kernel(x) else max_pool_reference)(x, kernel, stride, padding)
 
 
 @_max_pool.register_fake
@@ -75,7 +247,8 @@ def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoo
 def _max_pool_backward(
     d: Tensor, taps: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
 ) -> Tensor:
-    return max_pool_backward_reference(d, taps, height, width, kernel, stride, padding)
+    run = _launch_max_pool_backward if runs_kernel(d) else max_pool_backward_reference
+    return run(d, taps, height, width, kernel, stride, padding)
 
 
 @_max_pool_backward.register_fake
@@ -103,7 +276,7 @@ def mean_pool_reference(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastensdistill::mean_pool", mutates_args=())
 def _mean_pool(x: Tensor) -> Tensor:
-    return mean_pool_reference(x)
+    return (_launch_mean_pool if runs_kernel(x) else mean_pool_reference)(x)
 
 
 @_mean_pool.register_fake

@@ -32,6 +32,12 @@ def _announce(kernel: str, arch: int, shape: tuple[int, ...], tile: Tile) -> Non
     print(f"tile {kernel} sm_{arch} {shape}: {tuple(tile[:5])}  {tile.reason}", file=sys.stderr)
 
 
+def _chosen(kernel: str, arch: int, shape: tuple[int, ...], tile: Tile) -> Tile:
+    if os.environ.get("FASTENSDISTILL_PRINT_TILES") == "1":
+        _announce(kernel, arch, shape, tile)
+    return tile
+
+
 def device_arch(x: Tensor) -> int:
     """Compute capability as one number (90 for an H100), 0 for a CPU tensor (Triton's interpreter)."""
     if x.device.type != "cuda":
@@ -46,6 +52,33 @@ def conv_tile(arch: int, depth: int, channels: int, itemsize: int = 2) -> Tile:
         tile = Tile(32, 16, 16, 4, 1, "interpreter: small, so that tests cross tile borders")
     else:
         tile = Tile(128, min(128, max(16, _power(channels))), 32 if depth % 64 else 64, 4, 3, "start")
-    if os.environ.get("FASTENSDISTILL_PRINT_TILES") == "1":
-        _announce("conv", arch, (depth, channels, itemsize), tile)
-    return tile
+    return _chosen("conv", arch, (depth, channels, itemsize), tile)
+
+
+def weight_gradient_tile(arch: int, channels: int, out_channels: int, itemsize: int = 2) -> Tile:
+    """Tile of a weight gradient: taps x ``channels`` rows, ``out_channels`` columns, BLOCK_K positions deep."""
+    if arch == 0:
+        tile = Tile(32, 32, 32, 4, 1, "interpreter: small, so that tests cross tile borders")
+    else:
+        tile = Tile(64, min(128, max(16, _power(out_channels))), 64, 4, 3, "start")
+    return _chosen("weight gradient", arch, (channels, out_channels, itemsize), tile)
+
+
+def split_steps(arch: int, blocks: int, steps: int) -> int:
+    """How many of all ``steps`` one program of a weight gradient takes, given the ``blocks`` it has anyway.
+
+    About two waves of 132 multiprocessors, and at least 8 steps so that the partial results stay small beside the
+    operands. It depends on shapes alone, never on the device's load: the order of a sum is fixed.
+    """
+    wanted = 3 if arch == 0 else max(1, 264 // blocks)
+    least = 1 if arch == 0 else 8
+    return max(least, -(-steps // wanted))
+
+
+SUM_TILE = Tile(0, 1024, 0, 4, 1, "one pass over memory; 8 values a thread")
+
+
+def rows_tile(channels: int) -> Tile:
+    """Tile of an elementwise pass over (positions, channels): 16-byte accesses along the channels."""
+    width = min(64, max(8, _power(channels)))
+    return Tile(4096 // width, width, 0, 4, 1, "32 values a thread")

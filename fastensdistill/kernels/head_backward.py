@@ -1,0 +1,315 @@
+"""Backward of the classifier (``head``).
+
+dpooled = dlogits · Wᵀ,   d = [scale · z + shift > 0] · dpooled / (H·W)   (· scale in eval mode)
+dW = pooledᵀ · dlogits,   db = Σ dlogits
+statistics = Σ d, Σ d · x̂ per channel, one row per block of images (training mode)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastensdistill.kernels.head import (
+    CHANNELS_BLOCK,
+    HEAD_TILE,
+    IMAGES_BLOCK,
+    POSITIONS_BLOCK,
+    check_head,
+    class_block,
+    normalized,
+)
+from fastensdistill.kernels.triton_utils import (
+    absent,
+    accumulator,
+    check_pair,
+    launch,
+    pick,
+    present,
+    require,
+    row_stride,
+    runs_kernel,
+    tl,
+    triton,
+)
+
+
+class HeadGradient(NamedTuple):
+    d: Tensor  # (G, N, H, W, C)
+    d_weight: Tensor | None  # (G, C, classes) float32
+    d_bias: Tensor | None  # (G, classes) float32
+    statistics: Tensor | None  # (G, P, 2, C) float32
+
+
+def head_backward_reference(
+    d_logits: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+    pooled: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    high = accumulator(z.dtype)
+    y = normalized(z, slots, scale, shift)
+    d_wide = d_logits.to(weight.dtype).to(high)
+    d_pooled = d_wide @ weight[slots.long()].to(high).transpose(1, 2) / (z.shape[2] * z.shape[3])
+    d = d_pooled[:, :, None, None, :] * (y > 0 if relu else torch.ones_like(y))
+    if scale is not None and mean is None:
+        d = d * pick(scale, slots)
+    out = d.to(z.dtype)
+    d_weight, d_bias, statistics = absent(d_logits), absent(d_logits), absent(d_logits)
+    if mean is not None and inv_std is not None:
+        stored = out.to(high)
+        product = stored * ((z.to(high) - pick(mean, slots)) * pick(inv_std, slots))
+        sums = torch.stack([stored.sum((2, 3)), product.sum((2, 3))], 2)
+        padded = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, -z.shape[1] % IMAGES_BLOCK))
+        statistics = padded.unflatten(1, (-1, IMAGES_BLOCK)).sum(2)
+    if pooled is not None:
+        d_weight = pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide
+        d_bias = d_logits.sum(1)
+    return out, d_weight, d_bias, statistics
+
+
+@triton.jit
+def head_data_gradient_kernel(
+    p_d_logits,
+    p_z,
+    p_w,
+    p_slots,
+    p_scale,
+    p_shift,
+    p_mean,
+    p_inv_std,
+    p_d,
+    p_statistics,
+    N,
+    n_partials,
+    s_scale,
+    s_mean,
+    POSITIONS: tl.constexpr,
+    C: tl.constexpr,
+    CLASSES: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_g = tl.program_id(2).to(tl.int64)
+    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_b = o_b < N
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_p = tl.arange(0, BLOCK_P)
+    p_d_logits += i_g * N * CLASSES
+    p_w += i_slot * (C * CLASSES)
+    acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    for i_k in range(0, CLASSES, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_k = o_k < CLASSES
+        m_d = m_b[:, None] & m_k[None, :]
+        b_d_logits = tl.load(p_d_logits + (o_b[:, None] * CLASSES + o_k[None, :]), mask=m_d, other=0.0)
+        m_w = m_k[:, None] & m_c[None, :]
+        b_w = tl.load(p_w + (o_c[None, :] * CLASSES + o_k[:, None]), mask=m_w, other=0.0)
+        acc = tl.dot(b_d_logits.to(b_w.dtype), b_w, acc, input_precision=PRECISION)
+    b_share = (acc * (1.0 / POSITIONS))[:, None, :]
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + i_slot * s_scale + o_c, mask=m_c, other=0.0)[None, None, :]
+        b_shift = tl.load(p_shift + i_slot * s_scale + o_c, mask=m_c, other=0.0)[None, None, :]
+    if p_mean is not None:
+        b_mean = tl.load(p_mean + i_slot * s_mean + o_c, mask=m_c, other=0.0)[None, None, :]
+        b_inv = tl.load(p_inv_std + i_slot * s_mean + o_c, mask=m_c, other=0.0)[None, None, :]
+    first = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    second = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    p_z += i_g * N * (POSITIONS * C)
+    p_d += i_g * N * (POSITIONS * C)
+    for i_p in range(0, POSITIONS, BLOCK_P):
+        m_z = m_b[:, None, None] & ((i_p + o_p) < POSITIONS)[None, :, None] & m_c[None, None, :]
+        o_z = (o_b[:, None, None] * POSITIONS + (i_p + o_p)[None, :, None]) * C + o_c[None, None, :]
+        b_z = tl.load(p_z + o_z, mask=m_z, other=0.0).to(tl.float32)
+        b_d = tl.where(m_z, b_share, 0.0)
+        if RELU:
+            if p_scale is not None:
+                b_d = tl.where(b_z * b_scale + b_shift > 0, b_d, 0.0)
+            else:
+                b_d = tl.where(b_z > 0, b_d, 0.0)
+        if p_scale is not None and p_mean is None:
+            b_d *= b_scale
+        b_stored = b_d.to(p_d.dtype.element_ty)
+        tl.store(p_d + o_z, b_stored, mask=m_z)
+        if p_mean is not None:
+            b_d = b_stored.to(tl.float32)
+            first += tl.sum(b_d, 1)
+            second += tl.sum(b_d * ((b_z - b_mean) * b_inv), 1)
+    if p_mean is not None:
+        p_statistics += (i_g * n_partials + tl.program_id(0)) * (2 * C)
+        tl.store(p_statistics + o_c, tl.sum(first, 0), mask=m_c)
+        tl.store(p_statistics + C + o_c, tl.sum(second, 0), mask=m_c)
+
+
+@triton.jit
+def head_weight_gradient_kernel(
+    p_d_logits,
+    p_pooled,
+    p_w,
+    p_d_weight,
+    p_d_bias,
+    N,
+    C: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_g = tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < CLASSES
+    p_d_logits += i_g * N * CLASSES
+    p_pooled += i_g * N * C
+    LOW = p_w.dtype.element_ty  # products are in the weight's type, which is all it is here for
+    acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    b_bias = tl.zeros((BLOCK_N,), tl.float32)
+    for i_b in range(0, N, BLOCK_B):
+        o_b = i_b + tl.arange(0, BLOCK_B)
+        m_b = o_b < N
+        b_pooled = tl.load(p_pooled + (o_b[:, None] * C + o_c[None, :]), mask=m_b[:, None] & m_c[None, :], other=0.0)
+        m_d = m_b[:, None] & m_n[None, :]
+        b_d = tl.load(p_d_logits + (o_b[:, None] * CLASSES + o_n[None, :]), mask=m_d, other=0.0)
+        b_bias += tl.sum(b_d, 0)
+        acc = tl.dot(tl.trans(b_pooled).to(LOW), b_d.to(LOW), acc, input_precision=PRECISION)
+    o_w = o_c[:, None] * CLASSES + o_n[None, :]
+    tl.store(p_d_weight + i_g * (C * CLASSES) + o_w, acc, mask=m_c[:, None] & m_n[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(p_d_bias + i_g * CLASSES + o_n, b_bias, mask=m_n)
+
+
+def _launch(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
+    groups, images, height, width, channels = z.shape
+    classes = weight.shape[2]
+    d, d_weight, d_bias, statistics = _empty_results(d_logits, z, weight, mean, pooled)
+    blocks = -(-channels // CHANNELS_BLOCK)
+    rows = -(-images // IMAGES_BLOCK)
+    launch(
+        head_data_gradient_kernel,
+        (rows, blocks, groups),
+        HEAD_TILE,
+        p_d_logits=d_logits,
+        p_z=z,
+        p_w=weight,
+        p_slots=slots,
+        p_scale=scale,
+        p_shift=shift,
+        p_mean=mean,
+        p_inv_std=inv_std,
+        p_d=d,
+        p_statistics=statistics if mean is not None else None,
+        N=images,
+        n_partials=rows,
+        s_scale=row_stride(scale),
+        s_mean=row_stride(mean),
+        POSITIONS=height * width,
+        C=channels,
+        CLASSES=classes,
+        RELU=relu,
+        PRECISION=precision,
+        BLOCK_B=IMAGES_BLOCK,
+        BLOCK_P=POSITIONS_BLOCK,
+        BLOCK_C=CHANNELS_BLOCK,
+        BLOCK_K=32,
+    )
+    if pooled is not None:
+        columns = class_block(classes)
+        launch(
+            head_weight_gradient_kernel,
+            (blocks, -(-classes // columns), groups),
+            HEAD_TILE,
+            p_d_logits=d_logits,
+            p_pooled=pooled,
+            p_w=weight,
+            p_d_weight=d_weight,
+            p_d_bias=d_bias,
+            N=images,
+            C=channels,
+            CLASSES=classes,
+            PRECISION=precision,
+            BLOCK_B=32,
+            BLOCK_C=CHANNELS_BLOCK,
+            BLOCK_N=columns,
+        )
+    return d, d_weight, d_bias, statistics
+
+
+def _empty_results(d_logits, z, weight, mean, pooled):
+    groups, images, channels, classes = z.shape[0], z.shape[1], z.shape[4], weight.shape[2]
+    return (
+        torch.empty_like(z),
+        d_logits.new_empty((groups, channels, classes) if pooled is not None else (0,)),
+        d_logits.new_empty((groups, classes) if pooled is not None else (0,)),
+        d_logits.new_empty((groups, -(-images // IMAGES_BLOCK), 2, channels) if mean is not None else (0,)),
+    )
+
+
+@torch.library.custom_op("fastensdistill::head_backward", mutates_args=())
+def _head_backward(
+    d_logits: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+    pooled: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _launch if runs_kernel(z) else head_backward_reference
+    return run(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision)
+
+
+@_head_backward.register_fake
+def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
+    return _empty_results(d_logits, z, weight, mean, pooled)
+
+
+def head_backward(
+    d_logits: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = True,
+    mean: Tensor | None = None,
+    inv_std: Tensor | None = None,
+    pooled: Tensor | None = None,
+    precision: str = "ieee",
+) -> HeadGradient:
+    """Gradient of ``head``: of z, and, where ``pooled`` is given, of weight and bias per group.
+
+    ``d_logits`` (G, N, classes) float32; the rest as in ``head``. Without ``mean`` the gradient is of z itself (eval
+    mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
+    ``batch_norm_backward``.
+    """
+    check_head(z, weight, slots, scale, shift, precision)
+    check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
+    wanted = (z.shape[0], z.shape[1], weight.shape[2])
+    require(
+        d_logits.shape == wanted and d_logits.is_contiguous(),
+        f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous",
+    )
+    d, d_weight, d_bias, statistics = _head_backward(
+        d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision
+    )
+    return HeadGradient(d, present(d_weight), present(d_bias), present(statistics))
