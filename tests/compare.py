@@ -17,7 +17,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Assert that ``actual`` equals ``expected`` within ``tolerance``, relative to the root mean square of ``expected``."""
+    """Assert that ``actual`` equals ``expected``: :func:`relative_error` is at most ``tolerance``."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = relative_error(actual, expected)
     if error <= tolerance:

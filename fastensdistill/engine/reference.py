@@ -146,7 +146,8 @@ def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
     optimizer.state.clear()
     for i, p in enumerate(parameters):
         if f"momentum.{i}" in state:
-            optimizer.state[p]["momentum_buffer"] = state[f"momentum.{i}"].to(p.device, copy=True).view_as(p)
+            # In the parameter's own memory layout: the fused optimiser walks both as they lie in memory.
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -92,7 +92,7 @@ def find_candidates(paths: Sequence[Path], model: str | None = None) -> list[Can
     for path in paths:
         if path.is_file():
             network = load_network(path, model)
-            candidates.append(Candidate(path.stem, "student" if isinstance(network, Student) else "network", [network]))
+            candidates.append(Candidate(path.stem, "student", [network]))
             continue
         teachers = teacher_files(path)
         if teachers:

@@ -51,7 +51,7 @@ class Teachers(nn.Module):
         try:
             with evaluating(network):
                 shape = tuple(network(torch.zeros(1, *image_shape, device=device)).shape)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             first = str(error).splitlines()[0]
             raise InputError(f"{name} does not take images of shape {image_shape}: {first}") from error
         if shape != expected:

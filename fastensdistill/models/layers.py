@@ -24,6 +24,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        # One channel would be broadcast to three without a word.
+        torch._assert(x.shape[1] == self.mean.shape[1], "the images' channels are not those of mean and std")
         return (x - self.mean) / self.std
 
 

@@ -98,15 +98,20 @@ def digest_networks(networks: Iterable[nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
-def claim_folder(folder: Path, config: Any, resume: bool) -> None:
-    """Make ``folder`` this run's. Raises InputError where it holds another run, or nothing to resume."""
+def claim_folder(folder: Path, config: Any, resume: bool) -> bool:
+    """Make ``folder`` this run's; whether there is a checkpoint to continue from.
+
+    A run killed before its first checkpoint is resumed from its first step. Raises InputError where the folder holds
+    something else, another run, or nothing to resume.
+    """
     if resume:
-        if not (folder / CHECKPOINT).is_file():
-            raise InputError(f"nothing to resume in {folder}: no {CHECKPOINT} there")
-        return
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"nothing to resume in {folder}: no config.yaml there")
+        return (folder / CHECKPOINT).is_file()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose another --out, or --resume the run in it")
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    return False
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

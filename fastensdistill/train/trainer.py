@@ -105,11 +105,8 @@ class Trainer:
         if self.out is None:
             return
         self.fingerprint = checkpoint.fingerprint(self.config, self.data, self.frozen())
-        if not self.resume:
-            checkpoint.claim_folder(self.out, self.saved_config, resume=False)
-            return
-        checkpoint.claim_folder(self.out, self.saved_config, resume=True)
-        self.load_state_dict(checkpoint.load_checkpoint(self.out, self.fingerprint))
+        if checkpoint.claim_folder(self.out, self.saved_config, self.resume):
+            self.load_state_dict(checkpoint.load_checkpoint(self.out, self.fingerprint))
 
     def look(self) -> dict[str, Any]:
         """Validate; keep the weights of every network that is better than before. Returns the record."""

@@ -1,0 +1,63 @@
+"""``fastensdistill doctor``: what is installed, what was built, and what can be used here."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+from fastensdistill.kernels import extension
+
+PACKAGES = (
+    "torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "PyYAML", "tyro", "rich", "scikit-learn",
+    "matplotlib", "nvidia-ml-py",
+)  # fmt: skip
+EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "timm": "timm"}
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def facts() -> list[tuple[str, str]]:
+    """Name and finding, in the order they are printed."""
+    rows = [
+        ("fastensdistill", version("fastensdistill") or "not installed (running from its source folder)"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+    ]
+    rows += [(p, version(p) or "missing") for p in PACKAGES]
+    rows += [(p, version(p) or f"not installed; pip install 'fastensdistill[{e}]'") for p, e in EXTRAS.items()]
+    rows += [("extension", "; ".join(f"{k}: {v}" for k, v in extension.describe().items()))]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            rows.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+        rows.append(("CUDA", f"{torch.version.cuda}, driver {_driver()}"))
+    else:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        rows.append(("GPU", f"none found ({built}); training runs on the CPU, {torch.get_num_threads()} threads"))
+    rows.append(("engines", "reference"))
+    return rows
+
+
+def print_report() -> None:
+    rows = facts()
+    width = max(len(name) for name, _ in rows)
+    for name, finding in rows:
+        print(f"{name:{width}}  {finding}")
+    sys.stdout.flush()
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:  # NVML raises its own errors where there is no driver library
+        return f"unknown ({error})"

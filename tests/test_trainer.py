@@ -1,0 +1,284 @@
+"""The trainer: schedule, what is kept, resumption bit for bit, divergence, and that M at once is M alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.data.augment import Augment
+from fastensdistill.data.loader import EvaluationSet
+from fastensdistill.data.sources import Dataset, Split
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate.metrics import accuracy
+from fastensdistill.evaluate.predict import predict
+from fastensdistill.method.student import STUDENTS, LatentBE
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.record import DivergedError
+from fastensdistill.train.schedule import is_validation_epoch, make_schedule
+from fastensdistill.train.stop import Interrupted
+from fastensdistill.train.trainer import DistillTrainer, TeachTrainer, seeded
+from fastensdistill.weights import load_network
+from tests.test_student import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def dataset(train=40, classes=4):
+    """Images whose brightest quadrant is their class, with noise: learnable in seconds."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = rng.integers(0, classes, n)
+        images = rng.integers(0, 120, (n, 8, 8, 3))
+        for image, label in zip(images, labels, strict=True):
+            y, x = divmod(int(label), 2)
+            image[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] += 110
+        return Split(images.astype(np.uint8), labels.astype(np.int64))
+
+    names = tuple("abcd"[:classes])
+    return Dataset("quadrants", split(train), split(24), split(24), names, (0.4,) * 3, (0.2,) * 3)
+
+
+def make(kind="latent-be", out=None, *, data=None, resume=False, **settings):
+    config = DistillConfig(**{"epochs": 4, "batch_size": 8, "student": kind, "learning_rate": 0.05, **settings})
+    teachers = Teachers([seeded(10 + i, lambda: tiny(4)) for i in range(2)])
+    branches = 1 if kind == "single" else 2
+    student = seeded(config.seed, lambda: STUDENTS[kind](tiny(4), branches))
+    return DistillTrainer(student, teachers, data or dataset(), config, out=out, resume=resume, quiet=True)
+
+
+def test_schedule_warms_up_from_zero_and_ends_at_zero():
+    rate = make_schedule(TrainConfig(epochs=200, learning_rate=0.1), steps_per_epoch=351)
+    assert rate(0) == 0
+    assert rate(5 * 351) == 0.1
+    assert rate(1000) == pytest.approx(0.1 * 1000 / 1755)
+    assert rate((5 + 195 // 2) * 351) == pytest.approx(0.05, rel=0.01)
+    assert 0 < rate(200 * 351 - 1) < 1e-8
+    assert TrainConfig(epochs=20).warmup_epochs == 2
+    with pytest.raises(InputError, match="warmup_epochs=7"):
+        make_schedule(TrainConfig(epochs=7, warmup_epochs=7), 10)
+
+
+def test_validation_epochs():
+    looked = [e for e in range(1, 201) if is_validation_epoch(e, 200)]
+    assert looked == [1, *range(20, 180, 20), *range(180, 201)]
+    assert [e for e in range(1, 5) if is_validation_epoch(e, 4)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_every_student_learns_and_the_best_weights_are_kept(kind, tmp_path):
+    upright = Augment(pad=1, flip=False)  # a flip would turn one class into another
+    teachers = TeachTrainer(
+        [seeded(i, lambda: tiny(4)) for i in range(2)], dataset(80), TeachConfig(members=2, epochs=12, batch_size=8),
+        out=tmp_path / "teachers", quiet=True, augment=upright,
+    ).fit()  # fmt: skip
+    frozen = Teachers(list(teachers.networks.values()))
+    perturbation = "gaussian" if kind == "single" else "tdiv-sdiv"
+    config = DistillConfig(epochs=15, batch_size=8, student=kind, learning_rate=0.05, perturbation=perturbation)
+    student = seeded(0, lambda: STUDENTS[kind](tiny(4), 2))
+    trainer = DistillTrainer(
+        student, frozen, dataset(80), config, out=tmp_path / "run", quiet=True, augment=upright
+    ).fit()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validations = [r for r in records if r["event"] == "validation"]
+    best = max(v["accuracy"] for v in validations)
+    assert best > 0.8
+    images = EvaluationSet(dataset(80).validation, "cpu")
+    assert accuracy(predict(trainer.student.deployed(), images).mean(0), images.labels) == best
+    again = load_network(tmp_path / "run" / "student.safetensors")
+    assert torch.equal(predict(again, images), predict(trainer.student, images))
+    if kind in ("latent-be", "single"):
+        plain = load_network(tmp_path / "run" / "network.safetensors")
+        assert torch.equal(predict(plain, images), predict(trainer.student.deployed(), images))
+    trained = [r for r in records if r["event"] == "train"]
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    assert ("tdiv" in trained[0]) == (kind != "single")
+
+
+def test_teachers_at_once_are_teachers_alone():
+    config = TeachConfig(members=2, epochs=3, batch_size=8, seed=5)
+    both = TeachTrainer([seeded(5 + i, lambda: tiny(4)) for i in range(2)], dataset(), config, quiet=True).fit()
+    alone = TeachTrainer(
+        [seeded(6, lambda: tiny(4))], dataset(), TeachConfig(members=1, epochs=3, batch_size=8, seed=6), quiet=True
+    ).fit()
+    for name, value in alone.networks["teacher-0"].state_dict().items():
+        assert torch.equal(value, both.networks["teacher-1"].state_dict()[name]), name
+    first = both.networks["teacher-0"].state_dict()
+    assert not torch.equal(first["stem.weight"], both.networks["teacher-1"].state_dict()["stem.weight"])
+
+
+class StopAt:
+    """Raises SIGINT in the middle of a run, as a user pressing Ctrl-C does."""
+
+    def __init__(self, trainer, step):
+        self.step, self.inner = step, trainer.train_step
+        trainer.train_step = self
+        self.count = trainer.step_index
+
+    def __call__(self):
+        self.count += 1
+        if self.count == self.step:
+            signal.raise_signal(signal.SIGINT)
+        return self.inner()
+
+
+@pytest.mark.parametrize("step", [2, 5, 13])  # five steps an epoch: inside the first, at the end of it, later
+def test_interrupted_and_resumed_is_bit_equal(tmp_path, step):
+    whole = make(out=tmp_path / "whole").fit()
+    stopped = make(out=tmp_path / "stopped")
+    StopAt(stopped, step)
+    with pytest.raises(Interrupted, match=f"step {step} of 20") as stop:
+        stopped.fit()
+    assert stop.value.signum == signal.SIGINT
+    resumed = make(out=tmp_path / "stopped", resume=True).fit()
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[name]), name
+    one, two = (load_file(tmp_path / f / "checkpoint.safetensors") for f in ("whole", "stopped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["event"] == "validation"] == [5, 10, 15, 20]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tests.test_trainer import make
+trainer = make(out={out!r}, resume={resume})
+inner, save = trainer.train_step, trainer.save
+left = {steps}
+def train_step():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner()
+def killed_in_save():
+    import fastensdistill.weights as w
+    replace = os.replace
+    def never(a, b):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if left <= {torn}:
+        os.replace = never
+    save()
+trainer.train_step = train_step
+trainer.save = killed_in_save
+trainer.fit()
+"""
+
+
+def test_killed_at_random_steps_and_resumed_is_bit_equal(tmp_path):
+    """SIGKILL at random steps, and once while a checkpoint is being written."""
+    whole = make(out=tmp_path / "whole").fit()
+    rng = np.random.default_rng()
+    out = str(tmp_path / "killed")
+    plan = [(int(rng.integers(2, 9)), -1), (int(rng.integers(6, 12)), -1), (9, 8)]
+    for i, (steps, torn) in enumerate(plan):
+        code = KILLED.format(root=str(ROOT), out=out, resume=i > 0, steps=steps, torn=torn)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == -signal.SIGKILL, f"{plan}: {done.stderr}"
+    resumed = make(out=out, resume=True).fit()
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[name]), (name, plan)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    trainer = make(out=tmp_path / "run", perturbation="none")
+    inner = trainer.train_step
+
+    def poisoned():
+        if trainer.step_index == 12:
+            with torch.no_grad():
+                trainer.student.module.classifier.layer.bias.fill_(float("nan"))
+        return inner()
+
+    trainer.train_step = poisoned
+    with pytest.raises(DivergedError, match="step 12"):
+        trainer.fit()
+    kept = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(bool(torch.isfinite(v).all()) for v in kept.values() if v.is_floating_point())
+    resumed = make(out=tmp_path / "run", perturbation="none", resume=True).fit()
+    assert resumed.step_index == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 0.07}, "learning_rate=0.05"),
+        ({"perturbation": "none"}, "perturbation='tdiv-sdiv'"),
+        ({"data": dataset(48)}, "images="),
+    ],
+)
+def test_a_run_is_resumed_only_with_its_own_settings(tmp_path, change, words):
+    make(out=tmp_path / "run", epochs=1).fit()
+    with pytest.raises(InputError, match=words):
+        make(out=tmp_path / "run", resume=True, **{"epochs": 1, **change}).fit()
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    make(out=tmp_path / "run", epochs=1).fit()
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="not empty"):
+        make(out=tmp_path / "run", epochs=1).fit()
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="nothing to resume"):
+        make(out=tmp_path / "empty", epochs=1, resume=True).fit()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    make(out=tmp_path / "run", epochs=1).fit()
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated"):
+        make(out=tmp_path / "run", epochs=1, resume=True).fit()
+
+
+def test_no_space_left_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    trainer = make(out=tmp_path / "run")
+    inner = trainer.train_step
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    def step():
+        if trainer.step_index == 7:
+            monkeypatch.setattr(os, "fsync", full)
+        return inner()
+
+    trainer.train_step = step
+    with pytest.raises(InputError, match="No space left on device"):
+        trainer.fit()
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").glob(".*tmp"))
+    assert make(out=tmp_path / "run", resume=True).fit().step_index == 20
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="wrap it"):
+        DistillTrainer(tiny(4), [tiny(4), tiny(4)], dataset(), DistillConfig())
+    with pytest.raises(InputError, match="teacher 1 returns 5 values per image; the data has 4 classes"):
+        DistillTrainer(LatentBE(tiny(4), 2), [tiny(4), tiny(5)], dataset(), DistillConfig())
+    with pytest.raises(InputError, match="student returns 5 values"):
+        DistillTrainer(LatentBE(tiny(5), 2), [tiny(4), tiny(4)], dataset(), DistillConfig())
+    with pytest.raises(InputError, match="at least 2 teachers"):
+        DistillTrainer(LatentBE(tiny(4), 2), [tiny(4)], dataset(), DistillConfig())
+    with pytest.raises(InputError, match="batch size is 41"):
+        make(batch_size=41).fit()
+    with pytest.raises(InputError, match="device 'cuda:9'"):
+        make(device="cuda:9")
+    with pytest.raises(InputError, match="out="):
+        make(resume=True)
+
+
+def test_bf16_trains_with_float32_weights():
+    trainer = make(precision="bf16", epochs=1).fit()
+    assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.student.parameters())
