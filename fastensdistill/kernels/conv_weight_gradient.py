@@ -151,7 +151,7 @@ def conv_weight_gradient_kernel(
         wrap = i_oh >= HO
         i_oh = tl.where(wrap, i_oh - HO, i_oh)
         image += STEP_IMAGES + wrap.to(tl.int32)
-    p_partial += i_split * s_split + i_g * (TAPS * C * CO)
+    p_partial += i_split.to(tl.int64) * s_split + i_g * (TAPS * C * CO)
     tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
 
 

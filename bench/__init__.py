@@ -1,0 +1,1 @@
+"""Measurements and static reports; nothing in the package imports this."""

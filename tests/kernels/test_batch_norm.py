@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
+from fastensdistill.kernels.batch_norm_backward import (
+    ROWS_BLOCK,
+    batch_norm_backward,
+    batch_norm_backward_statistics,
+)
+from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.triton_utils import pack_mask
+from fastensdistill.models.layers import BatchNorm2d
+from tests.compare import check_close
+from tests.kernels.both import TOLERANCE, check_op, values
+
+# groups, images, height, width, channels; the second has more positions than one program sums
+SHAPES = {"odd": (2, 3, 5, 7, 20), "two-rows-of-sums": (1, 3, 16, 11, 16), "one-pixel": (3, 1, 1, 1, 9)}
+each_shape = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
+each_sharing = pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+
+
+def _rows(sets: int, channels: int, seed: int) -> torch.Tensor:
+    return 0.5 + values(sets, channels, seed=seed).abs()
+
+
+@each_sharing
+@pytest.mark.parametrize(("rows", "channels"), [(3, 20), (300, 33)], ids=["few", "several-blocks"])
+def test_statistics(shared, rows, channels):
+    groups = 2
+    sets = 1 if shared else groups
+    partials = values(groups, rows, 2, channels)
+    partials[:, :, 1] = partials[:, :, 1].abs() + 1
+    parameters = [_rows(sets, channels, seed) for seed in range(4)]
+    check_op(batch_norm_statistics, partials, 30 * rows, *parameters)
+
+
+@each_dtype
+@each_sharing
+@each_shape
+def test_apply(shape, shared, dtype):
+    groups, images, height, width, channels = shape
+    scale, shift = (values(1 if shared else groups, channels, seed=s) for s in (1, 2))
+    z = values(*shape, dtype=dtype)
+    options = {"tolerance": TOLERANCE[dtype]}
+    check_op(batch_norm_apply, z, scale, shift, mask=True, **options)
+    check_op(batch_norm_apply, z, scale, shift, residual=values(*shape, dtype=dtype, seed=3), relu=False, **options)
+    small = values(groups, images, 2 * height - 1, 2 * width, -(-channels // 2), dtype=dtype)
+    check_op(batch_norm_apply, z, scale, shift, residual=small, residual_stride=2, mask=True, **options)
+
+
+@each_dtype
+@each_sharing
+@each_shape
+def test_backward(shape, shared, dtype):
+    groups, channels = shape[0], shape[4]
+    sets = 1 if shared else groups
+    d, z, residual = (values(*shape, dtype=dtype, seed=s) for s in range(3))
+    mean, inv_std, weight = values(sets, channels), _rows(sets, channels, 1), _rows(sets, channels, 2)
+    mask = pack_mask(values(*shape, seed=4) > 0)
+    options = {"tolerance": TOLERANCE[dtype]}
+    check_op(batch_norm_backward_statistics, d, z, mean, inv_std, **options)
+    sums = check_op(batch_norm_backward_statistics, d, z, mean, inv_std, mask=mask, residual=residual, **options)
+    positions = shape[1] * shape[2] * shape[3]
+    assert sums.statistics.shape[1] == -(-positions // ROWS_BLOCK)
+    count = positions * groups // sets
+    check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **options)
+    more = {"residual": residual, **options}
+    check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **more)
+
+
+@each_sharing
+def test_whole_layer_is_the_papers_batch_norm(shared):
+    """Convolution's sums, statistics, apply and backward against BatchNorm2d and autograd, in float64."""
+    groups, images, size, channels, out = 2, 3, 5, 4, 6
+    sets = 1 if shared else groups
+    x = values(groups, images, size, size, channels).double()
+    kernels, slots = values(groups, 9, channels, out).double(), torch.arange(groups, dtype=torch.int32)
+    parameters = [_rows(sets, out, seed).double() for seed in range(4)]
+    weight, bias, running_mean, running_var = parameters
+    layers = [BatchNorm2d(out).double().train() for _ in range(sets)]
+    for q, layer in enumerate(layers):
+        for mine, theirs in zip(
+            parameters, (layer.weight, layer.bias, layer.running_mean, layer.running_var), strict=True
+        ):
+            theirs.data.copy_(mine[q])
+
+    result = grouped_conv(x, kernels, slots, kernel=3, padding=1, center=running_mean)
+    count = images * size * size * groups // sets
+    statistics = batch_norm_statistics(result.statistics, count, *parameters)
+    y = batch_norm_apply(result.z, statistics.scale, statistics.shift, mask=True)
+
+    z = result.z.clone().requires_grad_()
+    together = z.view(sets, -1, size, size, out)
+    expected = [F.relu(layer(part.permute(0, 3, 1, 2))) for layer, part in zip(layers, together, strict=True)]
+    expected_y = torch.stack(expected).permute(0, 1, 3, 4, 2).reshape(z.shape)
+    check_close("y", y.y, expected_y, 1e-12)
+    check_close("running mean", running_mean, torch.stack([layer.running_mean for layer in layers]), 1e-12)
+    check_close("running variance", running_var, torch.stack([layer.running_var for layer in layers]), 1e-12)
+
+    d = values(*z.shape, seed=9).double()
+    grads = torch.autograd.grad(expected_y, [z, *[p for layer in layers for p in (layer.weight, layer.bias)]], d)
+    sums = batch_norm_backward_statistics(d, result.z, statistics.mean, statistics.inv_std, mask=y.mask)
+    out_ = batch_norm_backward(sums.d, result.z, sums.statistics, count, weight, statistics.mean, statistics.inv_std)
+    check_close("dz", out_.d, grads[0], 1e-10)
+    check_close("dγ", out_.d_weight, torch.stack(grads[1::2]), 1e-10)
+    check_close("dβ", out_.d_bias, torch.stack(grads[2::2]), 1e-10)
+    assert bias.shape == out_.d_bias.shape
+
+
+def test_variance_survives_a_large_mean():
+    """Sums about the running mean: Σz² − mean² in float32 would lose everything at mean 1e4, deviation 1."""
+    z = 1e4 + values(1, 2, 8, 8, 16)
+    identity = torch.eye(16)[None, None].contiguous()
+    center = torch.full((1, 16), 1e4)
+    sums = grouped_conv(z, identity, torch.zeros(1, dtype=torch.int32), kernel=1, center=center).statistics
+    ones = torch.ones(1, 16)
+    statistics = batch_norm_statistics(sums, 128, ones, ones.clone(), center.clone(), ones.clone())
+    var = (1 / statistics.inv_std).square() - 1e-5
+    check_close("variance", var[0], z.double().flatten(0, 3).var(0, correction=0), 2e-3)
+
+
+def test_refusals():
+    z, row = values(2, 1, 3, 3, 8), torch.ones(1, 8)
+    with pytest.raises(InputError, match="given together"):
+        batch_norm_apply(z, row, None)
+    with pytest.raises(InputError, match=r"scale and shift has shape \(3, 8\)"):
+        batch_norm_apply(z, torch.ones(3, 8), torch.ones(3, 8))
+    with pytest.raises(InputError, match="running_var has shape"):
+        batch_norm_statistics(torch.ones(2, 4, 2, 8), 4, row, row, row, torch.ones(2, 8))
+    with pytest.raises(InputError, match="z has shape"):
+        batch_norm_backward_statistics(z, z[:1], row, row)
+    with pytest.raises(InputError, match="different shapes"):
+        batch_norm_backward(z, z, torch.ones(2, 1, 2, 8), 9, row, row, row, residual=z[:1])

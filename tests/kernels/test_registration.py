@@ -1,0 +1,92 @@
+"""Every op is well registered: schema, fake, mutation; on meta tensors; traceable as one graph."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops)
+    augment,
+    batch_norm,
+    batch_norm_backward,
+    conv_data_gradient,
+    conv_weight_gradient,
+    grouped_conv,
+    head,
+    head_backward,
+    pool,
+    triton_utils,
+)
+from tests.kernels.both import values
+
+OPS = torch.ops.fastensdistill
+SLOTS = torch.tensor([1, 0], dtype=torch.int32)
+X, Z, ROW = values(2, 3, 5, 4, 6), values(2, 3, 5, 4, 10), torch.ones(1, 10)
+W, BITS = values(2, 9, 6, 10), torch.zeros(2, 3, 5, 4, 2, dtype=torch.uint8)
+PARTIALS, LOGITS = values(2, 4, 2, 10).abs(), values(2, 3, 7)
+CLASSIFIER = values(2, 10, 7)
+NONE3 = (None, None, None)
+
+
+def _conv(*options):
+    return (X, W, SLOTS, None, None, None, False, *options, 3, 1, 1, "ieee")
+
+
+CALLS = {
+    "grouped_conv": _conv(None, None, 1, False, *NONE3, False),
+    "grouped_conv, everything": _conv(ROW, Z, 1, True, ROW, ROW, ROW, True),
+    "conv_data_gradient": (Z, W.transpose(2, 3).contiguous(), SLOTS, 5, 4, None, 1, False, None, None, *NONE3, 3, 1, 1,
+                           "float32", "ieee"),
+    "conv_data_gradient, everything": (X, values(2, 9, 6, 10), SLOTS, 9, 8, Z[:, :, :5], 2, True,
+                                       torch.zeros(2, 3, 9, 8, 2, dtype=torch.uint8), ROW, values(2, 3, 9, 8, 10), ROW,
+                                       ROW, 3, 2, 1, "float32", "tf32"),
+    "conv_weight_gradient": (X, Z, None, None, True, 3, 1, 1, "ieee"),
+    "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5),
+    "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
+    "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
+    "batch_norm_backward_statistics": (Z, Z, ROW, ROW, BITS, Z),
+    "batch_norm_backward": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, None),
+    "head": (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
+    "head_backward": (LOGITS, Z, CLASSIFIER, SLOTS, None, None, True, *NONE3, "ieee"),
+    "head_backward, everything": (LOGITS, Z, CLASSIFIER, SLOTS, ROW, ROW, True, ROW, ROW, values(2, 3, 10), "ieee"),
+    "max_pool": (X, 3, 2, 1),
+    "max_pool_backward": (values(2, 3, 3, 2, 6), torch.ones(2, 3, 3, 2, 6, dtype=torch.uint8), 5, 4, 3, 2, 1),
+    "mean_pool": (X,),
+    "augment": (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64),
+                torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8), "float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_opcheck(name):
+    opcheck(getattr(OPS, name.split(",")[0]).default, CALLS[name])
+
+
+def test_one_graph_under_torch_compile():
+    def block(x, weight, slots, scale, shift):
+        z = grouped_conv.grouped_conv(x, weight, slots, kernel=3, padding=1).z
+        return batch_norm.batch_norm_apply(z, scale, shift, mask=True)
+
+    arguments = (X, W, SLOTS, ROW, values(1, 10))
+    compiled = torch.compile(block, fullgraph=True, backend="eager")(*arguments)
+    for a, e in zip(compiled, block(*arguments), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_import_leaves_cuda_alone_and_kernels_on_the_cpu_need_the_interpreter():
+    code = (
+        "import torch\n"
+        "from fastensdistill.kernels import grouped_conv, head_backward, pool, augment, triton_utils\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "with triton_utils.use_kernels():\n"
+        "    pool.mean_pool(torch.ones(1, 1, 2, 2, 4))\n"
+    )
+    environment = {k: v for k, v in __import__("os").environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith(f"{InputError.__module__}.InputError: kernels on CPU tensors")
+    )
