@@ -70,7 +70,8 @@ class Backward(Builder):
                 prologue = [Step("affine", source)]
                 source = self.network.by_name[source].inputs[0]
             writes = self.parameter_buffers(node)
-            self.launch("weight gradient", node.name, [source, gradient], writes, prologue=prologue, macs=node.macs)
+            reads, share = [source, gradient], self.share(node)
+            self.launch("weight gradient", node.name, reads, writes, prologue=prologue, macs=node.macs, share=share)
 
     def parameter_buffers(self, node: Conv | Linear) -> list[str]:
         writes = [self.buffer(f"{node.name}.weight.grad", (self.weights(node),), FLOAT)]

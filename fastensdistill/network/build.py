@@ -99,15 +99,22 @@ class Builder:
         prologue: list[Step] | None = None,
         macs: int = 0,
         weights: int = 0,
+        share: float = 1.0,
     ) -> None:
-        """Append a launch. ``macs`` per image and group, ``weights`` elements per group; steps add their buffers."""
+        """Append a launch. ``macs`` per image and group, ``weights`` elements per group; steps add their buffers.
+
+        ``share`` of its main input is read: a 1x1 convolution with stride 2 skips three positions of four.
+        """
         epilogue = epilogue or []
-        reads = [*reads, *(s.arg for s in epilogue if s.kind in ("add", "mask"))]
+        residuals = [(s.arg, 1 / s.stride**2) for s in epilogue if s.kind == "add" and "gradient" not in op]
+        residuals += [(s.arg, 1.0) for s in epilogue if s.kind == "mask" or (s.kind == "add" and "gradient" in op)]
         writes = [*writes, *(s.arg for s in epilogue if s.kind in ("store", "bits"))]
         nbytes = weights * self.groups * ACTIVATION / 8
-        for name in (*reads, *writes):
+        moved = [(reads[0], share), *((name, 1.0) for name in (*reads[1:], *writes)), *residuals]
+        reads = [*reads, *(name for name, _ in residuals)]
+        for name, part in moved:
             held = self.part.buffers[name]
-            nbytes += Buffer(held.shape, held.bits, min(held.groups, self.groups)).nbytes
+            nbytes += part * Buffer(held.shape, held.bits, min(held.groups, self.groups)).nbytes
         flops = 2 * macs * self.part.batch * self.groups
         user = self.sole(node) if op in ("conv", "conv gradient") else None
         self.part.launches.append(
@@ -116,6 +123,10 @@ class Builder:
                 user.name if user and self.folded(user) else "", flops, nbytes,
             )
         )  # fmt: skip
+
+    def share(self, node: Conv | Linear) -> float:
+        """How much of its input a convolution looks at."""
+        return min(1.0, node.kernel / node.stride) ** 2 if isinstance(node, Conv) else 1.0
 
     def weights(self, node: Conv | Linear) -> int:
         if isinstance(node, Conv):

@@ -56,9 +56,8 @@ class Forward(Builder):
             self.done.add(user.name)
         steps += self.chain(value, FORWARD_FUSIONS["conv"])
         self.done.add(node.name)
-        self.launch(
-            "conv", node.name, [source], self.sums(steps), steps, prologue, macs=node.macs, weights=self.weights(node)
-        )
+        writes, weights = self.sums(steps), self.weights(node)
+        self.launch("conv", node.name, [source], writes, steps, prologue, node.macs, weights, self.share(node))
 
     def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
         """A launch that computes ``node`` by ``steps`` and takes along what it can."""

@@ -8,6 +8,7 @@ uses the reference engine for that network.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,7 +187,8 @@ class _Reader:
 
         if target not in FUNCTIONS:
             raise self.refuse("is not an operation of the fast path")
-        name = self.free_name(f"{self.where}.{op.name}" if self.where else op.name)
+        base = re.sub(r"_\d+$", "", op.name)
+        name = self.free_name(f"{self.where}.{base}" if self.where else base)
         source, value, shape = self.source(op)
         if target in RELU:
             self.relu(op, name, target in IN_PLACE or argument(0, "inplace", False))

@@ -1,0 +1,90 @@
+"""The plan of a training step as a table: what is launched, over whom, with what fused, how long it takes at best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastensdistill.errors import unknown
+from fastensdistill.models import TORCHVISION, create_model
+from fastensdistill.network.gpu import GPUS, Gpu
+from fastensdistill.network.launch import RULES, Launch, Part, Step
+from fastensdistill.network.plan import Plan, plan_step
+from fastensdistill.network.trace import trace
+
+
+def line(op: str, node: str, shape: str, before: str, after: str, numbers: str) -> str:
+    return f"{op:18} {node:26} {shape:>12}  {before:12} {after:50} {numbers}"
+
+
+HEADER = line("launch", "layer", "output", "fused before", "fused after", f"{'GFLOP':>8} {'MB':>8} {'us':>7}")
+
+
+def describe(steps: tuple[Step, ...]) -> str:
+    """Steps in short; of a residual that is read with a stride, the stride."""
+    words = {"scale_shift": "norm", "batch_norm": "norm", "affine": "normalise", "add": "residual"}
+    text = [words.get(step.kind, step.kind) + (f"/{step.stride}" if step.stride > 1 else "") for step in steps]
+    return " ".join(text)
+
+
+def rows(part: Part, gpu: Gpu) -> Iterator[str]:
+    """One line per launch of ``part``."""
+    for launch in part.launches:
+        shapes = [part.buffers[name].shape for name in launch.writes if not name.endswith("sums")]
+        shape = "x".join(str(size) for size in max(shapes, key=len)[1:]) if shapes else ""
+        after = " ".join(filter(None, ["norm-in-weights" if launch.folded else "", describe(launch.epilogue)]))
+        before = describe(launch.prologue)
+        yield line(launch.op, launch.node, shape, before, after, numbers([launch], gpu))
+
+
+def numbers(launches: list[Launch], gpu: Gpu) -> str:
+    flops, nbytes = sum(launch.flops for launch in launches), sum(launch.nbytes for launch in launches)
+    least = sum(gpu.least_time(launch) for launch in launches)
+    return f"{flops / 1e9:8.2f} {nbytes / 1e6:8.2f} {least * 1e6:7.1f}"
+
+
+def step_table(plans: dict[str, Plan], forward_flops: int, batch: int, gpu: Gpu) -> Iterator[str]:
+    """The passes of one step, their totals, and the total per image in forward passes of one network.
+
+    ``forward_flops`` is F, the FLOPs of one network's forward pass of one image (method.md §4).
+    """
+    for name, plan in plans.items():
+        yield f"== {name}"
+        for part in plan.parts:
+            yield f"-- {part.name}: {' '.join(group.name for group in part.groups)}, {batch} images each"
+            yield HEADER
+            yield from rows(part, gpu)
+        yield line(f"total of {len(plan.launches)} launches", "", "", "", "", numbers(plan.launches, gpu))
+        yield ""
+    launches = [launch for plan in plans.values() for launch in plan.launches]
+    flops, least = sum(launch.flops for launch in launches), sum(gpu.least_time(launch) for launch in launches)
+    yield line(f"step of {len(launches)} launches", "", "", "", "", numbers(launches, gpu))
+    yield (
+        f"per image: {flops / batch / 1e9:.2f} GFLOP = {flops / batch / forward_flops:.2f} F, F = "
+        f"{forward_flops / 1e9:.4f} GFLOP, one forward pass of one network"
+    )
+    yield (
+        f"least time on {gpu.name} ({gpu.flops / 1e12:.0f} TFLOP/s bf16, {gpu.bandwidth / 1e12:.2f} TB/s, "
+        f"{gpu.source}): {least * 1e3:.2f} ms, at most {batch / least:,.0f} images/s; by arithmetic alone "
+        f"{batch * gpu.flops / flops:,.0f} images/s"
+    )
+
+
+def print_plan(
+    model: str, teachers: int = 4, branches: int = 4, batch: int = 128, gpu: str = "h200", size: int | None = None
+) -> None:
+    """Print the plan of a TDiv − SDiv training step of ``model``, teachers and student alike, on 100 classes.
+
+    ``size`` of the square images defaults to 32, for torchvision's networks to 224. Raises ``InputError`` for an
+    unknown model or GPU, and for a network that cannot be planned.
+    """
+    if gpu not in GPUS:
+        raise unknown("gpu", gpu, GPUS)
+    size = size or (224 if model in TORCHVISION else 32)
+    network = trace(create_model(model, 100), (3, size, size))
+    print(f"{model}, {teachers} teachers, {branches} branches, batch {batch}, images 3x{size}x{size}\n")
+    for number, rule in enumerate(RULES, 1):
+        print(f"{number}. {rule}")
+    print()
+    plans = plan_step(network, network, teachers, branches, batch)
+    for text in step_table(plans, 2 * network.macs, batch, GPUS[gpu]):
+        print(text.rstrip())

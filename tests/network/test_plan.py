@@ -1,0 +1,158 @@
+"""The plan's totals against the arithmetic of the paper, its fusions, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastensdistill.errors import InputError
+from fastensdistill.models import create_model
+from fastensdistill.network.gpu import GPUS
+from fastensdistill.network.launch import Group
+from fastensdistill.network.nodes import Conv, Network
+from fastensdistill.network.plan import plan, plan_step
+from fastensdistill.network.table import print_plan
+from fastensdistill.network.trace import trace
+from tests.network import models
+
+
+def network(name: str, size: int = 32) -> Network:
+    return trace(create_model(name, 100), (3, size, size))
+
+
+def stem(net: Network) -> Conv:
+    return next(node for node in net.nodes if isinstance(node, Conv))
+
+
+@pytest.mark.parametrize(("teachers", "branches"), [(4, 4), (3, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["wrn28_4", "wrn28_10", "resnet32", "resnet18"])
+def test_flops_are_the_least_possible(name, teachers, branches):
+    """M + 3K + 6 forward passes per image (method.md section 4), less the stem's input gradient, which nobody reads."""
+    net, batch = network(name), 128
+    plans = plan_step(net, net, teachers, branches, batch)
+    F = 2 * net.macs * batch
+    assert plans["perturbation, forward"].flops == 4 * F
+    assert plans["perturbation, input gradient"].flops == 2 * F
+    assert plans["distillation, forward"].flops == (teachers + branches) * F
+    unread = 2 * stem(net).macs * batch * branches
+    assert plans["distillation, backward"].flops == 2 * branches * F - unread
+    total = sum(p.flops for p in plans.values())
+    assert total == (teachers + 3 * branches + 6) * F - unread
+
+
+def test_least_time_of_wrn28_4():
+    """design.md's bounds: 37.2 GFLOP per image, 21.2k images/s by arithmetic; ResNet-32 is bound by traffic, 88k."""
+    rates = {}
+    for name in ("wrn28_4", "resnet32"):
+        net = network(name)
+        launches = [launch for p in plan_step(net, net, 4, 4, 128).values() for launch in p.launches]
+        flops = sum(launch.flops for launch in launches) / 128
+        least = sum(GPUS["h200"].least_time(launch) for launch in launches)
+        rates[name] = flops / 1e9, GPUS["h200"].flops / flops, 128 / least
+    gflop, arithmetic, rate = rates["wrn28_4"]
+    assert round(gflop, 1) == 37.2
+    assert round(arithmetic / 1e3, 1) == 21.2
+    assert 11.3e3 < rate < 16.8e3  # between unfused elementwise passes and everything fused
+    assert 53e3 < rates["resnet32"][2] < 95e3
+
+
+def epilogues(part, op="conv"):
+    return {launch.node: [str(step) for step in launch.epilogue] for launch in part.launches if launch.op == op}
+
+
+def test_a_preactivation_block():
+    """One transition block and the head, written out: the fusions of all four passes."""
+    net = trace(models.preresnet(), (3, 8, 8))
+    plans = plan_step(net, net, 2, 2, 4)
+    (part,) = plans["perturbation, forward"].parts
+    steps = epilogues(part)
+    block = "groups.1.0"
+    assert steps[f"{block}.conv1"] == ["bias", "relu", f"bits {block}.relu2.mask", f"store {block}.relu2"]
+    assert steps[f"{block}.conv2"] == [f"store {block}.conv2"]
+    assert steps[f"{block}.shortcut"] == [
+        f"add {block}.conv2", f"store {block}.add",
+        "scale_shift groups.1.1.bn1", "relu", "bits groups.1.1.relu1.mask", "store groups.1.1.relu1",
+    ]  # fmt: skip
+    assert {launch.node: launch.folded for launch in part.launches}[f"{block}.conv1"] == f"{block}.bn2"
+    assert [str(s) for s in part.launches[0].prologue] == ["affine normalize"]
+    assert [str(s) for s in part.launches[-1].prologue] == ["scale_shift bn", "relu"]
+
+    (part,) = plans["perturbation, input gradient"].parts
+    steps = epilogues(part, "conv gradient")
+    assert steps[f"{block}.conv2"] == [f"mask {block}.relu2.mask", f"store {block}.conv1.grad"]
+    assert steps["groups.1.1.conv1"] == [
+        "mask groups.1.1.relu1.mask", "scale groups.1.1.bn1", "add groups.1.1.add.grad", f"store {block}.add.grad",
+    ]  # fmt: skip
+    assert steps["stem"] == ["scale normalize", "store input.grad"]
+
+    part = plans["distillation, forward"].parts[1]
+    assert epilogues(part)[f"{block}.conv1"] == [f"store {block}.conv1", f"sums {block}.bn2"]
+    (part,) = plans["distillation, backward"].parts
+    steps = epilogues(part, "conv gradient")
+    assert steps[f"{block}.conv2"] == [
+        f"mask {block}.relu2.mask", f"store {block}.bn2.grad", f"sums {block}.bn2",
+    ]  # fmt: skip
+    assert epilogues(part, "norm gradient")["groups.1.1.bn1"] == [
+        "add groups.1.1.add.grad", f"store {block}.add.grad",
+    ]  # fmt: skip
+    assert "stem" not in steps
+
+
+def test_a_padded_shortcut_is_read_in_place():
+    net = trace(models.resnet(), (3, 8, 8))
+    plans = plan_step(net, net, 2, 2, 4)
+    steps = epilogues(plans["perturbation, forward"].parts[0])["groups.1.0.conv2"]
+    assert steps[:2] == ["bias", "add groups.0.1.relu2 every 2"]
+    steps = epilogues(plans["perturbation, input gradient"].parts[0], "conv gradient")["groups.1.0.conv1"]
+    assert steps[0] == "add groups.1.0.add.grad every 2"
+
+
+@pytest.mark.parametrize("name", ["wrn28_4", "resnet32", "resnet18", "resnet50"])
+def test_buffers_are_written_before_they_are_read(name):
+    """What a memory plan needs: every buffer known, every read after its write, every activation written once."""
+    net = network(name, 64)
+    plans = list(plan_step(net, net, 4, 4, 8).values())
+    for forward, backward in (plans[:2], plans[2:]):
+        for part in forward.parts:
+            written = {"input"}
+            backwards = [p for p in backward.parts if p.name == part.name]
+            for launch in [*part.launches, *[item for p in backwards for item in p.launches]]:
+                buffers = (backwards or [part])[0].buffers
+                known = written | {f"{net.output}.grad"}
+                assert set(launch.reads) <= known, f"{launch.op} {launch.node}: {set(launch.reads) - known}"
+                assert not set(launch.writes) & written, f"{launch.op} {launch.node} writes again"
+                assert set(launch.reads) | set(launch.writes) <= set(buffers)
+                written |= set(launch.writes)
+
+
+def test_refusals():
+    net, vgg = network("wrn28_4"), network("vgg11_bn")
+    train = [Group(f"S{k}", 0, "AAB"[k], "parameters") for k in range(3)]
+    with pytest.raises(InputError, match="S0, S1, S2 share 2 sets of BatchNorm statistics"):
+        plan([net], train, "forward", 4)
+    with pytest.raises(InputError, match=r"dropout in 'network.classifier.2' while S0 train"):
+        plan([vgg], train[:1], "forward", 4)
+    with pytest.raises(InputError, match="expected all of them to ask for the parameters' gradient, or none"):
+        plan([net], [Group("S0", 0, "A", "parameters"), Group("S1", 0, "A")], "forward", 4)
+    with pytest.raises(InputError, match="unknown direction 'sideways'"):
+        plan([net], train[:1], "sideways", 4)
+    with pytest.raises(InputError, match="asks for the gradient of its parameters in evaluation mode"):
+        Group("T", gradient="parameters")
+    with pytest.raises(InputError, match="asks for the gradient of its input in training mode"):
+        Group("T", statistics="T", gradient="input")
+    with pytest.raises(InputError, match="unknown gradient 'inputs'; did you mean 'input'"):
+        Group("T", gradient="inputs")
+    with pytest.raises(InputError, match="unknown gpu 'h20'; did you mean 'h200'"):
+        print_plan("wrn28_4", gpu="h20")
+
+
+def test_printed_table(capsys):
+    print_plan("wrn28_4", teachers=4, branches=4, batch=128, gpu="h200")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "wrn28_4, 4 teachers, 4 branches, batch 128, images 3x32x32"
+    assert max(len(line) for line in lines) < 220
+    rows = [line for line in lines if line.startswith("conv  ")]
+    assert len(rows) == 3 * 28  # 25 3x3 convolutions and 3 shortcuts; one perturbation part, two of the distillation
+    (shortcut,) = [line.split() for line in rows if "groups.0.0.shortcut" in line][:1]
+    assert shortcut[:3] == ["conv", "groups.0.0.shortcut", "32x32x64"]
+    assert any("37.20 GFLOP = 22.00 F" in line for line in lines)
+    assert any(line.startswith("least time on H200 (790 TFLOP/s bf16, 4.30 TB/s") for line in lines)
