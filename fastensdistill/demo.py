@@ -50,7 +50,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
     jobs = {}
     for seed in range(seeds):
         for name, flags in STUDENTS.items():
-            folder = out / f"{name}-{seed}".replace(" ", "-")
+            folder = out / f"{name.lower().replace(' + ', '-')}-{seed}"
             jobs[folder] = ["distill", *RECIPE, *length, *flags, "--teachers", str(teachers), "--seed", str(seed),
                             "--out", str(folder)]  # fmt: skip
     workers = 1 if torch.cuda.is_available() else max(1, min(os.cpu_count() or 1, len(jobs)))

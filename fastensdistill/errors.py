@@ -1,6 +1,7 @@
 """The error every part raises for bad input: one sentence that names the value and what was expected.
 
-The command line prints it as one line and exits with code 2; from Python it is an ordinary ``ValueError``.
+The command line prints it as one line and exits with code 2. It is not a ``ValueError``: parsers of arguments take
+those for their own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Input that cannot be used, or an environment that cannot do what was asked."""
 
 

@@ -63,7 +63,7 @@ def export_network(
             write, read, suffix = _WAYS[f]
             path = Path(temporary) / f"{name}{suffix}"
             write(network, path, images, card or {})
-            error = _error(read(path, network, images), expected)
+            error = _error(read(path, network, images).detach(), expected)
             if not error <= TOLERANCE[f]:
                 raise InputError(
                     f"the {f} export gives other logits: relative error {error:.1e}, allowed {TOLERANCE[f]:.0e}"

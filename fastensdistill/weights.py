@@ -59,20 +59,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, json.loads(metadata["card"]) if metadata.get("format") == FORMAT else {}
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path), {}
-    except (SafetensorError, json.JSONDecodeError, EOFError, KeyError) as error:
-        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
-    except InputError:
-        raise
-    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, ValueError, ... for damaged files
+        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ValueError, ...: all of them a damaged file
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as a state dict without unpickling code: {first}") from error
+    return _state_dict(loaded, path), {}
 
 
 def save_network(path: Path, network: nn.Module, card: Mapping[str, Any] | None = None) -> None:
