@@ -2,8 +2,8 @@
 
     python -m bench.kernel_report --arch 80 90 100 --json FILE [--networks wrn28_4 resnet32]
 
-Every op is called as the plans of the networks call it, with launches recorded instead of run; each distinct launch is
-then compiled for the architecture and its machine code read.
+The four passes of a training step are run over each network with launches recorded instead of done; each distinct
+launch is then compiled for the architecture and its machine code read.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,17 +22,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastensdistill.engine.passes import run_part
+from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.augment import augment
-from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
-from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
-from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
-from fastensdistill.kernels.grouped_conv import grouped_conv, out_size
-from fastensdistill.kernels.head import head
-from fastensdistill.kernels.head_backward import head_backward
-from fastensdistill.kernels.pool import max_pool, max_pool_backward, mean_pool
 from fastensdistill.kernels.tiles import assume_arch
+from fastensdistill.models import create_model
+from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.plan import plan_step
+from fastensdistill.network.trace import trace
 
 # compute capability: shared memory of one block and of one multiprocessor, in bytes (CUDA programming guide)
 SHARED_LIMIT = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
@@ -42,154 +40,41 @@ POINTERS = {
 }  # fmt: skip
 
 
-class Conv(NamedTuple):
-    """One convolution of a network and how it sits there."""
-
-    channels: int
-    out_channels: int
-    size: int
-    kernel: int = 3
-    stride: int = 1
-    place: str = "first"  # stem, first or second of a block, shortcut
-
-    @property
-    def padding(self) -> int:
-        return self.kernel // 2
+# name → image size, classes, images of a batch; "sample" is a small PreResNet with every kind of launch, for tests
+NETWORKS = {
+    "wrn28_4": (32, 100, 128),
+    "wrn28_10": (32, 100, 128),
+    "resnet32": (32, 100, 128),
+    "resnet18": (224, 1000, 16),
+    "sample": (32, 100, 128),
+}
 
 
-def _pre_activation(widen: int) -> list[Conv]:
-    convs, channels, size = [Conv(3, 16, 32, place="stem")], 16, 32
-    for i in range(3):
-        width, stride = 16 * widen * 2**i, 2 if i else 1
-        convs += [Conv(channels, width, size, 3, stride, "first"), Conv(channels, width, size, 1, stride, "shortcut")]
-        channels, size = width, size // stride
-        convs += [Conv(width, width, size, place="second"), Conv(width, width, size, place="first")]
-    return convs
+def record(name: str, groups: int = 4) -> list[triton_utils.Launch]:
+    """The distinct launches of one training step with the paper's perturbation, M = K = ``groups``.
 
-
-def _post_activation(widths: list[int], size: int, stem: Conv, projection: bool) -> list[Conv]:
-    convs, channels = [stem], stem.out_channels
-    for width in widths:
-        stride = 2 if width != channels else 1
-        if stride == 2:
-            convs.append(Conv(channels, width, size, 3, 2, "first"))
-            convs += [Conv(channels, width, size, 1, 2, "shortcut")] * projection
-        channels, size = width, size // stride
-        convs += [Conv(width, width, size, place="second"), Conv(width, width, size, place="first")]
-    return convs
-
-
-NETWORKS: dict[str, tuple[list[Conv], int, int, bool]] = {
-    # convolutions, last size, classes, whether BatchNorm and ReLU come before the convolution
-    "wrn28_4": (_pre_activation(4), 8, 100, True),
-    "wrn28_10": (_pre_activation(10), 8, 100, True),
-    "resnet32": (_post_activation([16, 32, 64], 32, Conv(3, 16, 32, place="stem"), False), 8, 100, False),
-    "resnet18": (
-        _post_activation([64, 128, 256, 512], 56, Conv(3, 64, 224, 7, 2, "stem"), True), 7, 1000, False,
-    ),
-}  # fmt: skip
-
-
-def _call_conv(conv: Conv, images: int, groups: int, before: bool) -> None:
-    """Every form in which the passes use one convolution: perturbation, distillation, and both backward."""
-    low, full = torch.bfloat16, torch.float32
-    n_in, n_out, place = conv.channels, conv.out_channels, conv.place
-    shape = {"kernel": conv.kernel, "stride": conv.stride, "padding": conv.padding}
-    out = out_size(conv.size, conv.kernel, conv.stride, conv.padding)
-    slots = torch.empty(groups, dtype=torch.int32)
-
-    def rows(channels: int, count: int = groups) -> Tensor:
-        return torch.empty(count, channels)
-
-    stem = place == "stem"
-    x = torch.empty(1 if stem else groups, images, conv.size, conv.size, n_in, dtype=full if stem else low)
-    weight = torch.empty(groups, conv.kernel**2, n_in, n_out, dtype=low)
-    flipped = torch.empty(groups, conv.kernel**2, n_out, n_in, dtype=low)
-    y = torch.empty(groups, images, out, out, n_out, dtype=low)
-    affine: dict[str, Any] = {"in_scale": rows(3, 1), "in_shift": rows(3, 1)} if stem else {}
-    following: dict[str, Any] = {}
-    if place == "shortcut":
-        following = {"bias": None if before else rows(n_out)}
-    elif not before:
-        following = {"bias": rows(n_out), "relu": True, "mask": True, "residual": y if place == "second" else None}
-    elif place == "first":
-        following = {"bias": rows(n_out), "relu": True, "mask": True}
-    else:
-        second = y if place == "second" else None
-        following = {"next_scale": rows(n_out), "next_shift": rows(n_out), "mask": True, "residual": second}
-    grouped_conv(x, weight, slots, **shape, **affine, **following)
-    training = {"center": rows(n_out, 1)} if not (before and place == "shortcut") else {}
-    if before and place == "second":
-        training["residual"] = y
-    grouped_conv(x, weight, slots, **shape, **affine, **training)
-    conv_weight_gradient(x, y, **shape, **affine)
-    if stem:
-        if conv.kernel == 3:
-            conv_data_gradient(
-                y, flipped, slots, in_size=(conv.size,) * 2, **shape, scale=rows(3, 1), out_dtype=torch.float32
-            )
-        return
-    bits = torch.empty(groups, images, conv.size, conv.size, -(-n_in // 8), dtype=torch.uint8)
-    behind: dict[str, Any] = dict(in_size=(conv.size, conv.size), **shape)
-    if place == "shortcut":
-        conv_data_gradient(y, flipped, slots, **behind)
-        return
-    extra: dict[str, Any] = {}
-    if place == "first":
-        extra = {"residual": x, "residual_first": not before, "scale": rows(n_in) if before else None}
-    conv_data_gradient(y, flipped, slots, **behind, mask=bits, **extra)
-    sums: dict[str, Any] = {"z": x, "mean": rows(n_in, 1), "inv_std": rows(n_in, 1), "mask": bits}
-    if place == "first" and not before:
-        sums |= {"residual": x, "residual_first": True}
-    conv_data_gradient(y, flipped, slots, **behind, **sums)
-
-
-def _call_rest(channels: int, size: int, images: int, groups: int, before: bool) -> None:
-    z = torch.empty(groups, images, size, size, channels, dtype=torch.bfloat16)
-    row, rows = torch.empty(1, channels), torch.empty(groups, channels)
-    partials = torch.empty(groups, 64, 2, channels)
-    batch_norm_statistics(partials, 4096, row, row.clone(), row.clone(), row.clone())
-    batch_norm_statistics(partials, 1024, rows, rows.clone(), rows.clone(), rows.clone())
-    bits = batch_norm_apply(z, row, row.clone(), mask=True).mask
-    if not before:
-        batch_norm_apply(z, row, row.clone(), residual=z, mask=True)
-    sums = batch_norm_backward_statistics(z, z, row, row.clone(), mask=bits)
-    batch_norm_backward(z, z, sums.statistics, 4096, row, row.clone(), row.clone(), residual=z if before else None)
-
-
-def _call_head(channels: int, size: int, classes: int, images: int, groups: int, before: bool) -> None:
-    z = torch.empty(groups, images, size, size, channels, dtype=torch.bfloat16)
-    row = torch.empty(1, channels)
-    weight, bias = torch.empty(groups, channels, classes, dtype=torch.bfloat16), torch.empty(groups, classes)
-    slots = torch.empty(groups, dtype=torch.int32)
-    scaling: dict[str, Any] = {"scale": row, "shift": row.clone()} if before else {"relu": False}
-    logits, pooled = head(z, weight, bias, slots, **scaling)
-    head_backward(logits, z, weight, slots, **scaling)
-    training: dict[str, Any] = {"mean": row.clone(), "inv_std": row.clone()} if before else {}
-    head_backward(logits, z, weight, slots, **scaling, **training, pooled=pooled)
-
-
-def record(network: str, images: int = 128, groups: int = 4) -> list[triton_utils.Launch]:
-    """The distinct launches of one network's passes, for the architecture assumed."""
-    convs, last, classes, before = NETWORKS[network]
-    if network == "resnet18":
-        images //= 4  # 224 x 224
+    The plan is run as the engine runs it, on tensors that are never touched. Tiles are those of the arch assumed.
+    """
+    size, classes, batch = NETWORKS[name]
+    sample = name == "sample"
+    module = PreResNet(classes, blocks=(1, 1), widen=4) if sample else create_model(name, num_classes=classes)
+    network = trace(module, (3, size, size))
+    left: dict[bool, tuple[Weights, dict[str, Any]]] = {}
     with triton_utils.record_launches() as launches:
-        for conv in convs:
-            _call_conv(conv, images, groups, before)
-        places = {(c.out_channels, out_size(c.size, c.kernel, c.stride, c.padding)) for c in convs}
-        for channels, size in sorted(places):
-            _call_rest(channels, size, images, groups, before)
-        _call_head(convs[-1].out_channels, last, classes, images, groups, before)
-        if network == "resnet18":
-            x = torch.empty(groups, images, 112, 112, 64, dtype=torch.bfloat16)
-            y, taps = max_pool(x, kernel=3, stride=2, padding=1)
-            max_pool_backward(y, taps, in_size=(112, 112), kernel=3, stride=2, padding=1)
-            mean_pool(x)
-        if network == "wrn28_4":
-            indices = torch.empty(images, dtype=torch.int64)
-            shifts, flips = torch.empty(images, 2, dtype=torch.int32), torch.empty(images, dtype=torch.uint8)
-            augment(torch.empty(64, 32, 32, 3, dtype=torch.uint8), indices, shifts, flips)
+        for plan in plan_step(network, network, groups, groups, batch).values():
+            for part in plan.parts:
+                count = len(part.groups)
+                if part.launches[0].op != "conv":  # backward: with what the forward pass left
+                    weights, buffers = left.pop(part.training)
+                    buffers[f"{network.output}.grad"] = torch.empty(count, batch, classes)
+                else:
+                    weights = Weights(part, count, torch.bfloat16)
+                    buffers = {"input": torch.empty(1, batch, size, size, 3)}
+                    left[part.training] = weights, buffers
+                run_part(part, weights, torch.arange(count, dtype=torch.int32), buffers)
+        shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)
+        images, index = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
+        augment(images, index, shifts, flips)
     return list({_key(launch): launch for launch in launches}.values())
 
 
@@ -293,7 +178,7 @@ def conv_depth(launch: triton_utils.Launch) -> int:
     return min(a["C"], a["CO"]) if "KERNEL" in a and "CO" in a else 0
 
 
-def report(arches: list[int], networks: list[str], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def report(arches: list[int], networks: list[str], every: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     titles = ("arch", "regs", "spill", "shared", "HGMMA", "HMMA", "UTC", "A from", "occ")
     keys = ("arch", "registers", "spills", "shared", "HGMMA", "HMMA", "UTCMMA", "A from", "occupancy")
@@ -305,7 +190,7 @@ def report(arches: list[int], networks: list[str], say: Callable[[str], None]) -
             for network in networks:
                 for launch in record(network):
                     seen.setdefault(_key(launch), (launch, []))[1].append(network)
-        for launch, users in seen.values():
+        for launch, users in list(seen.values())[::every]:
             row = compile_launch(launch, arch) | {"networks": users}
             row["fails"] = failures(row, conv_depth(launch))
             rows.append(row)
@@ -318,12 +203,15 @@ def report(arches: list[int], networks: list[str], say: Callable[[str], None]) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument(
+        "--networks", nargs="+", default=[name for name in NETWORKS if name != "sample"], choices=list(NETWORKS)
+    )
+    parser.add_argument("--every", type=int, default=1, help="compile only every n-th launch")
     parser.add_argument("--json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
-    rows = report(options.arch, options.networks, lambda line: print(line, flush=True))
+    rows = report(options.arch, options.networks, options.every, lambda line: print(line, flush=True))
     failed = sum(bool(row["fails"]) for row in rows)
     print(f"{len(rows)} kernels compiled, {failed} failing")
     if options.json:

@@ -101,7 +101,7 @@ def batch_norm_statistics_kernel(
     b_running_var = tl.load(p_running_var + o, mask=m_c, other=0.0)
     offset = first * share
     b_mean = b_running_mean + offset
-    b_var = tl.maximum(second * share - offset * offset, 0.0)
+    b_var = tl.maximum(second * share - offset * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(p_running_mean + o, b_running_mean + momentum * offset, mask=m_c)
     tl.store(p_running_var + o, b_running_var + momentum * (b_var - b_running_var), mask=m_c)
     b_inv_std = 1.0 / tl.sqrt_rn(b_var + eps)
@@ -250,7 +250,7 @@ def batch_norm_apply_kernel(
             tl.float32
         )
     if RELU:
-        b_y = tl.maximum(b_y, 0.0)
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     b_stored = b_y.to(p_y.dtype.element_ty)
     tl.store(p_y + i_g * positions * C + o_z, b_stored, mask=m_z)
     if p_mask is not None:

@@ -139,7 +139,7 @@ def conv_weight_gradient_kernel(
             if p_in_scale is not None:
                 b_u = b_u * b_scale + b_shift
             if IN_RELU:
-                b_u = tl.maximum(b_u, 0.0)
+                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
             b_x = tl.where(m_x, b_u, 0.0)
         o_d = ((image * HO + i_oh) * WO + i_ow) * CO
         b_d = tl.load(p_d + (o_d[:, None] + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)

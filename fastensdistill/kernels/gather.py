@@ -76,7 +76,7 @@ def gather_product(
                 b_shift = tl.load(p_shift + i_channel, mask=m_k, other=0.0)
                 b_u = b_u * b_scale[None, :] + b_shift[None, :]
             if IN_RELU:
-                b_u = tl.maximum(b_u, 0.0)
+                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
             # zero padding comes after the prologue: a masked 0 has just become relu(shift)
             b_x = tl.where(m_x, b_u, 0.0)
         if EVEN_K and not ROW_TAPS:

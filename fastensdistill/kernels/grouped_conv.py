@@ -209,7 +209,7 @@ def grouped_conv_kernel(
         m_r = m_m[:, None] & (o_n < CR)[None, :]
         acc += tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
     if RELU:
-        acc = tl.maximum(acc, 0.0)
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     o_group = i_g * N * (HO * WO)
     o_z = o_m[:, None] * CO + o_n[None, :]
     b_z = acc.to(p_z.dtype.element_ty)
@@ -224,7 +224,8 @@ def grouped_conv_kernel(
     if p_next_scale is not None:
         b_scale = tl.load(p_next_scale + i_slot * s_next + o_n, mask=m_n, other=0.0)
         b_shift = tl.load(p_next_shift + i_slot * s_next + o_n, mask=m_n, other=0.0)
-        acc = tl.maximum(acc * b_scale[None, :] + b_shift[None, :], 0.0)
+        acc = acc * b_scale[None, :] + b_shift[None, :]
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(p_activated + o_group * CO + o_z, acc.to(p_activated.dtype.element_ty), mask=m_z)
     if p_mask is not None:
         p_bits = p_mask + o_group * ((CO + 7) // 8)

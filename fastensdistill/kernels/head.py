@@ -112,7 +112,7 @@ def head_kernel(
             if p_scale is not None:
                 b_y = tl.where(m_z, b_y * b_scale + b_shift, 0.0)
             if RELU:
-                b_y = tl.maximum(b_y, 0.0)
+                b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
             b_pooled += tl.sum(b_y, 1)
         b_pooled *= 1.0 / POSITIONS
         if i_n == 0:

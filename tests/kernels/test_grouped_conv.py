@@ -6,7 +6,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.triton_utils import pack_mask, unpack_mask
 from tests.compare import check_close
-from tests.kernels.both import TOLERANCE, check_op, values
+from tests.kernels.both import DEVICE, TOLERANCE, check_op, run_kernel, values
 from tests.kernels.convs import CASES, Case, each_conv, each_stem
 
 SLOTS = 3
@@ -142,3 +142,21 @@ def test_a_group_past_32_bit_offsets_is_refused():
     assert x.numel() == 2**32
     z = grouped_conv(x, weight, torch.empty(4, dtype=torch.int32, device="meta"), kernel=3, padding=1).z
     assert z.shape == x.shape
+
+
+def test_nan_is_passed_on():
+    """A ReLU that turns NaN into 0 would hide a diverged network."""
+    case = CASES[0]
+    x, weight, slots = operands(case)
+    x[0, 1, 4, 4, 3] = float("nan")
+    rows = torch.ones(1, 16)
+    options = {**case.shape, "relu": True, "next_scale": rows, "next_shift": rows.clone()}
+    expected = grouped_conv(x, weight, slots, **options)
+    actual = run_kernel(grouped_conv, x.to(DEVICE), weight.to(DEVICE), slots.to(DEVICE), **{
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
+    })  # fmt: skip
+    for name in ("z", "activated"):
+        nan = torch.isnan(getattr(actual, name)).cpu()
+        assert torch.equal(nan, torch.isnan(getattr(expected, name)))
+        assert nan[0, 1, 3:6, 3:6].all()
+        assert nan.sum() == 9 * 16

@@ -31,7 +31,7 @@ def test_max_pool(shape, window):
     images = leaf.flatten(0, 1).permute(0, 3, 1, 2)
     y = F.max_pool2d(images, window["kernel"], window["stride"], window["padding"]).permute(0, 2, 3, 1)
     check_close("y", out.y, y.unflatten(0, shape[:2]), 0)
-    check_close("dx", dx, torch.autograd.grad(y, leaf, d.flatten(0, 1))[0], 1e-6)
+    check_close("dx", dx, torch.autograd.grad(y, leaf, d.flatten(0, 1))[0], 1e-5)
 
 
 def test_max_pool_passes_nan_on():

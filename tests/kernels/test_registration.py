@@ -1,5 +1,6 @@
 """Every op is well registered: schema, fake, mutation; on meta tensors; traceable as one graph."""
 
+import os
 import subprocess
 import sys
 
@@ -84,7 +85,7 @@ def test_import_leaves_cuda_alone_and_kernels_on_the_cpu_need_the_interpreter():
         "with triton_utils.use_kernels():\n"
         "    pool.mean_pool(torch.ones(1, 1, 2, 2, 4))\n"
     )
-    environment = {k: v for k, v in __import__("os").environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert (

@@ -1,0 +1,84 @@
+"""Kernels compiled for sm_90 without a GPU: no spills, wgmma in every convolution, shared memory within the limit.
+
+In processes of their own: a kernel that this process interprets cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.kernel_report import SHARED_LIMIT, failures, occupancy
+from fastensdistill.kernels.tiles import assume_arch, conv_tile, weight_gradient_tile
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=clean | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_report_of_a_small_network(tmp_path):
+    file = tmp_path / "report.json"
+    done = _python("-m", "bench.kernel_report", "--networks", "sample", "--json", str(file), "--every", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    kernels = {row["kernel"] for row in rows}
+    assert {"grouped_conv_kernel", "conv_data_gradient_kernel", "conv_weight_gradient_kernel"} <= kernels
+    wide = [row for row in rows if "64→128" in row["launch"] and row["HGMMA"]]
+    assert {row["A from"] for row in wide} == {"shared memory"}
+    assert all(not row["fails"] and row["registers"] > 0 and row["occupancy"] > 0 for row in rows)
+
+
+def test_failures_are_seen():
+    good = {"spills": 0, "shared": 1000, "arch": 90, "HGMMA": 4}
+    assert failures(good, 64) == []
+    assert failures(good | {"spills": 3}, 64) == ["3 spill instructions"]
+    assert failures(good | {"HGMMA": 0}, 64) == ["no HGMMA"]
+    assert failures(good | {"HGMMA": 0}, 16) == failures(good | {"HGMMA": 0, "arch": 80}, 64) == []
+    assert len(failures(good | {"shared": 228 * 1024}, 64)) == 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(128, 73728, 4, 3), (255, 0, 8, 1), (32, 0, 4, 16), (168, 98304, 4, 2), (64, 0, 8, 4)],
+)
+def test_occupancy(registers, shared, warps, expected):
+    assert occupancy(90, registers, shared, warps) == expected
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("itemsize", [2, 4], ids=["half", "float32"])
+def test_every_channel_count_has_a_tile_that_fits(arch, itemsize):
+    small = arch in (86, 89, 120)  # 99 KB of shared memory
+    limit = 99 * 1024 if small else SHARED_LIMIT[min(arch, 100)][0] if arch in SHARED_LIMIT else 227 * 1024
+    for channels in [1, 3, 10, *range(16, 700, 16), 1024, 2048]:
+        for out in (16, 20, 64, 96, 160, 640):
+            tile = conv_tile(arch, channels, out, itemsize)
+            assert channels % tile.BLOCK_K == 0 or channels % 16, "a block of K must stay inside one tap"
+            for t in (tile, weight_gradient_tile(arch, channels, out, itemsize)):
+                assert (t.BLOCK_M + t.BLOCK_N) * t.BLOCK_K * itemsize * t.num_stages <= limit
+                assert all(size & (size - 1) == 0 for size in t[:4]), "Triton's blocks are powers of two"
+                assert t.reason
+
+
+def test_widths_of_wide_networks_waste_little():
+    with assume_arch(90):
+        assert [conv_tile(90, 64, out).BLOCK_N for out in (64, 128, 160, 320, 640)] == [64, 128, 64, 64, 128]
+
+
+def test_choices_are_printed_once():
+    code = "from fastensdistill.kernels.tiles import conv_tile\nfor _ in range(2):\n    conv_tile(90, 64, 128)\n"
+    lines = _python("-c", code, FASTENSDISTILL_PRINT_TILES="1").stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("tile conv sm_90 (64, 128, 2): (128, 128, 64, 8, 3)")
+    assert not _python("-c", code).stderr
+
+
+def test_interpreted_kernels_are_not_compiled():
+    done = _python("-m", "bench.kernel_report", "--networks", "sample", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr
