@@ -210,6 +210,20 @@ class _Run:
 
     def elementwise_gradient(self, launch: Launch) -> None:
         d = self.read(launch.reads[0])
+        kinds = " ".join(step.kind for step in launch.epilogue)
+        if kinds in ("mask store sums", "add mask store sums", "add store sums"):
+            residual, mask, sums = (self.find(launch, kind) for kind in ("add", "mask", "sums"))
+            if sums and not (residual and residual.stride > 1):
+                result = batch_norm_backward_statistics(
+                    d,
+                    self.read(self.nodes[sums.arg].inputs[0]),
+                    **self.statistics(sums.arg),
+                    mask=self.read(mask.arg) if mask else None,
+                    residual=self.read(residual.arg) if residual else None,
+                )
+                self.write(launch.steps("store"), result.d)
+                self.buffers[f"{sums.arg}.grad_sums"] = result.statistics
+                return
         u = d.to(accumulator(d.dtype))
         for step in launch.epilogue:
             if step.kind == "add":

@@ -88,11 +88,11 @@ def test_teachers_train_side_by_side(model, size, batch):
         check_running(network, buffers, member, m)
 
 
-def check_gradient(name, actual, expected):
+def check_gradient(name, actual, expected, tolerance=TOLERANCE):
     """A bias before BatchNorm has a gradient of zero, of which both sides have only the rounding."""
     if expected.abs().max() < 1e-10:
         actual, expected = 1 + actual, 1 + expected
-    check_close(name, actual, expected, TOLERANCE)
+    check_close(name, actual, expected, tolerance)
 
 
 def check_running(network, buffers, module, index):
