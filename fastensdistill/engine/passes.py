@@ -210,20 +210,10 @@ class _Run:
 
     def elementwise_gradient(self, launch: Launch) -> None:
         d = self.read(launch.reads[0])
-        kinds = " ".join(step.kind for step in launch.epilogue)
-        if kinds in ("mask store sums", "add mask store sums", "add store sums"):
-            residual, mask, sums = (self.find(launch, kind) for kind in ("add", "mask", "sums"))
-            if sums and not (residual and residual.stride > 1):
-                result = batch_norm_backward_statistics(
-                    d,
-                    self.read(self.nodes[sums.arg].inputs[0]),
-                    **self.statistics(sums.arg),
-                    mask=self.read(mask.arg) if mask else None,
-                    residual=self.read(residual.arg) if residual else None,
-                )
-                self.write(launch.steps("store"), result.d)
-                self.buffers[f"{sums.arg}.grad_sums"] = result.statistics
-                return
+        kinds = [step.kind for step in launch.epilogue if step.kind != "sums"]
+        if kinds in (["mask", "store"], ["add", "mask", "store"]) and launch.epilogue[0].stride == 1:
+            self.masked_gradient(launch, d)
+            return
         u = d.to(accumulator(d.dtype))
         for step in launch.epilogue:
             if step.kind == "add":
@@ -239,6 +229,21 @@ class _Run:
                 self.buffers[step.arg] = u
             else:
                 self.buffers[f"{step.arg}.grad_sums"] = self.gradient_sums(u, step.arg)
+
+    def masked_gradient(self, launch: Launch, d: Tensor) -> None:
+        """Residual and mask, with the sums where a training-mode BatchNorm follows: one kernel."""
+        residual, mask, sums = (self.find(launch, kind) for kind in ("add", "mask", "sums"))
+        one = torch.ones(1, d.shape[-1], dtype=accumulator(d.dtype), device=d.device)
+        result = batch_norm_backward_statistics(
+            d,
+            self.read(self.nodes[sums.arg].inputs[0]) if sums else d,
+            **(self.statistics(sums.arg) if sums else {"mean": one, "inv_std": one}),
+            mask=self.read(mask.arg) if mask else None,
+            residual=self.read(residual.arg) if residual else None,
+        )
+        self.write(launch.steps("store"), result.d)
+        if sums:
+            self.buffers[f"{sums.arg}.grad_sums"] = result.statistics
 
     def gradient_sums(self, d: Tensor, norm: str) -> Tensor:
         z = self.read(self.nodes[norm].inputs[0])

@@ -1,0 +1,17 @@
+"""How networks become launches.
+
+1. ``trace`` turns a module into a ``Network``: a list of typed nodes with shapes and parameter names (``nodes.py``).
+2. ``Group`` says who runs in a pass, in which BatchNorm mode, and whose gradient is wanted (``launch.py``).
+3. ``plan`` puts groups of one architecture and mode into a ``Part`` and walks the nodes, ``forward.py`` from the image
+   on, ``backward.py`` from the logits back: each op takes along what its launch can fuse. ``launch.py`` lists the
+   steps, what may follow what, and the rules in words.
+4. A ``Part``'s launches are run by ``execute.py`` in plain PyTorch, the oracle, and by ``engine/passes.py`` with the
+   kernels; ``table.py`` prints them with their arithmetic, traffic and least time.
+"""
+
+from fastensdistill.network.launch import Group, Launch, Part
+from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import Plan, plan, plan_step, step_groups, teach_groups
+from fastensdistill.network.trace import trace
+
+__all__ = ["Group", "Launch", "Network", "Part", "Plan", "plan", "plan_step", "step_groups", "teach_groups", "trace"]

@@ -79,28 +79,52 @@ def check(part: Part) -> None:
         raise InputError(f"{names} train together; expected all of them to ask for the parameters' gradient, or none")
 
 
-def step_groups(teachers: int, branches: int, student: int = 1) -> dict[str, tuple[list[Group], str]]:
-    """The four passes of one training step with the TDiv − SDiv perturbation (design.md §1, method.md §3).
+Passes = dict[str, tuple[list[Group], str]]
 
-    Network 0 is the teachers'; ``student`` is the index of the student's. Of the perturbation only the first member's
-    gradient is taken (a); b's logits are constants.
+# Who computes an input gradient, and whose logits it needs besides. A fused step draws the members by weight slots.
+PERTURBED = {
+    "none": [],
+    "gaussian": [],
+    "ods": ["Ta"],
+    "confods": ["Ta"],
+    "tdiv": ["Ta", "Tb"],
+    "tdiv-sdiv": ["Ta", "Sa", "Tb", "Sb"],
+}
+
+
+def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
+    """The passes of one distillation step, name → groups and direction (design.md §1, method.md §3).
+
+    Network 0 is the teachers'; ``student`` is the index of the student's. Only member a's gradient is taken: b's logits
+    are constants.
     """
-    pair = [
-        Group("Ta", 0, gradient="input"), Group("Sa", student, gradient="input"), Group("Tb", 0), Group("Sb", student),
-    ]  # fmt: skip
+    if perturbation not in PERTURBED:
+        raise unknown("perturbation", perturbation, PERTURBED)
+    drawn = [
+        Group(name, student if name[0] == "S" else 0, gradient="input" if name[1] == "a" else None)
+        for name in PERTURBED[perturbation]
+    ]
     distillation = [Group(f"T{m + 1}", 0) for m in range(teachers)]
     distillation += [Group(f"S{k + 1}", student, "S", "parameters") for k in range(branches)]
-    return {
-        "perturbation, forward": (pair, "forward"),
-        "perturbation, input gradient": (pair, "backward"),
+    before: Passes = {
+        "perturbation, forward": (drawn, "forward"),
+        "perturbation, input gradient": (drawn, "backward"),
+    }
+    return (before if drawn else {}) | {
         "distillation, forward": (distillation, "forward"),
         "distillation, backward": (distillation, "backward"),
     }
 
 
-def plan_step(teacher: Network, student: Network, teachers: int, branches: int, batch: int) -> dict[str, Plan]:
-    """The plans of the four passes of ``step_groups``, for teachers of one architecture."""
-    return {
-        name: plan([teacher, student], groups, direction, batch)
-        for name, (groups, direction) in step_groups(teachers, branches).items()
-    }
+def teach_groups(members: int) -> Passes:
+    """The passes of one step that trains teachers side by side, each with statistics of its own."""
+    groups = [Group(f"T{m + 1}", 0, f"T{m + 1}", "parameters") for m in range(members)]
+    return {"forward": (groups, "forward"), "backward": (groups, "backward")}
+
+
+def plan_step(
+    teacher: Network, student: Network, teachers: int, branches: int, batch: int, perturbation: str = "tdiv-sdiv"
+) -> dict[str, Plan]:
+    """The plans of the passes of ``step_groups``, for teachers of one architecture."""
+    passes = step_groups(teachers, branches, perturbation)
+    return {name: plan([teacher, student], groups, way, batch) for name, (groups, way) in passes.items()}

@@ -9,7 +9,7 @@ from fastensdistill.models import create_model
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Conv, Network
-from fastensdistill.network.plan import plan, plan_step
+from fastensdistill.network.plan import plan, plan_step, step_groups, teach_groups
 from fastensdistill.network.table import print_plan
 from fastensdistill.network.trace import trace
 from tests.network import models
@@ -53,6 +53,23 @@ def test_least_time_of_wrn28_4():
     assert round(arithmetic / 1e3, 1) == 21.2
     assert 11.3e3 < rate < 16.8e3  # between unfused elementwise passes and everything fused
     assert 53e3 < rates["resnet32"][2] < 95e3
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "forwards"),
+    # a forward pass and an input gradient cost F each; training M + 3K
+    [("none", 0), ("gaussian", 0), ("ods", 2), ("confods", 2), ("tdiv", 3), ("tdiv-sdiv", 6)],
+)
+def test_flops_of_every_perturbation(perturbation, forwards):
+    net = network("wrn28_4")
+    total = sum(p.flops for p in plan_step(net, net, 4, 4, 1, perturbation).values())
+    assert total == 2 * ((16 + forwards) * net.macs - 4 * stem(net).macs)
+
+
+def test_flops_of_teaching():
+    net = network("wrn28_4")
+    total = sum(plan([net], groups, way, 1).flops for groups, way in teach_groups(3).values())
+    assert total == 2 * (9 * net.macs - 3 * stem(net).macs)
 
 
 def epilogues(part, op="conv"):
@@ -141,6 +158,8 @@ def test_refusals():
         Group("T", statistics="T", gradient="input")
     with pytest.raises(InputError, match="unknown gradient 'inputs'; did you mean 'input'"):
         Group("T", gradient="inputs")
+    with pytest.raises(InputError, match="unknown perturbation 'tdiv_sdiv'; did you mean 'tdiv-sdiv'"):
+        step_groups(4, 4, "tdiv_sdiv")
     with pytest.raises(InputError, match="unknown gpu 'h20'; did you mean 'h200'"):
         print_plan("wrn28_4", gpu="h20")
 
