@@ -139,5 +139,5 @@ class Network:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one forward pass of one image: F of method.md §4 is twice that many FLOPs."""
+        """Multiply-accumulates of one forward pass of one image; F, its FLOPs, is twice that."""
         return sum(node.macs for node in self.nodes if isinstance(node, Conv | Linear))

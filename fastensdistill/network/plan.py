@@ -93,7 +93,7 @@ PERTURBED = {
 
 
 def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
-    """The passes of one distillation step, name → groups and direction (design.md §1, method.md §3).
+    """The passes of one distillation step, name → groups and direction (Nam et al., ICML 2022, section 3).
 
     Network 0 is the teachers'; ``student`` is the index of the student's. Only member a's gradient is taken: b's logits
     are constants.

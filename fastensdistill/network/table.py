@@ -45,7 +45,7 @@ def numbers(launches: list[Launch], gpu: Gpu) -> str:
 def step_table(plans: dict[str, Plan], forward_flops: int, batch: int, gpu: Gpu) -> Iterator[str]:
     """The passes of one step, their totals, and the total per image in forward passes of one network.
 
-    ``forward_flops`` is F, the FLOPs of one network's forward pass of one image (method.md §4).
+    ``forward_flops`` is F, the FLOPs of one network's forward pass of one image.
     """
     for name, plan in plans.items():
         yield f"== {name}"

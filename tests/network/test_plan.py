@@ -26,7 +26,7 @@ def stem(net: Network) -> Conv:
 @pytest.mark.parametrize(("teachers", "branches"), [(4, 4), (3, 2), (1, 1)])
 @pytest.mark.parametrize("name", ["wrn28_4", "wrn28_10", "resnet32", "resnet18"])
 def test_flops_are_the_least_possible(name, teachers, branches):
-    """M + 3K + 6 forward passes per image (method.md section 4), less the stem's input gradient, which nobody reads."""
+    """M + 3K + 6 forward passes per image by arithmetic, less the stem's input gradient, which nobody reads."""
     net, batch = network(name), 128
     plans = plan_step(net, net, teachers, branches, batch)
     F = 2 * net.macs * batch
@@ -40,7 +40,7 @@ def test_flops_are_the_least_possible(name, teachers, branches):
 
 
 def test_least_time_of_wrn28_4():
-    """design.md's bounds: 37.2 GFLOP per image, 21.2k images/s by arithmetic; ResNet-32 is bound by traffic, 88k."""
+    """The bounds by hand: 37.2 GFLOP per image, 21.2k images/s by arithmetic; ResNet-32 is bound by traffic, 88k."""
     rates = {}
     for name in ("wrn28_4", "resnet32"):
         net = network(name)

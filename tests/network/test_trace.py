@@ -21,7 +21,7 @@ from tests.network import models
 @pytest.mark.parametrize(
     ("name", "million"),
     [
-        # method.md, section 6
+        # counted by hand from the papers' descriptions
         ("wrn28_1", 54.97),
         ("wrn28_4", 845.62),
         ("wrn28_10", 5243.39),
