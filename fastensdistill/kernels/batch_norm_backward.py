@@ -13,142 +13,25 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_ROWS, SUMS_TILE, wide
-from fastensdistill.kernels.gather import load_bits, sum_rows
+from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
+from fastensdistill.kernels.gather import sum_rows
 from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
     accumulator,
-    check_pair,
     check_rows,
     check_tensor,
     launch,
-    partial_rows,
     require,
-    row_stride,
     runs_kernel,
     tl,
     triton,
-    unpack_mask,
 )
-
-ROWS_BLOCK = 512  # positions that one program of batch_norm_backward_statistics sums
-
-
-class NormSums(NamedTuple):
-    d: Tensor  # (G, N, H, W, C): the masked gradient
-    statistics: Tensor  # (G, P, 2, C)
 
 
 class NormGradient(NamedTuple):
     d: Tensor  # (G, N, H, W, C)
     d_weight: Tensor  # (Q, C) float32
     d_bias: Tensor
-
-
-def batch_norm_backward_statistics_reference(
-    d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    high = accumulator(d.dtype)
-    u = d.to(high) if residual is None else d.to(high) + residual.to(high)
-    if mask is not None:
-        u = u * unpack_mask(mask, d.shape[4])
-    out = u.to(d.dtype)
-    stored = out.to(high)
-    product = stored * ((z.to(high) - wide(mean)) * wide(inv_std))
-    sums = torch.stack([partial_rows(v.flatten(1, 3), ROWS_BLOCK) for v in (stored, product)], 2)
-    return out.clone() if out is d else out, sums
-
-
-@triton.jit
-def batch_norm_backward_statistics_kernel(
-    p_d,
-    p_z,
-    p_mean,
-    p_inv_std,
-    p_mask,
-    p_residual,
-    p_out,
-    p_sums,
-    positions,
-    n_partials,
-    s_mean,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    i_n = tl.program_id(1)
-    i_g = tl.program_id(2).to(tl.int64)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < C
-    b_mean = tl.load(p_mean + i_g * s_mean + o_n, mask=m_n, other=0.0)
-    b_inv = tl.load(p_inv_std + i_g * s_mean + o_n, mask=m_n, other=0.0)
-    o_group = i_g * positions
-    first = tl.zeros((BLOCK_N,), tl.float32)
-    second = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(0, ROWS, BLOCK_M):
-        o_m = tl.program_id(0) * ROWS + i + tl.arange(0, BLOCK_M)
-        m_m = o_m < positions
-        m_d = m_m[:, None] & m_n[None, :]
-        o_d = o_m[:, None] * C + o_n[None, :]
-        b_d = tl.load(p_d + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
-        if p_residual is not None:
-            b_d += tl.load(p_residual + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
-        if p_mask is not None:
-            p_bits = p_mask + o_group * ((C + 7) // 8)
-            b_d = tl.where(load_bits(p_bits, o_m, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N), b_d, 0.0)
-        b_out = b_d.to(p_out.dtype.element_ty)
-        tl.store(p_out + o_group * C + o_d, b_out, mask=m_d)
-        b_d = b_out.to(tl.float32)
-        b_z = tl.load(p_z + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
-        first += tl.sum(b_d, 0)
-        second += tl.sum(b_d * ((b_z - b_mean[None, :]) * b_inv[None, :]), 0)
-    p_sums += (i_g * n_partials + tl.program_id(0)) * (2 * C)
-    tl.store(p_sums + o_n, first, mask=m_n)
-    tl.store(p_sums + C + o_n, second, mask=m_n)
-
-
-def _launch_backward_statistics(d, z, mean, inv_std, mask, residual):
-    out, sums = _empty_sums(d)
-    channels, rows = d.shape[4], sums.shape[1]
-    tile = rows_tile(channels)
-    launch(
-        batch_norm_backward_statistics_kernel,
-        (rows, -(-channels // tile.BLOCK_N), d.shape[0]),
-        tile,
-        p_d=d,
-        p_z=z,
-        p_mean=mean,
-        p_inv_std=inv_std,
-        p_mask=mask,
-        p_residual=residual,
-        p_out=out,
-        p_sums=sums,
-        positions=d.shape[1] * d.shape[2] * d.shape[3],
-        n_partials=rows,
-        s_mean=row_stride(mean),
-        C=channels,
-        ROWS=ROWS_BLOCK,
-        BLOCK_M=min(tile.BLOCK_M, ROWS_BLOCK),
-    )
-    return out, sums
-
-
-def _empty_sums(d):
-    rows = -(-d.shape[1] * d.shape[2] * d.shape[3] // ROWS_BLOCK)
-    return torch.empty_like(d), d.new_empty(d.shape[0], rows, 2, d.shape[4], dtype=accumulator(d.dtype))
-
-
-@torch.library.custom_op("fastensdistill::batch_norm_backward_statistics", mutates_args=())
-def _batch_norm_backward_statistics(
-    d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    run = _launch_backward_statistics if runs_kernel(d) else batch_norm_backward_statistics_reference
-    return run(d, z, mean, inv_std, mask, residual)
-
-
-@_batch_norm_backward_statistics.register_fake
-def _batch_norm_backward_statistics_fake(d, z, mean, inv_std, mask, residual):
-    return _empty_sums(d)
 
 
 def batch_norm_backward_statistics(
@@ -159,16 +42,12 @@ def batch_norm_backward_statistics(
     *,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
-) -> NormSums:
+) -> ElementwiseGradient:
     """``u = mask · (d + residual)`` with the partial Σu and Σu·x̂, where no data gradient made them on its way.
 
     ``d, z, residual`` (G, N, H, W, C); ``mean, inv_std`` (Q, C) float32; ``mask`` uint8 (G, N, H, W, ceil(C/8)).
     """
-    check_tensor("d", d, 5)
-    require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
-    require(residual is None or residual.shape == d.shape, "residual and d have different shapes, expected the same")
-    check_pair("mean and inv_std", mean, inv_std, z.shape[0], z.shape[4])
-    return NormSums(*_batch_norm_backward_statistics(d, z, mean, inv_std, mask, residual))
+    return elementwise_gradient(d, residual=residual, mask=mask, z=z, mean=mean, inv_std=inv_std)
 
 
 def batch_norm_backward_reference(
@@ -335,8 +214,11 @@ def batch_norm_backward(
     float32; ``count`` as in ``batch_norm_statistics``.
     """
     check_tensor("d", d, 5)
+    check_tensor("z", z, 5)
     require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
-    require(residual is None or residual.shape == d.shape, "residual and d have different shapes, expected the same")
+    if residual is not None:
+        check_tensor("residual", residual, 5)
+        require(residual.shape == d.shape, f"residual has shape {tuple(residual.shape)}, expected {tuple(d.shape)}")
     for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
         check_rows(name, rows, d.shape[0], d.shape[4])
         require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")

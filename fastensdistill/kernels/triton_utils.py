@@ -68,7 +68,10 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> N
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages))
         return
-    kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,8 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import (
-    ROWS_BLOCK,
-    batch_norm_backward,
-    batch_norm_backward_statistics,
-)
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
+from fastensdistill.kernels.elementwise_gradient import ROWS_BLOCK, elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.triton_utils import pack_mask
 from fastensdistill.models.layers import BatchNorm2d
@@ -69,6 +66,33 @@ def test_backward(shape, shared, dtype):
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **options)
     more = {"residual": residual, **options}
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **more)
+
+
+@each_dtype
+@each_shape
+def test_elementwise_gradient(shape, dtype):
+    groups, images, height, width, channels = shape
+    d, residual = values(*shape, dtype=dtype), values(*shape, dtype=dtype, seed=1)
+    small = values(groups, images, -(-height // 2), -(-width // 2), channels + 3, dtype=dtype)
+    mask, scale = pack_mask(values(*shape, seed=4) > 0), values(groups, channels, seed=5)
+    check_op(elementwise_gradient, d, mask=mask, tolerance=TOLERANCE[dtype])
+    evaluation = {"mask": mask, "scale": scale, "residual": residual, "residual_first": False}
+    check_op(elementwise_gradient, d, **evaluation, tolerance=TOLERANCE[dtype])
+    check_op(elementwise_gradient, d, residual=small, residual_stride=2, mask=mask, tolerance=TOLERANCE[dtype])
+    few = small[..., : channels // 2].contiguous()
+    check_op(elementwise_gradient, d, residual=few, residual_stride=2, tolerance=TOLERANCE[dtype])
+
+
+def test_elementwise_gradient_reference():
+    d, residual = values(2, 1, 4, 5, 6).double(), values(2, 1, 2, 3, 4, seed=1).double()
+    mask, scale = values(2, 1, 4, 5, 6, seed=2) > 0, values(2, 6, seed=3).double()
+    options = {"mask": pack_mask(mask), "scale": scale, "residual": residual, "residual_stride": 2}
+    whole = torch.zeros_like(d)
+    whole[:, :, ::2, ::2, :4] = residual
+    wide = scale[:, None, None, None]
+    check_close("residual first", elementwise_gradient(d, **options).d, (d + whole) * mask * wide, 1e-12)
+    last = elementwise_gradient(d, **options, residual_first=False).d
+    check_close("residual last", last, d * mask * wide + whole, 1e-12)
 
 
 @each_sharing
@@ -132,5 +156,7 @@ def test_refusals():
         batch_norm_statistics(torch.ones(2, 4, 2, 8), 4, row, row, row, torch.ones(2, 8))
     with pytest.raises(InputError, match="z has shape"):
         batch_norm_backward_statistics(z, z[:1], row, row)
-    with pytest.raises(InputError, match="different shapes"):
+    with pytest.raises(InputError, match="mask is torch"):
+        elementwise_gradient(z, mask=torch.zeros(2, 1, 3, 2, 1, dtype=torch.uint8))
+    with pytest.raises(InputError, match="residual has shape"):
         batch_norm_backward(z, z, torch.ones(2, 1, 2, 8), 9, row, row, row, residual=z[:1])

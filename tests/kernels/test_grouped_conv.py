@@ -160,3 +160,12 @@ def test_nan_is_passed_on():
         assert torch.equal(nan, torch.isnan(getattr(expected, name)))
         assert nan[0, 1, 3:6, 3:6].all()
         assert nan.sum() == 9 * 16
+
+
+def test_a_groups_base_is_a_64_bit_offset():
+    """Group 2 starts at element 2^31. Memory that is never touched costs nothing: one position per group is read."""
+    x = torch.empty(3, 1, 2**13, 2**13, 16, dtype=torch.float16, device=DEVICE)
+    weight, slots = values(1, 1, 16, 16).to(DEVICE, torch.float16), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    x[:, 0, 0, 0] = values(3, 16).to(x)
+    z = run_kernel(grouped_conv, x, weight, slots, kernel=1, stride=2**13).z
+    check_close("z", z[:, 0, 0, 0], x[:, 0, 0, 0].float() @ weight[0, 0].float(), TOLERANCE[torch.float16])

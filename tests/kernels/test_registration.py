@@ -48,7 +48,8 @@ CALLS = {
     "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
-    "batch_norm_backward_statistics": (Z, Z, ROW, ROW, BITS, Z),
+    "elementwise_gradient": (Z, None, 1, True, BITS, None, *NONE3),
+    "elementwise_gradient, everything": (Z, Z, 1, False, BITS, ROW, Z, ROW, ROW),
     "batch_norm_backward": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, None),
     "head": (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
     "head_backward": (LOGITS, Z, CLASSIFIER, SLOTS, None, None, True, *NONE3, "ieee"),
@@ -91,3 +92,18 @@ def test_import_leaves_cuda_alone_and_kernels_on_the_cpu_need_the_interpreter():
     assert (
         done.stderr.strip().splitlines()[-1].startswith(f"{InputError.__module__}.InputError: kernels on CPU tensors")
     )
+
+
+def test_without_triton_every_op_runs_its_reference():
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from fastensdistill.kernels import augment, conv_data_gradient, conv_weight_gradient, batch_norm_backward\n"
+        "from fastensdistill.kernels import grouped_conv, head_backward, pool\n"
+        "x, w = torch.ones(1, 1, 2, 2, 4), torch.ones(1, 1, 4, 4)\n"
+        "slots = torch.zeros(1, dtype=torch.int32)\n"
+        "assert grouped_conv.grouped_conv(x, w, slots, kernel=1).z.sum() == 64\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,255 @@
+"""What a data gradient's epilogue does to a gradient, where no convolution made it: after pooling, a sum, the head.
+
+    u = d;   u += residual (residual_first);   u = mask · u;   u = scale · u;   u += residual (otherwise)
+    statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
+
+Here scale, mean and inv_std are by group: (Q, C), Q = G or 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastensdistill.kernels.batch_norm import wide
+from fastensdistill.kernels.gather import load_bits
+from fastensdistill.kernels.tiles import rows_tile
+from fastensdistill.kernels.triton_utils import (
+    accumulator,
+    check_pair,
+    check_rows,
+    check_tensor,
+    launch,
+    partial_rows,
+    present,
+    require,
+    row_stride,
+    runs_kernel,
+    tl,
+    triton,
+    unpack_mask,
+)
+
+ROWS_BLOCK = 512  # positions of one program, and of one row of sums
+
+
+class ElementwiseGradient(NamedTuple):
+    d: Tensor  # (G, N, H, W, C)
+    statistics: Tensor | None  # (G, P, 2, C) float32
+
+
+def elementwise_gradient_reference(
+    d: Tensor,
+    residual: Tensor | None,
+    residual_stride: int,
+    residual_first: bool,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    high, channels = accumulator(d.dtype), d.shape[4]
+    u = d.to(high)
+    added = torch.zeros_like(u)
+    if residual is not None:
+        r = residual[..., :channels].to(high)
+        added[:, :, ::residual_stride, ::residual_stride] = F.pad(r, (0, channels - r.shape[-1]))
+    u = u + added if residual_first else u
+    if mask is not None:
+        u = u * unpack_mask(mask, channels)
+    if scale is not None:
+        u = u * wide(scale)
+    out = (u if residual_first else u + added).to(d.dtype)
+    sums = d.new_empty(0, dtype=high)
+    if z is not None and mean is not None and inv_std is not None:
+        stored = out.to(high)
+        product = stored * ((z.to(high) - wide(mean)) * wide(inv_std))
+        sums = torch.stack([partial_rows(v.flatten(1, 3), ROWS_BLOCK) for v in (stored, product)], 2)
+    return out.clone() if out is d else out, sums
+
+
+@triton.jit
+def elementwise_gradient_kernel(
+    p_d,
+    p_residual,
+    p_mask,
+    p_scale,
+    p_z,
+    p_mean,
+    p_inv_std,
+    p_out,
+    p_sums,
+    positions,
+    n_partials,
+    s_residual,
+    s_scale,
+    s_mean,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_n = tl.program_id(1)
+    i_g = tl.program_id(2).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + i_g * s_scale + o_n, mask=m_n, other=0.0)
+    if p_z is not None:
+        b_mean = tl.load(p_mean + i_g * s_mean + o_n, mask=m_n, other=0.0)
+        b_inv = tl.load(p_inv_std + i_g * s_mean + o_n, mask=m_n, other=0.0)
+        first = tl.zeros((BLOCK_N,), tl.float32)
+        second = tl.zeros((BLOCK_N,), tl.float32)
+    o_group = i_g * positions
+    for i in range(0, ROWS, BLOCK_M):
+        o_m = tl.program_id(0) * ROWS + i + tl.arange(0, BLOCK_M)
+        m_m = o_m < positions
+        m_d = m_m[:, None] & m_n[None, :]
+        o_d = o_m[:, None] * C + o_n[None, :]
+        b_d = tl.load(p_d + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if p_residual is not None:
+            i_h = (o_m % (H * W)) // W
+            i_w = o_m % W
+            on_grid = m_m & (i_h % RESIDUAL_STRIDE == 0) & (i_w % RESIDUAL_STRIDE == 0)
+            o_r = ((o_m // (H * W) * HR + i_h // RESIDUAL_STRIDE) * WR + i_w // RESIDUAL_STRIDE) * CR
+            m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
+            p_r = p_residual + i_g * s_residual + (o_r[:, None] + o_n[None, :])
+            b_residual = tl.load(p_r, mask=m_r, other=0.0).to(tl.float32)
+            if RESIDUAL_FIRST:
+                b_d += b_residual
+        if p_mask is not None:
+            p_bits = p_mask + o_group * ((C + 7) // 8)
+            b_d = tl.where(load_bits(p_bits, o_m, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N), b_d, 0.0)
+        if p_scale is not None:
+            b_d *= b_scale[None, :]
+        if p_residual is not None and not RESIDUAL_FIRST:
+            b_d += b_residual
+        b_out = b_d.to(p_out.dtype.element_ty)
+        tl.store(p_out + o_group * C + o_d, b_out, mask=m_d)
+        if p_z is not None:
+            b_d = b_out.to(tl.float32)
+            b_z = tl.load(p_z + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
+            first += tl.sum(b_d, 0)
+            second += tl.sum(b_d * ((b_z - b_mean[None, :]) * b_inv[None, :]), 0)
+    if p_z is not None:
+        p_sums += (i_g * n_partials + tl.program_id(0)) * (2 * C)
+        tl.store(p_sums + o_n, first, mask=m_n)
+        tl.store(p_sums + C + o_n, second, mask=m_n)
+
+
+def _launch(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std):
+    out, sums = _empty_results(d, z)
+    groups, images, height, width, channels = d.shape
+    positions = images * height * width
+    rows = -(-positions // ROWS_BLOCK)
+    tile = rows_tile(channels)
+    launch(
+        elementwise_gradient_kernel,
+        (rows, -(-channels // tile.BLOCK_N), groups),
+        tile,
+        p_d=d,
+        p_residual=residual,
+        p_mask=mask,
+        p_scale=scale,
+        p_z=z,
+        p_mean=mean,
+        p_inv_std=inv_std,
+        p_out=out,
+        p_sums=sums if z is not None else None,
+        positions=positions,
+        n_partials=rows,
+        s_residual=residual.stride(0) if residual is not None else 0,
+        s_scale=row_stride(scale),
+        s_mean=row_stride(mean),
+        H=height,
+        W=width,
+        C=channels,
+        HR=residual.shape[2] if residual is not None else 0,
+        WR=residual.shape[3] if residual is not None else 0,
+        CR=residual.shape[4] if residual is not None else 0,
+        RESIDUAL_STRIDE=residual_stride,
+        RESIDUAL_FIRST=residual_first,
+        ROWS=ROWS_BLOCK,
+        BLOCK_M=min(tile.BLOCK_M, ROWS_BLOCK),
+    )
+    return out, sums
+
+
+def _empty_results(d, z):
+    rows = -(-d.shape[1] * d.shape[2] * d.shape[3] // ROWS_BLOCK)
+    shape = (d.shape[0], rows, 2, d.shape[4]) if z is not None else (0,)
+    return torch.empty_like(d), d.new_empty(shape, dtype=accumulator(d.dtype))
+
+
+@torch.library.custom_op("fastensdistill::elementwise_gradient", mutates_args=())
+def _elementwise_gradient(
+    d: Tensor,
+    residual: Tensor | None,
+    residual_stride: int,
+    residual_first: bool,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    run = _launch if runs_kernel(d) else elementwise_gradient_reference
+    return run(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
+
+
+@_elementwise_gradient.register_fake
+def _elementwise_gradient_fake(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std):
+    return _empty_results(d, z)
+
+
+def elementwise_gradient(
+    d: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_stride: int = 1,
+    residual_first: bool = True,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    z: Tensor | None = None,
+    mean: Tensor | None = None,
+    inv_std: Tensor | None = None,
+) -> ElementwiseGradient:
+    """Mask, scale and residual of a gradient, and the partial sums that ``batch_norm_backward`` needs.
+
+    ``d`` and ``z`` (G, N, H, W, C); ``residual`` (G, N, ceil(H/s), ceil(W/s), Cr) is added at every
+    ``residual_stride``-th position to the first min(Cr, C) channels, before the mask unless ``residual_first`` is
+    False; ``mask`` uint8 (G, N, H, W, ceil(C/8)); ``scale, mean, inv_std`` (G or 1, C) float32, by group. ``z, mean,
+    inv_std`` together ask for ``statistics``. Raises InputError for shapes that disagree.
+    """
+    check_tensor("d", d, 5)
+    groups, images, height, width, channels = d.shape
+    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
+    require(
+        z is None or (z.shape == d.shape and z.is_contiguous()),
+        f"z has shape {None if z is None else tuple(z.shape)}, expected {tuple(d.shape)}, contiguous",
+    )
+    check_pair("mean and inv_std", mean, inv_std, groups, channels)
+    check_rows("scale", scale, groups, channels)
+    if residual is not None:
+        check_tensor("residual", residual, 5)
+        small = (groups, images, -(-height // residual_stride), -(-width // residual_stride))
+        require(
+            residual.shape[:4] == small, f"residual has shape {tuple(residual.shape)}, expected {small} and channels"
+        )
+    if mask is not None:
+        wanted = (*d.shape[:4], -(-channels // 8))
+        require(
+            mask.shape == wanted and mask.is_contiguous() and mask.dtype == torch.uint8,
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected uint8 {wanted}, contiguous",
+        )
+    out, sums = _elementwise_gradient(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
+    return ElementwiseGradient(out, present(sums))
