@@ -1,0 +1,1 @@
+"""What the engines are measured against: the same step as competent users of PyTorch write it."""
