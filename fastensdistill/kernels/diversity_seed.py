@@ -33,9 +33,10 @@ def teacher_diversity_seed_reference(teacher_pair: Tensor) -> tuple[Tensor, Tens
     """TDiv and (p_a − p_b)/B in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
     z_a, z_b = teacher_pair.to(arithmetic_dtype(teacher_pair.dtype)).unbind(0)
     B = z_a.shape[0]
-    log_p_a, p_b = F.log_softmax(z_a, -1), F.softmax(z_b, -1)
-    value = -(p_b * log_p_a).sum() / B
-    return value, ((log_p_a.exp() - p_b) / B).to(teacher_pair.dtype)
+    # softmax twice, not exp(log_softmax): equal members then differ by exactly nothing
+    p_a, p_b = F.softmax(z_a, -1), F.softmax(z_b, -1)
+    value = -(p_b * F.log_softmax(z_a, -1)).sum() / B
+    return value, ((p_a - p_b) / B).to(teacher_pair.dtype)
 
 
 def diversity_seed_reference(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -37,6 +37,13 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise InputError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
 
 
+def check_contiguous(*named: tuple[str, Tensor]) -> None:
+    """Refuse to write in place into memory with gaps."""
+    for name, tensor in named:
+        if not tensor.is_contiguous():
+            raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); it is written in place")
+
+
 def check_positive(name: str, value: float) -> None:
     """Refuse a number that is not finite and above zero."""
     if not (math.isfinite(value) and value > 0):

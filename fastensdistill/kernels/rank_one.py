@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import check_device
+from fastensdistill.kernels.inputs import check_contiguous, check_device
 
 # A packed layer starts at a multiple of this many elements: 128 bytes of bf16, which every kind of load accepts.
 PACKED_ALIGNMENT = 64
@@ -326,6 +326,7 @@ def _check_packed(
                 f"expected torch.bfloat16 and ({layout.packed_size},)"
             )
         check_device(name, tensor, "parameters", parameters)
+    check_contiguous(("packed", packed), ("packed_gradient", packed_gradient))
     if not 0 <= first_slot <= layout.slots - K:
         raise InputError(f"first_slot is {first_slot} with {K} branches; the layout has {layout.slots} slots per layer")
 
@@ -439,6 +440,12 @@ def rank_one_step(
     ]
     _check(layout, parameters, deviations, extra)
     _check_packed(layout, parameters, K, packed, packed_gradient, first_slot)
+    check_contiguous(
+        ("parameters", parameters),
+        ("momentum_buffer", momentum_buffer),
+        ("deviations", deviations),
+        ("deviation_buffer", deviation_buffer),
+    )
     torch.ops.fastensdistill.rank_one_step(
         parameters.detach(),
         momentum_buffer,

@@ -38,13 +38,15 @@ void loss(
   std::vector<A> rows(2 * K * B + 2 * B, std::numeric_limits<A>::quiet_NaN());
   A* row_tdiv = rows.data() + 2 * K * B;
   const BothArgs<T> args{
-      {teacher, branch, labels, gradient, rows.data(), rows.data() + K * B, M, K, B, C, mean_target, A(temperature), A(alpha)},
+      {teacher, branch, labels, gradient, rows.data(), rows.data() + K * B, M, K, B, C, mean_target, A(temperature),
+       A(alpha)},
       pair, grad_teacher_a, grad_branch_a, row_tdiv, row_tdiv + B};
   launch<RowBlock>(both_grid(args), reversed, [&](RowBlock& block) {
     Poisoned<LossScratch<A>> scratch;
     both_body<RowBlock, T>(block, scratch.value, args);
   });
-  ScalarArgs<A> finish{rows.data(), rows.data() + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature), A(alpha), {}};
+  ScalarArgs<A> finish{rows.data(), rows.data() + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature),
+                       A(alpha), {}};
   if (pair != nullptr) finish.diversity = {{row_tdiv, row_tdiv + B}, {scalars + 3, scalars + 4}, B};
   launch<RowBlock>(1, reversed, [&](RowBlock& block) {
     Poisoned<RowScratch<A>> scratch;
@@ -53,7 +55,8 @@ void loss(
 }
 
 template <class T, class A = typename Arithmetic<T>::type>
-void pairs(const T* teacher, const T* branch, T* grad_teacher, T* grad_branch, A* scalars, int64_t B, int C, bool reversed) {
+void pairs(
+    const T* teacher, const T* branch, T* grad_teacher, T* grad_branch, A* scalars, int64_t B, int C, bool reversed) {
   std::vector<A> rows(2 * B, std::numeric_limits<A>::quiet_NaN());
   PairsArgs<T> args{{teacher, teacher + B * C, grad_teacher, rows.data(), B, C, A(1)}, {}};
   MeanArgs<A> means{{rows.data(), nullptr}, {scalars, nullptr}, B};
@@ -73,7 +76,9 @@ void pairs(const T* teacher, const T* branch, T* grad_teacher, T* grad_branch, A
 }
 
 template <class T, class A = typename Arithmetic<T>::type>
-void ods(const T* logits, const T* weights, T* gradient, A* confidence, int64_t B, int C, double temperature, bool reversed) {
+void ods(
+    const T* logits, const T* weights, T* gradient, A* confidence, int64_t B, int C, double temperature,
+    bool reversed) {
   const OdsArgs<T> args{logits, weights, gradient, confidence, B, C, A(temperature)};
   launch<RowBlock>(unsigned(B), reversed, [&](RowBlock& block) {
     Poisoned<RowScratch<A>> scratch;
@@ -134,7 +139,9 @@ void rank_one(
       Poisoned<TileScratch<A>> scratch;
       unfold_body<TileBlock, A, UPDATE>(block, scratch.value, args);
     });
-    launch<TileBlock>(factor_grid(args), reversed, [&](TileBlock& block) { factor_body<TileBlock, A, UPDATE>(block, args); });
+    launch<TileBlock>(factor_grid(args), reversed, [&](TileBlock& block) {
+      factor_body<TileBlock, A, UPDATE>(block, args);
+    });
   };
   if (update) {
     tables([&] { unfold(std::true_type()); });
