@@ -32,8 +32,10 @@ from fastensdistill.kernels.triton_utils import (
     triton,
 )
 
-SUMS_ROWS, SUMS_CHANNELS = 256, 16  # rows of partial sums read at once, and the channels of one program
-SUMS_TILE = Tile(0, 0, 0, 8, 1, "few programs: latency decides, so many loads are in flight")
+# The sums over rows of partials: 8 channels are one 32-byte sector, 1024 rows of them 16 values a thread. A layer at
+# 32 x 32 has 1024 rows per group, and few programs read them: latency decides, so many loads are in flight.
+SUMS_ROWS, SUMS_CHANNELS = 1024, 8
+SUMS_TILE = Tile(0, 0, 0, 16, 1, "one program per 8 channels")
 
 
 class NormStatistics(NamedTuple):
@@ -112,9 +114,15 @@ def batch_norm_statistics_kernel(
     tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
 
 
+def sums_blocks(rows: int) -> dict[str, int]:
+    """Block sizes for ``sum_rows`` over so many rows of partials."""
+    return {"BLOCK_R": min(SUMS_ROWS, max(16, 1 << (rows - 1).bit_length())), "BLOCK_C": SUMS_CHANNELS}
+
+
 def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps):
     mean, inv_std, scale, shift = (torch.empty_like(weight) for _ in range(4))
     sets, channels = weight.shape
+    rows = partials.shape[0] * partials.shape[1] // sets
     launch(
         batch_norm_statistics_kernel,
         (-(-channels // SUMS_CHANNELS), sets),
@@ -128,13 +136,12 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
         p_inv_std=inv_std,
         p_scale=scale,
         p_shift=shift,
-        n_rows=partials.shape[0] * partials.shape[1] // sets,
+        n_rows=rows,
         share=1.0 / count,
         momentum=momentum,
         eps=eps,
         C=channels,
-        BLOCK_R=SUMS_ROWS,
-        BLOCK_C=SUMS_CHANNELS,
+        **sums_blocks(rows),
     )
     return mean, inv_std, scale, shift
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_ROWS, SUMS_TILE, wide
+from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_TILE, sums_blocks, wide
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
 from fastensdistill.kernels.gather import sum_rows
 from fastensdistill.kernels.tiles import rows_tile
@@ -141,6 +141,7 @@ def batch_norm_backward_kernel(
 def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
     out, d_weight, d_bias = torch.empty_like(d), torch.empty_like(weight), torch.empty_like(weight)
     sets, channels = weight.shape
+    rows = partials.shape[0] * partials.shape[1] // sets
     coefficients = weight.new_empty(sets, 3, channels)
     launch(
         batch_norm_coefficients_kernel,
@@ -153,11 +154,10 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
         p_d_weight=d_weight,
         p_d_bias=d_bias,
         p_abc=coefficients,
-        n_rows=partials.shape[0] * partials.shape[1] // sets,
+        n_rows=rows,
         share=1.0 / count,
         C=channels,
-        BLOCK_R=SUMS_ROWS,
-        BLOCK_C=SUMS_CHANNELS,
+        **sums_blocks(rows),
     )
     tile = rows_tile(channels)
     positions = d.shape[1] * d.shape[2] * d.shape[3]

@@ -24,7 +24,7 @@ def _rows(sets: int, channels: int, seed: int) -> torch.Tensor:
 
 
 @each_sharing
-@pytest.mark.parametrize(("rows", "channels"), [(3, 20), (300, 33)], ids=["few", "several-blocks"])
+@pytest.mark.parametrize(("rows", "channels"), [(3, 20), (700, 33)], ids=["few", "several-blocks"])
 def test_statistics(shared, rows, channels):
     groups = 2
     sets = 1 if shared else groups

@@ -107,3 +107,17 @@ def test_without_triton_every_op_runs_its_reference():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_where_kernels_run(monkeypatch):
+    x, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not triton_utils.runs_kernel(x)
+    with triton_utils.use_kernels():
+        assert triton_utils.runs_kernel(x)
+        assert not triton_utils.runs_kernel(wide), "float64 is the references' alone"
+    monkeypatch.setenv("FASTENSDISTILL_KERNELS", "interpret")
+    assert triton_utils.runs_kernel(x)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="set TRITON_INTERPRET=1"):
+        triton_utils.runs_kernel(x)
