@@ -491,3 +491,16 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write(tmp_path / "taken", **EMPTY)
+
+
+def test_students_losses_are_not_drawn_on_the_scale_of_their_teachers():
+    def train(loss, **more):
+        return [{"event": "train", "step": s, "epoch": s, "loss": x, **more} for s, x in enumerate(loss, 1)]
+
+    figure = learning_curves({"teachers": train([2.0, 0.01]), "KD": train([40.0, 28.0], loss_kd=1.0)})
+    panel = figure.axes[0]
+    assert panel.get_title(loc="left") == "Training loss of the students"
+    assert panel.get_yscale() == "linear"
+    drawn = [float(y) for line in panel.lines for y in line.get_ydata()]
+    assert drawn
+    assert min(drawn) >= 28.0

@@ -142,13 +142,19 @@ def learning_curves(runs: Mapping[str, Records], *, styles: Mapping[str, LineSty
     figure = empty_figure(10, max(7.4, 2 * legend_height(handles) + 0.8))
     figure.suptitle("Learning curves")
     axes = figure.subplots(2, 2).ravel()
+    # A distillation loss, tens of nats of which most are the teachers' own entropy, and a cross-entropy that ends near
+    # zero have no scale in common: beside students, the teachers' loss is left out.
+    students = {name: r for name, r in runs.items() if len(series(r, "train", "loss_kd")[0])}
+    mixed = 0 < len(students) < len(runs)
+    if mixed:
+        panels[0] = ("train", "loss", "Training loss of the students", "loss", 1.0)
     for panel, (event, key, title, label, factor) in zip(axes, panels, strict=False):
-        draw_runs(panel, runs, styles, event, key, factor)
+        draw_runs(panel, students if mixed and event == "train" else runs, styles, event, key, factor)
         panel.set(xlabel="epoch", ylabel=label)
         panel.set_title(title)
         panel.grid(True, axis="y")
-    if any(largest(line) > 0 for line in axes[0].lines):
-        log_scale(axes[0])  # a distillation loss is tens, a teacher's cross-entropy ends near zero
+    if not mixed and any(largest(line) > 0 for line in axes[0].lines):
+        log_scale(axes[0])
         axes[0].set_ylabel("loss (log scale)")
     show_where_runs_end(axes[1], higher_is_better=True)
     show_where_runs_end(axes[2], higher_is_better=False)
