@@ -76,7 +76,7 @@ _CONV_TILES = {
         16: Tile(128, 16, 64, 4, 3, "16 channels: two 64-row wgmma per step, 55 KB"),
         32: Tile(128, 32, 64, 4, 3, "32 channels: all of them in one program, 61 KB"),
         64: Tile(128, 64, 64, 4, 3, "3 programs a multiprocessor hide the gather's latency, 74 KB"),
-        128: Tile(128, 128, 64, 8, 3, "two warp groups; 4 warps, or 256 columns, spill in the BatchNorm epilogue, 98 KB"),
+        128: Tile(128, 128, 64, 8, 3, "4 warps or 256 columns spill in the BatchNorm epilogue, 98 KB"),
     },
     100: {
         16: Tile(128, 16, 64, 4, 3, "one 128-row tcgen05 per step, 55 KB"),
