@@ -7,6 +7,7 @@ kernel covers (a sum or BatchNorm in an unusual place, mean pooling over windows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,19 @@ from fastensdistill.network.launch import Launch, Part, Step
 from fastensdistill.network.nodes import Conv, Linear, Norm, Pad, Pool
 
 Buffers = dict[str, Any]
+Implement = Callable[[Launch, Callable[..., Any]], Callable[..., Any]]
 
 
-def run_part(part: Part, weights: Weights, slots: Tensor, buffers: Buffers, precision: str = "ieee") -> None:
+def run_part(
+    part: Part,
+    weights: Weights,
+    slots: Tensor,
+    buffers: Buffers,
+    precision: str = "ieee",
+    *,
+    after: Callable[[Launch], None] | None = None,
+    implement: Implement = lambda launch, op: op,
+) -> None:
     """Run the launches of ``part`` and add what they write to ``buffers``.
 
     Args:
@@ -38,20 +49,27 @@ def run_part(part: Part, weights: Weights, slots: Tensor, buffers: Buffers, prec
         buffers: in a forward pass "input" (1, N, H, W, C) float32, pixels in [0, 1]; in a backward pass what the
             forward pass left, and "NAME.grad" (G, N, classes) float32 with the output's name.
         precision: how float32 is multiplied, "ieee" or "tf32".
+        after: called after every launch, to take what it wrote and to drop what nobody reads any more.
+        implement: (launch, convolution op) → what computes it, with the op's arguments and results.
 
     Results under the plan's names: logits (G, N, classes), "input.grad" (G, N, H, W, C), parameters' gradients as in
     ``network.execute``, all float32.
     """
-    run = _Run(part, weights, slots, buffers, precision)
+    run = _Run(part, weights, slots, buffers, precision, implement)
     for launch in part.launches:
         getattr(run, launch.op.replace(" ", "_"))(launch)
+        if after:
+            after(launch)
 
 
 class _Run:
     """One method per op."""
 
-    def __init__(self, part: Part, weights: Weights, slots: Tensor, buffers: Buffers, precision: str):
+    def __init__(
+        self, part: Part, weights: Weights, slots: Tensor, buffers: Buffers, precision: str, implement: Implement
+    ):
         self.part, self.weights, self.slots, self.buffers, self.precision = part, weights, slots, buffers, precision
+        self.implement = implement
         self.nodes, self.groups = part.network.by_name, len(part.groups)
 
     def read(self, name: str) -> Tensor:
@@ -102,7 +120,7 @@ class _Run:
             options["next_scale"], options["next_shift"] = self.weights.scale_shift[second.arg]
         if sums := self.find(launch, "sums"):
             options["center"] = self.weights.norms[sums.arg].running_mean
-        result = grouped_conv(
+        result = self.implement(launch, grouped_conv)(
             self.flat(self.buffers[launch.reads[0]], node),
             layer.forward,
             self.slots,
@@ -130,7 +148,7 @@ class _Run:
         if sums := self.find(launch, "sums"):
             options |= {"z": self.read(self.nodes[sums.arg].inputs[0]), **self.statistics(sums.arg)}
         d = self.read(launch.reads[0])
-        result = conv_data_gradient(
+        result = self.implement(launch, conv_data_gradient)(
             d,
             self.weights.layers[launch.node].gradient,
             self.slots,
@@ -147,9 +165,8 @@ class _Run:
     def flat_gradient(self, launch: Launch) -> None:
         node, weight = self.layer(launch), self.weights.layers[launch.node].gradient
         C, H, W = node.in_shape
-        d = conv_data_gradient(
-            self.read(launch.reads[0]), weight, self.slots, in_size=(1, 1), kernel=1, precision=self.precision
-        ).d
+        op = self.implement(launch, conv_data_gradient)
+        d = op(self.read(launch.reads[0]), weight, self.slots, in_size=(1, 1), kernel=1, precision=self.precision).d
         self.write(launch.steps("store"), d.view(*d.shape[:2], H, W, C))
 
     def weight_gradient(self, launch: Launch) -> None:
@@ -158,7 +175,8 @@ class _Run:
         for step in launch.prologue:
             prologue["in_scale"], prologue["in_shift"] = self.by_group(step.arg)
         x = self.flat(self.buffers[launch.reads[0]], node)
-        gradient = conv_weight_gradient(x, d, precision=self.precision, **self.geometry(node), **prologue)
+        op = self.implement(launch, conv_weight_gradient)
+        gradient = op(x, d, precision=self.precision, **self.geometry(node), **prologue)
         self.buffers[f"{node.name}.weight.grad"] = unpack_gradient(gradient, node)
         if node.bias:
             self.buffers[f"{node.name}.bias.grad"] = d.sum((1, 2, 3), dtype=gradient.dtype)
