@@ -282,3 +282,20 @@ def test_bf16_trains_with_float32_weights():
     trainer = make(precision="bf16", epochs=1).fit()
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
     assert all(bool(torch.isfinite(p).all()) for p in trainer.student.parameters())
+
+
+def test_tensorboard_holds_the_records(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = DistillConfig(epochs=2, batch_size=8)
+    teachers = [seeded(10 + i, lambda: tiny(4)) for i in range(2)]
+    DistillTrainer(
+        LatentBE(tiny(4), 2), teachers, dataset(), config, out=tmp_path, tensorboard=True, quiet=True
+    ).fit()  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    written = [(e.step, round(e.value, 5)) for e in events.Scalars("train/loss")]
+    assert written == [(r["step"], round(r["loss"], 5)) for r in records if r["event"] == "train"]
+    assert [e.step for e in events.Scalars("validation/accuracy")] == [5, 10]
