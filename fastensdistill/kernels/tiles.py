@@ -112,6 +112,7 @@ def _block_k(most: int, depth: int) -> int:
 
 def conv_tile(arch: int, depth: int, channels: int, itemsize: int = 2) -> Tile:
     """Tile of a forward or data-gradient convolution: ``depth`` channels summed per tap, ``channels`` results."""
+    depth, channels = int(depth), int(channels)  # symbolic sizes, when a compiler traces, are settled here
     columns = _columns(channels)
     if arch == 0:
         tile = _INTERPRETER_TILE
