@@ -8,12 +8,8 @@ namespace {
 
 using RowBlock = DeviceBlock<ROW_THREADS>;
 
-// Blocks per processor to compile for: left to itself the compiler spills to reach 48 registers.
 template <class T>
-constexpr int BLOCKS = sizeof(T) == 8 ? 2 : 4;
-
-template <class T>
-__global__ void __launch_bounds__(ROW_THREADS, BLOCKS<T>) both_kernel(const __grid_constant__ BothArgs<T> args) {
+__global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS<T>) both_kernel(const __grid_constant__ BothArgs<T> args) {
   __shared__ LossScratch<typename Arithmetic<T>::type> scratch;
   RowBlock block{int(blockIdx.x)};
   both_body<RowBlock, T>(block, scratch, args);

@@ -9,7 +9,7 @@ namespace {
 using RowBlock = DeviceBlock<ROW_THREADS>;
 
 template <class T>
-__global__ void __launch_bounds__(ROW_THREADS) pairs_kernel(const __grid_constant__ PairsArgs<T> args) {
+__global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS<T>) pairs_kernel(const __grid_constant__ PairsArgs<T> args) {
   __shared__ RowScratch<typename Arithmetic<T>::type> scratch;
   RowBlock block{int(blockIdx.x)};
   pairs_body<RowBlock, T>(block, scratch, args);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(ROW_THREADS) mean_kernel(const __grid_constant
 }
 
 template <class T>
-__global__ void __launch_bounds__(ROW_THREADS) ods_kernel(const __grid_constant__ OdsArgs<T> args) {
+__global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS<T>) ods_kernel(const __grid_constant__ OdsArgs<T> args) {
   __shared__ RowScratch<typename Arithmetic<T>::type> scratch;
   RowBlock block{int(blockIdx.x)};
   ods_body<RowBlock, T>(block, scratch, args);

@@ -8,6 +8,10 @@ namespace fed {
 
 constexpr int ROW_THREADS = 256;
 
+// Blocks per processor to compile for: left to itself the compiler spills to reach 48 registers.
+template <class T>
+constexpr int ROW_BLOCKS = sizeof(T) == 8 ? 2 : 4;
+
 // Shared memory of every kernel that reduces over rows.
 template <class A>
 struct RowScratch {

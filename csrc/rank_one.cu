@@ -11,9 +11,9 @@ using TileBlock = DeviceBlock<TILE_THREADS>;
 // 4 KB is what every architecture and driver takes as parameters of a kernel.
 static_assert(sizeof(RankOneArgs<double>) <= 4096, "fewer layers per launch");
 
-// Four blocks per processor: left to itself the compiler spills to reach five.
+// Two blocks per processor: left to itself the compiler spills to reach five.
 template <class A>
-__global__ void __launch_bounds__(TILE_THREADS, 4) fold_kernel(const __grid_constant__ RankOneArgs<A> args) {
+__global__ void __launch_bounds__(TILE_THREADS, 2) fold_kernel(const __grid_constant__ RankOneArgs<A> args) {
   TileBlock block{int(blockIdx.x)};
   fold_body<TileBlock, A>(block, args);
 }

@@ -111,7 +111,7 @@ class RankOneLayout:
             slots: weights per layer in the packed buffers; K, or more where frozen networks share them.
 
         Raises:
-            InputError: a shape that is not a layer's.
+            InputError: a shape that is not a layer's, or no layers.
         """
         layers: list[RankOneLayer] = []
         ranked = factors = packed = 0
@@ -130,6 +130,8 @@ class RankOneLayout:
             ranked += Co * Ci * taps + Co * has_bias
             factors += Ci * groups + Co
             packed += -(-slots * Co * Ci * taps // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
+        if not layers:
+            raise InputError("the layout has no layers; expected at least one")
         return RankOneLayout(tuple(layers), ranked, plain, factors, slots, packed)
 
 

@@ -246,6 +246,7 @@ REFUSED = {
         lambda: pack_rank_one(V["parameters"], V["deviations"], L, PACKED[0], PACKED[1], 1),
         "first_slot is 1 with 1 branches; the layout has 1 slots",
     ),
+    "no-layers": (lambda: RankOneLayout.build([], 5), "no layers"),
     "layer": (lambda: RankOneLayout.build([("bad", (4, 3, 3), 1, False)]), "layer 'bad' has weight shape"),
 }
 

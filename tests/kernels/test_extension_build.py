@@ -1,0 +1,175 @@
+"""The build: CUDA kernels for every architecture without spills, CPU ops that pass the op tests, or pure Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ["diversity_seed", "distillation_loss", "perturb_step", "rank_one"]
+ARCHITECTURES = ["80", "90a", "100"]
+# Kernels hold 256 or 512 threads: 128 registers let two such blocks of 256 share a processor's 65,536.
+MAX_REGISTERS = 128
+MAX_SHARED = 48 * 1024  # what a kernel may have without asking for more
+OP_TESTS = ["distillation_loss", "diversity_seed", "perturb_step", "rank_one", "opcheck_csrc"]
+
+
+def ptxas_report(kernel: str, folder: Path) -> list[dict[str, str | int]]:
+    """Registers, shared memory and spills of every kernel of a .cu file and architecture, from nvcc -Xptxas -v."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    output = folder / f"{kernel}.fatbin"
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        *codes,
+        "-Xptxas=-v",
+        "-fatbin",
+        str(ROOT / f"csrc/{kernel}.cu"),
+        "-o",
+        str(output),
+    ]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "warning" not in text, text
+    entry = re.compile(
+        r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
+        r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        re.S,
+    )
+    rows = []
+    for match in entry.finditer(text):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        row: dict[str, str | int] = {
+            "name": match["name"],
+            "arch": match["arch"],
+            "shared": int(shared[1]) if shared else 0,
+        }
+        rows.append({**row, **{key: int(match[key]) for key in ("registers", "spill_stores", "spill_loads")}})
+    return rows
+
+
+def readable(name: str) -> str:
+    """both_kernel<bf16> from a mangled name."""
+    kernel, types = re.search(r"\d([a-z]+_kernel)I(.*?)EEv", name).groups()
+    for mangled, plain in (("NS_4halfE", "half"), ("NS_4bf16E", "bf16"), ("Lb1E", "update"), ("Lb0E", "gradient")):
+        types = types.replace(mangled, f" {plain} ")
+    types = re.sub(r"\bS1_\b|S\d?_", " same ", types)
+    letters = {"f": "float", "d": "double", "ff": "float, float", "dd": "double, double"}
+    words = [letters.get(word, word) for word in types.split()]
+    return f"{kernel}<{', '.join(words)}>"
+
+
+@pytest.mark.slow
+def test_cuda_kernels_compile_without_spills(tmp_path, capsys):
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("no nvcc on this machine")
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for report in pool.map(lambda kernel: ptxas_report(kernel, tmp_path), KERNELS) for row in report]
+    with capsys.disabled():
+        print()
+        for row in rows:
+            print(
+                f"sm_{row['arch']:<4} {row['registers']:>4} registers {row['shared']:>6} B shared "
+                f"{row['spill_stores']:>3} B spilt  {readable(str(row['name']))}"
+            )
+    # 4 dtypes of three kernels, 2 of three, 10 of the step, 2 · 6 of rank-one, on every architecture
+    assert len(rows) == len(ARCHITECTURES) * (4 + 4 + 2 + 4 + 2 + 10 + 12)
+    for row in rows:
+        assert row["spill_stores"] == row["spill_loads"] == 0, row
+        assert int(row["registers"]) <= MAX_REGISTERS, row
+        assert int(row["shared"]) <= MAX_SHARED, row
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """What a source distribution holds of the package and its tests, without libraries built earlier."""
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("fastensdistill", "csrc", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "setup.py", folder)
+    return folder
+
+
+def build(project: Path, **environment: str) -> tuple[dict[str, object], str]:
+    """Builds in place as an editable installation does; the report, and what the build printed."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((project / "fastensdistill/kernels/_build.json").read_text()), done.stderr
+
+
+def python(project: Path, *arguments: str, **environment: str) -> str:
+    paths = {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=project, env={**os.environ, **paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+DESCRIBE = "import json; from fastensdistill.kernels import distillation_loss, extension; "
+DESCRIBE += "print(json.dumps(extension.describe()))"
+
+
+@pytest.mark.slow
+def test_cpu_ops_build_and_pass_the_op_tests(tmp_path):
+    project = copy_of_the_project(tmp_path / "project")
+    report, printed = build(project, FASTENSDISTILL_BUILD="cpu")
+    assert report["cpu"] is True
+    assert report["cuda"] is False
+    assert "no CUDA ops: FASTENSDISTILL_BUILD=cpu" in printed
+    state = json.loads(python(project, "-c", DESCRIBE))
+    assert (state["loaded"], state["cpu"], state["cuda"]) == (True, True, False)
+    assert state["reason"] == "no CUDA ops: FASTENSDISTILL_BUILD=cpu"
+    off = json.loads(python(project, "-c", DESCRIBE, FASTENSDISTILL_NO_EXTENSION="1"))
+    assert (off["loaded"], off["cpu"]) == (False, False)
+    assert off["reason"] == "switched off by FASTENSDISTILL_NO_EXTENSION"
+    tests = [f"tests/kernels/test_{name}.py" for name in OP_TESTS]
+    python(project, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, "pure Python: no C++ compiler"),
+        ({"FASTENSDISTILL_BUILD": "python"}, "pure Python: FASTENSDISTILL_BUILD=python"),
+        ({"CXX": "/bin/false"}, "pure Python: false failed"),
+    ],
+    ids=["no-compiler", "switched-off", "broken-compiler"],
+)
+def test_without_a_compiler_the_package_is_pure_python(tmp_path, environment, reason):
+    project = copy_of_the_project(tmp_path / "project")
+    stale = project / "fastensdistill/kernels/_extension_v1.so"
+    stale.write_bytes(b"built earlier")
+    report, printed = build(project, **environment)
+    assert report["cpu"] is report["cuda"] is False
+    assert str(report["reason"]).startswith(reason)
+    assert [line for line in printed.splitlines() if line.startswith("fastensdistill: pure Python")]
+    assert not stale.exists()
+    state = json.loads(python(project, "-c", DESCRIBE))
+    assert (state["loaded"], state["cpu"], state["reason"]) == (False, False, report["reason"])
+
+
+def test_library_that_does_not_load_is_said_once_and_replaced(tmp_path):
+    project = copy_of_the_project(tmp_path / "project")
+    (project / "fastensdistill/kernels/_extension_v1.so").write_bytes(b"not a library")
+    code = "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n warnings.simplefilter('always')\n"
+    code += " from fastensdistill.kernels import distillation_loss as d, extension\n"
+    code += "import torch\nz = torch.randn(2, 3, 5)\n"
+    code += "d.distillation_loss(z, z, torch.zeros(3, dtype=torch.int64), 4.0, 1.0)\n"
+    code += "print(sum('not loadable' in str(w.message) for w in caught), extension.describe()['reason'])"
+    assert python(project, "-c", code).startswith("1 built but not loadable")
