@@ -1,0 +1,169 @@
+"""Which implementation computes each convolution of a plan: Triton kernel, vendor library (cuDNN), or CUDA kernel.
+
+The table is filled by measurement; a row matches a launch by its op and shape, the first that matches decides, and
+without one the Triton kernel does. ``cudnn`` is PyTorch's own convolution, one call per group on channels-last memory
+(activations [G, N, H, W, C] are G such batches), with the epilogue as separate operations; off a GPU it runs whatever
+PyTorch has there, so it is tested everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn import grad as nn_grad
+
+from fastensdistill.errors import InputError, unknown
+from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, grouped_conv
+from fastensdistill.kernels.conv_data_gradient import DataGradient
+from fastensdistill.kernels.grouped_conv import ConvOutput
+from fastensdistill.kernels.triton_utils import accumulator, pack_mask, pick, shortcut, unpack_mask
+from fastensdistill.network.launch import Launch
+
+IMPLEMENTATIONS = ("triton", "cudnn", "cuda")
+OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice. ``op`` is a launch's op; ``layer`` the layer's name or "" for all."""
+
+    op: str
+    implementation: str
+    reason: str
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise unknown("op", self.op, OPS)
+        if self.implementation not in IMPLEMENTATIONS:
+            raise unknown("implementation", self.implementation, IMPLEMENTATIONS)
+        if self.implementation == "cuda":
+            raise InputError(f"{self.op} has no cuda implementation in this build; expected triton or cudnn")
+
+
+# Measured choices, with their numbers as the reason. None has been measured: every launch runs its Triton kernel.
+TABLE: tuple[Row, ...] = ()
+
+
+class Dispatch:
+    """Picks what computes a launch, from a table of rows."""
+
+    def __init__(self, table: Sequence[Row] = TABLE):
+        self.table = tuple(table)
+
+    def choice(self, launch: Launch) -> str:
+        """The implementation of ``launch``, one of ``IMPLEMENTATIONS``."""
+        rows = (r for r in self.table if r.op == launch.op and r.layer in ("", launch.node))
+        return next((row.implementation for row in rows), "triton")
+
+    def __call__(self, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+        return VENDOR[op] if self.choice(launch) == "cudnn" else op
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, H, W, C) as the (N, C, H, W) that PyTorch's convolutions take, without a copy."""
+    return x.permute(0, 3, 1, 2)
+
+
+def sums(first: Tensor, second: Tensor) -> Tensor:
+    """One row of the two per-channel sums, (G, 1, 2, C)."""
+    return torch.stack([first.sum((1, 2, 3)), second.sum((1, 2, 3))], 1)[:, None]
+
+
+def vendor_conv(
+    x: Tensor, weight: Tensor, slots: Tensor, *, kernel: int, stride: int = 1, padding: int = 0,
+    in_scale: Tensor | None = None, in_shift: Tensor | None = None, in_relu: bool = False, bias: Tensor | None = None,
+    residual: Tensor | None = None, residual_stride: int = 1, relu: bool = False, next_scale: Tensor | None = None,
+    next_shift: Tensor | None = None, center: Tensor | None = None, mask: bool = False, precision: str = "ieee",
+) -> ConvOutput:  # fmt: skip
+    """``kernels.grouped_conv`` (same arguments and results) by PyTorch's convolution; how float32 is multiplied is
+    PyTorch's own setting."""
+    G, dtype, high = len(slots), weight.dtype, accumulator(weight.dtype)
+    u = x.expand(G, -1, -1, -1, -1)
+    if in_scale is not None and in_shift is not None:
+        u = u.to(high) * pick(in_scale, slots) + pick(in_shift, slots)
+    u = (u.relu() if in_relu else u).to(dtype)
+    w = weight.index_select(0, slots).unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2)
+    y = torch.stack(
+        [F.conv2d(channels_last(u[g]), w[g], stride=stride, padding=padding).permute(0, 2, 3, 1) for g in range(G)]
+    ).to(high)
+    if bias is not None:
+        y = y + pick(bias, slots)
+    if residual is not None:
+        y = y + shortcut(residual, residual_stride, y.shape[2], y.shape[3], y.shape[4])
+    z = (y.relu() if relu else y).to(dtype).contiguous()
+    activated = bits = statistics = None
+    if next_scale is not None and next_shift is not None:
+        activated = (z.to(high) * pick(next_scale, slots) + pick(next_shift, slots)).relu().to(dtype)
+    if mask:
+        bits = pack_mask((z if activated is None else activated) > 0)
+    if center is not None:
+        rest = z.to(high) - pick(center, slots)
+        statistics = sums(rest, rest.square())
+    return ConvOutput(z, activated, bits, statistics)
+
+
+def vendor_data_gradient(
+    d: Tensor, weight_flipped: Tensor, slots: Tensor, *, in_size: tuple[int, int], kernel: int, stride: int = 1,
+    padding: int = 0, residual: Tensor | None = None, residual_stride: int = 1, residual_first: bool = False,
+    mask: Tensor | None = None, scale: Tensor | None = None, z: Tensor | None = None, mean: Tensor | None = None,
+    inv_std: Tensor | None = None, out_dtype: torch.dtype | None = None, precision: str = "ieee",
+) -> DataGradient:  # fmt: skip
+    """``kernels.conv_data_gradient`` (same arguments and results) by PyTorch's convolution."""
+    high, C = accumulator(d.dtype), weight_flipped.shape[3]
+    w = weight_flipped.index_select(0, slots).flip(1).unflatten(1, (kernel, kernel)).permute(0, 3, 4, 1, 2)
+    size = (d.shape[1], C, *in_size)
+    u = torch.stack([
+        nn_grad.conv2d_input(size, w[g], channels_last(d[g]), stride, padding).permute(0, 2, 3, 1)
+        for g in range(len(slots))
+    ]).to(high)  # fmt: skip
+
+    def with_residual(u: Tensor) -> Tensor:
+        if residual is None:
+            return u
+        u = u.clone()
+        u[:, :, ::residual_stride, ::residual_stride, : residual.shape[-1]] += residual[..., :C]
+        return u
+
+    u = with_residual(u) if residual_first else u
+    if mask is not None:
+        u = u * unpack_mask(mask, C)
+    if scale is not None:
+        u = u * pick(scale, slots)
+    u = u if residual_first else with_residual(u)
+    u = u.to(out_dtype or d.dtype).contiguous()
+    statistics = None
+    if z is not None and mean is not None and inv_std is not None:
+        wide = u.to(high)
+        standard = (z.to(high) - mean[:, None, None, None]) * inv_std[:, None, None, None]
+        statistics = sums(wide, wide * standard)
+    return DataGradient(u, statistics)
+
+
+def vendor_weight_gradient(
+    x: Tensor, d: Tensor, *, kernel: int, stride: int = 1, padding: int = 0, in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None, in_relu: bool = False, precision: str = "ieee",
+) -> Tensor:  # fmt: skip
+    """``kernels.conv_weight_gradient`` (same arguments and results) by PyTorch's convolution."""
+    G, high = len(d), accumulator(d.dtype)
+    u = x.expand(G, -1, -1, -1, -1)
+    if in_scale is not None and in_shift is not None:
+        u = u.to(high) * in_scale[:, None, None, None] + in_shift[:, None, None, None]
+    u = (u.relu() if in_relu else u).to(d.dtype)
+    size = (d.shape[4], x.shape[4], kernel, kernel)
+    dw = torch.stack([
+        nn_grad.conv2d_weight(channels_last(u[g]), size, channels_last(d[g]), stride, padding) for g in range(G)
+    ])  # fmt: skip
+    return dw.to(high).permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+
+
+VENDOR: dict[Callable[..., Any], Callable[..., Any]] = {
+    grouped_conv.grouped_conv: vendor_conv,
+    conv_data_gradient.conv_data_gradient: vendor_data_gradient,
+    conv_weight_gradient.conv_weight_gradient: vendor_weight_gradient,
+}

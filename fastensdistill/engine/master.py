@@ -1,0 +1,151 @@
+"""The weights that are trained, in flat buffers: one tensor for all parameters, one for their momentum, and so on.
+
+The modules' own parameters and running statistics become views of these buffers, so that validation, checkpoints and
+averaging always see the current weights, nothing is ever copied back, and an update is a few launches in all.
+Several copies of one architecture lie side by side, [copies, *shape] per parameter, which is how a launch over groups
+reads them. Order: weight and bias of every layer (that of ``RankOneLayout``), BatchNorm scales, BatchNorm shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.engine.weights import NormWeights
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.rank_one import RankOneLayout
+from fastensdistill.network.nodes import Conv, Linear, Network, Norm
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one parameter lies, counted in elements of one copy."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+class Master:
+    """Parameters, momentum, gradients and running statistics of ``modules``, which share the architecture ``network``.
+
+    With ``ranked``, there is one module, whose layers are wrapped with rank-one factors; these are kept as deviations
+    from one, [K, factors]. Constructing it moves the modules' storage here: moving or casting them afterwards would
+    part them from it. Raises InputError for parameters that the network does not contain or that are not trained.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
+        self.network, self.copies = network, len(modules)
+        self.layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
+        self.norms = [node for node in network.nodes if isinstance(node, Norm)]
+        self.paths = {
+            name: f"{node.name}.layer.{name.rpartition('.')[2]}" if ranked else name
+            for node in self.layers
+            for name in node.parameters
+        }
+        self.paths |= {
+            f"{norm.name}.{kind}": f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in self.norms
+        }
+        first = dict(modules[0].named_parameters())
+        factors = (
+            {f"{node.name}.{kind}" for node in self.layers for kind in ("delta_r", "delta_s")} if ranked else set()
+        )
+        for name, parameter in first.items():
+            if name not in factors and name not in self.paths.values():
+                raise InputError(f"parameter {name!r} is in none of the layers that were traced")
+            if not parameter.requires_grad:
+                raise InputError(f"parameter {name!r} does not require gradients; expected all of them to be trained")
+        self.entries: dict[str, Entry] = {}
+        at = 0
+        for name, path in self.paths.items():
+            shape = tuple(first[path].shape)
+            self.entries[name] = Entry(at, shape)
+            at += prod(shape)
+        like = next(iter(first.values()))
+        self.size, self.device, self.dtype = at, like.device, like.dtype
+        self.norm_offsets: dict[str, int] = {}
+        self.norm_size = 0
+        for norm in self.norms:
+            self.norm_offsets[norm.name] = self.norm_size
+            self.norm_size += norm.shape[0]
+        self.parameters, self.momentum, self.gradient = (self._zeros(self.size) for _ in range(3))
+        self.running_mean, self.running_var = (self._zeros(self.norm_size) for _ in range(2))
+        self.batches = torch.zeros(len(self.norms), self.copies, dtype=torch.int64, device=self.device)
+        self.buffers = [dict(module.named_buffers()) for module in modules]
+        for i, module in enumerate(modules):
+            self._adopt(i, module)
+        self.layout = RankOneLayout.build(
+            [(node.name, self.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in self.layers],
+            plain=2 * self.norm_size,
+        )
+        self.deviations = self.deviation_momentum = like.new_zeros(0)
+        self.factors: dict[str, tuple[int, int]] = {}
+        if ranked:
+            self._adopt_factors(modules[0])
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(self.copies * count, dtype=self.dtype, device=self.device)
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """(copies, *shape) of the parameter ``name`` in one of the flat buffers."""
+        entry = self.entries[name]
+        n = prod(entry.shape)
+        return flat[self.copies * entry.offset : self.copies * (entry.offset + n)].view(self.copies, *entry.shape)
+
+    def norm_view(self, flat: Tensor, norm: Norm) -> Tensor:
+        """(copies, C) of a BatchNorm in the running mean or variance."""
+        start, C = self.copies * self.norm_offsets[norm.name], norm.shape[0]
+        return flat[start : start + self.copies * C].view(self.copies, C)
+
+    def norm_weights(self, norm: Norm) -> NormWeights:
+        scale, shift = (self.view(self.parameters, f"{norm.name}.{kind}") for kind in ("weight", "bias"))
+        return NormWeights(
+            scale, shift, *(self.norm_view(flat, norm) for flat in (self.running_mean, self.running_var))
+        )
+
+    @torch.no_grad()
+    def _adopt(self, i: int, module: nn.Module) -> None:
+        for name, path in self.paths.items():
+            move(module.get_parameter(path), self.view(self.parameters, name)[i])
+        for j, norm in enumerate(self.norms):
+            owner: Any = module.get_submodule(norm.name)
+            for kind, flat in (("running_mean", self.running_mean), ("running_var", self.running_var)):
+                view = self.norm_view(flat, norm)[i]
+                setattr(owner, kind, view.copy_(getattr(owner, kind)))
+            owner.num_batches_tracked = self.batches[j, i].copy_(owner.num_batches_tracked)
+
+    @torch.no_grad()
+    def _adopt_factors(self, module: nn.Module) -> None:
+        K = len(module.get_parameter(f"{self.layers[0].name}.delta_r"))
+        self.deviations, self.deviation_momentum = (
+            torch.zeros(K, self.layout.factors, dtype=self.dtype, device=self.device) for _ in range(2)
+        )
+        for layer in self.layout.layers:
+            for kind, start, n in (("r", layer.r, layer.in_channels), ("s", layer.s, layer.out_channels)):
+                self.factors[f"{layer.name}.delta_{kind}"] = (start, n)
+                move(module.get_parameter(f"{layer.name}.delta_{kind}"), self.deviations[:, start : start + n])
+
+    def momenta(self, i: int) -> dict[str, Tensor]:
+        """Views of the momentum of module ``i``, by the module's own parameter names."""
+        own = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
+        return own | {name: self.deviation_momentum[:, at : at + n] for name, (at, n) in self.factors.items()}
+
+
+def move(parameter: nn.Parameter, view: Tensor) -> None:
+    """Make ``parameter`` the memory of ``view``, with its value."""
+    view.copy_(parameter)
+    parameter.data = view
+
+
+def descend(p: Tensor, v: Tensor, g: Tensor, rate: Tensor, momentum: float, decay: float) -> None:
+    """SGD with Nesterov momentum in place, decay part of the gradient (PyTorch's form); ``g`` is used up.
+
+    g ← g + λ·p,  v ← μ·v + g,  p ← p − η·(g + μ·v), with η a scalar tensor on the device.
+    """
+    g.add_(p, alpha=decay)
+    v.mul_(momentum).add_(g)
+    p.sub_(g.add_(v, alpha=momentum).mul_(rate))

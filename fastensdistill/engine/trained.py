@@ -1,0 +1,131 @@
+"""The networks that a step trains: forward, backward and update as a list of launches, outside autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.engine.master import Master, descend
+from fastensdistill.engine.parallel import average
+from fastensdistill.engine.passes import Buffers, Implement, run_part
+from fastensdistill.engine.slots import BranchSlots, PlainSlots
+from fastensdistill.engine.weights import Weights
+from fastensdistill.kernels.rank_one import unfold_rank_one
+from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.nodes import Network
+
+
+def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[str, ...]]]:
+    """Per part and launch, the buffers that no later launch of ``parts`` reads; ``kept`` are never among them."""
+    seen = set(kept)
+    dead: list[list[tuple[str, ...]]] = []
+    for part in reversed(parts):
+        of_part = []
+        for launch in reversed(part.launches):
+            names = tuple(dict.fromkeys(n for n in (*launch.reads, *launch.writes) if n not in seen))
+            seen.update(names)
+            of_part.append(names)
+        dead.append(of_part[::-1])
+    return dead[::-1]
+
+
+class Runner:
+    """Runs parts and frees every buffer after its last reader, so that a captured graph's memory is used again."""
+
+    def __init__(self, precision: str, implement: Implement):
+        self.precision, self.implement = precision, implement
+
+    def __call__(
+        self,
+        part: Part,
+        weights: Weights,
+        slots: Tensor,
+        buffers: Buffers,
+        dead: Sequence[tuple[str, ...]],
+        sinks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """``sinks``: gradients that are copied out as soon as they are there."""
+        remaining, taken = iter(dead), sinks or {}
+
+        def after(launch: Launch) -> None:
+            for name in launch.writes:
+                if name in taken:
+                    taken[name].copy_(buffers.pop(name))
+            for name in next(remaining):
+                buffers.pop(name, None)
+
+        run_part(part, weights, slots, buffers, self.precision, after=after, implement=self.implement)
+
+
+class Trained:
+    """Copies of one architecture in training mode: a student's branches, or networks each on its own.
+
+    Args:
+        modules: the networks; one of them where ``ranked``, whose K branches are the groups of the parts.
+        forward, backward: the parts of the plan that train them.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        network: Network,
+        forward: Part,
+        backward: Part,
+        master: Master,
+        dtype: torch.dtype,
+        run: Runner,
+    ):
+        self.network, self.parts, self.master, self.run = network, (forward, backward), master, run
+        self.ranked = len(master.deviations) > 0
+        K = len(forward.groups)
+        self.slots: BranchSlots | PlainSlots = (
+            BranchSlots(forward, master, dtype, K) if self.ranked else PlainSlots(forward, master, dtype)
+        )
+        self.index = torch.arange(K, dtype=torch.int32, device=master.device)
+        self.branch_gradients = master.parameters.new_zeros(K, master.layout.ranked) if self.ranked else None
+        self.sinks = {f"{name}.grad": self._sink(name) for name in master.entries}
+        output = network.output
+        self.dead = dead_after(self.parts, ["input", output, f"{output}.grad", *self.sinks])
+        self.buffers: Buffers = {}
+
+    def _sink(self, name: str) -> Tensor:
+        """Where a gradient goes: of a ranked layer into the branches' flat gradients, else to the master's."""
+        entry = self.master.entries[name]
+        if self.branch_gradients is not None and entry.offset < self.master.layout.ranked:
+            n = self.master.view(self.master.parameters, name).numel()
+            return self.branch_gradients[:, entry.offset : entry.offset + n].unflatten(1, entry.shape)
+        return self.master.view(self.master.gradient, name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
+        self.slots.write()
+        self.buffers = {"input": images}
+        self.run(self.parts[0], self.slots.weights, self.index, self.buffers, self.dead[0])
+        self.master.batches.add_(1)
+        return self.buffers[self.network.output]
+
+    def backward(self, seed: Tensor) -> None:
+        """All gradients from that of the logits, un-folded, and averaged over processes."""
+        self.buffers[f"{self.network.output}.grad"] = seed
+        self.run(self.parts[1], self.slots.weights, self.index, self.buffers, self.dead[1], self.sinks)
+        self.buffers = {}
+        master = self.master
+        self.factor_gradients = None
+        if self.branch_gradients is not None:
+            gradient, self.factor_gradients = unfold_rank_one(
+                self.branch_gradients, master.parameters, master.deviations, master.layout
+            )
+            master.gradient[: master.layout.ranked].copy_(gradient)
+            average(self.factor_gradients)
+        average(master.gradient)
+
+    def update(self, rate: Tensor, momentum: float, decay: float) -> None:
+        """Nesterov; r and s with K times the rate and 1/K of the decay (method of Nam et al., section 2)."""
+        master = self.master
+        descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
+        if self.factor_gradients is not None:
+            K = len(master.deviations)
+            descend(master.deviations, master.deviation_momentum, self.factor_gradients, K * rate, momentum, decay / K)
+            self.factor_gradients = None
