@@ -1,5 +1,7 @@
 // Tensors of the libtorch stable ABI (2.10), which makes one binary serve every later PyTorch and every Python:
 // operands, outputs, dispatch over dtypes, CPU threads, and the current CUDA stream. Only .cpp files include this.
+// What it costs: ods_seed on 1 x 2 logits, two operands and two outputs, takes 4.7 us from Python, aten::add 2.5 and
+// aten::std_mean 7.3 (PyTorch 2.11, one thread of an EPYC): boxing is lost among the outputs' allocations.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -47,7 +49,7 @@ inline Tensor view(const Tensor& base, const std::vector<int64_t>& sizes, const 
 // A new scalar whose storage has room for `extra` values behind it: row results that the next launch reduces need no
 // second allocation.
 inline Tensor new_scalar(const Tensor& like, ScalarType type, int64_t extra = 0) {
-  return view(new_tensor(like, {1 + extra}, type), {}, {});
+  return extra == 0 ? new_tensor(like, {}, type) : view(new_tensor(like, {1 + extra}, type), {}, {});
 }
 
 template <class T>

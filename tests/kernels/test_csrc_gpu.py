@@ -1,0 +1,138 @@
+"""The extension's CUDA kernels on a device, against the references in float64, and inside a captured graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastensdistill.kernels import extension
+from fastensdistill.kernels.distillation_loss import distill_and_diversify, distill_and_diversify_reference
+from fastensdistill.kernels.diversity_seed import (
+    diversity_seed,
+    diversity_seed_reference,
+    ods_seed,
+    ods_seed_reference,
+    teacher_diversity_seed,
+    teacher_diversity_seed_reference,
+)
+from fastensdistill.kernels.inputs import arithmetic_dtype
+from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
+from fastensdistill.kernels.rank_one import (
+    fold_rank_one,
+    fold_rank_one_reference,
+    rank_one_step,
+    rank_one_step_reference,
+    unfold_rank_one,
+    unfold_rank_one_reference,
+)
+from tests.compare import check_close
+from tests.kernels import test_diversity_seed as seed_tests
+from tests.kernels import test_perturb_step as step_tests
+from tests.kernels import test_rank_one as rank_one_tests
+from tests.kernels.rounding import rounding
+from tests.kernels.test_distillation_loss import CASES, logits
+
+DEVICE = "cuda"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def check(actual, expected) -> None:
+    for n, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        check_close(f"output {n}", a, e, rounding(e, a.dtype))
+
+
+def test_cuda_kernels_are_built():
+    assert extension.describe()["cuda"], extension.describe()["reason"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", ["one-to-one", "mean"])
+def test_loss_and_diversity(case, dtype, target):
+    M, K, _, _ = CASES[case]
+    teacher, branch, labels = (t.to(DEVICE) for t in logits(CASES[case], dtype))
+    pair = torch.tensor([min(M, K) - 1, 0], device=DEVICE)
+    actual = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7, target)
+    wide = (teacher.double(), branch.double(), labels, pair, 4.0, 0.7, target == "mean")
+    check(actual, distill_and_diversify_reference(*wide))
+    again = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7, target)
+    assert all(torch.equal(one, other) for one, other in zip(actual, again, strict=True)), "not reproducible"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", seed_tests.CASES)
+def test_seeds(case, dtype):
+    teacher, branch = (pair.to(DEVICE) for pair in seed_tests.pairs(seed_tests.CASES[case], dtype))
+    t, s = teacher.double(), branch.double()
+    check(diversity_seed(teacher, branch), diversity_seed_reference(t, s))
+    check(teacher_diversity_seed(teacher), teacher_diversity_seed_reference(t))
+    check(ods_seed(teacher[0], branch[0], 2.0), ods_seed_reference(t[0], s[0], 2.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", step_tests.CASES)
+def test_step_on_images(case, dtype):
+    images, gradients, confidence = (t.to(DEVICE) for t in step_tests.operands(case, dtype))
+    if images.dim() == 4:
+        images = images.to(memory_format=torch.channels_last)
+    actual = perturb_step(images, gradients, 0.5, 0.1, 0.9, confidence.to(arithmetic_dtype(dtype)))
+    assert actual.stride() == images.stride()
+    check([actual], [perturb_step_reference(images.double(), gradients.double(), confidence, 0.5, 0.1, 0.9)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", rank_one_tests.CASES)
+def test_rank_one(case, dtype):
+    layout, problem = rank_one_tests.problem(case, dtype)
+    t = {name: tensor.to(DEVICE) for name, tensor in problem.items()}
+    wide = {name: tensor.double().clone() for name, tensor in t.items()}
+    p, d, g = wide["parameters"], wide["deviations"], wide["branch_gradients"]
+    check(
+        [fold_rank_one(t["parameters"], t["deviations"], layout)],
+        [fold_rank_one_reference(p, d, layout.fields, layout.ranked)],
+    )
+    actual = unfold_rank_one(t["branch_gradients"], t["parameters"], t["deviations"], layout)
+    check(actual, unfold_rank_one_reference(g, p, d, layout.fields))
+    packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
+    rate = torch.tensor(0.1, dtype=dtype, device=DEVICE)
+    rank_one_step(*t.values(), rate, layout, packed[0], packed[1])
+    rank_one_step_reference(*wide.values(), rate.double(), expected[0], expected[1], layout.fields, 0, 0.9, 5e-4)
+    check(list(t.values())[:4], list(wide.values())[:4])
+    check([packed], [expected])
+
+
+def test_inside_a_captured_graph():
+    """A new pair, new logits and a new rate take effect at replay: nothing was read on the host at capture."""
+    teacher, branch, labels = (t.to(DEVICE) for t in logits(CASES["cifar100"], torch.float32))
+    pair = torch.tensor([0, 1], device=DEVICE)
+    layout, problem = rank_one_tests.problem("tiles", torch.float32)
+    t = {name: tensor.to(DEVICE) for name, tensor in problem.items()}
+    packed = torch.zeros(2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
+    rate = torch.tensor(0.0, device=DEVICE)
+
+    def step():
+        outputs = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7)
+        rank_one_step(*t.values(), rate, layout, packed[0], packed[1])
+        return outputs
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # loads the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for name, tensor in problem.items():
+        t[name].copy_(tensor)
+    pair.copy_(torch.tensor([3, 2]))
+    branch.mul_(0.5)
+    rate.fill_(0.1)
+    graph.replay()
+    expected = {name: tensor.to(DEVICE).clone() for name, tensor in problem.items()}
+    rank_one_step(*expected.values(), rate, layout, packed[0].clone(), packed[1].clone())
+    for one, other in zip(t.values(), expected.values(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(outputs, distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7), strict=True):
+        assert torch.equal(one, other)
