@@ -1,6 +1,7 @@
 # Each target stands alone: on a machine with Python 3.11 or newer it makes .venv, installs and runs.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
@@ -18,12 +19,17 @@ lint: .venv/.dev
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; set PYTHON=")'
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: .venv/bin/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+# PyTorch comes first: the extension is built against the one it finds.
+.venv/.torch: .venv/bin/python
+	$(PIP) 'torch>=2.10' torchvision
 	touch $@
 
-.venv/.dev: .venv/bin/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,tensorboard,onnx]'
+.venv/.demo: .venv/.torch pyproject.toml setup.py
+	$(PIP) --editable .
+	touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml setup.py
+	$(PIP) --editable '.[dev,tensorboard,onnx]'
 	touch $@
 
 clean:

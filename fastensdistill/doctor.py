@@ -32,7 +32,7 @@ def facts() -> list[tuple[str, str]]:
     ]
     rows += [(p, version(p) or "missing") for p in PACKAGES]
     rows += [(p, version(p) or f"not installed; pip install 'fastensdistill[{e}]'") for p, e in EXTRAS.items()]
-    rows += [("extension", "; ".join(f"{k}: {v}" for k, v in extension.describe().items()))]
+    rows += _extension()
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -42,6 +42,19 @@ def facts() -> list[tuple[str, str]]:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         rows.append(("GPU", f"none found ({built}); training runs on the CPU, {torch.get_num_threads()} threads"))
     rows.append(("engines", "reference"))
+    return rows
+
+
+def _extension() -> list[tuple[str, str]]:
+    found = extension.describe()
+    ops = " and ".join(kind for kind in ("cpu", "cuda") if found[kind]).upper()
+    rows = [("extension", f"{ops} ops, {found['library']}" if ops else "none; the references in Python serve")]
+    if found["reason"]:
+        rows.append(("", str(found["reason"])))
+    built = found["built_with"]
+    if built:
+        shown = (f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in built.items())
+        rows.append(("", f"built with {'; '.join(shown)}"))
     return rows
 
 
