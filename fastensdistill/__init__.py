@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastensdistill.config import TeachConfig as TeachConfig
     from fastensdistill.data.sources import Dataset as Dataset
     from fastensdistill.data.sources import load_dataset as load_dataset
+    from fastensdistill.engine.fused import FusedStep as FusedStep
     from fastensdistill.engine.reference import ReferenceStep as ReferenceStep
     from fastensdistill.errors import InputError as InputError
     from fastensdistill.evaluate.metrics import evaluate as evaluate
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "config": ("DistillConfig", "TeachConfig"),
     "data.sources": ("Dataset", "load_dataset"),
+    "engine.fused": ("FusedStep",),
     "engine.reference": ("ReferenceStep",),
     "errors": ("InputError",),
     "evaluate.metrics": ("evaluate",),

@@ -16,8 +16,8 @@ from fastensdistill.errors import InputError, unknown
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
 
-ENGINES = ("auto", "reference")
-PRECISIONS = ("fp32", "bf16")
+ENGINES = ("auto", "reference", "fused")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass
@@ -42,9 +42,11 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
     precision: str = "fp32"
-    """fp32, or bf16 for bfloat16 autocast with float32 weights."""
+    """fp32, tf32 (float32 multiplied on tensor cores; the fused engine's, as PyTorch sets its own), or bf16: bfloat16
+    activations and products with float32 weights and statistics."""
     engine: str = "auto"
-    """auto, or reference (plain PyTorch on any device)."""
+    """reference (plain PyTorch on any device), fused (one CUDA graph of grouped kernels), or auto: fused where there is
+    a CUDA device and every layer has a kernel."""
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 1)

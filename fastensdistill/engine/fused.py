@@ -23,22 +23,18 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.engine.dispatch import Dispatch
+from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import Master
-from fastensdistill.engine.passes import Buffers
-from fastensdistill.engine.slots import BranchSlots
-from fastensdistill.engine.trained import Runner, Trained, dead_after
-from fastensdistill.engine.weights import Weights
+from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
-from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
-from fastensdistill.kernels.perturb_step import perturb_step
-from fastensdistill.method.perturbation import Perturbation, Perturbed, gaussian, step_length
-from fastensdistill.method.student import BatchEnsemble, Hydra, Single, Student
+from fastensdistill.method.perturbation import Perturbation, Perturbed
+from fastensdistill.method.student import BatchEnsemble, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
-from fastensdistill.network.plan import PERTURBED, Plan, plan
+from fastensdistill.network.plan import PERTURBED, plan
 from fastensdistill.network.trace import trace
 
 State = dict[str, Tensor]
@@ -62,21 +58,28 @@ def plain(student: Student) -> nn.Module:
     raise InputError(f"a {student.kind} student has a layer per branch of its own, which no plan covers")
 
 
-def architectures(student: Student, teachers: Teachers, shape: ImageShape, perturbation: str) -> list[Network]:
+def check_networks(student: Student, teachers: Teachers, shape: ImageShape, perturbation: str) -> list[Network]:
     """Traced networks of the teachers, in order, and of the student last.
 
-    Raises InputError for what the engine cannot run: an operation that cannot be traced, a hydra, teachers of several
-    architectures where the perturbation would draw among them.
+    Raises InputError for what the engine cannot run: an operation that cannot be traced or planned, a hydra, dropout in
+    the student, teachers of several architectures where the perturbation would draw among them.
     """
-    if isinstance(student, Hydra):
-        plain(student)
-    networks = [trace(teacher, shape) for teacher in teachers.networks]
+    networks = [trace(plain(student), shape)]
+    networks = [*(trace(teacher, shape) for teacher in teachers.networks), *networks]
     drawn = any(name[0] == "T" for name in PERTURBED[perturbation])
-    if drawn and any(network != networks[0] for network in networks):
+    if drawn and any(network != networks[0] for network in networks[:-1]):
         raise InputError(
             f"teachers of several architectures with perturbation {perturbation!r}, which draws among them"
         )
-    return [*networks, trace(plain(student), shape)]
+    plan(networks, distillation_groups(networks, student.branches), "backward", 1)
+    Master.check(student.module, networks[-1], isinstance(student, BatchEnsemble))
+    return networks
+
+
+def distillation_groups(networks: list[Network], branches: int) -> list[Group]:
+    """Who runs in the distillation passes; ``networks`` are the teachers' and, last, the student's."""
+    groups = [Group(f"T{m + 1}", m) for m in range(len(networks) - 1)]
+    return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(branches)]
 
 
 class FusedStep:
@@ -114,7 +117,6 @@ class FusedStep:
             config.perturbation, len(self.teachers), student.branches, size=config.step_size,
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
-        self.drawn = PERTURBED[config.perturbation]
         self.dtype, self.precision = arithmetic(config, student)
         self.run = Runner(self.precision, implementations or Dispatch())
         self.capture = capture and self.device.type == "cuda"
@@ -127,7 +129,7 @@ class FusedStep:
 
     def _adopt(self, shape: ImageShape) -> None:
         """Trace, and take over the student's parameters."""
-        self.networks = architectures(self.student, self.teachers, shape, self.config.perturbation)
+        self.networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
         ranked = isinstance(self.student, BatchEnsemble)
         self.master = Master([self.student.module], self.networks[-1], ranked)
         self.rate = torch.tensor(self.config.learning_rate, dtype=self.master.dtype, device=self.device)
@@ -140,132 +142,21 @@ class FusedStep:
             self._adopt((C, H, W))
         self.images = torch.zeros(B, H, W, C, dtype=self.master.dtype, device=self.device)
         self.labels = torch.zeros(B, dtype=torch.int64, device=self.device)
-        *teacher_networks, own = self.networks
-        unique = list(dict.fromkeys(self.networks))
-        student = unique.index(own)
-        members = [unique.index(network) for network in teacher_networks]
-        groups = [Group(f"T{m + 1}", index) for m, index in enumerate(members)]
-        groups += [Group(f"S{k + 1}", student, "S", "parameters") for k in range(self.student.branches)]
-        forward, backward = plan(unique, groups, "forward", B), plan(unique, groups, "backward", B)
-        trained = next(part for part in forward.parts if part.training)
-        self.teacher_parts = [part for part in forward.parts if not part.training]
-        (gradient,) = backward.parts
-        self.trained = Trained([self.student.module], own, trained, gradient, self.master, self.dtype, self.run)
-        self.perturb_plans = self._plan_perturbation(unique, members, student, B)
-        self._build_teachers(unique, members, student)
-        self.captured = Captured(self._body, self._state, [self.noise], self.device) if self.capture else None
-
-    def _plan_perturbation(self, unique: list[Network], members: list[int], student: int, B: int) -> list[Plan]:
-        groups = [
-            Group(name, student if name[0] == "S" else members[0], gradient="input" if name[1] == "a" else None)
-            for name in self.drawn
-        ]
-        return [plan(unique, groups, way, B) for way in ("forward", "backward")] if groups else []
-
-    def _build_teachers(self, unique: list[Network], members: list[int], student: int) -> None:
-        """Evaluation weights per architecture: a slot per teacher, then one per branch where those are perturbed."""
-        self.evaluation: dict[int, Weights] = {}
-        self.branch_slots: BranchSlots | None = None
-        drawn_parts = list(self.perturb_plans[0].parts) if self.perturb_plans else []
-        for part in [*drawn_parts, *self.teacher_parts]:
-            index = unique.index(part.network)
-            if index in self.evaluation:
-                continue
-            own = [m for m, member in enumerate(members) if member == index]
-            if index == student and "Sa" in self.drawn:
-                slots = len(own) + self.student.branches
-                self.branch_slots = BranchSlots(part, self.master, self.dtype, slots, len(own))
-                self.evaluation[index] = self.branch_slots.weights
-            else:
-                self.evaluation[index] = Weights(part, len(own), self.dtype, self.device)
-            for slot, m in enumerate(own):
-                self.evaluation[index].write(slot, self.teachers.networks[m].state_dict())
-        self.teacher_runs = []
-        for part in self.teacher_parts:
-            index = unique.index(part.network)
-            rows = [m for m, member in enumerate(members) if member == index]
-            slots_ = torch.arange(len(rows), dtype=torch.int32, device=self.device)
-            output = part.network.output
-            self.teacher_runs.append((part, self.evaluation[index], slots_, dead_after([part], ["input", output])[0]))
-        order = [m for part in self.teacher_parts for m, i in enumerate(members) if i == unique.index(part.network)]
-        self.order = torch.tensor(order, device=self.device).argsort() if order != sorted(order) else None
-        self.perturb_runs = []
-        forward, backward = (plan.parts for plan in self.perturb_plans) if self.perturb_plans else ((), ())
-        for first, second in zip(forward, backward, strict=True):
-            index = unique.index(first.network)
-            offset = self.branch_slots.first if self.branch_slots and index == student else 0
-            table = [[self._slot(group.name, choice, offset) for group in first.groups] for choice in self.choices]
-            output = first.network.output
-            dead = dead_after([first, second], ["input", output, f"{output}.grad", "input.grad"])
-            slots_ = torch.tensor(table, dtype=torch.int32, device=self.device)
-            self.perturb_runs.append((first, second, self.evaluation[index], slots_, dead))
-
-    @property
-    def choices(self) -> list[tuple[int, int]]:
-        """What can be drawn: ordered pairs, or a teacher alone."""
-        if self.config.perturbation in ("ods", "confods"):
-            return [(m, m) for m in range(len(self.teachers))]
-        return self.perturbation.pairs
-
-    def _slot(self, name: str, choice: tuple[int, int], first_branch: int) -> int:
-        member = choice[0] if name[1] == "a" else choice[1]
-        return first_branch + member if name[0] == "S" else member % len(self.teachers)
+        groups = distillation_groups(self.networks, self.student.branches)
+        forward, backward = (plan(self.networks, groups, way, B).parts for way in ("forward", "backward"))
+        (gradient,) = backward
+        trained = next(part for part in forward if part.training)
+        self.trained = Trained(self.networks[-1], trained, gradient, self.master, self.dtype, self.run)
+        slots = Slots(self.networks, self.teachers, self.dtype, self.device)
+        self.ascend = FusedPerturbation(self.config, self.perturbation, slots, self.master, B, self.run)
+        self.targets = Targets([part for part in forward if not part.training], slots, self.run)
+        self.captured = Captured(self._body, self.master.state, [self.noise], self.device) if self.capture else None
 
     # ---- the launches
 
-    def _perturb(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Perturbed images of ``x`` (B, H, W, C), and the diversities."""
-        name = self.config.perturbation
-        if name == "none":
-            return x, {}
-        if name == "gaussian":
-            noisy = gaussian(x.permute(0, 3, 1, 2), self.config.step_size, self.noise).images
-            return noisy.permute(0, 2, 3, 1), {}
-        if self.branch_slots:
-            self.branch_slots.write()
-        logits: dict[str, Tensor] = {}
-        kept: list[tuple[Buffers, Tensor]] = []
-        for first, _, weights, table, dead in self.perturb_runs:
-            slots = table.index_select(0, self.draw)[0]
-            buffers: Buffers = {"input": x[None]}
-            self.run(first, weights, slots, buffers, dead[0])
-            logits |= dict(zip((group.name for group in first.groups), buffers[first.network.output], strict=True))
-            kept.append((buffers, slots))
-        seeds, scalars, confidence = self._seeds(logits)
-        gradients = []
-        for (_, second, weights, _, dead), (buffers, slots) in zip(self.perturb_runs, kept, strict=True):
-            buffers[f"{second.network.output}.grad"] = torch.stack([seeds[group.name] for group in second.groups])
-            self.run(second, weights, slots[: len(second.groups)].contiguous(), buffers, dead[1])
-            gradients.append(buffers["input.grad"])
-        gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-        length = step_length(x, self.config.step_size)
-        return perturb_step(x, gradient, length, confidence=confidence), scalars
-
-    def _seeds(self, logits: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        """Gradients in the logits of the drawn members, the diversities, and ConfODS's factor."""
-        name = self.config.perturbation
-        if name in ("ods", "confods"):
-            weights = torch.empty_like(logits["Ta"]).uniform_(-1, 1, generator=self.noise)
-            seed, confidence = ods_seed(logits["Ta"], weights, self.config.temperature)
-            return {"Ta": seed}, {}, confidence if name == "confods" else None
-        teachers = torch.stack([logits["Ta"], logits["Tb"]])
-        if name == "tdiv":
-            tdiv, seed = teacher_diversity_seed(teachers)
-            return {"Ta": seed}, {"tdiv": tdiv}, None
-        branches = torch.stack([logits["Sa"], logits["Sb"]])
-        tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, branches)
-        return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None
-
     def _distil(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The update on perturbed images ``x`` (B, H, W, C)."""
-        outputs = []
-        for part, weights, slots, dead in self.teacher_runs:
-            buffers: Buffers = {"input": x[None]}
-            self.run(part, weights, slots, buffers, dead)
-            outputs.append(buffers[part.network.output])
-        targets = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        if self.order is not None:
-            targets = targets.index_select(0, self.order)
+        targets = self.targets(x)
         self.branch_logits = logits = self.trained.forward(x[None])
         loss, loss_kd, loss_ce, seed = distillation_loss(
             targets, logits, labels, self.config.temperature, self.config.alpha, self.target
@@ -277,7 +168,7 @@ class FusedStep:
     def _body(self) -> dict[str, Tensor]:
         """The step as it is captured: it reads ``images``, ``labels``, ``draw`` and ``rate``, and waits for nothing."""
         assert self.images is not None
-        x, diversities = self._perturb(self.images)
+        x, diversities = self.ascend(self.images, self.draw)
         return self._distil(x, self.labels) | diversities
 
     # ---- what the trainer calls
@@ -294,7 +185,7 @@ class FusedStep:
         self._load(images, None)
         self._draw(pair)
         assert self.images is not None
-        x, diversities = self._perturb(self.images)
+        x, diversities = self.ascend(self.images, self.draw)
         return Perturbed(x.permute(0, 3, 1, 2), diversities.get("tdiv"), diversities.get("sdiv"))
 
     @torch.no_grad()
@@ -320,25 +211,17 @@ class FusedStep:
     def _draw(self, pair: tuple[int, int] | None = None) -> None:
         """Choose by the host's generator, as the reference engine does; the device sees one number change."""
         if pair is not None:
-            if pair not in self.choices:
-                raise InputError(f"pair {pair} is not among those that can be drawn, {self.choices}")
-            self.draw.fill_(self.choices.index(pair))
-        elif self.drawn:
-            self.draw.fill_(int(torch.randint(len(self.choices), (), generator=self.pick)))
+            if pair not in self.ascend.choices:
+                raise InputError(f"pair {pair} is not among those that can be drawn, {self.ascend.choices}")
+            self.draw.fill_(self.ascend.choices.index(pair))
+        elif PERTURBED[self.config.perturbation]:
+            self.draw.fill_(int(torch.randint(len(self.ascend.choices), (), generator=self.pick)))
 
     def set_learning_rate(self, rate: float) -> None:
         if self.networks:
             self.rate.fill_(rate)
         else:
             self.config.learning_rate = rate
-
-    def _state(self) -> list[Tensor]:
-        """Everything a step changes, for the warm-up before the capture to be undone."""
-        master = self.master
-        return [
-            master.parameters, master.momentum, master.deviations, master.deviation_momentum, master.running_mean,
-            master.running_var, master.batches,
-        ]  # fmt: skip
 
     def _momenta(self) -> list[Tensor]:
         """Momentum buffers in the order of the reference engine's optimiser."""

@@ -30,6 +30,15 @@ class Entry:
     shape: tuple[int, ...]
 
 
+def paths(network: Network, ranked: bool) -> dict[str, str]:
+    """A plain network's parameter names, layers first → the names in the module that is trained."""
+    nodes = [node for node in network.nodes if isinstance(node, Conv | Linear)]
+    norms = [node for node in network.nodes if isinstance(node, Norm)]
+    inner = ".layer" if ranked else ""
+    named = {name: f"{node.name}{inner}.{name.rpartition('.')[2]}" for node in nodes for name in node.parameters}
+    return named | {f"{norm.name}.{kind}": f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in norms}
+
+
 class Master:
     """Parameters, momentum, gradients and running statistics of ``modules``, which share the architecture ``network``.
 
@@ -42,23 +51,9 @@ class Master:
         self.network, self.copies = network, len(modules)
         self.layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
         self.norms = [node for node in network.nodes if isinstance(node, Norm)]
-        self.paths = {
-            name: f"{node.name}.layer.{name.rpartition('.')[2]}" if ranked else name
-            for node in self.layers
-            for name in node.parameters
-        }
-        self.paths |= {
-            f"{norm.name}.{kind}": f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in self.norms
-        }
+        self.paths = paths(network, ranked)
+        self.check(modules[0], network, ranked)
         first = dict(modules[0].named_parameters())
-        factors = (
-            {f"{node.name}.{kind}" for node in self.layers for kind in ("delta_r", "delta_s")} if ranked else set()
-        )
-        for name, parameter in first.items():
-            if name not in factors and name not in self.paths.values():
-                raise InputError(f"parameter {name!r} is in none of the layers that were traced")
-            if not parameter.requires_grad:
-                raise InputError(f"parameter {name!r} does not require gradients; expected all of them to be trained")
         self.entries: dict[str, Entry] = {}
         at = 0
         for name, path in self.paths.items():
@@ -86,6 +81,25 @@ class Master:
         self.factors: dict[str, tuple[int, int]] = {}
         if ranked:
             self._adopt_factors(modules[0])
+
+    @staticmethod
+    def check(module: nn.Module, network: Network, ranked: bool) -> None:
+        """Raise InputError for a parameter that no layer of ``network`` has, or that is not to be trained."""
+        layers = [node.name for node in network.nodes if isinstance(node, Conv | Linear)]
+        known = set(paths(network, ranked).values())
+        known |= {f"{name}.{kind}" for name in layers for kind in ("delta_r", "delta_s")} if ranked else set()
+        for name, parameter in module.named_parameters():
+            if name not in known:
+                raise InputError(f"parameter {name!r} is in none of the layers that were traced")
+            if not parameter.requires_grad:
+                raise InputError(f"parameter {name!r} does not require gradients; expected all of them to be trained")
+
+    def state(self) -> list[Tensor]:
+        """Everything a step changes."""
+        return [
+            self.parameters, self.momentum, self.deviations, self.deviation_momentum, self.running_mean,
+            self.running_var, self.batches,
+        ]  # fmt: skip
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(self.copies * count, dtype=self.dtype, device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastensdistill.engine.master import Master, descend
 from fastensdistill.engine.parallel import average
@@ -63,13 +63,14 @@ class Trained:
     """Copies of one architecture in training mode: a student's branches, or networks each on its own.
 
     Args:
-        modules: the networks; one of them where ``ranked``, whose K branches are the groups of the parts.
-        forward, backward: the parts of the plan that train them.
+        network: their architecture.
+        forward, backward: the parts of the plan that train them; the groups of a student are its K branches.
+        master: their parameters.
+        dtype: of activations and packed weights.
     """
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
         network: Network,
         forward: Part,
         backward: Part,

@@ -6,6 +6,7 @@ and a checkpoint.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data.augment import Augment, default_augment
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
-from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.predict import predict
@@ -42,7 +43,8 @@ class Trainer:
 
     title: str
     networks: dict[str, nn.Module]  # what is trained, by the name it is saved under
-    step: ReferenceStep | TeachStep
+    step: AnyStep
+    engine: str  # which engine trains, and why
     seeds: list[int]  # one stream of batches each
 
     def __init__(self, config: TrainConfig, data: Dataset | str, out: Path | str | None, resume: bool,
@@ -71,6 +73,8 @@ class Trainer:
         self.steps_per_epoch = self.loaders[0].batches_per_epoch
         rate = make_schedule(self.config, self.steps_per_epoch)
         self.begin()
+        if not self.quiet:
+            print(self.engine, file=sys.stderr)
         recorder = Recorder(
             self.out, title=self.title, total_steps=rate.total_steps, start_step=self.step_index,
             tensorboard=self.tensorboard, quiet=self.quiet,
@@ -191,7 +195,9 @@ class DistillTrainer(Trainer):
                               (student.branches, 1, self.data.num_classes))  # fmt: skip
         self.networks = {"student": self.student}
         self.seeds = [config.seed]
-        self.step = self.distil = ReferenceStep(self.student, self.teachers, config, num_classes=self.data.num_classes)
+        shape = (self.data.channels, *self.data.image_size)
+        self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, self.data.num_classes)
+        self.step = self.distil
         self._teacher_diversity: dict[str, float] | None = None
 
     def train_step(self) -> dict[str, Tensor]:
@@ -251,7 +257,8 @@ class TeachTrainer(Trainer):
             Teachers.check_output(network, f"teacher {i}", shape, (1, self.data.num_classes))
             self.networks[f"teacher-{i}"] = network
         self.seeds = [config.seed + i for i in range(config.members)]
-        self.step = self.teach = TeachStep(list(self.networks.values()), config)
+        self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
+        self.step = self.teach
 
     def train_step(self) -> dict[str, Tensor]:
         return self.teach([loader.next() for loader in self.loaders])

@@ -1,0 +1,167 @@
+"""Teachers and branches in evaluation mode: their weight slots, the targets of a batch, and its perturbation.
+
+Per architecture there is one set of slots: the teachers' own, written once, then one per branch of a student of that
+architecture, written at the start of every step that perturbs by them. Which of them run is a matter of slot indices,
+gathered on the device from a table by the number that was drawn: the launches never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastensdistill.config import DistillConfig
+from fastensdistill.engine.master import Master
+from fastensdistill.engine.passes import Buffers
+from fastensdistill.engine.slots import BranchSlots
+from fastensdistill.engine.trained import Runner, dead_after
+from fastensdistill.engine.weights import Weights
+from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
+from fastensdistill.kernels.perturb_step import perturb_step
+from fastensdistill.method.perturbation import Perturbation, gaussian, step_length
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.launch import Group, Part
+from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import PERTURBED, plan
+
+
+class Slots:
+    """Evaluation weights of all networks, by architecture.
+
+    ``networks`` are the teachers' and, last, the student's; with ``branches`` the student's K branches have slots too.
+    """
+
+    def __init__(self, networks: Sequence[Network], teachers: Teachers, dtype: torch.dtype, device: torch.device):
+        self.networks, self.teachers, self.dtype, self.device = networks, teachers, dtype, device
+        self.weights: dict[Network, Weights] = {}
+        self.branches: BranchSlots | None = None
+
+    def members(self, network: Network) -> list[int]:
+        """The teachers of one architecture; slot i is the i-th of them."""
+        return [m for m, own in enumerate(self.networks[:-1]) if own == network]
+
+    def add(self, part: Part, master: Master | None = None) -> Weights:
+        """The slots that ``part`` runs with; given the student's ``master``, its branches' follow the teachers'."""
+        if part.network not in self.weights:
+            members = self.members(part.network)
+            if master and part.network == self.networks[-1]:
+                slots = len(members) + len(master.deviations)
+                self.branches = BranchSlots(part, master, self.dtype, slots, len(members))
+                weights = self.branches.weights
+            else:
+                weights = Weights(part, len(members), self.dtype, self.device)
+            for slot, m in enumerate(members):
+                weights.write(slot, self.teachers.networks[m].state_dict())
+            self.weights[part.network] = weights
+        return self.weights[part.network]
+
+
+class Targets:
+    """Logits of all M teachers, (M, B, classes)."""
+
+    def __init__(self, parts: Sequence[Part], slots: Slots, run: Runner):
+        self.run = run
+        self.runs = []
+        order: list[int] = []
+        for part in parts:
+            members = slots.members(part.network)
+            order += members
+            index = torch.arange(len(members), dtype=torch.int32, device=slots.device)
+            dead = dead_after([part], ["input", part.network.output])[0]
+            self.runs.append((part, slots.add(part), index, dead))
+        # Teachers of one architecture run together; put them back into their own order
+        self.order = torch.tensor(order, device=slots.device).argsort() if order != sorted(order) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = []
+        for part, weights, index, dead in self.runs:
+            buffers: Buffers = {"input": x[None]}
+            self.run(part, weights, index, buffers, dead)
+            outputs.append(buffers[part.network.output])
+        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return logits if self.order is None else logits.index_select(0, self.order)
+
+
+class FusedPerturbation:
+    """The perturbation of a batch (B, H, W, C), for ``draw`` an index into ``choices``."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        perturbation: Perturbation,
+        slots: Slots,
+        master: Master,
+        batch: int,
+        run: Runner,
+    ):
+        self.config, self.noise, self.slots, self.run = config, perturbation.noise, slots, run
+        self.choices = perturbation.pairs
+        if config.perturbation in ("ods", "confods"):
+            self.choices = [(m, m) for m in range(perturbation.teachers)]
+        self.teachers = perturbation.teachers
+        networks = list(slots.networks)
+        groups = [
+            Group(name, len(networks) - 1 if name[0] == "S" else 0, gradient="input" if name[1] == "a" else None)
+            for name in PERTURBED[config.perturbation]
+        ]
+        self.runs = []
+        plans = [plan(networks, groups, way, batch).parts for way in ("forward", "backward")] if groups else [(), ()]
+        for first, second in zip(*plans, strict=True):
+            weights = slots.add(first, master if any(group.name == "Sa" for group in groups) else None)
+            table = [[self._slot(group.name, choice) for group in first.groups] for choice in self.choices]
+            output = first.network.output
+            dead = dead_after([first, second], ["input", output, f"{output}.grad", "input.grad"])
+            self.runs.append(
+                (first, second, weights, torch.tensor(table, dtype=torch.int32, device=slots.device), dead)
+            )
+
+    def _slot(self, name: str, choice: tuple[int, int]) -> int:
+        member = choice[0] if name[1] == "a" else choice[1]
+        if name[0] == "T":
+            return member % self.teachers
+        assert self.slots.branches is not None
+        return self.slots.branches.first + member
+
+    def __call__(self, x: Tensor, draw: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Perturbed images, and the diversities by name. ``draw`` is int64 (1,) on the device."""
+        if self.config.perturbation == "none":
+            return x, {}
+        if self.config.perturbation == "gaussian":
+            noisy = gaussian(x.permute(0, 3, 1, 2), self.config.step_size, self.noise).images
+            return noisy.permute(0, 2, 3, 1), {}
+        if self.slots.branches:
+            self.slots.branches.write()
+        logits: dict[str, Tensor] = {}
+        kept: list[tuple[Buffers, Tensor]] = []
+        for first, _, weights, table, dead in self.runs:
+            index = table.index_select(0, draw)[0]
+            buffers: Buffers = {"input": x[None]}
+            self.run(first, weights, index, buffers, dead[0])
+            logits |= dict(zip((group.name for group in first.groups), buffers[first.network.output], strict=True))
+            kept.append((buffers, index))
+        seeds, scalars, confidence = self._seeds(logits)
+        gradients = []
+        for (_, second, weights, _, dead), (buffers, index) in zip(self.runs, kept, strict=True):
+            buffers[f"{second.network.output}.grad"] = torch.stack([seeds[group.name] for group in second.groups])
+            self.run(second, weights, index[: len(second.groups)], buffers, dead[1])
+            gradients.append(buffers["input.grad"])
+        gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+        length = step_length(x, self.config.step_size)
+        return perturb_step(x, gradient, length, confidence=confidence), scalars
+
+    def _seeds(self, logits: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+        """Gradients in the logits of the drawn members, the diversities, and ConfODS's factor."""
+        name = self.config.perturbation
+        if name in ("ods", "confods"):
+            weights = torch.empty_like(logits["Ta"]).uniform_(-1, 1, generator=self.noise)
+            seed, confidence = ods_seed(logits["Ta"], weights, self.config.temperature)
+            return {"Ta": seed}, {}, confidence if name == "confods" else None
+        teachers = torch.stack([logits["Ta"], logits["Tb"]])
+        if name == "tdiv":
+            tdiv, seed = teacher_diversity_seed(teachers)
+            return {"Ta": seed}, {"tdiv": tdiv}, None
+        branches = torch.stack([logits["Sa"], logits["Sb"]])
+        tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, branches)
+        return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None

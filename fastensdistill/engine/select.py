@@ -1,0 +1,70 @@
+"""Which engine trains a run, and why: one line for the user, decided before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.engine.fused import FusedStep, ImageShape, check_networks
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.teach import FusedTeachStep, common_architecture
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.triton_utils import HAS_TRITON
+from fastensdistill.method.student import Student
+from fastensdistill.method.teachers import Teachers
+
+Networks = Student | Sequence[nn.Module]
+AnyStep = ReferenceStep | FusedStep | TeachStep | FusedTeachStep
+
+
+def choose_engine(
+    config: TrainConfig, trained: Networks, teachers: Teachers | None, device: torch.device, image_shape: ImageShape
+) -> tuple[str, str]:
+    """("fused" or "reference", why in one line) for a student with its teachers, or for networks that become teachers.
+
+    ``config.engine`` "auto" is fused on a CUDA device for networks that it can run. Raises InputError where "fused" is
+    asked for and cannot be: nothing falls back without having been allowed to.
+    """
+    if config.engine == "reference":
+        return "reference", "asked for"
+    if config.engine == "auto" and device.type != "cuda":
+        return "reference", f"no CUDA device, training on {device.type}"
+    if config.engine == "auto" and not HAS_TRITON:
+        return "reference", "Triton is not installed"
+    try:
+        if isinstance(trained, Student):
+            assert isinstance(config, DistillConfig)
+            assert teachers is not None
+            check_networks(trained, teachers, image_shape, config.perturbation)
+        else:
+            common_architecture(trained, image_shape)
+    except InputError as error:
+        if config.engine == "fused":
+            raise InputError(f"engine='fused' cannot train this: {error}") from error
+        return "reference", str(error)
+    return "fused", "asked for" if config.engine == "fused" else "every layer has a kernel"
+
+
+def distillation_step(
+    student: Student, teachers: Teachers, config: DistillConfig, image_shape: ImageShape, num_classes: int
+) -> tuple[ReferenceStep | FusedStep, str]:
+    """The step of the chosen engine, and "NAME engine: WHY"."""
+    name, why = choose_engine(config, student, teachers, next(student.parameters()).device, image_shape)
+    line = f"{name} engine: {why}"
+    if name == "fused":
+        return FusedStep(student, teachers, config, image_shape=image_shape), line
+    return ReferenceStep(student, teachers, config, num_classes=num_classes), line
+
+
+def teaching_step(
+    networks: Sequence[nn.Module], config: TeachConfig, image_shape: ImageShape
+) -> tuple[TeachStep | FusedTeachStep, str]:
+    """As :func:`distillation_step`, for networks that become teachers."""
+    name, why = choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape)
+    line = f"{name} engine: {why}"
+    if name == "fused":
+        return FusedTeachStep(networks, config, image_shape=image_shape), line
+    return TeachStep(networks, config), line

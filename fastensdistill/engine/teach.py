@@ -1,0 +1,119 @@
+"""Training M teachers at once: M groups of the same launches, each with its own weights, statistics and batch.
+
+Cross-entropy, the same recipe, nothing shared (method of Nam et al., ICML 2022, section 5: the teachers).
+
+    loss_m = mean_b −log softmax(z_m)_label        ∂loss_m/∂z_m = (softmax(z_m) − onehot(label)) / B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.config import TeachConfig
+from fastensdistill.engine.dispatch import Dispatch
+from fastensdistill.engine.fused import ImageShape, State, arithmetic
+from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.master import Master
+from fastensdistill.engine.trained import Runner, Trained
+from fastensdistill.errors import InputError
+from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import plan, teach_groups
+from fastensdistill.network.trace import trace
+
+
+def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Network:
+    """The traced architecture that all ``networks`` share. Raises InputError where they differ or cannot be planned."""
+    first, *others = [trace(network, shape) for network in networks]
+    for i, other in enumerate(others):
+        if other != first:
+            raise InputError(f"network {i + 1} has another architecture than network 0, so they share no launches")
+    for groups, way in teach_groups(len(networks)).values():
+        plan([first], groups, way, 1)
+    Master.check(networks[0], first, ranked=False)
+    return first
+
+
+class FusedTeachStep:
+    """One step of M networks of one architecture at once; the interface of ``TeachStep``.
+
+    ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,), always of
+    one shape, and returns the losses (M,). The networks' parameters live in this object's buffers from the start: do
+    not move or cast them any more. Raises InputError for networks that only the reference engine can train.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        config: TeachConfig,
+        *,
+        image_shape: ImageShape,
+        capture: bool = True,
+        implementations: Dispatch | None = None,
+    ):
+        self.networks, self.config = list(networks), config
+        self.network = common_architecture(self.networks, image_shape)
+        self.device = next(self.networks[0].parameters()).device
+        self.dtype, precision = arithmetic(config, self.networks[0])
+        self.run = Runner(precision, implementations or Dispatch())
+        self.master = Master(self.networks, self.network, ranked=False)
+        self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)
+        self.capture = capture and self.device.type == "cuda"
+        self.images: Tensor | None = None
+
+    def _build(self, images: Tensor) -> None:
+        M, (B, C, H, W) = len(self.networks), images.shape
+        self.images = torch.zeros(M, B, H, W, C, dtype=self.master.dtype, device=self.device)
+        self.labels = torch.zeros(M, B, dtype=torch.int64, device=self.device)
+        passes = {name: plan([self.network], groups, way, B) for name, (groups, way) in teach_groups(M).items()}
+        (forward,), (backward,) = passes["forward"].parts, passes["backward"].parts
+        self.trained = Trained(self.network, forward, backward, self.master, self.dtype, self.run)
+        self.captured = Captured(self._body, self.master.state, [], self.device) if self.capture else None
+
+    def _body(self) -> dict[str, Tensor]:
+        assert self.images is not None
+        logits = self.trained.forward(self.images)
+        log_p = logits.log_softmax(-1)
+        index = self.labels[..., None]
+        loss = -log_p.gather(-1, index)[..., 0].mean(1)
+        seed = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1)).div_(log_p.shape[1])
+        self.trained.backward(seed)
+        self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        if self.images is None:
+            self._build(batches[0][0])
+        assert self.images is not None
+        M, B, H, W, C = self.images.shape
+        if len(batches) != M:
+            raise InputError(f"{len(batches)} batches for {M} networks: expected as many")
+        for i, (images, labels) in enumerate(batches):
+            if tuple(images.shape) != (B, C, H, W):
+                raise InputError(f"images have shape {tuple(images.shape)}; this step was built for {(B, C, H, W)}")
+            self.images[i].copy_(images.permute(0, 2, 3, 1))
+            self.labels[i].copy_(labels)
+        return self.captured() if self.captured else self._body()
+
+    def set_learning_rate(self, rate: float) -> None:
+        self.rate.fill_(rate)
+
+    def _momenta(self) -> dict[str, Tensor]:
+        """Views of the momentum, named as the reference engine names its own."""
+        named: dict[str, Tensor] = {}
+        for m, network in enumerate(self.networks):
+            own = self.master.momenta(m)
+            named |= {f"{m}.momentum.{i}": own[name] for i, (name, _) in enumerate(network.named_parameters())}
+        return named
+
+    def state_dict(self) -> State:
+        """Momentum; the networks' weights are their own."""
+        return {name: buffer.clone() for name, buffer in self._momenta().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: State) -> None:
+        for name, buffer in self._momenta().items():
+            buffer.copy_(state[name]) if name in state else buffer.zero_()

@@ -1,0 +1,68 @@
+"""Small runs of both engines from the same start, and what is compared afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.method.student import STUDENTS, Student
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.models.preresnet import PreResNet
+from tests.compare import check_close
+from tests.network.models import moved
+
+CLASSES = 5
+
+
+def network(seed: int, widen: int = 1):
+    torch.manual_seed(seed)
+    return moved(PreResNet(CLASSES, blocks=(1, 1), in_planes=4, widen=widen), seed)
+
+
+def setting(kind="latent-be", M=2, K=2, dtype=torch.float64, teacher=network, student=network, **changes):
+    """Student, teachers and config, the same for every call; every parameter and statistic off its initial value."""
+    teachers = Teachers([teacher(10 + m) for m in range(M)])
+    wrapped = STUDENTS[kind](student(3), K)
+    config = DistillConfig(**{"student": kind, "learning_rate": 0.05, "seed": 7, **changes})
+    return scattered(wrapped).to(dtype), teachers.to(dtype), config
+
+
+def scattered(student: Student) -> Student:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "delta" in name:
+                p.add_(0.1 * (torch.rand(p.shape, generator=generator, dtype=p.dtype) - 0.5))
+    return student
+
+
+def batch(step: int, B: int = 3, size: int = 6, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.rand(B, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+    return (
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randint(CLASSES, (B,), generator=generator),
+    )
+
+
+def steps(step, count: int, rate: float = 0.05, **shape) -> list[dict[str, Tensor]]:
+    """Several steps on the same batches for everyone; the rate changes from one to the next."""
+    scalars = []
+    for i in range(count):
+        step.set_learning_rate(rate / (1 + i))
+        scalars.append(step(*batch(i, **shape)))
+    return scalars
+
+
+def check_equal(first, second, one, two, tolerance: float) -> None:
+    """Networks, momentum and generators of two runs."""
+    for name, value in first.state_dict().items():
+        check_close(name, second.state_dict()[name].double(), value.double(), tolerance)
+    expected, actual = one.state_dict(), two.state_dict()
+    for name, value in expected.items():
+        check_close(name, actual[name].double(), value.double(), tolerance)
+
+
+def teach_setting(M=3, dtype=torch.float64):
+    return [network(20 + m).to(dtype) for m in range(M)], TeachConfig(members=M, learning_rate=0.05, seed=7)

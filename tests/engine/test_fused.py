@@ -1,0 +1,229 @@
+"""The fused step against the reference engine and the recorded steps; faults that must be seen."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from fastensdistill.engine import evaluation, passes, slots, trained
+from fastensdistill.engine.evaluation import FusedPerturbation
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.method.teachers import Teachers
+from tests import parity
+from tests.compare import check_close, relative_error
+from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
+from tests.network import models
+from tests.test_parity import FILE
+
+
+def test_recorded_steps(capsys):
+    assert parity.main([str(FILE), "--engine", "fused"]) == 0
+    assert "138 quantities" in capsys.readouterr().out
+    assert max(parity.run(FILE, "fused", torch.float64).values()) < 1e-9
+
+
+def wrong_sign(monkeypatch):
+    seeds = evaluation.diversity_seed
+    monkeypatch.setattr(evaluation, "diversity_seed", lambda t, s: (*seeds(t, s)[:3], -seeds(t, s)[3]))
+
+
+def swapped_pair(monkeypatch):
+    slot = FusedPerturbation._slot
+    monkeypatch.setattr(FusedPerturbation, "_slot", lambda self, name, choice: slot(self, name, choice[::-1]))
+
+
+def missing_mask(monkeypatch):
+    right = passes.conv_data_gradient
+    monkeypatch.setattr(passes, "conv_data_gradient", lambda *a, mask=None, **k: right(*a, mask=None, **k))
+    monkeypatch.setattr("fastensdistill.engine.dispatch.VENDOR", {})
+
+
+def stale_branches(monkeypatch):
+    write = slots.BranchSlots.write
+
+    def once(self):
+        if not hasattr(self, "written"):
+            self.written = True
+            write(self)
+
+    monkeypatch.setattr(slots.BranchSlots, "write", once)
+
+
+def no_decay_of_factors(monkeypatch):
+    right = trained.descend
+
+    def wrong(p, v, g, rate, momentum, decay):
+        right(p, v, g, rate, momentum, 0.0 if p.dim() == 2 else decay)
+
+    monkeypatch.setattr(trained, "descend", wrong)
+
+
+FAULTS = {
+    "sign of SDiv": (wrong_sign, "perturbation"),
+    "pair swapped": (swapped_pair, "perturbation"),
+    "no ReLU mask in the data gradient": (missing_mask, "perturbation"),
+    "weights of the step before": (stale_branches, "step1/"),
+    "factors do not decay": (no_decay_of_factors, "/r"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(monkeypatch, fault):
+    plant, where = FAULTS[fault]
+    plant(monkeypatch)
+    errors = parity.run(FILE, "fused", torch.float64 if fault == "factors do not decay" else None)
+    seen = {name: error for name, error in errors.items() if error > (1e-5 if "decay" in fault else 1e-3)}
+    assert any(where in name for name in seen), max(errors.values())
+
+
+ODD = {"teacher": models.odd, "student": models.odd}
+CASES = {
+    "tdiv-sdiv": {},
+    "none": {"perturbation": "none"},
+    "gaussian": {"perturbation": "gaussian"},
+    "ods": {"perturbation": "ods", "M": 3},
+    "confods": {"perturbation": "confods", "alpha": 0.9},
+    "tdiv": {"perturbation": "tdiv", "M": 3},
+    "batch-ensemble": {"kind": "batch-ensemble", "alpha": 0.5, "temperature": 2.0},
+    "single, mean of 3 teachers": {"kind": "single", "K": 1, "M": 3, "perturbation": "ods"},
+    "more branches than teachers": {"K": 3},
+    "more teachers than branches": {"M": 3, "K": 2},
+    "wider teachers": {"teacher": lambda seed: network(seed, widen=2)},
+    "unlike teachers": {
+        "M": 3,
+        "perturbation": "none",
+        "teacher": lambda seed: network(seed, widen=1 + seed % 2),
+    },
+    "unusual network": ODD,
+    "no student of rank one over positions": {"kind": "single", "K": 1, "perturbation": "none", **ODD},
+    "residual with zero padding": {"teacher": models.resnet, "student": models.resnet},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_perturbation_and_student_as_the_reference(case):
+    """Three steps in float64: scalars, weights, statistics, momentum and generators."""
+    student, teachers, config = setting(**CASES[case])
+    other = copy.deepcopy(student)
+    classes = teachers(batch(0)[0]).shape[-1]
+    one = ReferenceStep(student, teachers, config, num_classes=classes)
+    two = FusedStep(other, teachers, config)
+    for expected, actual in zip(steps(one, 3), steps(two, 3), strict=True):
+        assert set(expected) == set(actual)
+        for name, value in expected.items():
+            check_close(name, actual[name], value, 1e-9)
+    check_equal(student, other, one, two, 1e-8)
+    check_close("averaged", other.deployed()(batch(5)[0]), student.deployed()(batch(5)[0]), 1e-8)
+
+
+@pytest.mark.parametrize("build", [network, models.odd], ids=["preresnet", "unusual network"])
+def test_teachers_at_once_as_the_reference(build):
+    networks, config = teach_setting()
+    networks = [build(m) for m in range(3)]
+    others = copy.deepcopy(networks)
+    one, two = TeachStep(networks, config), FusedTeachStep(others, config, image_shape=(3, 6, 6))
+    for i in range(3):
+        batches = [batch(10 * i + m) for m in range(3)]
+        check_close("loss", two(batches)["loss"], one(batches)["loss"], 1e-9)
+    for first, second in zip(networks, others, strict=True):
+        check_equal(first, second, one, two, 1e-8)
+    moments = one.state_dict()
+    assert set(moments) == set(two.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["latent-be", "single"])
+def test_kernels_in_the_interpreter(kind):
+    """The Triton kernels themselves, float32, a whole step."""
+    changes = {} if kind == "latent-be" else {"kind": "single", "K": 1, "perturbation": "tdiv"}
+    student, teachers, config = setting(dtype=torch.float32, **changes)
+    other = copy.deepcopy(student)
+    one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
+    shape = {"B": 2, "size": 5, "dtype": torch.float32}
+    expected = steps(one, 1, **shape)
+    with use_kernels():
+        actual = steps(two, 1, **shape)
+    check_close("loss", actual[0]["loss"], expected[0]["loss"], 1e-4)
+    check_equal(student, other, one, two, 1e-3)
+
+
+def test_bf16_errs_at_most_twice_as_much_as_pytorch():
+    """The change of every kind of parameter in two steps, against float64; PyTorch's own bfloat16 beside it."""
+    exact, teachers, config = setting(perturbation="none")
+    start = copy.deepcopy(exact.state_dict())
+    reference, engine = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
+    narrow = copy.deepcopy(teachers).float()
+    half = dataclasses.replace(config, precision="bf16")
+    steps(ReferenceStep(exact, teachers, config, num_classes=CLASSES), 2, B=8, size=8)
+    steps(ReferenceStep(reference, narrow, half, num_classes=CLASSES), 2, B=8, size=8, dtype=torch.float32)
+    step = FusedStep(engine, narrow, half)
+    steps(step, 2, B=8, size=8, dtype=torch.float32)
+    assert step.trained.slots.weights.layers["classifier"].forward.dtype == torch.bfloat16
+    assert step.trained.slots.at_once
+    kinds = {"layer.weight", "delta_r", "delta_s", "bn.weight", "running_mean", "running_var"}
+    for kind in kinds:
+        names = [name for name in start if name.endswith(kind)]
+        change = [torch.cat([(m.state_dict()[n].double() - start[n]).flatten() for n in names]) for m in
+                  (exact, reference, engine)]  # fmt: skip
+        pytorch, ours = relative_error(change[1], change[0]), relative_error(change[2], change[0])
+        assert ours <= 2 * pytorch + 1e-3, (kind, ours, pytorch)
+    assert {p.dtype for p in engine.parameters()} == {torch.float32}
+
+
+def test_packing_at_once_is_packing_layer_by_layer():
+    student, teachers, config = setting(dtype=torch.float32)
+    config.precision = "bf16"
+    step = FusedStep(student, teachers, config)
+    step.perturb(batch(0, dtype=torch.float32)[0])
+    for writer in (step.trained.slots, step.ascend.slots.branches):
+        writer.write()
+        packed = {name: (w.forward.clone(), w.gradient.clone()) for name, w in writer.weights.layers.items()}
+        writer.at_once = False
+        writer.write()
+        for name, weights in writer.weights.layers.items():
+            # the same products, rounded once; the factors are multiplied in another order
+            check_close(name, weights.forward, packed[name][0], 2**-7)
+            check_close(name, weights.gradient, packed[name][1], 2**-7)
+
+
+def test_equal_teachers_and_equal_branches_leave_the_images_as_they_are():
+    student, _, config = setting()
+    with torch.no_grad():
+        for layer in student.layers():
+            layer.delta_r.zero_()
+            layer.delta_s.zero_()
+    same = network(10)
+    step = FusedStep(student, Teachers([same, copy.deepcopy(same)]), config)
+    images, _ = batch(0)
+    assert torch.equal(step.perturb(images).images, images)
+
+
+def test_refusals():
+    student, teachers, config = setting()
+    step = FusedStep(student, teachers, config)
+    with pytest.raises(InputError, match="image_shape"):
+        step.state_dict()
+    step(*batch(0))
+    with pytest.raises(InputError, match=r"built for \(3, 3, 6, 6\)"):
+        step(*batch(0, B=4))
+    with pytest.raises(InputError, match="pair"):
+        step.perturb(batch(0)[0], (1, 1))
+    hydra, teachers, config = setting("hydra")
+    with pytest.raises(InputError, match="hydra"):
+        FusedStep(hydra, teachers, config, image_shape=(3, 6, 6))
+    student, teachers, config = setting(teacher=lambda seed: network(seed, widen=1 + seed % 2))
+    with pytest.raises(InputError, match="several architectures"):
+        FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+    student, teachers, config = setting()
+    student.module.stem.layer.weight.requires_grad_(False)
+    with pytest.raises(InputError, match=r"stem.*does not require"):
+        FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+    networks, config = teach_setting()
+    with pytest.raises(InputError, match="another architecture"):
+        FusedTeachStep([*networks, network(0, widen=2)], config, image_shape=(3, 6, 6))
+    with pytest.raises(InputError, match="2 batches for 3"):
+        FusedTeachStep(networks, config, image_shape=(3, 6, 6))([batch(0), batch(1)])
