@@ -1,0 +1,153 @@
+"""The trainer with the fused engine: what it reads, resumption bit for bit, checkpoints of the other engine."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastensdistill.config import TeachConfig
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep
+from fastensdistill.engine.select import choose_engine
+from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.errors import InputError
+from fastensdistill.train.stop import Interrupted
+from fastensdistill.train.trainer import TeachTrainer, seeded
+from tests.compare import check_close
+from tests.engine.cases import network, setting
+from tests.test_student import tiny
+from tests.test_trainer import StopAt, dataset, make
+
+
+def stopped(out, step, **settings):
+    trainer = make(out=out, **settings)
+    StopAt(trainer, step)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "single", "perturbation": "ods"}], ids=["latent-be", "single"])
+def test_interrupted_and_resumed_is_bit_equal(tmp_path, settings):
+    settings = {"engine": "fused", "epochs": 3, **settings}
+    whole = make(out=tmp_path / "whole", **settings).fit()
+    assert isinstance(whole.step, FusedStep)
+    stopped(tmp_path / "stopped", 7, **settings)
+    resumed = make(out=tmp_path / "stopped", resume=True, **settings).fit()
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[name]), name
+    one, two = (load_file(tmp_path / f / "checkpoint.safetensors") for f in ("whole", "stopped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("engines", [("fused", "reference"), ("reference", "fused")], ids="-then-".join)
+def test_either_engine_continues_the_others_checkpoint(tmp_path, engines):
+    make(out=tmp_path / "whole", engine="reference", epochs=3).fit()
+    stopped(tmp_path / "run", 7, engine=engines[0], epochs=3)
+    resumed = make(out=tmp_path / "run", resume=True, engine=engines[1], epochs=3).fit()
+    one, two = (load_file(tmp_path / f / "checkpoint.safetensors") for f in ("whole", "run"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name.startswith(("networks/", "step/momentum")) or name.endswith(("pick", "noise", "generator")):
+            check_close(name, two[name], value, 1e-3)
+    assert resumed.step_index == 15
+
+
+def test_teachers_resume_bit_for_bit_and_follow_the_reference(tmp_path):
+    def build(out, **changes):
+        config = TeachConfig(**{"members": 2, "epochs": 3, "batch_size": 8, "engine": "fused", **changes})
+        networks = [seeded(i, lambda: tiny(4)) for i in range(2)]
+        return TeachTrainer(networks, dataset(), config, out=tmp_path / out, quiet=True, resume=out == "stopped")
+
+    whole = build("whole").fit()
+    assert isinstance(whole.step, FusedTeachStep)
+    trainer = TeachTrainer(
+        [seeded(i, lambda: tiny(4)) for i in range(2)], dataset(),
+        TeachConfig(members=2, epochs=3, batch_size=8, engine="fused"), out=tmp_path / "stopped", quiet=True,
+    )  # fmt: skip
+    StopAt(trainer, 8)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    build("stopped").fit()
+    build("reference", engine="reference").fit()
+    one, two, three = (load_file(tmp_path / f / "checkpoint.safetensors") for f in ("whole", "stopped", "reference"))
+    assert one.keys() == two.keys() == three.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    for name, value in three.items():
+        if name.startswith(("networks/", "step/")):
+            check_close(name, one[name], value, 1e-3)
+
+
+def test_everyone_who_reads_the_student_sees_the_current_weights():
+    """The average, the state dict and the parameters themselves move with every step; nothing is written back."""
+    trainer = make(engine="fused", perturbation="none", epochs=1)
+    before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+    average = trainer.student.average().state_dict()["stem.weight"].clone()
+    trainer.fit()
+    after = trainer.student.state_dict()
+    assert not torch.equal(before["module.stem.layer.weight"], after["module.stem.layer.weight"])
+    assert not torch.equal(average, trainer.student.average().state_dict()["stem.weight"])
+    assert int(after["module.bn.num_batches_tracked"]) == 5
+    flat = trainer.step.master.parameters
+    assert trainer.student.module.stem.layer.weight.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+
+
+def test_weights_written_from_outside_are_used(tmp_path):
+    """Loading a state dict between steps takes effect in the next one: nothing packed is kept over a step."""
+    one, two = make(engine="fused", perturbation="none"), make(engine="fused", perturbation="none")
+    images, labels = torch.rand(8, 3, 8, 8), torch.randint(4, (8,))
+    one.step(images, labels)
+    state = {k: v.clone() for k, v in two.student.state_dict().items()}
+    one.student.load_state_dict(state)
+    check_close("loss", one.step(images, labels)["loss"], two.step(images, labels)["loss"], 0.0)
+
+
+def test_the_choice_is_explained():
+    student, teachers, config = setting()
+    shape, cpu, cuda = (3, 6, 6), torch.device("cpu"), torch.device("cuda")
+
+    def choose(student, teachers, device, engine="auto"):
+        config.engine = engine
+        return choose_engine(config, student, teachers, device, shape)
+
+    assert choose(student, teachers, cpu) == ("reference", "no CUDA device, training on cpu")
+    assert choose(student, teachers, cuda) == ("fused", "every layer has a kernel")
+    assert choose(student, teachers, cpu, "fused") == ("fused", "asked for")
+    assert choose(student, teachers, cuda, "reference") == ("reference", "asked for")
+    hydra, _, _ = setting("hydra")
+    name, why = choose(hydra, teachers, cuda)
+    assert name == "reference"
+    assert "hydra" in why
+    with pytest.raises(InputError, match=r"engine='fused' cannot train this: .*hydra"):
+        choose(hydra, teachers, cuda, "fused")
+
+    class Squared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network(0)
+
+        def forward(self, x):
+            return self.inner(x) ** 2
+
+    foreign, _, _ = setting(student=lambda _seed: Squared().double())
+    name, why = choose(foreign, teachers, cuda)
+    assert name == "reference"
+    assert "pow" in why
+    assert "\n" not in why
+    trainer = make()
+    assert isinstance(trainer.step, ReferenceStep)
+    assert trainer.engine == "reference engine: no CUDA device, training on cpu"
+
+
+def test_dropout_in_the_student_goes_to_the_reference():
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.drop = network(0), torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.inner(self.drop(x))
+
+    student, teachers, config = setting(student=lambda _seed: Dropped().double())
+    name, why = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
+    assert name == "reference"
+    assert "dropout" in why
