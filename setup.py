@@ -145,7 +145,5 @@ class BuildExtension(build_ext):
         shutil.copyfile(Path(self.build_lib) / REPORT, ROOT / REPORT)
 
 
-setup(
-    ext_modules=[Extension("fastensdistill.kernels._extension", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildExtension},
-)
+extension = Extension("fastensdistill.kernels._extension", sources=[], optional=True)
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

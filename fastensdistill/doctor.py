@@ -47,7 +47,7 @@ def facts() -> list[tuple[str, str]]:
 
 def _extension() -> list[tuple[str, str]]:
     found = extension.describe()
-    ops = " and ".join(kind for kind in ("cpu", "cuda") if found[kind]).upper()
+    ops = " and ".join(kind.upper() for kind in ("cpu", "cuda") if found[kind])
     rows = [("extension", f"{ops} ops, {found['library']}" if ops else "none; the references in Python serve")]
     if found["reason"]:
         rows.append(("", str(found["reason"])))
