@@ -135,8 +135,14 @@ def weight_gradient_tile(arch: int, channels: int, out_channels: int, itemsize: 
         tile = Tile(64, columns, 32, 4, 2, "stem: the normalisation holds registers, and every tap fits 64 rows")
     elif columns == 128 and channels % 128 == 0:
         tile = Tile(128, 128, 32 if _generation(arch) == 80 else 64, 8, 3, "both sides read once per 128 channels")
+    elif _generation(arch) == 80:
+        stages = 4 if columns == 64 else 3
+        tile = Tile(64, columns, 32, 4, stages, "64 columns spill at 3 stages (16 → 160 channels), the others at 4")
     else:
-        tile = Tile(64, columns, 32 if _generation(arch) == 80 else 64, 4, 3, "64 rows: the least a wgmma takes")
+        warps = 8 if columns == 128 and _generation(arch) == 100 else 4
+        tile = Tile(
+            64, columns, 64, warps, 3, "64 rows: the least a wgmma takes; on sm_100 128 columns spill at 4 warps"
+        )
     return _chosen("weight gradient", arch, (channels, out_channels, itemsize), tile)
 
 
