@@ -265,7 +265,9 @@ class _Run:
 
     def gradient_sums(self, d: Tensor, norm: str) -> Tensor:
         z = self.read(self.nodes[norm].inputs[0])
-        return batch_norm_backward_statistics(d, z, **self.statistics(norm)).statistics
+        sums = batch_norm_backward_statistics(d, z, **self.statistics(norm)).statistics
+        assert sums is not None
+        return sums
 
     def norm_sums_gradient(self, launch: Launch) -> None:
         self.buffers[launch.writes[0]] = self.gradient_sums(self.read(launch.reads[0]), launch.node)
