@@ -26,6 +26,7 @@ from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import Master
+from fastensdistill.engine.parallel import rank, same_start
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -111,8 +112,9 @@ class FusedStep:
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.device = next(student.parameters()).device
         self.target = "mean" if isinstance(student, Single) else "one-to-one"
-        self.pick = torch.Generator().manual_seed(config.seed)
-        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
+        self.pick = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator(self.device).manual_seed(seed + 1)
         self.perturbation = Perturbation(
             config.perturbation, len(self.teachers), student.branches, size=config.step_size,
             temperature=config.temperature, pick=self.pick, noise=self.noise,
@@ -120,6 +122,7 @@ class FusedStep:
         self.dtype, self.precision = arithmetic(config, student)
         self.run = Runner(self.precision, implementations or Dispatch())
         self.capture = capture and self.device.type == "cuda"
+        self._rate = config.learning_rate
         self.networks: list[Network] = []
         self.images: Tensor | None = None
         if image_shape:
@@ -132,7 +135,8 @@ class FusedStep:
         self.networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
         ranked = isinstance(self.student, BatchEnsemble)
         self.master = Master([self.student.module], self.networks[-1], ranked)
-        self.rate = torch.tensor(self.config.learning_rate, dtype=self.master.dtype, device=self.device)
+        same_start(self.master.state())
+        self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     def _build(self, images: Tensor) -> None:
@@ -174,9 +178,10 @@ class FusedStep:
     # ---- what the trainer calls
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, pair: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """One step; ``pair`` (a, b) instead of a drawn one."""
         self._load(images, labels)
-        self._draw()
+        self._draw(pair)
         return self.captured() if self.captured else self._body()
 
     @torch.no_grad()
@@ -218,10 +223,9 @@ class FusedStep:
             self.draw.fill_(int(torch.randint(len(self.ascend.choices), (), generator=self.pick)))
 
     def set_learning_rate(self, rate: float) -> None:
+        self._rate = rate
         if self.networks:
             self.rate.fill_(rate)
-        else:
-            self.config.learning_rate = rate
 
     def _momenta(self) -> list[Tensor]:
         """Momentum buffers in the order of the reference engine's optimiser."""

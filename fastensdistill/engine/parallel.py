@@ -1,10 +1,13 @@
 """Data parallel training under ``torchrun``: gradients are averaged between un-fold and update.
 
-Every process draws its own pair and batch and keeps its own BatchNorm statistics, as the authors' code does; the
-parameters stay equal because all start equal and take the same steps. NCCL's all-reduce can be captured in a graph.
+Process 0's weights and momentum are everybody's at the start. Every process draws its own pair and batch and keeps its
+own BatchNorm statistics, as the authors' code does; the parameters stay equal, because all take the same steps from
+there. NCCL's all-reduce can be captured in a graph.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,3 +24,15 @@ def average(values: Tensor) -> None:
     if count > 1:
         dist.all_reduce(values)
         values.div_(count)
+
+
+def rank() -> int:
+    """This process among them; 0 where there is one."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def same_start(tensors: Iterable[Tensor]) -> None:
+    """Process 0's values for everybody, in place."""
+    if processes() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

@@ -17,6 +17,7 @@ from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import Master
+from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
@@ -59,6 +60,7 @@ class FusedTeachStep:
         self.dtype, precision = arithmetic(config, self.networks[0])
         self.run = Runner(precision, implementations or Dispatch())
         self.master = Master(self.networks, self.network, ranked=False)
+        same_start(self.master.state())
         self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)
         self.capture = capture and self.device.type == "cuda"
         self.images: Tensor | None = None

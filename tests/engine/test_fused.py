@@ -14,6 +14,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.triton_utils import use_kernels
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.models.preresnet import PreResNet
 from tests import parity
 from tests.compare import check_close, relative_error
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
@@ -40,7 +41,6 @@ def swapped_pair(monkeypatch):
 def missing_mask(monkeypatch):
     right = passes.conv_data_gradient
     monkeypatch.setattr(passes, "conv_data_gradient", lambda *a, mask=None, **k: right(*a, mask=None, **k))
-    monkeypatch.setattr("fastensdistill.engine.dispatch.VENDOR", {})
 
 
 def stale_branches(monkeypatch):
@@ -151,6 +151,60 @@ def test_kernels_in_the_interpreter(kind):
     check_equal(student, other, one, two, 1e-3)
 
 
+def test_teachers_in_the_interpreter():
+    networks, config = teach_setting(2, torch.float32)
+    others = copy.deepcopy(networks)
+    one, two = TeachStep(networks, config), FusedTeachStep(others, config, image_shape=(3, 5, 5))
+    batches = [batch(m, B=2, size=5, dtype=torch.float32) for m in range(2)]
+    expected = one(batches)
+    with use_kernels():
+        check_close("loss", two(batches)["loss"], expected["loss"], 1e-5)
+    for first, second in zip(networks, others, strict=True):
+        check_equal(first, second, one, two, 1e-3)
+
+
+def test_resumed_is_bit_equal_in_the_interpreter():
+    """Two steps of the Triton kernels; and one step, its state into new objects, one more."""
+
+    def make():
+        torch.manual_seed(0)
+        small = lambda seed: models.moved(PreResNet(CLASSES, blocks=(1,), in_planes=4), seed)  # noqa: E731
+        student, teachers, config = setting(
+            dtype=torch.float32, teacher=small, student=small, perturbation="ods", alpha=0.9
+        )
+        return student, FusedStep(student, teachers, config, image_shape=(3, 5, 5))
+
+    shape = {"B": 2, "size": 5, "dtype": torch.float32}
+    (whole, one), (half, two), (rest, three) = make(), make(), make()
+    with use_kernels():
+        steps(one, 2, rate=0.05, **shape)
+        steps(two, 1, rate=0.05, **shape)
+        rest.load_state_dict(half.state_dict())
+        three.load_state_dict(two.state_dict())
+        three.set_learning_rate(0.05 / 2)
+        three(*batch(1, **shape))
+    for name, value in (whole.state_dict() | one.state_dict()).items():
+        assert torch.equal(value, (rest.state_dict() | three.state_dict())[name]), name
+
+
+def test_tf32_is_chosen_explicitly(monkeypatch):
+    """fp32 multiplies exactly; tf32 reaches every convolution and the classifier."""
+    seen = []
+    for name in ("grouped_conv", "conv_data_gradient", "conv_weight_gradient", "head", "head_backward"):
+        right = getattr(passes, name)
+
+        def spy(*arguments, right=right, **options):
+            seen.append(options["precision"])
+            return right(*arguments, **options)
+
+        monkeypatch.setattr(passes, name, spy)
+    for precision, expected in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")):
+        seen.clear()
+        student, teachers, config = setting(dtype=torch.float32, precision=precision)
+        steps(FusedStep(student, teachers, config), 1, dtype=torch.float32)
+        assert set(seen) == {expected}
+
+
 def test_bf16_errs_at_most_twice_as_much_as_pytorch():
     """The change of every kind of parameter in two steps, against float64; PyTorch's own bfloat16 beside it."""
     exact, teachers, config = setting(perturbation="none")
@@ -210,8 +264,8 @@ def test_refusals():
     step(*batch(0))
     with pytest.raises(InputError, match=r"built for \(3, 3, 6, 6\)"):
         step(*batch(0, B=4))
-    with pytest.raises(InputError, match="pair"):
-        step.perturb(batch(0)[0], (1, 1))
+    with pytest.raises(InputError, match=r"pair \(1, 1\)"):
+        step(*batch(0), pair=(1, 1))
     hydra, teachers, config = setting("hydra")
     with pytest.raises(InputError, match="hydra"):
         FusedStep(hydra, teachers, config, image_shape=(3, 6, 6))

@@ -1,0 +1,72 @@
+"""Implementations named per launch: PyTorch's own convolutions in the place of the kernels'."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from fastensdistill.engine import dispatch
+from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.errors import InputError
+from tests.compare import check_close, relative_error
+from tests.engine.cases import check_equal, network, setting, steps
+from tests.network import models
+
+VENDOR_ONLY = [Row(op, "cudnn", "for the test") for op in OPS]
+
+
+@pytest.mark.parametrize("build", [network, models.resnet, models.odd], ids=["preresnet", "resnet", "unusual"])
+def test_vendor_convolutions_give_the_same_step(monkeypatch, build):
+    calls = []
+    counted = {op: counting(calls, vendor) for op, vendor in dispatch.VENDOR.items()}
+    monkeypatch.setattr(dispatch, "VENDOR", counted)
+    student, teachers, config = setting(teacher=build, student=build)
+    other = copy.deepcopy(student)
+    one = FusedStep(student, teachers, config)
+    two = FusedStep(other, teachers, config, implementations=Dispatch(VENDOR_ONLY))
+    for expected, actual in zip(steps(one, 2), steps(two, 2), strict=True):
+        check_close("loss", actual["loss"], expected["loss"], 1e-9)
+    check_equal(student, other, one, two, 1e-8)
+    assert set(calls) == {"vendor_conv", "vendor_data_gradient", "vendor_weight_gradient"}
+
+
+def counting(calls, function):
+    def call(*arguments, **options):
+        calls.append(function.__name__)
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_vendor_convolutions_in_bf16_err_as_the_kernels_do():
+    exact, teachers, config = setting(perturbation="none")
+    students = [copy.deepcopy(exact).float() for _ in range(2)]
+    steps(FusedStep(exact, teachers, config), 2, B=6)
+    half, narrow = dataclasses.replace(config, precision="bf16"), copy.deepcopy(teachers).float()
+    for student, table in zip(students, ([], VENDOR_ONLY), strict=True):
+        steps(FusedStep(student, narrow, half, implementations=Dispatch(table)), 2, B=6, dtype=torch.float32)
+    states = [torch.cat([v.double().flatten() for v in s.state_dict().values()]) for s in (exact, *students)]
+    kernels, vendor = (relative_error(state, states[0]) for state in states[1:])
+    assert 0 < vendor <= 2 * kernels
+
+
+def test_one_layer_can_be_named():
+    student, teachers, config = setting()
+    step = FusedStep(student, teachers, config)
+    steps(step, 1)
+    launches = [launch for launch in step.trained.parts[0].launches if launch.op == "conv"]
+    table = Dispatch([Row("conv", "cudnn", "for the test", layer="stem"), Row("conv", "triton", "the others")])
+    assert {table.choice(launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
+    assert {table.choice(launch) for launch in launches if launch.node != "stem"} == {"triton"}
+    assert all(Dispatch(TABLE).choice(launch) == "triton" for launch in launches)
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="no cuda implementation"):
+        Row("conv", "cuda", "")
+    with pytest.raises(InputError, match="implementation 'cudn'"):
+        Row("conv", "cudn", "")
+    with pytest.raises(InputError, match="op 'convolution'"):
+        Row("convolution", "cudnn", "")

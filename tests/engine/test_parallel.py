@@ -1,0 +1,93 @@
+"""Two processes on CPU against the same arithmetic done by hand in one."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.teach import FusedTeachStep
+from tests.compare import check_close
+from tests.engine.cases import CLASSES, batch, setting, teach_setting
+
+STEPS, RATE = 2, 0.05
+
+
+def process(index, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    student, teachers, config = setting(K=3, M=3)
+    if index == 1:  # somewhere else: process 0's start counts
+        with torch.no_grad():
+            student.module.stem.layer.weight.add_(1)
+    step = FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+    step.set_learning_rate(RATE)
+    for i in range(STEPS):
+        step(*batch(10 * index + i))
+    networks, config = teach_setting(2)
+    teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
+    teach([batch(10 * index + m) for m in range(2)])
+    torch.save([student.state_dict(), *(n.state_dict() for n in networks)], f"{folder}/{index}.pt")
+    dist.destroy_process_group()
+
+
+def averaged(parameters):
+    """The mean gradient of the processes, for every one of them."""
+    for group in zip(*parameters, strict=True):
+        mean = torch.stack([p.grad for p in group]).mean(0)
+        for p in group:
+            p.grad = mean.clone()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{index}.pt") for index in range(2)]
+
+
+def test_students_take_the_mean_gradient_with_their_own_pair_and_statistics(results):
+    student, teachers, config = setting(K=3, M=3)
+    students = [copy.deepcopy(student) for _ in range(2)]
+    steps = [
+        ReferenceStep(s, teachers, dataclasses.replace(config, seed=config.seed + 2 * r), num_classes=CLASSES)
+        for r, s in enumerate(students)
+    ]
+    for i in range(STEPS):
+        for r, step in enumerate(steps):
+            step.set_learning_rate(RATE)
+            x = step.perturb(batch(10 * r + i)[0]).images
+            step.student.train()
+            q, p = step.student(x) / config.temperature, teachers(x).detach() / config.temperature
+            step.optimizer.zero_grad()
+            (-(config.temperature**2) * (p.softmax(-1) * F.log_softmax(q, -1)).sum(-1).mean()).backward()
+        averaged([list(s.parameters()) for s in students])
+        for step in steps:
+            step.optimizer.step()
+    for r, expected in enumerate(students):
+        for name, value in expected.state_dict().items():
+            check_close(f"{r}: {name}", results[r][0][name].double(), value.double(), 1e-9)
+    one, two = (result[0] for result in results)
+    assert torch.equal(one["module.stem.layer.weight"], two["module.stem.layer.weight"])
+    assert not torch.equal(one["module.bn.running_mean"], two["module.bn.running_mean"])
+
+
+def test_teachers_take_the_mean_gradient(results):
+    both = [teach_setting(2)[0] for _ in range(2)]
+    config = teach_setting(2)[1]
+    optimizers = [TeachStep(networks, config).optimizers for networks in both]
+    for r, networks in enumerate(both):
+        for m, network in enumerate(networks):
+            images, labels = batch(10 * r + m)
+            F.cross_entropy(network.train()(images), labels).backward()
+    for m in range(2):
+        averaged([list(networks[m].parameters()) for networks in both])
+        for r in range(2):
+            optimizers[r][m].step()
+            for name, value in both[r][m].state_dict().items():
+                check_close(f"{r}, {m}: {name}", results[r][1 + m][name].double(), value.double(), 1e-9)
