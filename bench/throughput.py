@@ -1,153 +1,186 @@
 """Images per second of whole training steps: the engines and their peers, interleaved in one process.
 
-    python -m bench.throughput [--width 1] [--batch 64] [--rounds 12] [--json FILE] [--smoke]
+    python -m bench.throughput [--networks wrn28_4 resnet32] [--methods tdiv-sdiv] [--batches 128 512] [--members 4]
+                               [--contenders fused eager compiled] [--minutes 9] [--json FILE] [--smoke]
 
-LatentBE + TDiv−SDiv on a PreResNet of blocks [4, 4, 4], in_planes 16, for 32x32 images, 100 classes, M = K. Before
-anything is timed, one step of every contender is compared with the reference engine's in float64. Base images are
-counted: B a step. Medians of the rounds, with the 20th and 80th percentile.
+Base images are counted: B a step whatever M and K (teacher training: M·B, every network has a batch of its own).
+Nobody is timed who does not compute the step (``bench.contenders.Gate``). Medians over interleaved rounds with the
+20th and 80th percentile; peak memory is what the contender adds; energy is the GPU's own counter over at least 5 s,
+idle power subtracted; TFLOP/s count the least work (the plan's), and the roof is the plan's least time on the device as
+measured in the same run. On a CPU everything is float32, and the fused engine, whose kernels would be interpreted, is
+left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import platform
+import gc
+import itertools
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.peers.eager import EagerStep
-from fastensdistill.config import DistillConfig
-from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.method.modes import evaluating
-from fastensdistill.method.perturbation import tdiv_sdiv
-from fastensdistill.method.student import LatentBE
-from fastensdistill.method.teachers import Teachers
-from fastensdistill.models import create_model
+from bench import roof
+from bench.common import Meter, arguments, describe_host, interleave, quantile, save, start, synchronize, table
+from bench.contenders import CONTENDERS, Contender, Gate, Step
+from bench.setting import METHODS, NETWORKS, TITLES, Batch, Setting, batches, drawn_pairs, make
+from fastensdistill.network.gpu import Gpu
 
-Step = Callable[[Tensor, Tensor, tuple[int, int]], Any]
-
-
-def reference(student: LatentBE, teachers: Teachers, config: DistillConfig, classes: int) -> Step:
-    step = ReferenceStep(student, teachers, config, num_classes=classes)
-
-    def run(images: Tensor, labels: Tensor, pair: tuple[int, int]) -> Any:
-        with evaluating(student):
-            perturbed = tdiv_sdiv(images, teachers, student, pair, pair, config.step_size)
-        return step.distil(perturbed, labels)
-
-    return run
+COLUMNS = {
+    "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "fastest of ours is",
+    "tflops": "TFLOP/s", "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000", "status": "",
+}  # fmt: skip
+OURS = ("fused", "reference")
 
 
-CONTENDERS: dict[str, Callable[[LatentBE, Teachers, DistillConfig, int], Step]] = {
-    "reference engine": reference,
-    "least work, eager": lambda s, t, c, n: EagerStep(s, t, c, as_written=False),
-    "as the authors run it, eager": lambda s, t, c, n: EagerStep(s, t, c, as_written=True),
-}
+@dataclass
+class Built:
+    step: Step
+    calls: Callable[[], object]
+    row: dict[str, Any]
+    held: int = 0
 
 
-def parameters(step: Step, student: LatentBE) -> list[Tensor]:
-    """Shared parameters after the step, in the student's order."""
-    if isinstance(step, EagerStep):
-        return step.shared
-    return student.parameter_groups(0)[0]["params"]
+def cycle(step: Step, given: list[Batch]) -> Callable[[], object]:
+    """One step on the next of ``given``."""
+    order = itertools.cycle(given)
+    return lambda: step(next(order))
 
 
-def check(width: int, members: int) -> dict[str, float]:
-    """Largest relative difference from the reference engine, in float64, after one step of a small case."""
-    setting = make(width, members, classes=5, blocks=(1, 1), dtype=torch.float64)
-    images, labels = torch.rand(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2])
-    results = {}
-    for name, build in CONTENDERS.items():
-        student, teachers, config = copy.deepcopy(setting)
-        step = build(student, teachers, config, 5)
-        step(images, labels, (1, 0))
-        results[name] = torch.cat([p.detach().flatten() for p in parameters(step, student)])
-    expected = results["reference engine"]
-    return {name: float((r - expected).abs().max() / expected.square().mean().sqrt()) for name, r in results.items()}
+def memory(device: torch.device) -> int:
+    """Bytes that this process holds on the device, captured graphs' pools included."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
-def make(width: int, members: int, classes: int, blocks: tuple[int, ...], dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    build = lambda: create_model("preresnet", classes, blocks=blocks, in_planes=16, widen=width)  # noqa: E731
-    teachers = Teachers([build() for _ in range(members)]).to(dtype).to(memory_format=torch.channels_last)
-    student = LatentBE(build(), members).to(dtype).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        for layer in student.layers():  # off one, so that the branches differ
-            layer.delta_r.normal_(std=0.1)
-            layer.delta_s.normal_(std=0.1)
-    return student, teachers, DistillConfig(learning_rate=0.01, branches=members)
+def build(contender: Contender, gate: Gate, setting: Setting, device: torch.device) -> Built:
+    """Build, check, warm up. The row's status is "timed", or says why not."""
+    row = {**setting.describe(), "contender": contender.name, "title": contender.title, "status": "timed"}
+    before, began = memory(device), time.perf_counter()
+    precision = contender.precision if device.type == "cuda" else "fp32"
+    problem = gate.problem.copy() if gate.at_size else make(setting, device)
+    problem.config.precision = precision
+    step = contender.build(problem)
+    passed, row["errors"] = gate.check(contender, step if gate.at_size else None)
+    row |= {"bounds": gate.bounds, "precision": precision}
+    if not passed:
+        row["status"] = "not timed: does not compute the step"
+    pairs = drawn_pairs(setting, 1, 4)
+    call = cycle(step, batches(setting, 4, device, pairs, torch.float32))
+    if passed:
+        call()
+        synchronize(device)
+    row["build_seconds"] = time.perf_counter() - began
+    return Built(step, call, row, memory(device) - before)
 
 
-def measure(width: int, members: int, batch: int, rounds: int, blocks: tuple[int, ...]) -> dict[str, list[float]]:
-    setting = make(width, members, 100, blocks, torch.float32)
-    images = torch.rand(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(100, (batch,))
-    steps = {name: build(*copy.deepcopy(setting), 100) for name, build in CONTENDERS.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step(images, labels, (i % members, (i + 1) % members))
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
-    return times
+def peak(built: Built, device: torch.device) -> float | None:
+    """MiB: what the contender holds between steps, and what a step adds for a while."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    built.calls()
+    synchronize(device)
+    return (built.held + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, round(q * (len(values) - 1)))]
+def measure(setting: Setting, options: Any, device: torch.device, gpu: Gpu, deadline: float) -> list[dict[str, Any]]:
+    """One row per contender."""
+    rows: list[dict[str, Any]] = []
+    running: list[Built] = []
+    try:
+        gate = Gate(setting, device)
+    except torch.OutOfMemoryError:
+        return [{**setting.describe(), "title": "everything", "contender": "", "status": "not timed: out of memory"}]
+    for name in options.contenders:
+        contender = CONTENDERS[name]
+        row = {**setting.describe(), "contender": name, "title": contender.title}
+        reason = contender.absent(setting.method, device.type)
+        if reason is None and time.monotonic() > deadline:
+            reason = "no time left"
+        if reason is not None:
+            rows.append(row | {"status": f"not timed: {reason}"})
+            continue
+        try:
+            built = build(contender, gate, setting, device)
+        except torch.OutOfMemoryError:
+            rows.append(row | {"status": "not timed: out of memory"})
+        except Exception as error:  # a peer that fails here is a row of the table, not the end of the run
+            rows.append(row | {"status": f"not timed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"})
+        else:
+            rows.append(built.row)
+            if built.row["status"] == "timed":
+                running.append(built)
+        memory(device)
+    if running and options.rounds:
+        finish(running, setting, options, device, gpu)
+    return rows
 
 
-def describe_host() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(), "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--members", type=int, default=4, help="M = K")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    a = parser.parse_args(argv)
-    torch.set_num_threads(a.threads)
-    differences = check(1, 2)
-    for name, difference in differences.items():
-        if not difference < 1e-9:
-            print(f"not timed: {name} differs from the reference engine by {difference:.1e} after one step")
-            return 1
-    blocks, batch, rounds = ((1,), 4, 2) if a.smoke else ((4, 4, 4), a.batch, a.rounds)
-    times = measure(a.width, a.members, batch, rounds, blocks)
-    base = statistics.median(times["reference engine"])
-    print(f"PreResNet {list(blocks)} width {a.width}, batch {batch}, M = K = {a.members}, float32, {a.threads} threads")
-    print(f"{'step':32} {'images/s':>9} {'p20':>8} {'p80':>8} {'reference is':>13}")
-    rows = []
+def finish(running: list[Built], setting: Setting, options: Any, device: torch.device, gpu: Gpu) -> None:
+    """Time who passed, interleaved, and fill their rows."""
+    meter = Meter(device)
+    for built in running:
+        built.row["peak_mib"] = peak(built, device)
+    names = {built.row["contender"]: built for built in running}
+    least = 0.2 if device.type == "cuda" else 0.0
+    times = interleave({name: built.calls for name, built in names.items()}, options.rounds, device, least)
+    ours = [statistics.median(t) for name, t in times.items() if name in OURS]
+    idle = meter.idle_watts() if options.energy else None
     for name, t in times.items():
-        median = statistics.median(t)
-        row = {
-            "name": name, "images_per_second": batch / median, "p20": batch / quantile(t, 0.8),
-            "p80": batch / quantile(t, 0.2), "ratio": median / base, "difference_after_one_step": differences[name],
+        median, row, images = statistics.median(t), names[name].row, setting.images
+        joules = meter.joules_per_call(names[name].calls, device, idle)
+        row |= {
+            "seconds": median, "images_per_second": images / median, "p20": images / quantile(t, 0.8),
+            "p80": images / quantile(t, 0.2), "tflops": setting.flops / median / 1e12,
+            "ratio": median / min(ours) if ours else None,
+            "share_of_roof": setting.least_time(gpu) / median if device.type == "cuda" else None,
+            "joules_per_1000": None if joules is None else 1000 * joules / images, "idle_watts": idle,
         }  # fmt: skip
-        rows.append(row)
-        print(f"{name:32} {row['images_per_second']:9.1f} {row['p20']:8.1f} {row['p80']:8.1f} {row['ratio']:12.2f}x")
-    if a.json:
-        setting = {"width": a.width, "batch": batch, "members": a.members, "blocks": blocks, "rounds": rounds}
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps({**describe_host(), "setting": setting, "rows": rows}, indent=1) + "\n")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__, rounds=15)
+    parser.add_argument("--networks", nargs="+", default=["wrn28_4"], choices=NETWORKS)
+    parser.add_argument("--methods", nargs="+", default=["tdiv-sdiv"], choices=METHODS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[128])
+    parser.add_argument("--members", nargs="+", type=int, default=[4], help="M = K")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--minutes", type=float, default=60.0, help="build no further contender after that")
+    parser.add_argument("--no-energy", dest="energy", action="store_false", help="skip the 5 s windows")
+    options = start(parser, argv)
+    if options.smoke:
+        options.networks, options.methods = ["tiny"], list(METHODS)
+        options.batches, options.members = [4], [2]
+    device, deadline = torch.device(options.device), time.monotonic() + 60 * options.minutes
+    host = describe_host(device)
+    gpu, found = roof.measure(device, smoke=options.smoke, rounds=5)
+    print(f"{host['device']}, torch {host['torch']}, commit {host['commit']}; {gpu.flops / 1e12:.3g} TFLOP/s "
+          f"({found['dtype']}) and {gpu.bandwidth / 1e12:.3g} TB/s measured")  # fmt: skip
+    every: list[dict[str, Any]] = []
+    for network, method, batch, members in itertools.product(
+        options.networks, options.methods, options.batches, options.members
+    ):
+        setting = Setting(network, method, batch, members)
+        rows = measure(setting, options, device, gpu, deadline)
+        every += rows
+        print(f"\n{network}, {TITLES[method]}, batch {batch}, M = {members}, K = {setting.k}; "
+              f"{setting.flops / setting.images / 1e9:.3g} GFLOP an image")  # fmt: skip
+        print(table([row | {"status": row["status"].removeprefix("timed")} for row in rows], COLUMNS), flush=True)
+        save(options.json, "throughput", host, options.smoke, roof=found, rounds=options.rounds, rows=every)
+        gc.collect()
+    failed = [row for row in every if "does not compute" in row["status"]]
+    for row in failed:
+        print(f"{row['title']}, {row['network']}, {row['method']}: {row['errors']}, allowed {row['bounds']}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""What every benchmark shares: where it ran, interleaved timing, quantiles, energy, and the results file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastensdistill.kernels import extension
+from fastensdistill.kernels.triton_utils import HAS_TRITON, triton
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def arguments(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """The options that all commands have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds, of which the median is taken")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: does everything run? No result.")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and set what the timings depend on."""
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.device, options.rounds, options.threads = "cpu", 2, 1
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")  # tf32, where float32 is asked for at all
+    torch.backends.cudnn.benchmark = True
+    return options
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear between the two nearest ranks."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median with the 20th and 80th percentile."""
+    return {"median": statistics.median(values), "p20": quantile(values, 0.2), "p80": quantile(values, 0.8)}
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds per call, one value per round: in a round everybody has a turn, so a drift of the clocks hits all alike.
+
+    A turn repeats its call until ``least`` seconds have passed by the estimate of an untimed first turn. The device is
+    waited for only at a turn's ends, as a training loop would.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        repeats[name] = max(1, round(least / max(time.perf_counter() - began, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            synchronize(device)
+            times[name].append((time.perf_counter() - began) / repeats[name])
+    return times
+
+
+class Meter:
+    """The GPU's own energy counter, driver and clocks, by NVML; every reading is None where it is not to be had."""
+
+    def __init__(self, device: torch.device):
+        self.handle, self.reason = None, "not a GPU"
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except Exception as error:  # NVML's errors are its own, and a benchmark does without energy
+            self.reason = f"{type(error).__name__}: {error}"
+
+    def read(self, name: str, *arguments: Any) -> Any:
+        """One NVML query, ``nvmlDeviceGet…`` less that prefix."""
+        if self.handle is None:
+            return None
+        try:
+            return getattr(self.nvml, f"nvmlDeviceGet{name}")(self.handle, *arguments)
+        except self.nvml.NVMLError:
+            return None
+
+    def joules(self) -> float | None:
+        millijoules = self.read("TotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
+
+    def idle_watts(self, seconds: float = 3.0) -> float | None:
+        """Power with nothing running, which belongs to no contender."""
+        before, began = self.joules(), time.perf_counter()
+        if before is None:
+            return None
+        time.sleep(seconds)
+        after = self.joules()
+        return None if after is None else (after - before) / (time.perf_counter() - began)
+
+    def joules_per_call(
+        self, call: Callable[[], object], device: torch.device, idle: float | None, seconds: float = 5.0
+    ) -> float | None:
+        """Over a window of at least ``seconds``, idle power subtracted."""
+        if idle is None:
+            return None
+        synchronize(device)
+        before, began, calls = self.joules(), time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            for _ in range(10):
+                call()
+            synchronize(device)
+            calls += 10
+        after, passed = self.joules(), time.perf_counter() - began
+        return None if before is None or after is None else (after - before - idle * passed) / calls
+
+    def clocks(self) -> dict[str, Any]:
+        if self.handle is None:
+            return {}
+        sm, memory = self.nvml.NVML_CLOCK_SM, self.nvml.NVML_CLOCK_MEM
+        limit = self.read("EnforcedPowerLimit")
+        return {
+            "sm_mhz": self.read("ClockInfo", sm), "sm_max_mhz": self.read("MaxClockInfo", sm),
+            "memory_mhz": self.read("ClockInfo", memory), "power_limit_w": None if limit is None else limit / 1000,
+            "temperature_c": self.read("Temperature", 0),
+        }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit measured, "+" where tracked files differ from it, "unknown" outside a checkout."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=ROOT)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return "unknown" if not head else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def describe_host(device: torch.device) -> dict[str, Any]:
+    """Commit, device, driver, versions and clocks: what a number means nothing without."""
+    host = {
+        "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{processor()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "triton": triton.__version__ if HAS_TRITON else None, "python": platform.python_version(),
+        "extension": {name: extension.describe()[name] for name in ("loaded", "cpu", "cuda", "reason")},
+    }  # fmt: skip
+    if device.type == "cuda":
+        meter = Meter(device)
+        driver = meter.nvml.nvmlSystemGetDriverVersion() if meter.handle is not None else None
+        properties = torch.cuda.get_device_properties(device)
+        host |= {
+            "device": properties.name, "capability": f"{properties.major}.{properties.minor}", "driver": driver,
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "clocks": meter.clocks(),
+        }  # fmt: skip
+    return host
+
+
+def save(path: Path | None, kind: str, host: dict[str, Any], smoke: bool, **content: Any) -> None:
+    """One JSON per run. ``kind`` is the command's name."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"kind": kind, "smoke": smoke, "host": host, **content}, indent=1) + "\n")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Rows as text; ``columns`` maps keys to headings, numbers to the right with three digits of precision."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return "–" if value is None else str(value)
+
+    cells = [list(columns.values())] + [[cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in columns]
+    return "\n".join(
+        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)).rstrip()
+        for line in cells
+    )

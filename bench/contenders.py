@@ -1,0 +1,206 @@
+"""Who is measured, and the gate: the engines and their peers, each compared with float64 before it is timed.
+
+Adding a peer: a class taking a ``Problem`` with ``__call__(batch)`` and ``state()``, and one line in ``CONTENDERS``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bench.peers.captured import CAPTURED, OWN_GRAPHS, CapturedStep, CapturedTeach, CompiledStep
+from bench.peers.eager import EagerStep, EagerTeach, statistics
+from bench.peers.grouped import GroupedStep, GroupedTeach
+from bench.peers.torch_uncertainty import LibraryStep
+from bench.peers.vmapped import VmapStep
+from bench.setting import DISTIL, Batch, Problem, Setting, batches, drawn_pairs, make
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.teach import FusedTeachStep
+
+ALL = (*DISTIL, "teach")
+
+
+class Step(Protocol):
+    def __call__(self, batch: Batch) -> object: ...
+    def state(self) -> dict[str, list[Tensor]]: ...
+
+
+class Engine:
+    """One of the project's own steps; it draws its pairs itself, as it does in training."""
+
+    def __init__(self, step: Any, problem: Problem):
+        self.step, self.problem = step, problem
+
+    def __call__(self, batch: Batch) -> object:
+        if self.problem.networks is not None:
+            return self.step([*zip(batch.images, batch.labels, strict=True)])
+        return self.step(batch.images, batch.labels)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        networks = self.problem.networks
+        if networks is not None:
+            parameters = [p for network in networks for p in network.parameters()]
+            return {"shared": parameters, "statistics": [b for network in networks for b in statistics(network)]}
+        assert self.problem.student is not None
+        named = dict(self.problem.student.module.named_parameters())
+        factors = [p for name, p in named.items() if ".delta_" in name]
+        shared = [p for name, p in named.items() if ".delta_" not in name]
+        return {"shared": shared, "factors": factors, "statistics": statistics(self.problem.student.module)}
+
+
+def reference_engine(problem: Problem) -> Step:
+    if problem.networks is not None:
+        return Engine(TeachStep(problem.networks, problem.config), problem)
+    step = ReferenceStep(problem.student, problem.teachers, problem.config, num_classes=100)
+    return Engine(step, problem)
+
+
+def fused_engine(problem: Problem) -> Step:
+    for module in problem.modules:
+        module.to(memory_format=torch.contiguous_format)
+    if problem.networks is not None:
+        shape = (3, problem.setting.size, problem.setting.size)
+        return Engine(FusedTeachStep(problem.networks, problem.config, image_shape=shape), problem)
+    return Engine(FusedStep(problem.student, problem.teachers, problem.config), problem)
+
+
+def jax_step(problem: Problem) -> Step:
+    from bench.peers.jax_step import JaxStep
+
+    return JaxStep(problem)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``needs`` is a module that must be installed; ``precision`` is asked for on a GPU, on a CPU all use float32."""
+
+    name: str
+    title: str
+    build: Callable[[Problem], Step]
+    methods: tuple[str, ...] = ALL
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    precision: str = "bf16"
+    needs: str = ""
+
+    def absent(self, method: str, device: str) -> str | None:
+        """Why it cannot take part."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if method not in self.methods:
+            return "does not have this method"
+        return None if device in self.devices else f"not on {device}"
+
+
+def _teach(step: Callable[..., Step], teach: Callable[..., Step], *rest: Any) -> Callable[[Problem], Step]:
+    return lambda problem: (teach if problem.networks is not None else step)(problem, *rest)
+
+
+# In the order in which they are built: where time runs out, the last are left out.
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("fused", "fused engine", fused_engine, devices=("cuda",)),
+        Contender("reference", "reference engine", reference_engine),
+        Contender("eager", "least work, eager", _teach(EagerStep, EagerTeach)),
+        Contender("captured", "least work, eager, one CUDA graph", _teach(CapturedStep, CapturedTeach),
+                  devices=("cuda",)),
+        Contender("compiled", "torch.compile, one CUDA graph", _teach(CapturedStep, CapturedTeach, CAPTURED),
+                  devices=("cuda",)),
+        Contender("as-written", "as the authors run it, eager", lambda p: EagerStep(p, as_written=True),
+                  methods=DISTIL, precision="tf32"),
+        Contender("vmap", "teachers by vmap", VmapStep, methods=DISTIL),
+        Contender("grouped", "convolutions with groups=", _teach(GroupedStep, GroupedTeach)),
+        Contender("compiled-own", "torch.compile with its own graphs", lambda p: CompiledStep(p, OWN_GRAPHS),
+                  methods=DISTIL, devices=("cuda",)),
+        Contender("torch-uncertainty", "layers of torch-uncertainty", LibraryStep, methods=("latentbe", "tdiv-sdiv"),
+                  needs="torch_uncertainty"),
+        Contender("jax", "JAX under jit", jax_step, methods=DISTIL, needs="jax"),
+    )
+}  # fmt: skip
+
+# Against float64 in float64 and float32; in bf16 and tf32 the bound is measured, see ``Gate``.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-3}
+GATE_STEPS = 2  # the second is a captured graph's replay, with another pair
+
+
+def changes(step: Step, given: list[Batch]) -> dict[str, Tensor]:
+    """What the steps over ``given`` change, by kind, flat."""
+    before = {kind: [t.detach().clone() for t in tensors] for kind, tensors in step.state().items()}
+    for batch in given:
+        step(batch)
+    return {
+        kind: torch.cat([(t.detach() - b.to(t.device)).double().flatten().cpu() for t, b in zip(tensors, before[kind])])
+        for kind, tensors in step.state().items()
+        if tensors
+    }
+
+
+def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Root-mean-square difference relative to the exact change, by kind; inf where anything is not finite."""
+    if actual.keys() != exact.keys():
+        raise ValueError(f"state of {sorted(actual)}, expected {sorted(exact)}")
+    found = {kind: float((actual[kind] - e).norm() / e.norm().clamp_min(1e-30)) for kind, e in exact.items()}
+    return {kind: error if error == error else float("inf") for kind, error in found.items()}
+
+
+class Gate:
+    """Lets through who computes the step: two steps against the reference engine's in float64.
+
+    On a GPU in the setting that is timed, in the precision that is timed: every kind of change may err at most twice as
+    much as PyTorch's own bf16 (the eager peer). On a CPU, where float32 is timed, in float64 on a tiny network.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device):
+        self.device, self.at_size = device, device.type == "cuda"
+        if not self.at_size:
+            small = "tiny-resnet" if "resnet32" in setting.network or "tiny-resnet" in setting.network else "tiny"
+            setting = Setting(small, setting.method, 3, 2)
+        self.setting, self.dtype = setting, torch.float32 if self.at_size else torch.float64
+        self.problem = make(setting, device)
+        pairs = drawn_pairs(setting, self.problem.config.seed, GATE_STEPS)
+        self.batches = batches(setting, GATE_STEPS, device, pairs, torch.float64)
+        self.exact = self._exact()
+        self.bounds = dict.fromkeys(self.exact, BOUNDS[torch.float64])
+        if self.at_size:
+            eager = CONTENDERS["eager"]
+            own = errors(self._changes(eager.build(self.problem.copy(torch.float32, "bf16")), torch.float32), self.exact)
+            self.bounds = {kind: 2 * error for kind, error in own.items()}
+        self._free()
+
+    def _exact(self) -> dict[str, Tensor]:
+        try:
+            return self._changes(reference_engine(self.problem.copy(torch.float64, "fp32")), torch.float64)
+        except torch.OutOfMemoryError:  # float32 without tf32 errs a thousandth of what bf16 does
+            self._free()
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            return self._changes(reference_engine(self.problem.copy(torch.float32, "fp32")), torch.float32)
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
+
+    def _changes(self, step: Step, dtype: torch.dtype) -> dict[str, Tensor]:
+        return changes(step, [self._cast(batch, dtype) for batch in self.batches])
+
+    @staticmethod
+    def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
+        images = [x.to(dtype) for x in batch.images] if isinstance(batch.images, list) else batch.images.to(dtype)
+        return Batch(images, batch.labels, batch.pair)
+
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def check(self, contender: Contender, step: Step | None = None) -> tuple[bool, dict[str, float]]:
+        """Whether it may be timed, and its errors. ``step`` is one built in the timed setting, on a GPU; a CPU's is
+        built here."""
+        if step is None:
+            step = contender.build(self.problem.copy(self.dtype, contender.precision if self.at_size else "fp32"))
+        found = errors(self._changes(step, self.dtype), self.exact)
+        return all(error <= self.bounds[kind] for kind, error in found.items()), found

@@ -1,0 +1,93 @@
+"""Every peer computes the step: in float64, against the reference engine, what two steps change."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from bench.contenders import CONTENDERS, Contender, Gate
+from bench.peers.captured import CapturedStep, CapturedTeach, CompiledStep
+from bench.peers.eager import EagerStep
+from bench.setting import METHODS, Setting, make
+from fastensdistill.network.gpu import GPUS
+
+CPU = torch.device("cpu")
+TRACED = {"backend": "aot_eager"}  # what torch.compile makes of the code, without its code generator
+EXTRA = {
+    "compiled, traced": Contender("", "", lambda p: CapturedStep(p, TRACED), methods=("tdiv-sdiv",)),
+    "teach, traced": Contender("", "", lambda p: CapturedTeach(p, TRACED), methods=("teach",)),
+    "compiled-own, traced": Contender("", "", lambda p: CompiledStep(p, TRACED), methods=("tdiv-sdiv",)),
+}
+PEERS = {name: c for name, c in CONTENDERS.items() if "compiled" not in name} | EXTRA
+
+
+@pytest.fixture(scope="module")
+def gates():
+    found: dict = {}
+
+    def gate(network, method):
+        if (network, method) not in found:
+            found[network, method] = Gate(Setting(network, method, 3, 2), CPU)
+        return found[network, method]
+
+    return gate
+
+
+def cases():
+    for name, contender in PEERS.items():
+        for network in ("tiny", "tiny-resnet"):
+            if network == "tiny-resnet" and name in EXTRA:
+                continue  # tracing is slow, and the code is the same
+            for method in contender.methods:
+                absent = contender.needs and importlib.util.find_spec(contender.needs) is None
+                marks = [pytest.mark.skip(reason=f"{contender.needs} is not installed")] if absent else []
+                yield pytest.param(network, method, name, id=f"{network}-{method}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("network", "method", "name"), list(cases()))
+def test_computes_the_step(gates, network, method, name):
+    gate = gates(network, method)
+    passed, errors = gate.check(PEERS[name])
+    assert set(errors) == set(gate.bounds)
+    assert passed, errors
+
+
+class Wrong(EagerStep):
+    """Forgets that the gradients of r and s count K times."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        self.optimizer.param_groups[1]["lr"] /= self.k
+
+
+def test_the_gate_stops_a_wrong_step(gates):
+    passed, errors = gates("tiny", "latentbe").check(Contender("", "", Wrong))
+    assert not passed
+    assert errors["factors"] > 0.1
+    assert errors["shared"] < 0.1
+
+
+def test_branches_differ_and_statistics_are_settled():
+    problem = make(Setting("tiny", "tdiv-sdiv", 3, 2), CPU)
+    with torch.no_grad():
+        x = torch.rand(2, 3, 8, 8)
+        z = problem.student.eval()(x)
+    assert (z[0] - z[1]).abs().max() > 1e-2 * z.abs().max()
+    assert problem.student.module.bn.running_mean.abs().max() > 0
+
+
+@pytest.mark.parametrize(("method", "forwards"), [("kd", 7), ("latentbe", 16), ("tdiv-sdiv", 22), ("teach", 3)])
+def test_least_work_is_the_papers_count(method, forwards):
+    """Of F, up to the stem's input gradient, which training never needs."""
+    setting = Setting("wrn28_1", method, 128, 4)
+    f = 2 * 54.97e6
+    assert setting.flops / setting.images / f == pytest.approx(forwards, rel=0.02)
+    assert setting.least_time(GPUS["h200"]) > setting.flops / GPUS["h200"].flops
+
+
+def test_every_method_and_network_can_be_planned():
+    for network in ("tiny", "tiny-resnet", "resnet32"):
+        for method in METHODS:
+            assert Setting(network, method, 2, 2).nbytes > 0
