@@ -94,7 +94,8 @@ class FusedStep:
 
     From the first step (or from the start, with ``image_shape`` (channels, H, W) given) the student's parameters and
     running statistics live in this object's buffers: do not move or cast the student any more.
-    ``implementations`` names what computes each convolution (``engine.dispatch``).
+    ``implementations`` names what computes each convolution (``engine.dispatch``). ``synchronised`` takes BatchNorm's
+    statistics over the batches of all processes (one all-reduce per layer and direction) instead of each its own.
     Raises InputError for networks and students that only the reference engine can train.
     """
 
@@ -107,6 +108,7 @@ class FusedStep:
         image_shape: ImageShape | None = None,
         capture: bool = True,
         implementations: Dispatch | None = None,
+        synchronised: bool = False,
     ):
         self.student, self.config = student, config
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
@@ -120,7 +122,7 @@ class FusedStep:
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
         self.dtype, self.precision = arithmetic(config, student)
-        self.run = Runner(self.precision, implementations or Dispatch())
+        self.run = Runner(self.precision, implementations or Dispatch(), synchronised)
         self.capture = capture and self.device.type == "cuda"
         self._rate = config.learning_rate
         self.networks: list[Network] = []

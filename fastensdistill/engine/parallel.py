@@ -1,8 +1,8 @@
 """Data parallel training under ``torchrun``: gradients are averaged between un-fold and update.
 
 Process 0's weights and momentum are everybody's at the start. Every process draws its own pair and batch and keeps its
-own BatchNorm statistics, as the authors' code does; the parameters stay equal, because all take the same steps from
-there. NCCL's all-reduce can be captured in a graph.
+own BatchNorm statistics, as the authors' code does, unless they are to be synchronised; the parameters stay equal,
+because all take the same steps from there. NCCL's all-reduce can be captured in a graph.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[st
 class Runner:
     """Runs parts and frees every buffer after its last reader, so that a captured graph's memory is used again."""
 
-    def __init__(self, precision: str, implement: Implement):
-        self.precision, self.implement = precision, implement
+    def __init__(self, precision: str, implement: Implement, synchronised: bool = False):
+        self.precision, self.implement, self.synchronised = precision, implement, synchronised
 
     def __call__(
         self,
@@ -50,6 +50,8 @@ class Runner:
         remaining, taken = iter(dead), sinks or {}
 
         def after(launch: Launch) -> None:
+            if self.synchronised:
+                share_sums(launch, buffers)
             for name in launch.writes:
                 if name in taken:
                     taken[name].copy_(buffers.pop(name))
@@ -57,6 +59,18 @@ class Runner:
                 buffers.pop(name, None)
 
         run_part(part, weights, slots, buffers, self.precision, after=after, implement=self.implement)
+
+
+def share_sums(launch: Launch, buffers: Buffers) -> None:
+    """Replace the BatchNorm sums that ``launch`` wrote by their mean over processes.
+
+    Divided by one process's count, as what follows does, that is the mean over everybody's images, in the statistics as
+    in the gradient's two sums; every process has a batch of the same size.
+    """
+    for name in launch.writes:
+        if name.endswith("sums"):
+            buffers[name] = buffers[name].sum(1, keepdim=True)
+            average(buffers[name])
 
 
 class Trained:

@@ -32,7 +32,11 @@ def process(index, folder):
     networks, config = teach_setting(2)
     teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
     teach([batch(10 * index + m) for m in range(2)])
-    torch.save([student.state_dict(), *(n.state_dict() for n in networks)], f"{folder}/{index}.pt")
+    shared, teachers, config = setting(perturbation="none")
+    step = FusedStep(shared, teachers, config, synchronised=True)
+    for i in range(STEPS):
+        step(*(half.chunk(2)[index] for half in batch(i, B=6)))
+    torch.save([shared.state_dict(), student.state_dict(), *(n.state_dict() for n in networks)], f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
 
@@ -71,8 +75,8 @@ def test_students_take_the_mean_gradient_with_their_own_pair_and_statistics(resu
             step.optimizer.step()
     for r, expected in enumerate(students):
         for name, value in expected.state_dict().items():
-            check_close(f"{r}: {name}", results[r][0][name].double(), value.double(), 1e-9)
-    one, two = (result[0] for result in results)
+            check_close(f"{r}: {name}", results[r][1][name].double(), value.double(), 1e-9)
+    one, two = (result[1] for result in results)
     assert torch.equal(one["module.stem.layer.weight"], two["module.stem.layer.weight"])
     assert not torch.equal(one["module.bn.running_mean"], two["module.bn.running_mean"])
 
@@ -90,4 +94,15 @@ def test_teachers_take_the_mean_gradient(results):
         for r in range(2):
             optimizers[r][m].step()
             for name, value in both[r][m].state_dict().items():
-                check_close(f"{r}, {m}: {name}", results[r][1 + m][name].double(), value.double(), 1e-9)
+                check_close(f"{r}, {m}: {name}", results[r][2 + m][name].double(), value.double(), 1e-9)
+
+
+def test_with_synchronised_statistics_two_halves_are_one_batch(results):
+    """Parameters and running statistics, against one process that has all the images."""
+    student, teachers, config = setting(perturbation="none")
+    step = FusedStep(student, teachers, config)
+    for i in range(STEPS):
+        step(*batch(i, B=6))
+    for result in results:
+        for name, value in student.state_dict().items():
+            check_close(name, result[0][name].double(), value.double(), 1e-9)
