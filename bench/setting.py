@@ -36,6 +36,7 @@ DISTIL = ("kd", "latentbe", "tdiv-sdiv")
 # name → model and its arguments, image size; the last is for the smoke runs and for checks in float64
 NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     **{n: (n, {}, 32) for n in ("wrn28_1", "wrn28_2", "wrn28_4", "wrn28_10", "resnet32", "resnet32x2", "resnet32x4")},
+    "scaled": ("preresnet", {}, 32),
     "tiny": ("preresnet", {"blocks": (1, 1), "in_planes": 4, "widen": 2}, 8),
     "tiny-resnet": ("resnet", {"blocks": (1, 1), "in_planes": 4}, 8),
 }

@@ -1,0 +1,189 @@
+"""Every kernel in every shape that a step's plan has: time, TFLOP/s, GB/s, share of its own roof, against cuDNN.
+
+    python -m bench.kernels [--network wrn28_4] [--batch 128] [--members 4] [--compile] [--json FILE] [--smoke]
+
+A launch is captured as a CUDA graph and replayed with a cold L2 (a write of 512 MB before each, which also hides the
+host). Convolutions are compared with cuDNN: alone, without what the launch fuses, group by group on channels-last
+memory ("dense") and in one call with groups= ("grouped"); with --compile also with torch.compile over the dense form
+and all that the launch fuses. A launch is timed only if it agrees with its reference in float64.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn import grad as nn_grad
+
+from bench import roof
+from bench.common import arguments, describe_host, save, spread, start, table
+from bench.launches import Prepared, prepare, tensors
+from bench.setting import NETWORKS, Setting
+from fastensdistill.engine.dispatch import VENDOR, channels_last
+from fastensdistill.network.gpu import Gpu
+
+COLUMNS = {
+    "launch": "launch", "count": "per step", "us": "us", "p20": "p20", "p80": "p80", "tflops": "TFLOP/s", "gbs": "GB/s",
+    "share_of_roof": "of roof", "dense": "cuDNN us", "grouped": "grouped us", "compiled": "compiled us", "status": "",
+}  # fmt: skip
+CONVS = ("conv", "conv gradient", "weight gradient")
+
+
+def timer(device: torch.device, repeats: int) -> Callable[[Callable[[], object]], list[float]]:
+    """Seconds of a call, each time with nothing of it in the L2 cache."""
+    if device.type != "cuda":
+
+        def host(call: Callable[[], object]) -> list[float]:
+            found = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                call()
+                found.append(time.perf_counter() - began)
+            return found
+
+        return host
+    flush = torch.empty(1 << 29, dtype=torch.uint8, device=device)
+
+    def measure(call: Callable[[], object]) -> list[float]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for first, last in events:
+            flush.zero_()
+            first.record()
+            graph.replay()
+            last.record()
+        torch.cuda.synchronize(device)
+        return [first.elapsed_time(last) / 1e3 for first, last in events]
+
+    return measure
+
+
+def check(prepared: Prepared) -> float:
+    """Largest error of what the launch writes, as a multiple of what is allowed: twice the rounding of the exact result
+    to its own dtype, or of float32 sums over rounded values 2 %."""
+    worst = 0.0
+    exact = [*tensors(prepared.exact().run())]
+    for actual, e in zip(tensors(prepared.run()), exact, strict=True):
+        scale = e.double().norm().clamp_min(1e-30)
+        error = float((actual.double() - e.double()).norm() / scale)
+        rounding = float((e.to(actual.dtype).double() - e.double()).norm() / scale)
+        allowed = 2 * rounding + 1e-6 if actual.dtype == torch.bfloat16 else 2e-2
+        worst = max(worst, error / allowed if error == error else float("inf"))
+    return worst
+
+
+def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
+    """The launch's convolution alone by PyTorch: a call per group, or one with groups=."""
+    op, args, kwargs = prepared.call()
+    k, stride, padding = (kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0)))
+    G = len(prepared.slots)
+    name, x = prepared.launch.op, args[0]
+    weight: Tensor | None = None
+    if name == "weight gradient":
+        d = args[1]
+        size = (d.shape[-1], x.shape[-1], k, k)
+    elif name == "conv":
+        weight = args[1].index_select(0, prepared.slots).unflatten(1, (k, k)).permute(0, 4, 3, 1, 2)
+    else:
+        weight = args[1].index_select(0, prepared.slots).flip(1).unflatten(1, (k, k)).permute(0, 3, 4, 1, 2)
+    dtype = weight.dtype if weight is not None else args[1].dtype
+    x = x.to(dtype).expand(G, -1, -1, -1, -1)
+
+    def together(t: Tensor) -> Tensor:
+        """(G, N, H, W, C) → (N, G·C, H, W), channels-last."""
+        return channels_last(t.permute(1, 2, 3, 0, 4).flatten(3).contiguous())
+
+    groups = G if grouped else 1
+    pairs: list[tuple[Tensor, ...]]
+    if name == "weight gradient":
+        pairs = [(together(x), together(d))] if grouped else [(channels_last(x[g]), channels_last(d[g])) for g in range(G)]
+        size = (size[0] * groups, *size[1:])
+        return lambda: [nn_grad.conv2d_weight(a, size, b, stride, padding, 1, groups) for a, b in pairs]
+    assert weight is not None
+    flat = weight.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    layers = [w.contiguous(memory_format=torch.channels_last) for w in weight]
+    pairs = [(together(x), flat)] if grouped else [(channels_last(x[g].contiguous()), layers[g]) for g in range(G)]
+    if name == "conv":
+        return lambda: [F.conv2d(a, w, None, stride, padding, 1, groups) for a, w in pairs]
+    height, width = kwargs["in_size"]
+    image = (x.shape[1], groups * weight.shape[2], height, width)
+    return lambda: [nn_grad.conv2d_input(image, w, a, stride, padding, 1, groups) for a, w in pairs]
+
+
+def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) -> dict[str, Any]:
+    launch = prepared.launch
+    found: dict[str, Any] = {
+        "launch": f"{prepared.title}, {len(prepared.part.groups)} groups", "pass": prepared.where, "op": launch.op,
+        "count": count, "flops": launch.flops, "nbytes": launch.nbytes, "least_us": 1e6 * gpu.least_time(launch),
+        "fused": [str(step) for step in (*launch.prologue, *launch.epilogue)], "status": "",
+    }  # fmt: skip
+    error = check(prepared)
+    found["error"] = error
+    if error > 1:
+        return found | {"status": f"not timed: errs {error:.3g} times what is allowed"}
+    times = spread(measure(prepared.run))
+    seconds = times["median"]
+    found |= {
+        "us": 1e6 * seconds, "p20": 1e6 * times["p20"], "p80": 1e6 * times["p80"],
+        "tflops": launch.flops / seconds / 1e12 if launch.flops else None, "gbs": launch.nbytes / seconds / 1e9,
+        "share_of_roof": gpu.least_time(launch) / seconds,
+    }  # fmt: skip
+    if launch.op in CONVS:
+        for name, grouped in (("dense", False), ("grouped", True)):
+            call = bare(prepared, grouped)
+            found[name] = None if call is None else 1e6 * spread(measure(call))["median"]
+    if launch.op in CONVS and compiled:
+        op, args, kwargs = prepared.call()
+        function = torch.compile(VENDOR[op], dynamic=False)
+        found["compiled"] = 1e6 * spread(measure(lambda: function(*args, **kwargs)))["median"]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__, rounds=30)
+    parser.add_argument("--network", default="wrn28_4", choices=NETWORKS)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--members", type=int, default=4, help="M = K")
+    parser.add_argument("--compile", action="store_true", help="against torch.compile too: a compilation per shape")
+    parser.add_argument("--only", nargs="+", help="ops, such as conv or 'weight gradient'")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after that")
+    options = start(parser, argv)
+    if options.smoke:
+        options.network, options.batch, options.members = "tiny", 2, 2
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    setting = Setting(options.network, "tdiv-sdiv", options.batch, options.members)
+    host, (gpu, measured) = describe_host(device), roof.measure(device, smoke=options.smoke, rounds=5)
+    measure, rows, deadline = timer(device, options.rounds), [], time.monotonic() + 60 * options.minutes
+    if device.type != "cuda":
+        print("On a CPU the ops run their references: these are not the kernels.")
+    for prepared, count in prepare(setting, device, dtype):
+        if time.monotonic() > deadline:
+            print("no time left: the rest of the plan's launches is missing")
+            break
+        if not options.only or prepared.launch.op in options.only:
+            with torch.no_grad():
+                rows.append(row(prepared, count, measure, gpu, options.compile))
+            save(options.json, "kernels", host, options.smoke, roof=measured, setting=setting.describe(), rows=rows)
+    print(table(rows, COLUMNS))
+    timed = [r for r in rows if "us" in r]
+    total, least = (sum(r[name] * r["count"] for r in timed) for name in ("us", "least_us"))
+    print(f"{sum(r['count'] for r in timed)} launches of a step: {total / 1e3:.3g} ms one after the other, "
+          f"{least / 1e3:.3g} ms at least")  # fmt: skip
+    return 1 if len(timed) < len(rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

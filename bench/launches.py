@@ -1,0 +1,158 @@
+"""Every distinct launch of a step's plan, ready to be run alone: its op, its weights, and what it reads.
+
+A pass is run once as the engine runs it; each launch of it then finds its inputs in the buffers. FLOPs and bytes are the
+launch's own, from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.setting import METHODS, Setting
+from fastensdistill.engine.passes import Implement, run_part
+from fastensdistill.engine.weights import Weights
+from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.plan import Plan, plan_step
+from fastensdistill.network.trace import trace
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors inside of tuples, lists and dicts, in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(v, dtype) for v in value))
+    if isinstance(value, dict):
+        return {k: cast(v, dtype) for k, v in value.items()}
+    return [cast(v, dtype) for v in value] if isinstance(value, list | tuple) else value
+
+
+class Exact(dict):
+    """Buffers that are handed out in float64: a whole pass's activations in it would not fit beside the pass."""
+
+    def __getitem__(self, name: str) -> Any:
+        return cast(super().__getitem__(name), torch.float64)
+
+
+@dataclass
+class Prepared:
+    """One launch of ``part`` with everything it needs; ``where`` names its pass."""
+
+    where: str
+    launch: Launch
+    part: Part
+    weights: Weights
+    slots: Tensor
+    buffers: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return f"{self.launch.op} {self.launch.node}"
+
+    def run(self, implement: Implement = lambda launch, op: op) -> dict[str, Any]:
+        """What the launch writes, under the plan's names."""
+        buffers = type(self.buffers)(self.buffers)
+        one = replace(self.part, launches=[self.launch])
+        run_part(one, self.weights, self.slots, buffers, implement=implement)
+        return {name: value for name, value in buffers.items() if value is not self.buffers.get(name)}
+
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The convolution that the launch calls: op, arguments, keyword arguments."""
+        found: list[Any] = []
+
+        def spy(launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                found.append((op, args, kwargs))
+                return op(*args, **kwargs)
+
+            return record
+
+        self.run(spy)
+        return found[0]
+
+    def exact(self) -> Prepared:
+        """The same in float64: the same rounded inputs, computed without rounding by the references."""
+        slots = len(next(iter(self.weights.layers.values())).forward)
+        weights = Weights(self.weights.part, slots, torch.float64, self.slots.device)
+        for name, layer in self.weights.layers.items():
+            for key in ("forward", "gradient", "bias"):
+                if getattr(layer, key) is not None:
+                    getattr(weights.layers[name], key).copy_(getattr(layer, key))
+        for name, rows in self.weights.scale_shift.items():
+            for mine, theirs in zip(weights.scale_shift[name], rows, strict=True):
+                mine.copy_(theirs)
+        for name, norm in self.weights.norms.items():
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                getattr(weights.norms[name], key).copy_(getattr(norm, key))
+        return replace(self, weights=weights, buffers=Exact(self.buffers))
+
+
+def plans(setting: Setting) -> dict[str, Plan]:
+    network = trace(setting.build(), (3, setting.size, setting.size))
+    perturbation = METHODS[setting.method][1]
+    assert perturbation is not None
+    return plan_step(network, network, setting.members, setting.k, setting.batch, perturbation)
+
+
+def key(launch: Launch, part: Part) -> tuple[Any, ...]:
+    """Equal for launches that do the same work: op, shapes and what is fused, but for the names."""
+    node = part.network.by_name[launch.node]
+    geometry = (node.shape, getattr(node, "in_shape", None), getattr(node, "kernel", 0), getattr(node, "stride", 0))
+    steps = tuple((s.kind, s.stride) for s in (*launch.prologue, *launch.epilogue))
+    return launch.op, len(part.groups), part.training, bool(launch.folded), geometry, steps, launch.nbytes
+
+
+@torch.no_grad()
+def prepare(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Prepared, int]]:
+    """The distinct launches of a step, each with how often a step has it. Buffers live until the next pass."""
+    torch.manual_seed(0)
+    states = [setting.build().state_dict() for _ in range(max(4, setting.members, setting.k))]
+    for state in states:
+        for name, value in state.items():
+            if name.endswith(("running_var", "bn.weight")):
+                value.uniform_(0.5, 1.5)
+            elif name.endswith(("running_mean", "bias")):
+                value.normal_(std=0.1)
+    every = plans(setting)
+    counts: dict[tuple[Any, ...], int] = {}
+    for plan in every.values():
+        for part in plan.parts:
+            for launch in part.launches:
+                counts[key(launch, part)] = counts.get(key(launch, part), 0) + 1
+    left: dict[bool, tuple[Weights, dict[str, Any]]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    images = torch.rand(1, setting.batch, setting.size, setting.size, 3, device=device)
+    for where, plan in every.items():
+        for part in plan.parts:
+            G = len(part.groups)
+            slots = torch.arange(G, dtype=torch.int32, device=device)
+            if part.launches[0].op == "conv":
+                weights = Weights(part, G, dtype, device)
+                for slot in range(G):
+                    weights.write(slot, {name: v.to(device) for name, v in states[slot].items()})
+                buffers: dict[str, Any] = {"input": images.to(torch.float64 if dtype == torch.float64 else torch.float32)}
+                left[part.training] = weights, buffers
+            else:
+                weights, buffers = left.pop(part.training)
+                logits = buffers[part.network.output][:G]
+                buffers[f"{part.network.output}.grad"] = torch.randn_like(logits) / setting.batch
+            run_part(part, weights, slots, buffers)
+            for launch in part.launches:
+                if key(launch, part) not in seen:
+                    seen.add(key(launch, part))
+                    yield Prepared(where, launch, part, weights, slots, buffers), counts[key(launch, part)]
+
+
+def tensors(written: Any) -> Iterator[Tensor]:
+    """The floating tensors of what a launch wrote."""
+    for value in written.values() if isinstance(written, dict) else written:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, Sequence):
+            yield from tensors(value)
