@@ -4,8 +4,8 @@
 
 The plan says which launch writes and reads which buffer; the engine frees a buffer after its last reader, so the peak
 is the largest sum of live buffers over the launches, beside what stays for the whole run. Counted too: partial sums of
-BatchNorm and of weight gradients, by the kernels' own tiles, and the copy in which a weight gradient changes its
-layout. Not counted: CUDA's context, the training set, gaps of the allocator (a few per cent).
+BatchNorm and of weight gradients, by the kernels' own tiles. Not counted: CUDA's context, the training set, gaps of the
+allocator (a few per cent).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Timeline:
         return buffer.nbytes * (self.itemsize / 2 if buffer.bits == 16 else 1)
 
     def scratch(self, part: Part, launch: Launch) -> float:
-        """What a weight gradient needs beside its result: partial sums, and the result in the kernel's layout."""
+        """What a weight gradient needs beside its result: the partial sums of its programs."""
         node = part.network.by_name[launch.node]
         if launch.op != "weight gradient" or not isinstance(node, Conv | Linear):
             return 0.0
@@ -108,7 +108,7 @@ class Timeline:
         positions = part.batch * H * W
         steps = split_steps(self.arch, blocks * G, -(-positions // tile.BLOCK_K))
         splits = -(-positions // (tile.BLOCK_K * steps))
-        return FLOAT * G * taps * Ci * Co * (1 + (splits if splits > 1 else 0))
+        return FLOAT * G * taps * Ci * Co * splits if splits > 1 else 0.0
 
 
 def weight_count(network: Network) -> tuple[int, int, int]:

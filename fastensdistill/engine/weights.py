@@ -49,7 +49,7 @@ def pack_layer(weight: Tensor, in_shape: Shape) -> Tensor:
 def unpack_gradient(gradient: Tensor, layer: Conv | Linear) -> Tensor:
     """(G, taps, Ci, Co) → (G, Co, Ci, k, k), or (G, 1, H·W·C, Co) → (G, Co, C·H·W)."""
     if isinstance(layer, Conv):
-        return gradient.unflatten(1, (layer.kernel, layer.kernel)).permute(0, 4, 3, 1, 2).contiguous()
+        return gradient.unflatten(1, (layer.kernel, layer.kernel)).permute(0, 4, 3, 1, 2)
     C, H, W = layer.in_shape
     return gradient.view(len(gradient), H, W, C, -1).permute(0, 4, 3, 1, 2).flatten(2)
 
