@@ -21,7 +21,7 @@ from torch.nn import grad as nn_grad
 
 from bench import roof
 from bench.common import arguments, describe_host, save, spread, start, table
-from bench.launches import Prepared, prepare, tensors
+from bench.launches import Prepared, compare, prepare
 from bench.setting import NETWORKS, Setting
 from fastensdistill.engine.dispatch import VENDOR, channels_last
 from fastensdistill.network.gpu import Gpu
@@ -71,17 +71,8 @@ def timer(device: torch.device, repeats: int) -> Callable[[Callable[[], object]]
 
 
 def check(prepared: Prepared) -> float:
-    """Largest error of what the launch writes, as a multiple of what is allowed: twice the rounding of the exact result
-    to its own dtype, or of float32 sums over rounded values 2 %."""
-    worst = 0.0
-    exact = [*tensors(prepared.exact().run())]
-    for actual, e in zip(tensors(prepared.run()), exact, strict=True):
-        scale = e.double().norm().clamp_min(1e-30)
-        error = float((actual.double() - e.double()).norm() / scale)
-        rounding = float((e.to(actual.dtype).double() - e.double()).norm() / scale)
-        allowed = 2 * rounding + 1e-6 if actual.dtype == torch.bfloat16 else 2e-2
-        worst = max(worst, error / allowed if error == error else float("inf"))
-    return worst
+    """The largest error of what the launch writes, as a multiple of what is allowed."""
+    return max(error / allowed for _, error, allowed in compare(prepared))
 
 
 def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:

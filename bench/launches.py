@@ -6,7 +6,7 @@ launch's own, from the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.setting import METHODS, Setting
+from fastensdistill.engine.dispatch import VENDOR
 from fastensdistill.engine.passes import Implement, run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.network.launch import Launch, Part
@@ -148,11 +149,35 @@ def prepare(setting: Setting, device: torch.device, dtype: torch.dtype) -> Itera
                     yield Prepared(where, launch, part, weights, slots, buffers), counts[key(launch, part)]
 
 
-def tensors(written: Any) -> Iterator[Tensor]:
-    """The floating tensors of what a launch wrote."""
-    for value in written.values() if isinstance(written, dict) else written:
-        if isinstance(value, Tensor):
-            if value.is_floating_point():
-                yield value
-        elif isinstance(value, Sequence):
-            yield from tensors(value)
+def compare(prepared: Prepared) -> Iterator[tuple[str, float, float]]:
+    """(name, error, allowed) of everything that the launch writes: root-mean-square errors against float64, relative.
+
+    Allowed is twice the error of PyTorch in the same precision: of its own convolution with the rest as separate
+    operations, elsewhere of the exact result rounded. Sums of rounded values, in float32, may err by half a percent.
+    """
+    exact = named(prepared.exact().run())
+    convolution = prepared.launch.op in ("conv", "conv gradient", "flat gradient", "weight gradient")
+    peer = named(prepared.run(lambda launch, op: VENDOR[op])) if convolution else {}
+    for name, actual in named(prepared.run()).items():
+        e = exact[name].double()
+        scale = e.norm().clamp_min(1e-30)
+        own = (exact[name].to(actual.dtype).double() - e).norm() / scale
+        if name in peer:
+            own = torch.maximum(own, (peer[name].double() - e).norm() / scale)
+        error = float((actual.double() - e).norm() / scale)
+        least = 1e-6 if actual.dtype == prepared.weights.dtype else 5e-3
+        yield name, error if error == error else float("inf"), max(2 * float(own), least)
+
+
+def named(written: Any, name: str = "") -> dict[str, Tensor]:
+    """The floating tensors of what a launch wrote, by name."""
+    if isinstance(written, Tensor):
+        return {name: written} if written.is_floating_point() else {}
+    if isinstance(written, dict):
+        items = written.items()
+    elif hasattr(written, "_fields"):
+        items = zip((f"{name}.{field}" for field in written._fields), written, strict=True)
+    else:
+        items = ((f"{name}.{i}", value) for i, value in enumerate(written or ()))
+    return {k: v for key, value in items for k, v in named(value, key).items()}
+

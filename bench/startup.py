@@ -20,7 +20,7 @@ import torch
 from bench.common import ROOT, arguments, describe_host, save, start, table
 from bench.setting import NETWORKS
 
-PHASES = ("import torch", "import fastensdistill", "build", "first step", "second step")
+PHASES = ("import torch", "import fastensdistill", "import its engines", "build", "first step", "second step")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,9 @@ def phases(network: str, batch: int, members: int, engine: str, device: str) -> 
 
     lap("import fastensdistill")
     assert fastensdistill
+    import fastensdistill.engine.select
+
+    lap("import its engines")
     from bench.common import synchronize
     from bench.contenders import CONTENDERS
     from bench.setting import Setting, batches, make
