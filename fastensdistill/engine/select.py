@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.fused import FusedStep, ImageShape, check_networks
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
+from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.triton_utils import HAS_TRITON
 from fastensdistill.method.student import Student
@@ -48,11 +49,30 @@ def choose_engine(
     return "fused", "asked for" if config.engine == "fused" else "every layer has a kernel"
 
 
+def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float]]) -> tuple[str, str]:
+    """The fused engine if it computes here what the reference engine does, and the reason with what was measured.
+
+    With ``engine="auto"`` a disagreement, or a kernel that does not run on this device, means the reference engine;
+    with "fused" it is raised.
+    """
+    try:
+        found = verify()
+    except (DisagreementError, RuntimeError) as error:
+        if config.engine == "fused":
+            raise
+        return "reference", str(error).splitlines()[0]
+    return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
+
+
 def distillation_step(
     student: Student, teachers: Teachers, config: DistillConfig, image_shape: ImageShape, num_classes: int
 ) -> tuple[ReferenceStep | FusedStep, str]:
     """The step of the chosen engine, and "NAME engine: WHY"."""
     name, why = choose_engine(config, student, teachers, next(student.parameters()).device, image_shape)
+    if name == "fused":
+        name, why = verified(
+            config, why, lambda: verify_distillation(student, teachers, config, image_shape, num_classes)
+        )
     line = f"{name} engine: {why}"
     if name == "fused":
         return FusedStep(student, teachers, config, image_shape=image_shape), line
@@ -64,6 +84,8 @@ def teaching_step(
 ) -> tuple[TeachStep | FusedTeachStep, str]:
     """As :func:`distillation_step`, for networks that become teachers."""
     name, why = choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape)
+    if name == "fused":
+        name, why = verified(config, why, lambda: verify_teaching(networks, config, image_shape))
     line = f"{name} engine: {why}"
     if name == "fused":
         return FusedTeachStep(networks, config, image_shape=image_shape), line

@@ -1,14 +1,15 @@
 """Before a run: one small step of the fused engine against the reference engine, on the device that will train.
 
-Compilers have turned correct kernels into wrong ones without a word, on one GPU and not on another. A step of eight random
-images costs next to nothing beside a run; what is compared are directions, since reduced precision moves lengths little
-and faults (a sign, a mask, a miscompiled tile) turn a direction. The networks given are left as they are.
+Compilers have turned correct kernels into wrong ones without a word, on one GPU and not on another. A step of eight
+random images costs next to nothing beside a run. What is compared are directions: faults (a sign, a mask, a miscompiled
+tile) turn them. Reduced precision may turn them four times as far as PyTorch's own in that precision does. The networks
+given are left as they are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,8 +26,9 @@ from fastensdistill.method.teachers import Teachers
 
 IMAGES = 8
 PAIR_DRAWN = ("tdiv", "tdiv-sdiv")
-# 1 − cosine of the two directions; right kernels stay far below, a fault of one layer is far above.
-ALLOWED = {"fp32": 1e-3, "tf32": 5e-2, "bf16": 0.2}
+# 1 − cosine of the two directions that is always allowed, and how often PyTorch's own in the same precision.
+ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}
+MARGIN = 4
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -50,18 +52,20 @@ def verify_distillation(
                     factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
     images, labels = _batch(moved, shape, num_classes, generator)
     plain = _undecayed(config)
-    one, other = copy.deepcopy(moved), copy.deepcopy(moved)
-    reference = ReferenceStep(one, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
+    exact, own, other = (copy.deepcopy(moved) for _ in range(3))
+    reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
+    same = ReferenceStep(own, teachers, plain, num_classes=num_classes)
     fused = FusedStep(other, teachers, plain, image_shape=shape, capture=False)
     found = {}
     perturbed = reference.perturb(images)
     if config.perturbation in PAIR_DRAWN:
-        found["perturbation"] = _apart([perturbed.images - images], [fused.perturb(images).images - images])
-    for step in (reference, fused):
+        ascents = [[step.perturb(images).images - images] for step in (same, fused)]
+        found["perturbation"] = _judge("perturbation", config, [perturbed.images - images], *ascents)
+    for step in (reference, same, fused):
         step.set_learning_rate(config.learning_rate)
         step.distil(perturbed, labels)
-    found["update"] = _apart(_changes(moved, one), _changes(moved, other))
-    return _judge(found, config)
+    found["update"] = _judge("update", config, *(_changes(moved, after) for after in (exact, own, other)))
+    return found
 
 
 def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:
@@ -71,16 +75,16 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(network, shape, classes, generator) for network in networks]
     plain = _undecayed(config)
-    one, other = copy.deepcopy(list(networks)), copy.deepcopy(list(networks))
-    reference = TeachStep(one, replace(plain, precision="fp32"))
-    fused = FusedTeachStep(other, plain, image_shape=shape, capture=False)
-    for step in (reference, fused):
+    before = nn.ModuleList(networks)
+    exact, own, other = (copy.deepcopy(before) for _ in range(3))
+    for step in (
+        TeachStep(list(exact), replace(plain, precision="fp32")),
+        TeachStep(list(own), plain),
+        FusedTeachStep(list(other), plain, image_shape=shape, capture=False),
+    ):
         step.set_learning_rate(config.learning_rate)
         step(batches)
-    changes: Callable[[list[nn.Module]], list[Tensor]] = lambda after: [  # noqa: E731
-        change for b, a in zip(networks, after, strict=True) for change in _changes(b, a)
-    ]
-    return _judge({"update": _apart(changes(one), changes(other))}, config)
+    return {"update": _judge("update", config, *(_changes(before, after) for after in (exact, own, other)))}
 
 
 def _undecayed(config: Config) -> Config:
@@ -92,7 +96,9 @@ def _batch(
     network: nn.Module, shape: ImageShape, num_classes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     device = next(network.parameters()).device
-    images = torch.rand(IMAGES, *shape, generator=generator) * 0.9 + 0.05
+    # A colour for each image and each half of it: untrained networks tell images of plain noise apart too little.
+    colours = torch.rand(IMAGES, shape[0], 2, 1, generator=generator).repeat_interleave(-(-shape[1] // 2), 2)
+    images = 0.7 * colours[:, :, : shape[1]] + 0.25 * torch.rand(IMAGES, *shape, generator=generator) + 0.025
     labels = torch.randint(num_classes, (IMAGES,), generator=generator)
     return images.to(device, memory_format=torch.channels_last), labels.to(device)
 
@@ -108,11 +114,12 @@ def _apart(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
     return 1 - cosine if cosine == cosine else 2.0
 
 
-def _judge(found: dict[str, float], config: TrainConfig) -> dict[str, float]:
-    worst = max(found, key=lambda name: found[name])
-    if found[worst] > ALLOWED[config.precision]:
+def _judge(what: str, config: TrainConfig, exact: list[Tensor], own: list[Tensor], fused: list[Tensor]) -> float:
+    """1 − cosine of the fused engine's direction and the exact one, if PyTorch's own in the precision allows it."""
+    found, allowed = _apart(exact, fused), max(ALLOWED[config.precision], MARGIN * _apart(exact, own))
+    if found > allowed:
         raise DisagreementError(
-            f"the fused engine's {worst} is not the reference engine's on this device (1 − cosine {found[worst]:.1e}, "
-            f"at most {ALLOWED[config.precision]:.0e} for {config.precision}); use engine='reference' and report this"
+            f"the fused engine's {what} is not the reference engine's on this device (1 − cosine {found:.1e}, at most "
+            f"{allowed:.0e} for {config.precision}); use engine='reference' and report this"
         )
     return found
