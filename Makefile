@@ -9,7 +9,7 @@ demo: .venv/.demo
 	$(BIN)/fastensdistill demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
