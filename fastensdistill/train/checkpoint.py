@@ -22,7 +22,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.weights import read_tensors, save_tensors, write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
-# What may differ between a run and its continuation: none of it changes a single bit of the result on one device.
+# What may differ between a run and its continuation. Another device or engine changes the last bits, not the method.
 FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root"}
 
 
