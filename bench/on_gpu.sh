@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Proof and measurements on a bare CUDA machine: Python, torch with triton, nvcc and a compiler; no network.
+#
+#   bench/on_gpu.sh [OUT] [STAGE...]      OUT: folder of the results, default $OUT, else runs/on_gpu
+#
+# Stages, each well inside ten minutes, by default all in this order:
+#   build     the extension, in place              tests     pytest -m gpu: every launch and the step against float64
+#   kernels-f32  the interpreter's tests on the device         sanitize  compute-sanitizer over the small steps
+#   roof      copy and matrix product              step      WRN-28-4 against the peers that need no compilation
+#   compiled  WRN-28-4 against torch.compile       resnet    ResNet-32, likewise   kernels   every launch of WRN-28-4
+#   methods   KD, LatentBE, teacher training       loader, scaling, startup        report    tables and plots
+# NETWORK, BATCHES, MEMBERS change the sizes of step, compiled, methods and kernels. PACKAGES names a folder of Python
+# packages that the machine lacks (pytest, say). A stage that fails does not stop the next; the exit status counts them.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${1:-${OUT:-runs/on_gpu}}
+[ $# -gt 0 ] && shift
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+STAGES=${*:-build tests kernels-f32 sanitize roof step compiled resnet methods kernels loader scaling startup report}
+export PYTHONPATH="$PWD${PACKAGES:+:$PACKAGES}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+PY=${PYTHON:-python3}
+NETWORK=${NETWORK:-wrn28_4} BATCHES=${BATCHES:-128 512} MEMBERS=${MEMBERS:-4} LIMIT=${LIMIT:-570}
+FAST="fused reference eager captured as-written vmap grouped jax torch-uncertainty"
+COMPILED="fused captured compiled"
+LOG="$OUT/log.txt" SUMMARY="$OUT/summary.txt" FAILED=0
+
+bench() { # NAME COMMAND...: the results in OUT/NAME.json
+    local name=$1
+    shift
+    "$PY" -m "bench.$1" --json "$OUT/$name.json" "${@:2}"
+}
+
+stage() {
+    # shellcheck disable=SC2086  # lists of words are meant
+    case $1 in
+        build) "$PY" setup.py -q build_ext --inplace && "$PY" -m fastensdistill.cli doctor ;;
+        tests) "$PY" -m pytest -m gpu -x --durations=10 tests/gpu tests/kernels tests/engine ;;
+        kernels-f32) "$PY" -m pytest -m "not gpu" --durations=10 tests/kernels tests/network tests/engine ;;
+        sanitize)
+            if command -v compute-sanitizer >/dev/null; then
+                compute-sanitizer --error-exitcode 9 "$PY" -m pytest -m gpu -q tests/kernels/test_csrc_gpu.py \
+                    "tests/gpu/test_launches.py" -k "odd and own-warps or cuda"
+            else
+                echo "compute-sanitizer is not installed: left out"
+            fi ;;
+        roof) bench roof roof ;;
+        step) bench step throughput --networks "$NETWORK" --batches $BATCHES --members $MEMBERS \
+            --contenders $FAST --minutes 7 ;;
+        compiled) bench compiled throughput --networks "$NETWORK" --batches ${BATCHES##* } --members $MEMBERS \
+            --contenders $COMPILED --minutes 5 ;;
+        resnet) bench resnet throughput --networks resnet32 --batches ${BATCHES##* } --members $MEMBERS \
+            --contenders $COMPILED eager reference as-written grouped --minutes 5 ;;
+        methods) bench methods throughput --networks "$NETWORK" --methods kd latentbe teach \
+            --batches ${BATCHES##* } --members $MEMBERS --contenders fused reference eager captured --minutes 7 ;;
+        kernels) bench kernels kernels --network "$NETWORK" --batch ${BATCHES##* } --members $MEMBERS --minutes 8 ;;
+        loader) bench loader loader ;;
+        scaling) bench scaling scaling --rounds 5 ;;
+        startup) bench startup startup --network "$NETWORK" --rounds 3 ;;
+        report) "$PY" -m bench.report "$OUT" --plots "$OUT/plots" ;;
+        *)
+            echo "unknown stage $1"
+            return 2 ;;
+    esac
+}
+
+export -f stage bench
+export PY NETWORK BATCHES MEMBERS FAST COMPILED OUT
+{
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv,noheader || true
+    nvcc --version 2>/dev/null | tail -1 || true
+} >>"$SUMMARY" 2>&1
+for one in $STAGES; do
+    began=$SECONDS
+    printf '\n===== %s =====\n' "$one" | tee -a "$LOG"
+    timeout -k 5 "$LIMIT" bash -c "stage $one" 2>&1 | tee -a "$LOG" | tail -n "${LINES_SHOWN:-60}"
+    status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || FAILED=$((FAILED + 1))
+    printf '%-12s %-10s %4d s\n' "$one" \
+        "$([ "$status" -eq 0 ] && echo ok || { [ "$status" -eq 124 ] && echo "too long" || echo "failed $status"; })" \
+        $((SECONDS - began)) >>"$SUMMARY"
+done
+printf '\n'
+"$PY" -m bench.summary "$OUT" >>"$SUMMARY" 2>&1
+cat "$SUMMARY"
+exit "$FAILED"

@@ -1,0 +1,136 @@
+"""Every command at tiny sizes: it runs, checks, and writes a file from which the report draws."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import kernels, loader, report, roof, scaling, startup, summary, throughput
+from bench.common import ROOT, interleave, quantile, table
+
+COMMANDS = {
+    "throughput": throughput, "kernels": kernels, "loader": loader, "scaling": scaling, "startup": startup, "roof": roof,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """One smoke run of every command."""
+    folder = tmp_path_factory.mktemp("results")
+    for name, module in COMMANDS.items():
+        assert module.main(["--smoke", "--json", str(folder / f"{name}.json")]) == 0, name
+    return folder
+
+
+def load(results: Path, name: str) -> dict:
+    return json.loads((results / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_results_say_where_they_come_from(results, name):
+    run = load(results, name)
+    assert run["kind"] == name
+    assert run["smoke"]
+    assert {"commit", "date", "device", "torch", "python"} <= run["host"].keys()
+
+
+def test_everybody_is_timed_or_has_a_reason(results):
+    rows = load(results, "throughput")["rows"]
+    assert {row["contender"] for row in rows} == set(throughput.CONTENDERS)
+    assert {row["method"] for row in rows} == {"kd", "latentbe", "tdiv-sdiv", "teach"}
+    for row in rows:
+        if row["status"] == "timed":
+            assert 0 < row["p20"] <= row["images_per_second"] <= row["p80"]
+            assert row["images_per_second"] * row["seconds"] == pytest.approx(8 if row["method"] == "teach" else 4)
+            assert all(error <= row["bounds"][kind] for kind, error in row["errors"].items())
+        else:
+            assert row["status"].startswith("not timed: ")
+            assert "images_per_second" not in row
+    timed = {row["contender"] for row in rows if row["status"] == "timed"}
+    assert {"reference", "eager", "as-written", "vmap", "grouped"} <= timed
+
+
+def test_a_launch_is_counted_as_often_as_the_step_has_it(results):
+    run = load(results, "kernels")
+    rows, step = run["rows"], throughput.Setting("tiny", "tdiv-sdiv", 2, 2)
+    assert sum(row["count"] for row in rows) == len(step.launches)
+    assert sum(row["flops"] * row["count"] for row in rows) == step.flops
+    assert all(row["us"] > 0 for row in rows)
+    assert all(row["dense"] > 0 and row["grouped"] > 0 for row in rows if row["op"] in kernels.CONVS)
+
+
+def test_what_fails_its_check_is_not_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loader, "LOADERS", {
+        "device": loader.LOADERS["device"],
+        "wrong": ("wrong", lambda split, batch, *rest: lambda: next(iter([loader_batch(split, batch)]))),
+    })  # fmt: skip
+    assert loader.main(["--smoke", "--json", str(tmp_path / "x.json")]) == 1
+    wrong = load(tmp_path, "x")["rows"][1]
+    assert "images_per_second" not in wrong
+    assert "an epoch does not have every image once" in capsys.readouterr().out
+
+
+def loader_batch(split, batch):
+    import torch
+
+    return torch.zeros(batch, 3, 5, 5), torch.zeros(batch, dtype=torch.int64)
+
+
+def test_report(results, tmp_path, capsys):
+    earlier = load(results, "throughput")
+    for row in earlier["rows"]:
+        if "images_per_second" in row:
+            row["images_per_second"] /= 2
+    earlier["host"]["torch"] = "1.0"
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    with pytest.raises(SystemExit, match="smoke run"):
+        report.main([str(results)])
+    against = ["--against", str(tmp_path / "earlier.json"), "--plots", str(tmp_path / "plots")]
+    assert report.main([str(results), "--smoke", *against]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"### {name}: {name}.json" in text
+    assert "torch 1.0 → " in text
+    compared = text.split("Against commit")[1].split("###")[0]
+    ratios = [line.split("|")[-2].strip() for line in compared.splitlines() if line.startswith("| tiny")]
+    assert set(ratios) == {"2"}
+    assert "Not timed: fused engine (not on cpu)" in text
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert plots == [f"{name}.{kind}" for name in ("kernels", "scaling", "throughput") for kind in ("png", "svg")]
+    summary.main([str(results)])
+    assert "SMOKE RUN" in capsys.readouterr().out
+
+
+def test_report_without_results(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().out
+
+
+def test_exponent():
+    assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_quantiles_and_table():
+    assert quantile([3, 1, 2], 0.5) == 2
+    assert quantile([0, 10], 0.2) == pytest.approx(2)
+    assert table([{"a": "x", "b": 1234.5}, {"a": "yy"}], {"a": "A", "b": "B"}) == "A       B\nx   1,234\nyy      –"
+
+
+def test_interleaved_turns():
+    import torch
+
+    order: list[str] = []
+    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, torch.device("cpu"))
+    assert order == [*"aabb", *"ab" * 3]  # warm-up and estimate, then turns
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+
+
+def test_script_knows_its_stages():
+    script = ROOT / "bench" / "on_gpu.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    text = script.read_text()
+    default = text.split("STAGES=${*:-")[1].split("}")[0].split()
+    assert all(f"\n        {name})" in text for name in default)
