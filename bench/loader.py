@@ -26,7 +26,7 @@ from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.data.sources import Split
 from fastensdistill.kernels.augment import augment as augment_op
 
-COLUMNS = {"title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours is", "status": ""}
+COLUMNS = {"title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by", "status": ""}
 PAD = 4
 
 

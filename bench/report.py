@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, bool, dict[str, str]]] = {
     "throughput": (
         ("network", "method", "batch", "members", "contender"), "images_per_second", True,
         {"network": "network", "method": "method", "batch": "batch", "members": "M = K", "title": "step",
-         "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "fastest of ours is", "tflops": "TFLOP/s",
+         "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by", "tflops": "TFLOP/s",
          "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000 images"},
     ),
     "kernels": (
@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, bool, dict[str, str]]] = {
     ),
     "loader": (
         ("loader",), "images_per_second", True,
-        {"title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours is"},
+        {"title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by"},
     ),
     "scaling": (
         ("vary", "value"), "ms", False,

@@ -30,7 +30,7 @@ from bench.setting import METHODS, NETWORKS, TITLES, Batch, Setting, batches, dr
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
-    "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "fastest of ours is",
+    "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by",
     "tflops": "TFLOP/s", "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000", "status": "",
 }  # fmt: skip
 OURS = ("fused", "reference")

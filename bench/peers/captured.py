@@ -72,7 +72,7 @@ class CapturedStep(EagerStep):
         parameters, buffers = stack_module_state(networks)
         self.stacked = {name: value.detach() for name, value in (parameters | buffers).items()}
         self.one_teacher = compiled(self.select_teacher, options)
-        self.every_teacher = compiled(lambda x: torch.stack([network(x) for network in networks]), options)
+        self.networks_of_teachers, self.compiled = networks, options is not None
         self.some_branches, self.every_branch = compiled(self.select_branch, options), compiled(self.run_all, options)
         self.pair = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.images: Tensor | None = None
@@ -94,7 +94,9 @@ class CapturedStep(EagerStep):
         return self.one_teacher(x, member)
 
     def all_teachers(self, x: Tensor) -> Tensor:
-        return self.every_teacher(x)
+        if self.compiled:  # one compilation serves all
+            return torch.stack([self.teacher(x, self.members[m]) for m in range(len(self.teachers))])
+        return torch.stack([network(x) for network in self.networks_of_teachers])
 
     def branches(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         return self.every_branch(x) if chosen is None else self.some_branches(x, chosen)
@@ -156,13 +158,18 @@ class CompiledStep(EagerStep):
 class CapturedTeach(EagerTeach):
     def __init__(self, problem: Problem, options: Compile = None):
         super().__init__(problem)
-        self.forwards = [compiled(CompiledStep.forward_of(network.train()), options) for network in self.networks]
+        self.states = [dict(n.named_parameters()) | dict(n.named_buffers()) for n in self.networks]
+        self.one = compiled(lambda state, x: functional_call(self.networks[0], state, x), options)
+        self.compiled = options is not None
         self.batch: Batch | None = None
         changed = [b for network in self.networks for b in network.buffers()]
         self.run = Replay(self.body, [*self.parameters, *changed], self.optimizer, self.device)
 
     def logits(self, images: Any) -> Any:
-        return [forward(x) for forward, x in zip(self.forwards, images, strict=True)]
+        if not self.compiled:
+            return super().logits(images)
+        self.networks[0].train()  # one compilation serves all
+        return [self.one(state, x) for state, x in zip(self.states, images, strict=True)]
 
     def body(self) -> None:
         assert self.batch is not None
