@@ -137,7 +137,9 @@ def changes(step: Step, given: list[Batch]) -> dict[str, Tensor]:
     for batch in given:
         step(batch)
     return {
-        kind: torch.cat([(t.detach() - b.to(t.device)).double().flatten().cpu() for t, b in zip(tensors, before[kind])])
+        kind: torch.cat(
+            [(t.detach() - b.to(t.device)).double().flatten().cpu() for t, b in zip(tensors, before[kind], strict=True)]
+        )
         for kind, tensors in step.state().items()
         if tensors
     }
@@ -154,8 +156,9 @@ def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, flo
 class Gate:
     """Lets through who computes the step: two steps against the reference engine's in float64.
 
-    (Above ``LARGE`` in float32.) On a GPU in the setting that is timed, in the precision that is timed: every kind of change may err at most twice as
-    much as PyTorch's own bf16 (the worse of the eager peer and the reference engine). On a CPU, where float32 is timed, in float64 on a tiny network.
+    On a GPU in the setting that is timed (above ``LARGE`` against float32) and in the precision that is timed: every
+    kind of change may err at most twice as much as PyTorch's own bf16 (the worse of the eager peer and the reference
+    engine). On a CPU, where float32 is timed, in float64 on a tiny network. ``at_size`` overrides which of the two.
     """
 
     def __init__(self, setting: Setting, device: torch.device, at_size: bool | None = None):

@@ -80,7 +80,9 @@ def kernels(run: Run) -> Figure:
     intensity = np.array([row["flops"] / row["nbytes"] for row in rows])
     low, high = intensity.min() / 2, max(intensity.max(), roof["flops_per_second"] / roof["bytes_per_second"]) * 3
     x = np.geomspace(low, high, 200)
-    axes.plot(x, np.minimum(roof["flops_per_second"], x * roof["bytes_per_second"]) / 1e12, color="#222222", linewidth=1.6)
+    axes.plot(
+        x, np.minimum(roof["flops_per_second"], x * roof["bytes_per_second"]) / 1e12, color="#222222", linewidth=1.6
+    )
     axes.text(high, 1.05 * roof["flops_per_second"] / 1e12, f"measured: {roof['flops_per_second'] / 1e12:.3g} TFLOP/s",
               ha="right", va="bottom", fontsize=9)  # fmt: skip
     corner = (low * roof["flops_per_second"] / roof["bytes_per_second"]) ** 0.5  # the middle of the slope
@@ -121,7 +123,9 @@ def scaling(run: Run) -> Figure:
         panel.minorticks_off()
         panel.grid()
         if name in fits:
-            panel.set_title(f"exponent {fits[name]['exponent']:.2f}\nleast work {fits[name]['least_work']:.2f}", fontsize=9)
+            panel.set_title(
+                f"exponent {fits[name]['exponent']:.2f}\nleast work {fits[name]['least_work']:.2f}", fontsize=9
+            )
     panels[0].set_ylabel("ms a step")
     panels[0].legend(loc="upper left", fontsize=8.5)
     figure.suptitle(f"{run['engine']} engine; {caption(run)}", fontsize=8.5, color=QUIET, x=0.01, ha="left")

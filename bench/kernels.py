@@ -77,7 +77,7 @@ def check(prepared: Prepared) -> float:
 
 def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
     """The launch's convolution alone by PyTorch: a call per group, or one with groups=."""
-    op, args, kwargs = prepared.call()
+    _, args, kwargs = prepared.call()
     k, stride, padding = (kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0)))
     G = len(prepared.slots)
     name, x = prepared.launch.op, args[0]
@@ -99,7 +99,9 @@ def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
     groups = G if grouped else 1
     pairs: list[tuple[Tensor, ...]]
     if name == "weight gradient":
-        pairs = [(together(x), together(d))] if grouped else [(channels_last(x[g]), channels_last(d[g])) for g in range(G)]
+        pairs = (
+            [(together(x), together(d))] if grouped else [(channels_last(x[g]), channels_last(d[g])) for g in range(G)]
+        )
         size = (size[0] * groups, *size[1:])
         return lambda: [nn_grad.conv2d_weight(a, size, b, stride, padding, 1, groups) for a, b in pairs]
     assert weight is not None

@@ -1,7 +1,7 @@
 """Every distinct launch of a step's plan, ready to be run alone: its op, its weights, and what it reads.
 
-A pass is run once as the engine runs it; each launch of it then finds its inputs in the buffers. FLOPs and bytes are the
-launch's own, from the plan.
+A pass is run once as the engine runs it; each launch of it then finds its inputs in the buffers. FLOPs and bytes are
+the launch's own, from the plan.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def prepare(setting: Setting, device: torch.device, dtype: torch.dtype) -> Itera
                 weights = Weights(part, G, dtype, device)
                 for slot in range(G):
                     weights.write(slot, {name: v.to(device) for name, v in states[slot].items()})
-                buffers: dict[str, Any] = {"input": images.to(torch.float64 if dtype == torch.float64 else torch.float32)}
+                buffers: dict[str, Any] = {
+                    "input": images.to(torch.float64 if dtype == torch.float64 else torch.float32)
+                }
                 left[part.training] = weights, buffers
             else:
                 weights, buffers = left.pop(part.training)
@@ -180,4 +182,3 @@ def named(written: Any, name: str = "") -> dict[str, Tensor]:
     else:
         items = ((f"{name}.{i}", value) for i, value in enumerate(written or ()))
     return {k: v for key, value in items for k, v in named(value, key).items()}
-

@@ -26,7 +26,10 @@ from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.data.sources import Split
 from fastensdistill.kernels.augment import augment as augment_op
 
-COLUMNS = {"title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by", "status": ""}
+COLUMNS = {
+    "title": "loader", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by",
+    "status": "",
+}  # fmt: skip
 PAD = 4
 
 
@@ -55,7 +58,9 @@ def endless(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, 
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def device_loader(split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int) -> Callable[[], Any]:
+def device_loader(
+    split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int
+) -> Callable[[], Any]:
     generator = torch.Generator(device).manual_seed(0)
     return DeviceLoader(split, batch, device=device, generator=generator, augment=Augment(pad, flip)).next
 
@@ -82,7 +87,9 @@ def device_op(split: Split, batch: int, device: torch.device, pad: int, flip: bo
     return call
 
 
-def torch_loader(split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int) -> Callable[[], Any]:
+def torch_loader(
+    split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int
+) -> Callable[[], Any]:
     images = torch.tensor(split.images).permute(0, 3, 1, 2).contiguous()
     data = PerImage(images, torch.tensor(split.labels).long(), pad, flip)
     loader = DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
@@ -90,7 +97,9 @@ def torch_loader(split: Split, batch: int, device: torch.device, pad: int, flip:
     return endless(loader, device).__next__
 
 
-def torch_batched(split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int) -> Callable[[], Any]:
+def torch_batched(
+    split: Split, batch: int, device: torch.device, pad: int, flip: bool, workers: int
+) -> Callable[[], Any]:
     """A DataLoader that only reads; crop and flip of the batch on the device, one offset a batch (as is often done)."""
     images = torch.tensor(split.images).permute(0, 3, 1, 2).contiguous()
     loader = DataLoader(TensorDataset(images, torch.tensor(split.labels).long()), batch, shuffle=True, drop_last=True,

@@ -132,8 +132,8 @@ class Problem:
 
 
 def make(setting: Setting, device: torch.device) -> Problem:
-    """The same weights every time, in float32 and channels_last, off everything special: branches that differ, BatchNorm
-    statistics of random images."""
+    """The same weights every time, in float32 and channels_last: branches that differ, and BatchNorm statistics of
+    random images."""
     torch.manual_seed(0)
     images = torch.rand(16, 3, setting.size, setting.size)
     networks = [setting.build() for _ in range(setting.members + 1)]
@@ -178,7 +178,9 @@ def batches(
     found = []
     for i in range(count):
         shape = (setting.members if setting.method == "teach" else 1, setting.batch, 3, setting.size, setting.size)
-        images = [x.to(device, dtype).to(memory_format=torch.channels_last) for x in torch.rand(shape, generator=generator)]
+        images = [
+            x.to(device, dtype).to(memory_format=torch.channels_last) for x in torch.rand(shape, generator=generator)
+        ]
         labels = [*torch.randint(CLASSES, shape[:2], generator=generator).to(device)]
         if setting.method != "teach":
             images, labels = images[0], labels[0]

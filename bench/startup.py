@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = json.dumps([options.network, options.batch, options.members, engine, options.device])
     samples: list[dict[str, float]] = []
     for _ in range(options.rounds + 1):
-        done = subprocess.run([sys.executable, "-m", "bench.startup_phases", given], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.startup_phases", given], capture_output=True, text=True, cwd=ROOT
+        )
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1

@@ -23,8 +23,7 @@ def main(argv: list[str]) -> int:
             print(table(rows, {"title": "step"} | titles))
         elif run.get("kind") == "kernels":
             rows = [row for row in run["rows"] if "us" in row]
-            print(f"\n{file.stem}: {len(rows)} distinct launches timed, {len(run['rows']) - len(rows)} not; where a step's "
-                  "time is")  # fmt: skip
+            print(f"\n{file.stem}: {len(rows)} distinct launches timed, {len(run['rows']) - len(rows)} not")
             ops = dict.fromkeys(row["op"] for row in rows)
             lines = []
             for op in ops:
@@ -33,7 +32,9 @@ def main(argv: list[str]) -> int:
                 dense = [row for row in own if row.get("dense")]
                 ratio = sum(row["dense"] * row["count"] for row in dense) / us if dense else None
                 lines.append({"op": op, "us": us, "share_of_roof": least / us, "dense": ratio})
-            print(table(lines, {"op": "op", "us": "us a step", "share_of_roof": "of roof", "dense": "cuDNN alone / ours"}))
+            print(
+                table(lines, {"op": "op", "us": "us a step", "share_of_roof": "of roof", "dense": "cuDNN alone / ours"})
+            )
     return 0
 
 

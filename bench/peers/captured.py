@@ -181,5 +181,3 @@ class CapturedTeach(EagerTeach):
         for mine, theirs in zip([*self.batch.images, *self.batch.labels], [*batch.images, *batch.labels], strict=True):
             mine.copy_(theirs)
         self.run()
-
-

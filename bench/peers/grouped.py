@@ -49,7 +49,11 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.parameters_of()
         x = x.view(-1, self.groups, x.shape[1]).transpose(0, 1)
-        return torch.baddbmm(bias[:, None].to(x.dtype), x, weight.transpose(1, 2).to(x.dtype)).transpose(0, 1).flatten(0, 1)
+        return (
+            torch.baddbmm(bias[:, None].to(x.dtype), x, weight.transpose(1, 2).to(x.dtype))
+            .transpose(0, 1)
+            .flatten(0, 1)
+        )
 
 
 class GroupedNorm(nn.Module):
@@ -77,7 +81,9 @@ def group(networks: Sequence[nn.Module], trained: bool = False) -> tuple[nn.Modu
         layers: list[Any] = [network.get_submodule(name) for network in networks]
         replacement: nn.Module | None = None
         if isinstance(module, nn.Conv2d):
-            weight = nn.Parameter(torch.stack([layer.weight.detach().contiguous() for layer in layers]), requires_grad=trained)
+            weight = nn.Parameter(
+                torch.stack([layer.weight.detach().contiguous() for layer in layers]), requires_grad=trained
+            )
             replacement = GroupedConv(layers, weight)
             named.append((f"{name}.weight", weight))
         elif isinstance(module, nn.Linear):
@@ -121,7 +127,9 @@ class GroupedStep(EagerStep):
             memo = {id(t): t for t in (*self.network.parameters(), *self.network.buffers())}
             memo |= {id(m): m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)}
             kept = {id(m): m for m in self.network.modules() if isinstance(m, ActivationLayer)}
-            self.branched = replace_layers(copy.deepcopy(self.network, memo | kept), ActivationLayer, self.grouped_layer)
+            self.branched = replace_layers(
+                copy.deepcopy(self.network, memo | kept), ActivationLayer, self.grouped_layer
+            )
 
     def grouped_layer(self, module: ActivationLayer) -> nn.Module:
         wrapped = RankOneLayer.__new__(RankOneLayer)

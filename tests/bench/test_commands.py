@@ -12,7 +12,8 @@ from bench import kernels, loader, report, roof, scaling, startup, summary, thro
 from bench.common import ROOT, interleave, quantile, table
 
 COMMANDS = {
-    "throughput": throughput, "kernels": kernels, "loader": loader, "scaling": scaling, "startup": startup, "roof": roof,
+    "throughput": throughput, "kernels": kernels, "loader": loader, "scaling": scaling, "startup": startup,
+    "roof": roof,
 }  # fmt: skip
 
 
