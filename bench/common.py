@@ -178,6 +178,16 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def driver_version() -> str | None:
+    """Without NVML's Python package."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
 def describe_host(device: torch.device) -> dict[str, Any]:
     """Commit, device, driver, versions and clocks: what a number means nothing without."""
     host = {
@@ -188,7 +198,7 @@ def describe_host(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if device.type == "cuda":
         meter = Meter(device)
-        driver = meter.nvml.nvmlSystemGetDriverVersion() if meter.handle is not None else None
+        driver = meter.nvml.nvmlSystemGetDriverVersion() if meter.handle is not None else driver_version()
         properties = torch.cuda.get_device_properties(device)
         host |= {
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}", "driver": driver,

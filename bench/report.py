@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, bool, dict[str, str]]] = {
 
 def load(paths: Iterable[Path], smoke: bool) -> list[tuple[Path, Run]]:
     """Runs in the order of their date."""
-    files = [f for path in paths for f in (sorted(path.glob("**/*.json")) if path.is_dir() else [path])]
+    files = [f for path in paths for f in ([path] if path.suffix == ".json" else sorted(path.glob("**/*.json")))]
     runs = [(file, json.loads(file.read_text())) for file in files]
     runs = [(file, run) for file, run in runs if isinstance(run, dict) and run.get("kind") in KINDS]
     for file, run in runs:

@@ -133,6 +133,7 @@ def finish(running: list[Built], setting: Setting, options: Any, device: torch.d
     names = {built.row["contender"]: built for built in running}
     least = 0.2 if device.type == "cuda" else 0.0
     times = interleave({name: built.calls for name, built in names.items()}, options.rounds, device, least)
+    clocks = meter.clocks()  # right after the load, before they fall
     ours = [statistics.median(t) for name, t in times.items() if name in OURS]
     idle = meter.idle_watts() if options.energy else None
     for name, t in times.items():
@@ -143,7 +144,7 @@ def finish(running: list[Built], setting: Setting, options: Any, device: torch.d
             "p80": images / quantile(t, 0.2), "tflops": setting.flops / median / 1e12,
             "ratio": median / min(ours) if ours else None,
             "share_of_roof": setting.least_time(gpu) / median if device.type == "cuda" else None,
-            "joules_per_1000": None if joules is None else 1000 * joules / images, "idle_watts": idle,
+            "joules_per_1000": None if joules is None else 1000 * joules / images, "idle_watts": idle, "clocks": clocks,
         }  # fmt: skip
 
 

@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import kernels, loader, report, roof, scaling, startup, summary, throughput
-from bench.common import ROOT, interleave, quantile, table
+from bench.common import ROOT, Meter, interleave, quantile, table
 
+CPU = torch.device("cpu")
 COMMANDS = {
     "throughput": throughput, "kernels": kernels, "loader": loader, "scaling": scaling, "startup": startup,
     "roof": roof,
@@ -75,8 +77,6 @@ def test_what_fails_its_check_is_not_timed(monkeypatch, tmp_path, capsys):
 
 
 def loader_batch(split, batch):
-    import torch
-
     return torch.zeros(batch, 3, 5, 5), torch.zeros(batch, dtype=torch.int64)
 
 
@@ -110,6 +110,39 @@ def test_report_without_results(tmp_path, capsys):
     assert "no results" in capsys.readouterr().out
 
 
+class Counter:
+    """An NVML whose device draws 100 W idle and 5 J for every step."""
+
+    NVMLError = ValueError
+
+    def __init__(self):
+        self.time, self.steps = 0.0, 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return 1000 * (100 * self.time + 5 * self.steps)
+
+    def nvmlDeviceGetPower(self, handle):
+        raise ValueError("not supported")
+
+
+def test_energy_is_the_counter_less_what_idles(monkeypatch):
+    counter, meter = Counter(), Meter(CPU)
+    assert meter.idle_watts() is None, "no counter, no reading"
+    assert meter.joules_per_call(lambda: None, CPU, None) is None
+    meter.nvml, meter.handle = counter, object()
+    monkeypatch.setattr("time.perf_counter", lambda: counter.time)
+    monkeypatch.setattr("time.sleep", lambda seconds: setattr(counter, "time", counter.time + seconds))
+
+    def step():
+        counter.time, counter.steps = counter.time + 0.01, counter.steps + 1
+
+    assert meter.read("Power") is None
+    idle = meter.idle_watts()
+    assert idle == pytest.approx(100)
+    assert meter.joules_per_call(step, CPU, idle) == pytest.approx(5)
+    assert counter.time >= 3 + 5
+
+
 def test_exponent():
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
@@ -121,10 +154,8 @@ def test_quantiles_and_table():
 
 
 def test_interleaved_turns():
-    import torch
-
     order: list[str] = []
-    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, torch.device("cpu"))
+    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
     assert order == [*"aabb", *"ab" * 3]  # warm-up and estimate, then turns
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 

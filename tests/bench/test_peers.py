@@ -18,7 +18,7 @@ TRACED = {"backend": "aot_eager"}  # what torch.compile makes of the code, witho
 EXTRA = {
     "compiled, traced": Contender("", "", lambda p: CapturedStep(p, TRACED), methods=("tdiv-sdiv",)),
     "teach, traced": Contender("", "", lambda p: CapturedTeach(p, TRACED), methods=("teach",)),
-    "compiled-own, traced": Contender("", "", lambda p: CompiledStep(p, TRACED), methods=("tdiv-sdiv",)),
+    "compiled-own, traced": Contender("", "", lambda p: CompiledStep(p, {"backend": "eager"}), methods=("tdiv-sdiv",)),
 }
 PEERS = {name: c for name, c in CONTENDERS.items() if "compiled" not in name} | EXTRA
 
