@@ -78,7 +78,10 @@ def jax_step(problem: Problem) -> Step:
 
 @dataclass(frozen=True)
 class Contender:
-    """``needs`` is a module that must be installed; ``precision`` is asked for on a GPU, on a CPU all use float32."""
+    """``needs`` is a module that must be installed; ``precision`` is asked for on a GPU, on a CPU all use float32.
+
+    ``slack`` times the allowed error in bf16: a compiler of its own may round in more places than PyTorch.
+    """
 
     name: str
     title: str
@@ -87,6 +90,7 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     precision: str = "bf16"
     needs: str = ""
+    slack: float = 1.0
 
     def absent(self, method: str, device: str) -> str | None:
         """Why it cannot take part."""
@@ -120,7 +124,7 @@ CONTENDERS = {
                   methods=DISTIL, devices=("cuda",)),
         Contender("torch-uncertainty", "layers of torch-uncertainty", LibraryStep, methods=("latentbe", "tdiv-sdiv"),
                   needs="torch_uncertainty"),
-        Contender("jax", "JAX under jit", jax_step, methods=DISTIL, needs="jax"),
+        Contender("jax", "JAX under jit", jax_step, methods=DISTIL, needs="jax", slack=2.0),
     )
 }  # fmt: skip
 
@@ -185,12 +189,14 @@ class Gate:
     def _exact(self) -> dict[str, Tensor]:
         if self.setting.flops < LARGE:
             return self._changes(reference_engine(self.problem.copy(torch.float64, "fp32")), torch.float64)
-        tf32 = torch.backends.cudnn.allow_tf32
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
         torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
         try:
             return self._changes(reference_engine(self.problem.copy(torch.float32, "fp32")), torch.float32)
         finally:
-            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.allow_tf32 = before[0]
+            torch.set_float32_matmul_precision(before[1])
 
     def _changes(self, step: Step, dtype: torch.dtype) -> dict[str, Tensor]:
         return changes(step, [self._cast(batch, dtype) for batch in self.batches])
@@ -210,4 +216,5 @@ class Gate:
         if step is None:
             step = contender.build(self.problem.copy(self.dtype, contender.precision if self.at_size else "fp32"))
         found = errors(self._changes(step, self.dtype), self.exact)
-        return all(error <= self.bounds[kind] for kind, error in found.items()), found
+        slack = contender.slack if self.at_size else 1.0
+        return all(error <= slack * self.bounds[kind] for kind, error in found.items()), found
