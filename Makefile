@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILT_FROM := pyproject.toml setup.py fastensdistill/kernels/extension.py $(wildcard csrc/*)
 
 .PHONY: demo test lint clean
 
@@ -24,11 +25,11 @@ lint: .venv/.dev
 	$(PIP) 'torch>=2.10' torchvision
 	touch $@
 
-.venv/.demo: .venv/.torch pyproject.toml setup.py
+.venv/.demo: .venv/.torch $(BUILT_FROM)
 	$(PIP) --editable .
 	touch $@
 
-.venv/.dev: .venv/.torch pyproject.toml setup.py
+.venv/.dev: .venv/.torch $(BUILT_FROM)
 	$(PIP) --editable '.[dev,tensorboard,onnx]'
 	touch $@
 

@@ -6,7 +6,6 @@ override it. Bad input prints one line and exits with code 2.
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -97,8 +96,9 @@ def distill(run: DistillRun) -> None:
         raise InputError("no teachers given: expected --teachers with files, or a folder that teach wrote")
     data = prepare(run)
     run.teachers = tuple(resolve_teachers(run.teachers))
-    known = {"mean": data.mean, "std": data.std, "num_classes": data.num_classes} if run.teacher_model else {}
-    teachers = load_teachers(run.teacher_model, run.teachers, **known)
+    teachers = load_teachers(
+        run.teacher_model, run.teachers, mean=data.mean, std=data.std, num_classes=data.num_classes
+    )
     if run.branches is None:
         run.branches = 1 if run.student == "single" else len(teachers)
     spec = getattr(teachers.networks[0], "spec", ModelSpec("wrn28_4"))
@@ -123,13 +123,13 @@ def evaluate(run: EvaluateRun) -> None:
     from fastensdistill.method.teachers import Teachers
     from fastensdistill.train.trainer import choose_device
 
-    candidates = runs.find_candidates(run.paths, run.model)
+    data = run.load()
+    candidates = runs.find_candidates(run.paths, data, run.model)
     if run.ensemble:
         members = [n for c in candidates for n in c.networks if not isinstance(n, Student | Teachers)]
         if len(members) < 2:
             raise InputError(f"--ensemble of {len(members)} networks: expected at least 2 files")
         candidates.append(runs.Candidate(f"ensemble of {len(members)}", "ensemble", [Teachers(members)]))
-    data = run.load()
     device = choose_device(run.device)
     if run.out is None:
         show([runs.evaluate_candidate(c, data, device).row for c in candidates], data)
@@ -145,19 +145,19 @@ def export(run: ExportRun) -> None:
     from fastensdistill.evaluate import runs
     from fastensdistill.export import export_network
     from fastensdistill.method.student import LatentBE, Student
-    from fastensdistill.weights import load_network, read_tensors
+    from fastensdistill.weights import read_tensors
 
     path = run.path
     if path.is_dir():
         path = next((path / f for f in ("network.safetensors", "student.safetensors") if (path / f).is_file()), path)
         if path.is_dir():
             raise InputError(f"{run.path} holds no network.safetensors: expected the folder of a finished distill run")
-    network = load_network(path, run.model)
+    data = run.load()
+    network = runs.load_described(path, data, run.model)
     if isinstance(network, Student):
         if not isinstance(network, LatentBE):
             raise InputError(f"{path} is a {network.kind} student, an ensemble; only one network can be exported")
         network = network.average()
-    data = run.load()
     candidate = runs.Candidate(path.stem, "student", [network])
     row = runs.evaluate_candidate(candidate, data, torch.device("cpu")).row
     _, origin = read_tensors(path)
@@ -185,6 +185,9 @@ def doctor(run: DoctorRun) -> None:
 def plan(run: PlanRun) -> None:
     from fastensdistill.network.table import print_plan
 
+    for name in ("teachers", "branches", "batch"):
+        if getattr(run, name) < 1:
+            raise InputError(f"{name}={getattr(run, name)}: expected at least 1")
     print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
 
 
@@ -200,9 +203,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def prepare(run: Any) -> Any:
-    """The data of a run, its path made absolute so that the run can be resumed from anywhere."""
-    if Path(run.data).exists():
+    """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
+    from fastensdistill.data.sources import DATASETS
+
+    if run.data not in DATASETS and Path(run.data).exists():
         run.data = str(Path(run.data).resolve())
+    if run.root is not None:
+        run.root = str(Path(run.root).expanduser().resolve())
     return run.load()
 
 
@@ -241,14 +248,14 @@ def show(rows: Any, data: Any) -> None:
 def summarize(paths: Sequence[Path], data: Any, out: Path, device: Any, title: str) -> None:
     from fastensdistill.evaluate import runs
 
-    show(runs.report(runs.find_candidates(paths), data, out, device, f"{title} on {data.name}"), data)
+    show(runs.report(runs.find_candidates(paths, data), data, out, device, f"{title} on {data.name}"), data)
     print(f"run: {out}  report: {out / 'report.html'}")
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The settings of a command: its defaults, then ``--config`` (or the run that is resumed), then flags."""
     cls, _ = COMMANDS[name]
-    argv = list(argv)
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     prog = f"fastensdistill {name}"
     lead: list[str] = []
     if "--config" in argv:
@@ -281,14 +288,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for bad input, 128 + n after signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: fastensdistill COMMAND [--help] ...\n")
+        print("usage: fastensdistill COMMAND [--config FILE.yaml] [--help] ...\n")
         for name, (cls, _) in COMMANDS.items():
             print(f"  {name:9} {(cls.__doc__ or '').splitlines()[0]}")
         return 0 if argv else 2
     if argv[0] == "--version":
-        from importlib.metadata import version
+        from fastensdistill.doctor import version
 
-        print(version("fastensdistill"))
+        print(version("fastensdistill") or "not installed (running from its source folder)")
         return 0
     from fastensdistill.train.stop import Interrupted
 
@@ -304,9 +311,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        print(f"error: {error.strerror or error}: {error.filename or 'input or output'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(f"error: cannot write {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
         return 2
 
 

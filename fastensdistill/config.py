@@ -5,6 +5,7 @@ The defaults are the paper's recipe (method §5). A run folder's ``config.yaml``
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ class TrainConfig:
             self.warmup_epochs = min(5.0, self.epochs / 10)
         _at_least("warmup_epochs", self.warmup_epochs, 0)
         _at_least("weight_decay", self.weight_decay, 0)
+        _at_least("seed", self.seed, 0)
+        for name in ("warmup_epochs", "weight_decay", "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name}={getattr(self, name)}: expected a finite number")
+        if self.seed >= 2**62:
+            raise InputError(f"seed={self.seed}: expected less than 2^62")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate={self.learning_rate}: expected more than 0")
         if not 0 < self.momentum < 1:
@@ -98,9 +105,10 @@ class DistillConfig(TrainConfig):
         _one_of("perturbation", self.perturbation, PERTURBATIONS)
         if self.branches is not None:
             _at_least("branches", self.branches, 1)
-        _at_least("step_size", self.step_size, 0)
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature}: expected more than 0")
+        if not 0 <= self.step_size <= 1:
+            raise InputError(f"step_size={self.step_size}: expected a value from 0 to 1, the range of pixels")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature={self.temperature}: expected a finite number above 0")
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha={self.alpha}: expected a value from 0 to 1")
 
@@ -138,6 +146,14 @@ class ModelConfig:
     """Widening factor k."""
     in_planes: int | None = None
     """Channels of the first convolution."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("blocks", self.blocks), ("widen", self.widen), ("in_planes", self.in_planes)):
+            if values is not None and (values == () or min(values if isinstance(values, tuple) else (values,)) < 1):
+                raise InputError(f"{name}={values}: expected whole numbers of at least 1")
+        parent = getattr(super(), "__post_init__", None)  # of the run that this is mixed into
+        if parent is not None:
+            parent()
 
     def arguments(self) -> dict[str, Any]:
         given = {"blocks": self.blocks, "widen": self.widen, "in_planes": self.in_planes}
@@ -182,7 +198,7 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}

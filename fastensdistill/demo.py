@@ -43,7 +43,10 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
 
     began = time.perf_counter()
     teachers = out / "teachers"
-    length = ("--epochs", str(epochs or EPOCHS), "--warmup-epochs", str(0.3 * (epochs or EPOCHS)))
+    epochs = EPOCHS if epochs is None else epochs
+    if epochs < 1:
+        raise InputError(f"epochs={epochs}: expected at least 1")
+    length = ("--epochs", str(epochs), "--warmup-epochs", str(0.3 * epochs))
     print("1. four teachers, trained at once on 300 images of handwritten digits", flush=True)
     _run(["teach", *RECIPE, *length, "--out", str(teachers)])
     print(f"2. {len(STUDENTS)} kinds of student, {seeds} seeds each", flush=True)
@@ -60,7 +63,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
             print(f"   {waiting[done].name}: {done.result():.0f} s", flush=True)
     print("3. all of them on the 1,197 test images", flush=True)
     data = load_dataset("digits")
-    candidates = runs.find_candidates([teachers, *jobs])
+    candidates = runs.find_candidates([teachers, *jobs], data)
     for candidate, name in zip(candidates[2:], STUDENTS, strict=True):
         candidate.name = name
     show(runs.report(candidates, data, out, torch.device("cpu"), "Four teachers into one network: digits"), data)

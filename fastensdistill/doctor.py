@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from fastensdistill.kernels import extension
+from fastensdistill.kernels.triton_utils import HAS_TRITON
 
 PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "PyYAML", "tyro", "rich", "scikit-learn",
@@ -41,7 +42,12 @@ def facts() -> list[tuple[str, str]]:
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         rows.append(("GPU", f"none found ({built}); training runs on the CPU, {torch.get_num_threads()} threads"))
-    rows.append(("engines", "reference"))
+    fused = "fused (CUDA graph of Triton kernels)"
+    if not HAS_TRITON:
+        fused += ", not here: Triton is not installed"
+    elif not torch.cuda.is_available():
+        fused += ", not here: no CUDA device"
+    rows.append(("engines", f"reference; {fused}"))
     return rows
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 30  # that one line lists
+
 
 class InputError(Exception):
     """Input that cannot be used, or an environment that cannot do what was asked."""
@@ -23,4 +25,5 @@ def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return InputError(f"unknown {what} {name!r}{hint} Known: {', '.join(names)}")
+    more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
+    return InputError(f"unknown {what} {name!r}{hint} Known: {', '.join(names[:MOST_NAMES])}{more}")

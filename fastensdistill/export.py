@@ -5,6 +5,7 @@ Files appear under their final names only after they passed, so a folder never h
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
+from fastensdistill.files import write_atomically
 from fastensdistill.method.student import Student
 from fastensdistill.models import ModelSpec
-from fastensdistill.weights import load_network, save_network, write_atomically
+from fastensdistill.weights import load_network, save_network
 
 FORMATS = ("safetensors", "torch", "onnx")
 # Largest difference of the logits, relative to their root mean square. ONNX Runtime has kernels of its own.
@@ -52,8 +54,11 @@ def export_network(
     if len(images) < 2:
         raise InputError(f"{len(images)} images to check the export on; expected at least 2")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    network = network.eval().cpu()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise InputError(f"cannot make the folder {folder}: {failure.strerror}") from failure
+    network = copy.deepcopy(network).eval().cpu()  # the caller's stays where and as it is
     images = images.cpu().float()
     with torch.no_grad():
         expected = network(images)

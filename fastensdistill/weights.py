@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
+from fastensdistill.files import write_atomically
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.models import ModelSpec, Normalized, create_model
+from fastensdistill.models import Normalized, create_model
 
 FORMAT = "fastensdistill-1"
 PREFIXES = ("module.", "_orig_mod.")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path`` and rename it into place, so that ``path`` is always whole: the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error} ({len(data):,} bytes)") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
@@ -93,20 +78,21 @@ def save_network(path: Path, network: nn.Module, card: Mapping[str, Any] | None 
 def load_network(path: str | Path, model: str | nn.Module | None = None, **arguments: Any) -> nn.Module:
     """A network, or a student, from a file, in evaluation mode.
 
-    Files written by this package say what they hold. For foreign ones ``model`` is a registry name (``arguments`` go to
-    :func:`create_model`; ``num_classes`` is read off the last linear layer if it is not given) or a module to fill.
+    Files written by this package say what they hold, and that is what is built. For foreign ones ``model`` is a
+    registry name, and ``arguments`` go to :func:`create_model` (``num_classes`` is read off the file if it is not
+    given). Given a module, a copy of it is filled. Raises InputError for files that are missing, damaged or do not fit.
     """
     tensors, card = read_tensors(path)
     if isinstance(model, nn.Module):
         network = copy.deepcopy(model)
+    elif card.get("model"):
+        network = create_model(card["model"], **card["arguments"])
+    elif model is None:
+        raise InputError(f"{path} does not say which model it holds: pass model=, a name or an nn.Module")
     else:
-        name = model or card.get("model")
-        if name is None:
-            raise InputError(f"{path} does not say which model it holds: pass model=, a name or an nn.Module")
-        same = model is None or model == card.get("model")
-        arguments = {**(card.get("arguments", {}) if same else {}), **arguments}
-        arguments.setdefault("num_classes", _count_classes(tensors, path))
-        network = create_model(name, **arguments)
+        if "num_classes" not in arguments:
+            arguments["num_classes"] = _count_classes(model, tensors, arguments)
+        network = create_model(model, **arguments)
     if "student" in card:
         network = STUDENTS[card["student"]](network, card["branches"])
     _fill(network, tensors, path)
@@ -123,8 +109,7 @@ def load_teachers(
     ``load_teachers("wrn28_4", ["t0.safetensors", "t1.safetensors"])``: one architecture, a file per member.
     ``load_teachers(["wrn28_4", "resnet18"], files)``: an architecture per member (names or modules to fill).
     ``load_teachers([net0, net1])``: modules as they are. ``load_teachers(files=[...])``: files of this package, which
-    say what they hold. ``arguments`` go to :func:`create_model`; networks saved by
-    this package bring their own, so their normalisation may differ.
+    say what they hold; their normalisation may differ. ``arguments`` go to :func:`create_model` for foreign files.
     Raises InputError for missing or damaged files, or keys and shapes that do not fit.
     """
     if files is None:
@@ -137,11 +122,6 @@ def load_teachers(
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
     return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])
-
-
-def spec_of(card: Mapping[str, Any]) -> ModelSpec | None:
-    """The spec in a card, where the model came from the registry."""
-    return ModelSpec(card["model"], card["arguments"]) if card.get("model") else None
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -191,11 +171,15 @@ def _fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> N
     network.load_state_dict(tensors, strict=False)
 
 
-def _count_classes(tensors: dict[str, Tensor], path: str | Path) -> int:
-    matrices = [v for k, v in tensors.items() if v.ndim == 2 and k.endswith("weight")]
-    if not matrices:
-        raise InputError(f"{path}: no linear layer to read the number of classes off; pass num_classes=")
-    return len(matrices[-1])
+def _count_classes(model: str, tensors: dict[str, Tensor], arguments: dict[str, Any]) -> int:
+    """The number of classes of the file: the rows of the matrix that another number of classes would change."""
+    few, more = (create_model(model, num_classes=n, **arguments).state_dict() for n in (2, 3))
+    changed = [k for k in few if few[k].ndim == 2 and few[k].shape != more[k].shape]
+    names = [name for k in changed for name in (k, k.removeprefix("network."))]
+    found = [len(v) for k, v in tensors.items() if any(k.endswith(name) for name in names)]
+    if not found:
+        raise InputError(f"no {' or '.join(changed)} in the file to read the number of classes off; pass num_classes=")
+    return found[0]
 
 
 def _jsonable(value: Any) -> Any:

@@ -18,7 +18,7 @@ def test_every_quantity_of_every_step(capsys):
     assert max(parity.run(FILE).values()) < 1e-12
 
 
-@pytest.mark.parametrize("fault", ["sign of SDiv", "pair swapped", "factors decay to zero", "no K-fold gradient"])
+@pytest.mark.parametrize("fault", ["sign of SDiv", "pair swapped", "factors pushed from one", "no K-fold gradient"])
 def test_a_fault_is_seen(monkeypatch, fault):
     if fault == "sign of SDiv":
         seeds = perturbation.diversity_seed
@@ -32,7 +32,7 @@ def test_a_fault_is_seen(monkeypatch, fault):
 
         def wrong(self, weight_decay):
             shared, factors = groups(self, weight_decay)
-            change = {"weight_decay": -weight_decay} if fault == "factors decay to zero" else {"lr_scale": 1.0}
+            change = {"weight_decay": -weight_decay} if fault == "factors pushed from one" else {"lr_scale": 1.0}
             return [shared, factors | change]
 
         monkeypatch.setattr(BatchEnsemble, "parameter_groups", wrong)

@@ -48,7 +48,8 @@ def dataset(train=40, classes=4):
 
 
 def make(kind="latent-be", out=None, *, data=None, resume=False, **settings):
-    config = DistillConfig(**{"epochs": 4, "batch_size": 8, "student": kind, "learning_rate": 0.05, **settings})
+    settings = {"epochs": 4, "batch_size": 8, "student": kind, "learning_rate": 0.05, "device": "cpu", **settings}
+    config = DistillConfig(**settings)
     teachers = Teachers([seeded(10 + i, lambda: tiny(4)) for i in range(2)])
     branches = 1 if kind == "single" else 2
     student = seeded(config.seed, lambda: STUDENTS[kind](tiny(4), branches))
@@ -76,13 +77,16 @@ def test_validation_epochs():
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_every_student_learns_and_the_best_weights_are_kept(kind, tmp_path):
     upright = Augment(pad=1, flip=False)  # a flip would turn one class into another
+    recipe = TeachConfig(members=2, epochs=12, batch_size=8, device="cpu")
     teachers = TeachTrainer(
-        [seeded(i, lambda: tiny(4)) for i in range(2)], dataset(80), TeachConfig(members=2, epochs=12, batch_size=8),
+        [seeded(i, lambda: tiny(4)) for i in range(2)], dataset(80), recipe,
         out=tmp_path / "teachers", quiet=True, augment=upright,
     ).fit()  # fmt: skip
     frozen = Teachers(list(teachers.networks.values()))
     perturbation = "gaussian" if kind == "single" else "tdiv-sdiv"
-    config = DistillConfig(epochs=15, batch_size=8, student=kind, learning_rate=0.05, perturbation=perturbation)
+    config = DistillConfig(
+        epochs=15, batch_size=8, student=kind, learning_rate=0.05, perturbation=perturbation, device="cpu"
+    )
     student = seeded(0, lambda: STUDENTS[kind](tiny(4), 2))
     trainer = DistillTrainer(
         student, frozen, dataset(80), config, out=tmp_path / "run", quiet=True, augment=upright
@@ -104,15 +108,17 @@ def test_every_student_learns_and_the_best_weights_are_kept(kind, tmp_path):
 
 
 def test_teachers_at_once_are_teachers_alone():
-    config = TeachConfig(members=2, epochs=3, batch_size=8, seed=5)
+    config = TeachConfig(members=2, epochs=3, batch_size=8, seed=5, device="cpu")
     both = TeachTrainer([seeded(5 + i, lambda: tiny(4)) for i in range(2)], dataset(), config, quiet=True).fit()
-    alone = TeachTrainer(
-        [seeded(6, lambda: tiny(4))], dataset(), TeachConfig(members=1, epochs=3, batch_size=8, seed=6), quiet=True
-    ).fit()
+    one = TeachConfig(members=1, epochs=3, batch_size=8, seed=6, device="cpu")
+    alone = TeachTrainer([seeded(6, lambda: tiny(4))], dataset(), one, quiet=True).fit()
     for name, value in alone.networks["teacher-0"].state_dict().items():
         assert torch.equal(value, both.networks["teacher-1"].state_dict()[name]), name
     first = both.networks["teacher-0"].state_dict()
     assert not torch.equal(first["stem.weight"], both.networks["teacher-1"].state_dict()["stem.weight"])
+
+
+MAKE = make
 
 
 class StopAt:
@@ -130,8 +136,15 @@ class StopAt:
         return self.inner()
 
 
-@pytest.mark.parametrize("step", [2, 5, 13])  # five steps an epoch: inside the first, at the end of it, later
-def test_interrupted_and_resumed_is_bit_equal(tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "kind", "perturbation"),  # five steps an epoch: inside the first, at the end of it, later
+    [(2, "latent-be", "tdiv-sdiv"), (5, "batch-ensemble", "gaussian"), (13, "latent-be", "confods"),
+     (7, "hydra", "tdiv-sdiv"), (8, "single", "ods")],
+)  # fmt: skip
+def test_interrupted_and_resumed_is_bit_equal(tmp_path, step, kind, perturbation):
+    def make(**more):
+        return MAKE(kind, perturbation=perturbation, **more)
+
     whole = make(out=tmp_path / "whole").fit()
     stopped = make(out=tmp_path / "stopped")
     StopAt(stopped, step)
@@ -146,6 +159,25 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path, step):
     assert all(torch.equal(one[k], two[k]) for k in one)
     lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["event"] == "validation"] == [5, 10, 15, 20]
+
+
+def test_teachers_interrupted_and_resumed_are_bit_equal(tmp_path):
+    def make(out, resume=False):
+        config = TeachConfig(members=2, epochs=3, batch_size=8, device="cpu")
+        networks = [seeded(i, lambda: tiny(4)) for i in range(2)]
+        return TeachTrainer(networks, dataset(), config, out=out, resume=resume, quiet=True)
+
+    whole = make(tmp_path / "whole").fit()
+    stopped = make(tmp_path / "stopped")
+    StopAt(stopped, 8)
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    (tmp_path / "stopped" / ".checkpoint.safetensors.1.tmp").write_bytes(b"of a write that was killed")
+    resumed = make(tmp_path / "stopped", resume=True).fit()
+    for name, network in whole.networks.items():
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, resumed.networks[name].state_dict()[key]), (name, key)
+    assert not list((tmp_path / "stopped").glob(".*"))
 
 
 KILLED = """
@@ -207,6 +239,39 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(bool(torch.isfinite(v).all()) for v in kept.values() if v.is_floating_point())
     resumed = make(out=tmp_path / "run", perturbation="none", resume=True).fit()
     assert resumed.step_index == 20
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_a_stop_signal_saves_nothing_that_is_not_finite(tmp_path, what):
+    trainer = make(out=tmp_path / "run", perturbation="none")
+    inner = trainer.train_step
+
+    def poisoned():
+        scalars = inner()
+        if trainer.step_index == 6 and what == "loss":
+            scalars["loss"] = scalars["loss"] * float("nan")
+        if trainer.step_index == 7:
+            if what == "weights":
+                trainer.student.module.classifier.layer.bias.data.fill_(float("inf"))
+            signal.raise_signal(signal.SIGTERM)
+        return scalars
+
+    trainer.train_step = poisoned
+    with pytest.raises(DivergedError, match="step 6" if what == "loss" else "weights of student .* step 7"):
+        trainer.fit()
+    resumed = make(out=tmp_path / "run", perturbation="none", resume=True)
+    resumed.fit()
+    assert resumed.step_index == 20
+
+
+def test_another_kind_of_device_cannot_go_on(tmp_path):
+    from fastensdistill.train import checkpoint
+
+    make(out=tmp_path / "run", epochs=1).fit()
+    other = make(out=tmp_path / "run", epochs=1, resume=True)
+    print_of = checkpoint.fingerprint(other.config, torch.device("cuda"), other.data, other.frozen())
+    with pytest.raises(InputError, match="device='cpu', not 'cuda'"):
+        checkpoint.load_checkpoint(tmp_path / "run", print_of)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +353,7 @@ def test_tensorboard_holds_the_records(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is an extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = DistillConfig(epochs=2, batch_size=8)
+    config = DistillConfig(epochs=2, batch_size=8, device="cpu")
     teachers = [seeded(10 + i, lambda: tiny(4)) for i in range(2)]
     DistillTrainer(
         LatentBE(tiny(4), 2), teachers, dataset(), config, out=tmp_path, tensorboard=True, quiet=True

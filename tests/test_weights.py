@@ -11,9 +11,10 @@ from torch import nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.runs import count_parameters
+from fastensdistill.files import write_atomically
 from fastensdistill.method.student import STUDENTS, LatentBE
 from fastensdistill.models import create_model
-from fastensdistill.weights import load_network, load_teachers, save_network, write_atomically
+from fastensdistill.weights import load_network, load_teachers, save_network
 from tests.compare import check_close
 from tests.test_student import scatter, tiny
 
@@ -127,6 +128,7 @@ def test_refusals(tmp_path):
     save_network(path, tiny())
     with pytest.raises(InputError, match="does not fit"):
         load_network(path, create_model("resnet", 5))
+    assert type(load_network(path, "resnet18")) is type(tiny()), "a file that says what it holds is believed"
     with pytest.raises(InputError, match="has shape"):
         load_network(path, tiny(classes=6))
     with pytest.raises(InputError, match="2 models for 1 files"):

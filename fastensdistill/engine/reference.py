@@ -5,7 +5,8 @@ Everything faster is tested against these two classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,13 @@ class ReferenceStep:
         return self.distil(self.perturb(images), labels)
 
     def perturb(self, images: Tensor) -> Perturbed:
-        with autocast(self.config, self.device):
+        with float32_products(self.config), autocast(self.config, self.device):
             return self.perturbation(images, self.teachers, self.student, self.num_classes)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""
         self.student.train()
-        with autocast(self.config, self.device):
+        with float32_products(self.config), autocast(self.config, self.device):
             with torch.no_grad():
                 teacher_logits = self.teachers(perturbed.images)
             branch_logits = self.student(perturbed.images)
@@ -59,7 +60,8 @@ class ReferenceStep:
             teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with float32_products(self.config):
+            loss.backward()
         self.optimizer.step()
         scalars = {"loss": loss.detach(), "loss_kd": loss_kd.detach(), "loss_ce": loss_ce.detach()}
         if perturbed.tdiv is not None:
@@ -96,11 +98,12 @@ class TeachStep:
         losses = []
         for network, optimizer, (images, labels) in zip(self.networks, self.optimizers, batches, strict=True):
             network.train()
-            with autocast(self.config, self.device):
+            with float32_products(self.config), autocast(self.config, self.device):
                 logits = network(images)
             loss = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            with float32_products(self.config):
+                loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         return {"loss": torch.stack(losses)}
@@ -148,6 +151,17 @@ def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
         if f"momentum.{i}" in state:
             # In the parameter's own memory layout: the fused optimiser walks both as they lie in memory.
             optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
+
+
+@contextmanager
+def float32_products(config: TrainConfig) -> Iterator[None]:
+    """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -13,7 +13,7 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
 from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.triton_utils import HAS_TRITON
+from fastensdistill.kernels.triton_utils import HAS_TRITON, TritonError
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 
@@ -57,10 +57,11 @@ def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float
     """
     try:
         found = verify()
-    except (DisagreementError, RuntimeError) as error:
+    except (DisagreementError, RuntimeError, TritonError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if config.engine == "fused":
-            raise
-        return "reference", str(error).splitlines()[0]
+            raise InputError(f"engine='fused' cannot be used on this device: {reason}") from error
+        return "reference", reason
     return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
 
 

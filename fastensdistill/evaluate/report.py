@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from fastensdistill.evaluate.plots import (
     reliability_diagram,
 )
 from fastensdistill.evaluate.tables import COLUMNS, Row, html_table, markdown_table, print_table, table, values
+from fastensdistill.files import write_atomically
 
 __all__ = ["Row", "markdown_table", "print_table", "read_metrics", "table", "write_report"]
 
@@ -72,12 +70,12 @@ _CAPTIONS = {
     "the dashed line; below it the network is surer than it is right. The lower panels show how many images each bar "
     f"stands for; bars with fewer than {FEW} are pale.",
     "learning_curves": "Training loss is smoothed; teachers' (cross-entropy) and students' (distillation) are not the "
-    "same quantity. Validation is shown from where runs begin to differ; students are validated as the averaged "
-    "network. Thin lines are single seeds.",
+    "same quantity. Validation is shown from where runs begin to differ; students are validated as what is deployed, "
+    "LatentBE as its averaged network. Thin lines are single seeds.",
     "diversity": "How far branches are apart from one another, and teachers likewise. Branches start equal; the closer "
     "they come to the teachers' line, the more of the ensemble's disagreement they hold.",
-    "perturbation": "Above, training images; in the middle, what the networks see instead; below, the difference about "
-    "grey, amplified as the picture says.",
+    "perturbation": "Above, test images; in the middle, what the student would be trained on instead; below, the "
+    "difference about grey, amplified as the picture says.",
 }
 _TITLES = {
     "metrics": "Seeds",
@@ -179,13 +177,9 @@ def write_report(
     )
 
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stem, data in pictures.items():
-            _write(folder / f"{stem}.png", data)
-        _write(folder / "report.html", page.encode("utf-8"))
-    except OSError as error:
-        raise InputError(f"report folder {str(folder)!r} cannot be written to: {error.strerror}") from None
+    for stem, data in pictures.items():
+        write_atomically(folder / f"{stem}.png", data)
+    write_atomically(folder / "report.html", page.encode("utf-8"))
     return folder / "report.html"
 
 
@@ -199,21 +193,3 @@ def _dots(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
         return {}
     arrow = {+1: "↑", -1: "↓"}
     return {f"{c.title} {arrow[c.better]}": {row.name: values(row, c) for row in shown} for c in compared}
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` whole or not at all: written beside it, flushed to the disk, then renamed."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's file is the owner's alone; this one is to be read like any other
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -21,11 +21,12 @@ from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.report import Row, read_metrics, write_report
+from fastensdistill.files import write_atomically
 from fastensdistill.method.modes import evaluating
 from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.weights import load_network, write_atomically
+from fastensdistill.weights import load_network
 
 STRIP = 8  # images beside their perturbed versions
 SHOWN = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "precision")
@@ -81,9 +82,10 @@ def count_macs(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def find_candidates(paths: Sequence[Path], model: str | None = None) -> list[Candidate]:
+def find_candidates(paths: Sequence[Path], data: Dataset, model: str | None = None) -> list[Candidate]:
     """The rows that files and run folders make; runs that differ only in their seed share one.
 
+    ``model`` is the architecture of files that do not say it, which get the data's classes and normalisation.
     A folder of ``teach`` gives its members and their ensemble; one of ``distill`` its averaged network, or the
     branch ensemble where that is what the student is for. Raises InputError for a path that holds neither.
     """
@@ -91,12 +93,12 @@ def find_candidates(paths: Sequence[Path], model: str | None = None) -> list[Can
     seeds: dict[str, Candidate] = {}
     for path in paths:
         if path.is_file():
-            network = load_network(path, model)
+            network = load_described(path, data, model)
             candidates.append(Candidate(path.stem, "student", [network]))
             continue
         teachers = teacher_files(path)
         if teachers:
-            networks = [load_network(f, model) for f in teachers]
+            networks = [load_described(f, data, model) for f in teachers]
             prefix = "" if path.name == "teachers" else f"{path.name}: "
             candidates.append(Candidate(f"{prefix}teachers", "teachers", networks, [path]))
             if len(networks) > 1:
@@ -120,6 +122,11 @@ def find_candidates(paths: Sequence[Path], model: str | None = None) -> list[Can
     return candidates
 
 
+def load_described(path: Path, data: Dataset, model: str | None = None) -> nn.Module:
+    """A network from a file; one that does not say what it holds is a ``model`` made for this data."""
+    return load_network(path, model, mean=data.mean, std=data.std, num_classes=data.num_classes)
+
+
 def teacher_files(folder: Path) -> list[Path]:
     """``teacher-0.safetensors``, ``teacher-1.safetensors``, ... in their order."""
     return sorted(folder.glob("teacher-*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or 0))
@@ -128,12 +135,20 @@ def teacher_files(folder: Path) -> list[Path]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of the run in ``folder``, {} where it has none."""
     path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
+    return config
 
 
 def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], data: Dataset) -> tuple[Any, ...] | None:
     """Test images, the same perturbed as the student was trained, and the names of their classes."""
-    if config.get("perturbation", "none") == "none":
+    if config.get("perturbation", "none") == "none" or not {"step_size", "temperature"} <= set(config):
         return None
     images = next(EvaluationSet(data.test, "cpu").batches(STRIP))
     pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
@@ -151,26 +166,27 @@ def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: to
     rows = [e.row for e in evaluated]
     curves = {}
     for candidate in candidates:
-        for i, folder in enumerate(candidate.folders):
-            name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {i}"
+        for folder in candidate.folders:
+            seed = read_config(folder).get("seed", "?")
+            name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {seed}"
             if (folder / "metrics.jsonl").is_file():
                 curves[name] = read_metrics(folder / "metrics.jsonl")
     labels = torch.from_numpy(data.test.labels)
     reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
     strip = None
-    settings: dict[str, Any] = {}
+    configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
+    shared = {k: configs[0][k] for k in SHOWN if configs and all(c.get(k, c) == configs[0].get(k) for c in configs)}
     for candidate in reversed(candidates):
         config = read_config(candidate.folders[0]) if candidate.folders else {}
         files = [Path(f) for f in config.get("teachers", ())]
         if strip is None and files and all(f.is_file() for f in files):
             student = load_network(candidate.folders[0] / "student.safetensors")
-            teachers = Teachers([load_network(f, config.get("teacher_model")) for f in files])
+            teachers = Teachers([load_described(f, data, config.get("teacher_model")) for f in files])
             strip = strip_images(student, teachers, config, data) if isinstance(student, Student) else None
-        settings = settings or config
     facts = {
         "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
         f"{len(data.test):,} test images, {data.num_classes} classes",
-        **{k: str(settings[k]) for k in SHOWN if settings.get(k) is not None},
+        **{k: str(v) for k, v in shared.items() if v is not None},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }  # fmt: skip

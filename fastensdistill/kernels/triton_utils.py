@@ -18,6 +18,7 @@ from fastensdistill.errors import InputError, unknown
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
 except ImportError:  # a platform without Triton: the kernels stay plain functions and every op runs its reference
 
     class _Absent:
@@ -28,6 +29,9 @@ except ImportError:  # a platform without Triton: the kernels stay plain functio
             return function
 
     triton = tl = _Absent()
+
+    class TritonError(Exception):  # type: ignore[no-redef]  # never raised
+        pass
 
 HAS_TRITON = hasattr(triton, "__version__")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

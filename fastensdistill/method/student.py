@@ -63,8 +63,9 @@ class RankOneLayer(nn.Module):
         if self.active == tuple(range(len(self.delta_r))):
             weights, biases = self.effective(self.r, self.s)
         else:
-            chosen = list(self.active)
-            weights, biases = self.effective(1 + self.delta_r[chosen], 1 + self.delta_s[chosen])
+            # indexing with a list would wait for the device
+            r, s = (torch.stack([delta[k] for k in self.active]) for delta in (self.delta_r, self.delta_s))
+            weights, biases = self.effective(1 + r, 1 + s)
         # One call per branch: no pass over activations is spent on r or s, forward or backward.
         outputs = [
             self.apply_weight(x_k, weights[k], None if biases is None else biases[k])

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from fastensdistill.config import TrainConfig, to_yaml
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
-from fastensdistill.weights import read_tensors, save_tensors, write_atomically
+from fastensdistill.files import UNFINISHED, write_atomically
+from fastensdistill.weights import read_tensors, save_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
-# What may differ between a run and its continuation. Another device or engine changes the last bits, not the method.
+# What may differ between a run and its continuation. Another engine changes the last bits, not the method; the kind of
+# device must be the same, since its generators' states are of no use to another.
 FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root"}
 
 
@@ -75,10 +77,12 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]
     return unflatten(tensors | card["values"])
 
 
-def fingerprint(config: TrainConfig, data: Dataset, networks: Iterable[nn.Module]) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, images, and the frozen networks it learns from."""
+def fingerprint(
+    config: TrainConfig, device: torch.device, data: Dataset, networks: Iterable[nn.Module]
+) -> dict[str, Any]:
+    """What must be the same for a run to continue: settings, kind of device, images, networks it learns from."""
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
-    return {**settings, "images": digest_data(data), "teachers": digest_networks(networks)}
+    return {**settings, "device": device.type, "images": digest_data(data), "teachers": digest_networks(networks)}
 
 
 def digest_data(data: Dataset) -> str:
@@ -104,6 +108,9 @@ def claim_folder(folder: Path, config: Any, resume: bool) -> bool:
     A run killed before its first checkpoint is resumed from its first step. Raises InputError where the folder holds
     something else, another run, or nothing to resume.
     """
+    if folder.is_dir():
+        for file in folder.glob(UNFINISHED):
+            file.unlink()
     if resume:
         if not (folder / "config.yaml").is_file():
             raise InputError(f"nothing to resume in {folder}: no config.yaml there")

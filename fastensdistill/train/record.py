@@ -7,17 +7,18 @@ ones start: by then they have arrived.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastensdistill.errors import InputError
+from fastensdistill.files import write_atomically
 
 
 class DivergedError(InputError):
@@ -101,6 +102,7 @@ class Recorder:
         self.progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(), disable=not interactive,
+            console=Console(stderr=True),
         )  # fmt: skip
         self.interactive = interactive
         self.task = self.progress.add_task(title, total=total_steps, completed=start_step, note="")
@@ -165,8 +167,11 @@ class Recorder:
                 raise InputError(f"cannot write {self.path}: {error.strerror}") from error
         if self.writer is not None:
             for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    self.writer.add_scalar(f"{record['event']}/{name}", value, record["step"])
+                if name in ("event", "step", "epoch"):
+                    continue
+                members = {f"/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {"": value}
+                for suffix, v in members.items():
+                    self.writer.add_scalar(f"{record['event']}/{name}{suffix}", v, record["step"])
 
     def _note(self) -> str:
         parts = []
@@ -191,9 +196,7 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break  # the line the run was killed in
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _tensorboard(folder: Path | None, start_step: int) -> Any:
@@ -203,4 +206,4 @@ def _tensorboard(folder: Path | None, start_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs its extra: pip install 'fastensdistill[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)

@@ -25,7 +25,7 @@ from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint
-from fastensdistill.train.record import Recorder
+from fastensdistill.train.record import DivergedError, Recorder
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.weights import save_network
@@ -87,7 +87,7 @@ class Trainer:
                 self.step_index += 1
                 epoch = self.step_index / self.steps_per_epoch
                 end_of_epoch = self.step_index % self.steps_per_epoch == 0
-                if end_of_epoch or self.step_index % RECORD_EVERY == 0:
+                if end_of_epoch or stopper.signum or self.step_index % RECORD_EVERY == 0:
                     recorder.train(self.step_index, epoch, rate(self.step_index - 1), self.config.batch_size)
                 if end_of_epoch or stopper.signum:
                     paused = recorder.pause()
@@ -108,7 +108,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is None:
             return
-        self.fingerprint = checkpoint.fingerprint(self.config, self.data, self.frozen())
+        self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
         if checkpoint.claim_folder(self.out, self.saved_config, self.resume):
             self.load_state_dict(checkpoint.load_checkpoint(self.out, self.fingerprint))
 
@@ -126,6 +126,10 @@ class Trainer:
         return record
 
     def save(self) -> None:
+        """Write a checkpoint. Raises DivergedError, with the last one kept, for weights that are not finite."""
+        for name, network in self.networks.items():
+            if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+                raise DivergedError(f"the weights of {name} are not finite after step {self.step_index - 1}; stopped")
         if self.out is not None:
             checkpoint.save_checkpoint(self.out, self.state_dict(), self.fingerprint)
 
@@ -287,7 +291,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"device {name!r}: expected auto, cpu, or cuda, which may have a number (cuda:1)")
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events, streams and graphs are the current device's
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -6,7 +6,8 @@ import torch
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.engine import evaluation, select, trained
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
+from fastensdistill.engine.verify import verify_distillation, verify_teaching
+from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE, Single
 from fastensdistill.method.teachers import Teachers
 from tests.test_student import tiny
@@ -54,7 +55,7 @@ def wrong_perturbation(monkeypatch):
 def test_a_fault_is_found_and_the_engine_chosen_accordingly(monkeypatch, fault, words, precision):
     fault(monkeypatch)
     student, teachers, config = setting(precision=precision)
-    with pytest.raises(DisagreementError, match=f"fused engine's {words}"):
+    with pytest.raises(InputError, match=f"fused engine's {words}"):
         select.distillation_step(student, teachers, config, SHAPE, 5)
     monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
     config.engine = "auto"
