@@ -67,6 +67,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call, one value per round: in a round everybody has a turn, so a drift of the clocks hits all alike.
 
+    Every other round goes backwards, so that nobody always follows the same one (a library's threads may still spin).
     A turn repeats its call until ``least`` seconds have passed by the estimate of an untimed first turn. The device is
     waited for only at a turn's ends, as a training loop would.
     """
@@ -79,8 +80,8 @@ def interleave(
         synchronize(device)
         repeats[name] = max(1, round(least / max(time.perf_counter() - began, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+    for i in range(rounds):
+        for name, call in list(calls.items())[:: -1 if i % 2 else 1]:
             began = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

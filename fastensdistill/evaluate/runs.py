@@ -175,7 +175,8 @@ def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: to
     reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
     strip = None
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
-    shared = {k: configs[0][k] for k in SHOWN if configs and all(c.get(k, c) == configs[0].get(k) for c in configs)}
+    found = {k: {str(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
+    shared = {k: values.pop() for k, values in found.items() if len(values) == 1}
     for candidate in reversed(candidates):
         config = read_config(candidate.folders[0]) if candidate.folders else {}
         files = [Path(f) for f in config.get("teachers", ())]
@@ -186,7 +187,7 @@ def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: to
     facts = {
         "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
         f"{len(data.test):,} test images, {data.num_classes} classes",
-        **{k: str(v) for k, v in shared.items() if v is not None},
+        **shared,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }  # fmt: skip
