@@ -489,7 +489,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match="cannot write .*File exists"):
+    with pytest.raises(InputError, match=r"cannot write .*File exists"):
         write(tmp_path / "taken", **EMPTY)
 
 
