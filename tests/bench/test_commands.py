@@ -156,7 +156,7 @@ def test_quantiles_and_table():
 def test_interleaved_turns():
     order: list[str] = []
     times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-    assert order == [*"aabb", *"ab" * 3]  # warm-up and estimate, then turns
+    assert order == [*"aabb", *"ab", *"ba", *"ab"]  # warm-up and estimate, then turns, back and forth
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
