@@ -113,6 +113,32 @@ def make_loader(split: Split | EvaluationSet, batch_size: int, seed: int = 0, **
     return DeviceLoader(split, batch_size, device="cpu", generator=seeded(seed), **options)
 
 
+@pytest.mark.parametrize("pad", [0, 2], ids=["flip-alone", "crop-and-flip"])
+def test_shares_of_a_batch_are_the_batch(pad):
+    split = random_split(17)
+    whole = make_loader(split, 6, augment=Augment(pad))
+    parts = [make_loader(split, 6, augment=Augment(pad), share=(rank, 3)) for rank in range(3)]
+    for _ in range(5):  # over the end of an epoch
+        images, labels = whole.next()
+        shares = [part.next() for part in parts]
+        assert torch.equal(torch.cat([s[0] for s in shares]), images)
+        assert torch.equal(torch.cat([s[1] for s in shares]), labels)
+    with pytest.raises(InputError, match="batch size is 6; expected a multiple of the 4 processes"):
+        make_loader(split, 6, share=(0, 4))
+
+
+def test_the_halves_of_next_read_from_memory_that_stays():
+    whole, halves = (make_loader(random_split(17), 4, augment=Augment(2)) for _ in range(2))
+    address = halves._index.data_ptr()
+    for _ in range(6):
+        halves.advance()
+        images, labels = halves.read()
+        expected, known = whole.next()
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, known)
+        assert halves._index.data_ptr() == address
+
+
 def test_each_epoch_is_a_new_permutation():
     split = random_split(17)  # labels are 0..16, so they tell which image it is
     loader = make_loader(split, 5)

@@ -5,7 +5,7 @@ For the image at ``index[b]`` with offsets ``dy, dx`` in ``0..2·pad`` and a fli
     out[b, c, h, w] = images[index[b], c, h + dy - pad, w' + dx - pad] / 255      (0 outside the image)
 
 which is: zero-pad by ``pad``, crop back to ``(H, W)`` at ``(dy, dx)``, flip (the recipe of the CIFAR experiments in Nam
-et al., ICML 2022). One gather reads the unpadded uint8 set; the padding is a mask.
+et al., ICML 2022). One gather reads the unpadded uint8 set; the padding is a mask (``kernels.augment``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
+from fastensdistill.kernels import augment as kernels
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,25 @@ def augment(
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W)")
-    H, W = images.shape[2:]
     setting = Augment(pad, flip)
-    setting.check((H, W))
-    dy, dx, flips = draw(len(index), setting, generator)
+    setting.check((images.shape[2], images.shape[3]))
+    return crop_and_flip(images, index, *draw(len(index), setting, generator), pad, dtype)
 
+
+def crop_and_flip(
+    images: Tensor,
+    index: Tensor,
+    dy: Tensor | None,
+    dx: Tensor | None,
+    flips: Tensor | None,
+    pad: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The images at ``index`` under the draws of :func:`draw`; arguments and result as :func:`augment`'s."""
     pixels = images.permute(0, 2, 3, 1)
     if dy is None and flips is None:
         return to_float(pixels[index], dtype)
-    rows = torch.arange(H, device=images.device).expand(len(index), H)
-    columns = torch.arange(W, device=images.device).expand(len(index), W)
-    if flips is not None:
-        columns = torch.where(flips[:, None] == 1, W - 1 - columns, columns)
-    if dy is None or dx is None:
-        return to_float(pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]], dtype)
-
-    rows, columns = rows + (dy[:, None] - pad), columns + (dx[:, None] - pad)
-    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
-    rows, columns = rows.clamp(0, H - 1), columns.clamp(0, W - 1)
-    crops = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return to_float(crops * inside[..., None], dtype)
+    still = index.new_zeros(len(index))
+    shifts = torch.stack([still if d is None else d - pad for d in (dy, dx)], 1).int()
+    mirrored = (still if flips is None else flips).to(torch.uint8)
+    return kernels.augment(pixels.contiguous(), index, shifts, mirrored, dtype=dtype).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastensdistill.data.augment import Augment, augment, to_float
+from fastensdistill.data.augment import Augment, crop_and_flip, draw, to_float
 from fastensdistill.data.sources import Split
 from fastensdistill.errors import InputError
 
@@ -49,6 +49,10 @@ class DeviceLoader:
 
     Each epoch is a new permutation; its last incomplete batch is dropped. All randomness comes from ``generator``,
     drawn in this order: the permutation when an epoch starts, then per batch the row offsets, column offsets, flips.
+
+    ``share`` (rank, count) is one of ``count`` processes: with equal seeds all of them draw the same batches, and each
+    hands out its own ``batch_size / count`` images of every batch.
+    A captured step calls the halves of :meth:`next` itself: :meth:`advance` on the host, :meth:`read` in the graph.
     """
 
     def __init__(
@@ -60,14 +64,18 @@ class DeviceLoader:
         generator: torch.Generator,
         augment: Augment | None = None,
         dtype: torch.dtype = torch.float32,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """``augment=None`` leaves the images as they are; ``dtype`` is the floating type of the batches.
 
         Given an ``EvaluationSet`` on ``device``, the loader reads that memory: several loaders, one copy.
-        Raises ``InputError`` for a batch below 1 or larger than the set, a pad that does not fit the images, images
-        that are not uint8 NHWC, and a generator on another device.
+        Raises ``InputError`` for a batch below 1 or larger than the set, or that ``share`` does not divide, a pad that
+        does not fit the images, images that are not uint8 NHWC, and a generator on another device.
         """
         check_batch_size(batch_size)
+        rank, count = share
+        if batch_size % count:
+            raise InputError(f"batch size is {batch_size}; expected a multiple of the {count} processes")
         if batch_size > len(split.labels):
             raise InputError(f"batch size is {batch_size}; expected at most the {len(split.labels)} training images")
         self.augment = augment if augment is not None else Augment(pad=0, flip=False)
@@ -83,6 +91,9 @@ class DeviceLoader:
         self.batch_size, self.generator, self.dtype = batch_size, generator, dtype
         self._permutation = torch.arange(len(self.labels), device=self.images.device)
         self._position = self.batches_per_epoch  # used up: the first batch draws the first permutation
+        own = batch_size // count
+        self._own = slice(rank * own, (rank + 1) * own)
+        self._index = self._permutation[:own].clone()  # of the images to read; it never moves, for captured reads
 
     @property
     def batches_per_epoch(self) -> int:
@@ -96,16 +107,26 @@ class DeviceLoader:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, H, W)`` in [0, 1], channels_last, and labels int64 ``(B,)``; starts a new epoch by itself."""
+        self.advance()
+        return self.read()
+
+    def advance(self) -> None:
+        """Choose the next batch's images. Nothing waits for the device."""
         if self._position == self.batches_per_epoch:
             self._permutation = torch.randperm(
                 len(self.labels), generator=self.generator, device=self.images.device
             )
             self._position = 0
         start = self._position * self.batch_size
-        index = self._permutation[start : start + self.batch_size]
+        self._index.copy_(self._permutation[start + self._own.start : start + self._own.stop])
         self._position += 1
-        images = augment(self.images, index, self.generator, self.augment.pad, self.augment.flip, self.dtype)
-        return images, self.labels[index]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The batch that was chosen, as :meth:`next` returns it, with draws of its own: work for the device alone."""
+        draws = (None if d is None else d[self._own] for d in draw(self.batch_size, self.augment, self.generator))
+        images = crop_and_flip(self.images, self._index, *draws, self.augment.pad, self.dtype)
+        return images, self.labels[self._index]
+
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.

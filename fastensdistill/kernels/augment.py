@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastensdistill.errors import unknown
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import DTYPE_NAMES, check_tensor, launch, require, runs_kernel, tl, triton
+from fastensdistill.kernels.triton_utils import (
+    DTYPE_NAMES,
+    accumulator,
+    check_tensor,
+    launch,
+    require,
+    runs_kernel,
+    tl,
+    triton,
+)
 
 AUGMENT_TILE = Tile(0, 1024, 0, 4, 1, "single bytes are read: latency decides, 8 values a thread")
 
@@ -22,8 +31,8 @@ def augment_reference(images: Tensor, index: Tensor, shifts: Tensor, flips: Tens
     columns = torch.where(flips[:, None].bool(), width - 1 - columns, columns) + shifts[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     r, c = rows.clamp(0, height - 1).long(), columns.clamp(0, width - 1).long()
-    picked = images[index.long()[:, None, None], r[:, :, None], c[:, None, :]]
-    return (picked.to(torch.float32) * inside[..., None] / 255).to(DTYPE_NAMES[dtype])
+    picked = images[index.long()[:, None, None], r[:, :, None], c[:, None, :]] * inside[..., None]
+    return picked.to(accumulator(DTYPE_NAMES[dtype])).div_(255).to(DTYPE_NAMES[dtype])
 
 
 @triton.jit
