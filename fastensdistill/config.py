@@ -18,7 +18,7 @@ from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
 
 ENGINES = ("auto", "reference", "fused")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @dataclass
@@ -28,7 +28,7 @@ class TrainConfig:
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 128
-    """Images in a batch; the last incomplete batch of an epoch is dropped."""
+    """Images in a batch, of all processes together; the last incomplete batch of an epoch is dropped."""
     learning_rate: float = 0.1
     """Peak learning rate of SGD with Nesterov momentum."""
     warmup_epochs: float | None = None
@@ -42,16 +42,26 @@ class TrainConfig:
     """Seed of the initialisation, the order of the images, their augmentation and every random choice."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
-    precision: str = "fp32"
+    precision: str = "auto"
     """fp32, tf32 (float32 multiplied on tensor cores; the fused engine's, as PyTorch sets its own), or bf16: bfloat16
-    activations and products with float32 weights and statistics."""
+    activations and products with float32 weights and statistics. auto is bf16 on GPUs that multiply it, else fp32."""
+    micro_batches: int = 1
+    """Parts that a batch is taken in, one after another, for less memory. The update is by the mean gradient; BatchNorm
+    normalises each part by its own statistics (the perturbation and the teachers do not depend on the parts)."""
     engine: str = "auto"
     """reference (plain PyTorch on any device), fused (one CUDA graph of grouped kernels), or auto: fused where there is
     a CUDA device and every layer has a kernel."""
+    sync_batch_norm: bool = False
+    """Of several processes (torchrun): BatchNorm's statistics over the whole batch, not over each process's images. The
+    fused engine's."""
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 1)
         _at_least("batch_size", self.batch_size, 1)
+        _at_least("micro_batches", self.micro_batches, 1)
+        if self.batch_size % self.micro_batches:
+            size, parts = self.batch_size, self.micro_batches
+            raise InputError(f"batch_size={size} in micro_batches={parts}: expected equal parts")
         if self.warmup_epochs is None:
             self.warmup_epochs = min(5.0, self.epochs / 10)
         _at_least("warmup_epochs", self.warmup_epochs, 0)

@@ -1,21 +1,82 @@
 """Data parallel training under ``torchrun``: gradients are averaged between un-fold and update.
 
-Process 0's weights and momentum are everybody's at the start. Every process draws its own pair and batch and keeps its
+Process 0's weights and momentum are everybody's at the start. Every process draws its own pair and noise and keeps its
 own BatchNorm statistics, as the authors' code does, unless they are to be synchronised; the parameters stay equal,
 because all take the same steps from there. NCCL's all-reduce can be captured in a graph.
+
+What hosts tell one another (errors, signals, states) goes over gloo: it waits for no device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import atexit
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastensdistill.errors import InputError
+
+T = TypeVar("T")
+_alone = False
+_hosts: tuple[Any, Any] | None = None  # the default group, and the group of the same processes over gloo
 
 
 def processes() -> int:
     """How many processes train together: 1 unless ``torch.distributed`` has been initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    """This process among them; 0 where there is one."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def launched() -> int:
+    """How many processes were started together, ``torchrun``'s WORLD_SIZE; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def join(device_type: str = "") -> None:
+    """Form the process group of a ``torchrun`` launch, unless there is one already or only one process was started.
+
+    NCCL carries what lies on GPUs, gloo the rest; the group ends with the process. Raises InputError where the
+    environment describes no group, and for one that its user has made which cannot carry tensors of ``device_type``.
+    """
+    if launched() > 1 and dist.is_available() and not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"WORLD_SIZE={launched()}, but no process group can be formed: {reason}") from error
+        atexit.register(_leave)
+    if processes() > 1 and device_type:
+        backend = dist.get_backend()
+        if {"nccl": "cuda", "gloo": device_type}.get(backend, device_type) != device_type:
+            raise InputError(f"the process group's backend is {backend}; expected one for device {device_type}")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process trains by itself: nothing is averaged or waited for."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+# ---- tensors, on their device
 
 
 def average(values: Tensor) -> None:
@@ -26,13 +87,94 @@ def average(values: Tensor) -> None:
         values.div_(count)
 
 
-def rank() -> int:
-    """This process among them; 0 where there is one."""
-    return dist.get_rank() if processes() > 1 else 0
+def least(values: Tensor) -> None:
+    """The smallest of all processes, in place; nothing where there is one."""
+    if processes() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MIN)
 
 
+@torch.no_grad()
 def same_start(tensors: Iterable[Tensor]) -> None:
-    """Process 0's values for everybody, in place."""
+    """Process 0's values for everybody, in place, whatever the tensors' memory layout."""
     if processes() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, 0)
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.copy_(values)
+
+
+# ---- what hosts tell one another
+
+
+def exchange(value: T) -> list[T]:
+    """What every process gives here, in the order of ranks; tensors in it must lie on the CPU.
+
+    Where a process came to :func:`together` with an error instead, that error is raised.
+    """
+    return [value] if processes() == 1 else _exchange(value, None)
+
+
+def from_first(value: T) -> T:
+    """What process 0 gives here, for everybody."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0, group=_host_group())
+    return box[0]
+
+
+def agree(flag: bool) -> bool:
+    """Whether ``flag`` holds on every process."""
+    return all(exchange(flag))
+
+
+def anyone(value: T | None) -> T | None:
+    """The value of the first process that has one, for all of them."""
+    return next((given for given in exchange(value) if given is not None), None)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An InputError or OSError inside, on any process, is raised on all of them: nobody waits for one that has left.
+
+    Who had it raises it as it is; the others one of the same kind that names the process. Where several had one, the
+    first counts. Inside, processes may only wait for each other by the functions of this section.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if processes() > 1 and not hasattr(error, "process"):
+            _exchange(None, error)
+        raise
+    if processes() > 1:
+        _exchange(None, None)
+
+
+def raised_elsewhere(error: BaseException) -> bool:
+    """Whether ``error`` is another process's, of which :func:`together` told this one: that one reports it."""
+    return getattr(error, "process", rank()) != rank()
+
+
+def _exchange(value: Any, error: Exception | None) -> list[Any]:
+    told = None if error is None else (_kind(error), str(error))
+    everybody: list[Any] = [None] * processes()
+    dist.all_gather_object(everybody, (value, told), group=_host_group())
+    for i, (_, theirs) in enumerate(everybody):
+        if theirs is not None:
+            kind, message = theirs
+            raised = error if error is not None and i == rank() else kind(f"process {i}: {message}")
+            raised.process = i  # type: ignore[attr-defined]
+            raise raised
+    return [given for given, _ in everybody]
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return type(error) if isinstance(error, InputError) else InputError
+
+
+def _host_group() -> Any:
+    global _hosts
+    if _hosts is None or _hosts[0] is not dist.group.WORLD:
+        _hosts = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _hosts[1]
