@@ -184,7 +184,7 @@ def test_least_work(kind, perturbation, forwards, pixel_gradients):
 def test_pairs_are_uniform_over_branches_whose_teachers_differ(teachers, branches, expected):
     p = Perturbation("tdiv-sdiv", teachers, branches, pick=torch.Generator().manual_seed(0), noise=torch.Generator())
     assert set(p.pairs) == expected
-    drawn = [p.pairs[p._draw(len(p.pairs))] for _ in range(200 * len(expected))]
+    drawn = [p.pairs[p.choose()] for _ in range(200 * len(expected))]
     assert min(drawn.count(pair) for pair in expected) > 140
 
 

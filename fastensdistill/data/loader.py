@@ -101,6 +101,11 @@ class DeviceLoader:
         return len(self.labels) // self.batch_size
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """(B, C, H, W) of the images that one call of :meth:`next` hands out."""
+        return len(self._index), *self.images.shape[1:]
+
+    @property
     def nbytes(self) -> int:
         """Memory of the set on the device, in bytes."""
         return self.images.nbytes + self.labels.nbytes
@@ -123,8 +128,9 @@ class DeviceLoader:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The batch that was chosen, as :meth:`next` returns it, with draws of its own: work for the device alone."""
-        draws = (None if d is None else d[self._own] for d in draw(self.batch_size, self.augment, self.generator))
-        images = crop_and_flip(self.images, self._index, *draws, self.augment.pad, self.dtype)
+        draws = draw(self.batch_size, self.augment, self.generator)
+        dy, dx, flips = (None if d is None else d[self._own] for d in draws)
+        images = crop_and_flip(self.images, self._index, dy, dx, flips, self.augment.pad, self.dtype)
         return images, self.labels[self._index]
 
 

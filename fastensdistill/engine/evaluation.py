@@ -124,6 +124,11 @@ class FusedPerturbation:
         assert self.slots.branches is not None
         return self.slots.branches.first + member
 
+    def write(self) -> None:
+        """Pack the branches' weights: once before the first call of a step."""
+        if self.slots.branches:
+            self.slots.branches.write()
+
     def __call__(self, x: Tensor, draw: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Perturbed images, and the diversities by name. ``draw`` is int64 (1,) on the device."""
         if self.config.perturbation == "none":
@@ -131,8 +136,6 @@ class FusedPerturbation:
         if self.config.perturbation == "gaussian":
             noisy = gaussian(x.permute(0, 3, 1, 2), self.config.step_size, self.noise).images
             return noisy.permute(0, 2, 3, 1), {}
-        if self.slots.branches:
-            self.slots.branches.write()
         logits: dict[str, Tensor] = {}
         kept: list[tuple[Buffers, Tensor]] = []
         for first, _, weights, table, dead in self.runs:

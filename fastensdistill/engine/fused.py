@@ -8,7 +8,8 @@
 
 Teachers and branches are groups of the same launches. The backward pass is written out; autograd sees nothing. A step
 reads the images, the labels, the index of the drawn pair and the learning rate from tensors that never move, and the
-noise from a generator the graph knows: one captured graph serves the whole run. Ops allocate their results; inside a
+noise from a generator the graph knows: one captured graph serves the whole run. ``train_on`` puts the reading of the
+batch, its crops and flips into the graph too. Ops allocate their results; inside a
 capture these come from the graph's own pool, at the same addresses in every replay, and since each buffer is freed
 after its last reader the pool is as large as ``engine.memory`` says beforehand.
 Source of the step: Nam et al., ICML 2022.
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TrainConfig
+from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
+from fastensdistill.engine.reference import check_parts, precision_on
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -44,10 +47,11 @@ ImageShape = tuple[int, int, int]
 
 def arithmetic(config: TrainConfig, network: nn.Module) -> tuple[torch.dtype, str]:
     """Dtype of activations and packed weights, and how float32 is multiplied, for ``config.precision``."""
-    dtype = next(network.parameters()).dtype
-    if config.precision == "bf16":
+    first = next(network.parameters())
+    precision = precision_on(config, first.device)
+    if precision == "bf16":
         return torch.bfloat16, "ieee"
-    return dtype, "tf32" if config.precision == "tf32" else "ieee"
+    return first.dtype, "tf32" if precision == "tf32" else "ieee"
 
 
 def plain(student: Student) -> nn.Module:
@@ -122,11 +126,13 @@ class FusedStep:
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
         self.dtype, self.precision = arithmetic(config, student)
-        self.run = Runner(self.precision, implementations or Dispatch(), synchronised)
+        self.parts = config.micro_batches
+        self.run = Runner(self.precision, implementations or Dispatch(), synchronised, self.parts)
         self.capture = capture and self.device.type == "cuda"
         self._rate = config.learning_rate
         self.networks: list[Network] = []
         self.images: Tensor | None = None
+        self.loader: DeviceLoader | None = None
         if image_shape:
             self._adopt(image_shape)
 
@@ -141,41 +147,67 @@ class FusedStep:
         self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-    def _build(self, images: Tensor) -> None:
-        """Plans, weight slots and static inputs for this batch shape."""
-        B, C, H, W = images.shape
+    def _build(self, shape: tuple[int, ...]) -> None:
+        """Plans, weight slots and static inputs for this shape (B, channels, H, W) of a batch."""
+        B, C, H, W = shape
+        check_parts(self.config, B)
         if not self.networks:
             self._adopt((C, H, W))
         self.images = torch.zeros(B, H, W, C, dtype=self.master.dtype, device=self.device)
         self.labels = torch.zeros(B, dtype=torch.int64, device=self.device)
         groups = distillation_groups(self.networks, self.student.branches)
-        forward, backward = (plan(self.networks, groups, way, B).parts for way in ("forward", "backward"))
+        part = B // self.parts
+        forward, backward = (plan(self.networks, groups, way, part).parts for way in ("forward", "backward"))
         (gradient,) = backward
         trained = next(part for part in forward if part.training)
         self.trained = Trained(self.networks[-1], trained, gradient, self.master, self.dtype, self.run)
         slots = Slots(self.networks, self.teachers, self.dtype, self.device)
-        self.ascend = FusedPerturbation(self.config, self.perturbation, slots, self.master, B, self.run)
+        self.ascend = FusedPerturbation(self.config, self.perturbation, slots, self.master, part, self.run)
         self.targets = Targets([part for part in forward if not part.training], slots, self.run)
         self.captured = Captured(self._body, self.master.state, [self.noise], self.device) if self.capture else None
 
     # ---- the launches
 
-    def _distil(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The update on perturbed images ``x`` (B, H, W, C)."""
+    def _perturb(self, x: Tensor) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """The parts of ``x`` (B, H, W, C), perturbed, and the diversities."""
+        self.ascend.write()
+        images, found = zip(*(self.ascend(part, self.draw) for part in x.chunk(self.parts)), strict=True)
+        return images, {name: torch.stack([scalars[name] for scalars in found]).mean(0) for name in found[0]}
+
+    def _distil(self, parts: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The update on perturbed images."""
+        self.trained.write()
+        losses = [
+            self._gradients(x, own, add=i > 0)
+            for i, (x, own) in enumerate(zip(parts, labels.chunk(self.parts), strict=True))
+        ]
+        self.trained.finish()
+        self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
+        loss, loss_kd, loss_ce = torch.stack(losses).mean(0)
+        return {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
+
+    def _gradients(self, x: Tensor, labels: Tensor, add: bool) -> Tensor:
+        """Those of one part of a batch, on top of the earlier ones with ``add``; the three losses."""
         targets = self.targets(x)
         self.branch_logits = logits = self.trained.forward(x[None])
-        loss, loss_kd, loss_ce, seed = distillation_loss(
+        *losses, seed = distillation_loss(
             targets, logits, labels, self.config.temperature, self.config.alpha, self.target
         )
-        self.trained.backward(seed)
-        self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
-        return {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
+        self.trained.backward(seed / self.parts if self.parts > 1 else seed, add)
+        return torch.stack(losses)
 
     def _body(self) -> dict[str, Tensor]:
         """The step as it is captured: it reads ``images``, ``labels``, ``draw`` and ``rate``, and waits for nothing."""
         assert self.images is not None
-        x, diversities = self.ascend(self.images, self.draw)
-        return self._distil(x, self.labels) | diversities
+        parts, diversities = self._perturb(self.images)
+        return self._distil(parts, self.labels) | diversities
+
+    def _body_with_loader(self) -> dict[str, Tensor]:
+        """The same on the batch that the loader has chosen."""
+        assert self.loader is not None
+        images, labels = self.loader.read()
+        parts, diversities = self._perturb(images.permute(0, 2, 3, 1).to(self.master.dtype).contiguous())
+        return self._distil(parts, labels) | diversities
 
     # ---- what the trainer calls
 
@@ -187,33 +219,54 @@ class FusedStep:
         return self.captured() if self.captured else self._body()
 
     @torch.no_grad()
+    def train_on(self, loader: DeviceLoader) -> dict[str, Tensor]:
+        """A step on the loader's next batch. The captured graph contains the reading, the crops and the flips."""
+        if self.loader is not loader:
+            if self.images is None:
+                self._build(loader.batch_shape)
+            self._check(loader.batch_shape)
+            self.loader = loader
+            generators = [self.noise, loader.generator]
+            self.captured_with_loader = (
+                Captured(self._body_with_loader, self.master.state, generators, self.device) if self.capture else None
+            )
+        loader.advance()
+        self._draw()
+        return self.captured_with_loader() if self.captured_with_loader else self._body_with_loader()
+
+    @torch.no_grad()
     def perturb(self, images: Tensor, pair: tuple[int, int] | None = None) -> Perturbed:
         """The first half of a step, not captured; ``pair`` (a, b) instead of a drawn one."""
         self._load(images, None)
         self._draw(pair)
         assert self.images is not None
-        x, diversities = self.ascend(self.images, self.draw)
-        return Perturbed(x.permute(0, 3, 1, 2), diversities.get("tdiv"), diversities.get("sdiv"))
+        parts, diversities = self._perturb(self.images)
+        x = torch.cat(tuple(parts)).permute(0, 3, 1, 2)
+        return Perturbed(x, diversities.get("tdiv"), diversities.get("sdiv"))
 
     @torch.no_grad()
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The second half, not captured, on images that are perturbed already."""
         self._load(perturbed.images, labels)
         assert self.images is not None
-        scalars = self._distil(self.images, self.labels)
+        scalars = self._distil(self.images.chunk(self.parts), self.labels)
         given = {"tdiv": perturbed.tdiv, "sdiv": perturbed.sdiv}
         return scalars | {name: value for name, value in given.items() if value is not None}
 
     def _load(self, images: Tensor, labels: Tensor | None) -> None:
         if self.images is None:
-            self._build(images)
+            self._build(tuple(images.shape))
+        self._check(tuple(images.shape))
         assert self.images is not None
-        B, H, W, C = self.images.shape
-        if tuple(images.shape) != (B, C, H, W):
-            raise InputError(f"images have shape {tuple(images.shape)}; this step was built for {(B, C, H, W)}")
         self.images.copy_(images.permute(0, 2, 3, 1))
         if labels is not None:
             self.labels.copy_(labels)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        assert self.images is not None
+        B, H, W, C = self.images.shape
+        if shape != (B, C, H, W):
+            raise InputError(f"images have shape {shape}; this step was built for {(B, C, H, W)}")
 
     def _draw(self, pair: tuple[int, int] | None = None) -> None:
         """Choose by the host's generator, as the reference engine does; the device sees one number change."""

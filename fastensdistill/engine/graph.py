@@ -47,7 +47,8 @@ class Captured:
     ):
         self.body, self.state, self.generators, self.device = body, state, generators, device
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.results: Results = {}
+        self.names: list[str] = []
+        self.results = torch.empty(0)
         self.failed = False
 
     def __call__(self) -> Results:
@@ -56,8 +57,7 @@ class Captured:
         if self.graph is None:
             return self.body()
         self.graph.replay()
-        values = torch.stack([value.float() for value in self.results.values()])
-        return dict(zip(self.results, values.unbind(), strict=True))
+        return dict(zip(self.names, self.results.clone().unbind(), strict=True))
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
@@ -71,10 +71,11 @@ class Captured:
                 graph.register_generator_state(generator)
             try:
                 with torch.cuda.graph(graph):
-                    self.results = self.body()
+                    results = self.body()
+                    self.results = torch.stack([value.float() for value in results.values()])
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"the step could not be captured and is launched from Python: {reason}", stacklevel=3)
                 self.failed = True
                 return
-            self.graph = graph
+            self.names, self.graph = list(results), graph

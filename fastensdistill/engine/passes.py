@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastensdistill.engine.statistics import part_momentum
 from fastensdistill.engine.weights import Weights, unpack_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
@@ -40,6 +41,7 @@ def run_part(
     *,
     after: Callable[[Launch], None] | None = None,
     implement: Implement = lambda launch, op: op,
+    updates: int = 1,
 ) -> None:
     """Run the launches of ``part`` and add what they write to ``buffers``.
 
@@ -51,11 +53,12 @@ def run_part(
         precision: how float32 is multiplied, "ieee" or "tf32".
         after: called after every launch, to take what it wrote and to drop what nobody reads any more.
         implement: (launch, convolution op) → what computes it, with the op's arguments and results.
+        updates: how often a step moves the running statistics; all together they move as far as once.
 
     Results under the plan's names: logits (G, N, classes), "input.grad" (G, N, H, W, C), parameters' gradients as in
     ``network.execute``, all float32.
     """
-    run = _Run(part, weights, slots, buffers, precision, implement)
+    run = _Run(part, weights, slots, buffers, precision, implement, updates)
     for launch in part.launches:
         getattr(run, launch.op.replace(" ", "_"))(launch)
         if after:
@@ -66,10 +69,17 @@ class _Run:
     """One method per op."""
 
     def __init__(
-        self, part: Part, weights: Weights, slots: Tensor, buffers: Buffers, precision: str, implement: Implement
+        self,
+        part: Part,
+        weights: Weights,
+        slots: Tensor,
+        buffers: Buffers,
+        precision: str,
+        implement: Implement,
+        updates: int,
     ):
         self.part, self.weights, self.slots, self.buffers, self.precision = part, weights, slots, buffers, precision
-        self.implement = implement
+        self.implement, self.updates = implement, updates
         self.nodes, self.groups = part.network.by_name, len(part.groups)
 
     def read(self, name: str) -> Tensor:
@@ -195,7 +205,8 @@ class _Run:
     def norm_statistics(self, launch: Launch) -> None:
         node, norm, n = self.nodes[launch.node], self.weights.norms[launch.node], self.count(launch.node)
         assert isinstance(node, Norm)
-        kept = norm.running_var * (1 - node.momentum) if node.unbiased else None
+        momentum = part_momentum(node.momentum, self.updates)
+        kept = norm.running_var * (1 - momentum) if node.unbiased else None
         self.buffers[f"{launch.node}.statistics"] = batch_norm_statistics(
             self.buffers[launch.reads[0]],
             n,
@@ -203,7 +214,7 @@ class _Run:
             norm.bias,
             norm.running_mean,
             norm.running_var,
-            momentum=node.momentum,
+            momentum=momentum,
             eps=node.eps,
         )
         if kept is not None:  # the op adds momentum · biased variance; PyTorch's BatchNorm n/(n − 1) times that

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.data.loader import DeviceLoader
+from fastensdistill.engine.parallel import average, processes, rank, same_start
+from fastensdistill.engine.statistics import part_momentum
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.perturbation import Perturbation, Perturbed
 from fastensdistill.method.student import Single, Student
@@ -28,47 +32,69 @@ class ReferenceStep:
     (B, channels, H, W) in [0, 1] and labels (B,). Set the learning rate with :meth:`set_learning_rate` before a step.
     Returns scalars on the device, so nothing waits for the device: loss (without weight decay), loss_kd, loss_ce and,
     where the perturbation ascends them, tdiv and sdiv. Cost of the paper's step: (M + 3K + 6) forwards.
+    With ``config.micro_batches`` = n the batch is taken in n parts: one pair for all, each part normalised by its own
+    statistics, one update by the mean gradient.
     """
 
     def __init__(self, student: Student, teachers: Teachers, config: DistillConfig, *, num_classes: int):
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
         self.target = "mean" if isinstance(student, Single) else "one-to-one"
-        self.pick = torch.Generator().manual_seed(config.seed)
-        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
+        self.pick = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator(self.device).manual_seed(seed + 1)
         self.perturbation = Perturbation(
             config.perturbation, len(teachers), student.branches, size=config.step_size,
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
         self.optimizer = sgd(student, config)
+        same_start(student.state_dict().values())
+
+    def train_on(self, loader: DeviceLoader) -> dict[str, Tensor]:
+        """A step on the loader's next batch."""
+        return self(*loader.next())
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return self.distil(self.perturb(images), labels)
 
     def perturb(self, images: Tensor) -> Perturbed:
-        with float32_products(self.config), autocast(self.config, self.device):
-            return self.perturbation(images, self.teachers, self.student, self.num_classes)
+        check_parts(self.config, len(images))
+        with float32_products(self.config, self.device), autocast(self.config, self.device):
+            return self.perturbation(
+                images, self.teachers, self.student, self.num_classes, self.config.micro_batches
+            )
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""
         self.student.train()
-        with float32_products(self.config), autocast(self.config, self.device):
-            with torch.no_grad():
-                teacher_logits = self.teachers(perturbed.images)
-            branch_logits = self.student(perturbed.images)
-        loss, loss_kd, loss_ce, _ = distillation_loss(
-            teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        with float32_products(self.config):
-            loss.backward()
+        n = self.config.micro_batches
+        losses = []
+        with slower_statistics(self.student, n):
+            for images, part in zip(perturbed.images.chunk(n), labels.chunk(n), strict=True):
+                losses.append(self._gradients(images, part, n))
+        average_gradients(self.student)
         self.optimizer.step()
-        scalars = {"loss": loss.detach(), "loss_kd": loss_kd.detach(), "loss_ce": loss_ce.detach()}
+        loss, loss_kd, loss_ce = torch.stack(losses).mean(0)
+        scalars = {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
         if perturbed.tdiv is not None:
             scalars["tdiv"] = perturbed.tdiv
         if perturbed.sdiv is not None:
             scalars["sdiv"] = perturbed.sdiv
         return scalars
+
+    def _gradients(self, images: Tensor, labels: Tensor, parts: int) -> Tensor:
+        """Add those of one of ``parts`` parts of a batch; the three losses."""
+        with float32_products(self.config, self.device), autocast(self.config, self.device):
+            with torch.no_grad():
+                teacher_logits = self.teachers(images)
+            branch_logits = self.student(images)
+        loss, loss_kd, loss_ce, _ = distillation_loss(
+            teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
+        )
+        with float32_products(self.config, self.device):
+            (loss / parts if parts > 1 else loss).backward()
+        return torch.stack([loss.detach(), loss_kd.detach(), loss_ce.detach()])
 
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.optimizer, rate)
@@ -93,20 +119,34 @@ class TeachStep:
         self.networks, self.config = list(networks), config
         self.device = next(self.networks[0].parameters()).device
         self.optimizers = [sgd(network, config) for network in self.networks]
+        for network in self.networks:
+            same_start(network.state_dict().values())
+
+    def train_on(self, loaders: Sequence[DeviceLoader]) -> dict[str, Tensor]:
+        """A step on the next batch of each network's own loader."""
+        return self([loader.next() for loader in loaders])
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        losses = []
+        n, losses = self.config.micro_batches, []
         for network, optimizer, (images, labels) in zip(self.networks, self.optimizers, batches, strict=True):
+            check_parts(self.config, len(images))
             network.train()
-            with float32_products(self.config), autocast(self.config, self.device):
-                logits = network(images)
-            loss = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
             optimizer.zero_grad(set_to_none=True)
-            with float32_products(self.config):
-                loss.backward()
+            with slower_statistics(network, n):
+                parts = zip(images.chunk(n), labels.chunk(n), strict=True)
+                found = [self._gradients(network, *part, n) for part in parts]
+            average_gradients(network)
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(torch.stack(found).mean())
         return {"loss": torch.stack(losses)}
+
+    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor, parts: int) -> Tensor:
+        with float32_products(self.config, self.device), autocast(self.config, self.device):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+        with float32_products(self.config, self.device):
+            (loss / parts if parts > 1 else loss).backward()
+        return loss.detach()
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.optimizers:
@@ -153,11 +193,49 @@ def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
             optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
 
 
+def average_gradients(network: nn.Module) -> None:
+    """The mean over all processes of every parameter's gradient, as one exchange; nothing where there is one."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if processes() > 1:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        average(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+
+
+def check_parts(config: TrainConfig, images: int) -> None:
+    """Raise InputError for a batch of so many images that do not fall into ``config.micro_batches`` equal parts."""
+    if images % config.micro_batches:
+        raise InputError(f"{images} images in micro_batches={config.micro_batches}: expected equal parts")
+
+
 @contextmanager
-def float32_products(config: TrainConfig) -> Iterator[None]:
+def slower_statistics(network: nn.Module, parts: int) -> Iterator[None]:
+    """Running statistics move ``parts`` times as they would have moved once."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in network.modules() if isinstance(m, kinds) and m.momentum is not None] if parts > 1 else []
+    momenta = [norm.momentum or 0.0 for norm in norms]
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = part_momentum(momentum, parts)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def precision_on(config: TrainConfig, device: torch.device) -> str:
+    """What ``config.precision`` "auto" means: bf16 on a GPU that multiplies it, fp32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+@contextmanager
+def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision_on(config, device) == "tf32"
     try:
         yield
     finally:
@@ -165,4 +243,4 @@ def float32_products(config: TrainConfig) -> Iterator[None]:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(config, device) == "bf16")

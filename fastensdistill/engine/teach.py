@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import TeachConfig
+from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
+from fastensdistill.engine.reference import check_parts
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
@@ -60,47 +62,89 @@ class FusedTeachStep:
         self.network = common_architecture(self.networks, image_shape)
         self.device = next(self.networks[0].parameters()).device
         self.dtype, precision = arithmetic(config, self.networks[0])
-        self.run = Runner(precision, implementations or Dispatch(), synchronised)
+        self.parts = config.micro_batches
+        self.run = Runner(precision, implementations or Dispatch(), synchronised, self.parts)
         self.master = Master(self.networks, self.network, ranked=False)
         same_start(self.master.state())
         self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)
         self.capture = capture and self.device.type == "cuda"
         self.images: Tensor | None = None
+        self.loaders: list[DeviceLoader] = []
 
-    def _build(self, images: Tensor) -> None:
-        M, (B, C, H, W) = len(self.networks), images.shape
+    def _build(self, shape: tuple[int, ...]) -> None:
+        M, (B, C, H, W) = len(self.networks), shape
+        check_parts(self.config, B)
         self.images = torch.zeros(M, B, H, W, C, dtype=self.master.dtype, device=self.device)
         self.labels = torch.zeros(M, B, dtype=torch.int64, device=self.device)
-        passes = {name: plan([self.network], groups, way, B) for name, (groups, way) in teach_groups(M).items()}
-        (forward,), (backward,) = passes["forward"].parts, passes["backward"].parts
+        (forward,), (backward,) = (
+            plan([self.network], groups, way, B // self.parts).parts for groups, way in teach_groups(M).values()
+        )
         self.trained = Trained(self.network, forward, backward, self.master, self.dtype, self.run)
         self.captured = Captured(self._body, self.master.state, [], self.device) if self.capture else None
 
     def _body(self) -> dict[str, Tensor]:
         assert self.images is not None
-        logits = self.trained.forward(self.images)
-        log_p = logits.log_softmax(-1)
-        index = self.labels[..., None]
-        loss = -log_p.gather(-1, index)[..., 0].mean(1)
-        seed = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1)).div_(log_p.shape[1])
-        self.trained.backward(seed)
+        return self._step(self.images, self.labels)
+
+    def _body_with_loaders(self) -> dict[str, Tensor]:
+        images, labels = zip(*(loader.read() for loader in self.loaders), strict=True)
+        return self._step(torch.stack(images).permute(0, 1, 3, 4, 2).to(self.master.dtype), torch.stack(labels))
+
+    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``images`` (M, B, H, W, C), ``labels`` (M, B)."""
+        self.trained.write()
+        parts = zip(images.chunk(self.parts, 1), labels.chunk(self.parts, 1), strict=True)
+        losses = [self._gradients(x.contiguous(), own, add=i > 0) for i, (x, own) in enumerate(parts)]
+        self.trained.finish()
         self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
-        return {"loss": loss}
+        return {"loss": torch.stack(losses).mean(0)}
+
+    def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> Tensor:
+        """Those of one part of the batches, on top of the earlier ones with ``add``; the losses (M,)."""
+        log_p = self.trained.forward(images).log_softmax(-1)
+        index = labels[..., None]
+        loss = -log_p.gather(-1, index)[..., 0].mean(1)
+        seed = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1))
+        self.trained.backward(seed.div_(self.parts * log_p.shape[1]), add)
+        return loss
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        if len(batches) != len(self.networks):
+            raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
         if self.images is None:
-            self._build(batches[0][0])
+            self._build(tuple(batches[0][0].shape))
         assert self.images is not None
-        M, B, H, W, C = self.images.shape
-        if len(batches) != M:
-            raise InputError(f"{len(batches)} batches for {M} networks: expected as many")
         for i, (images, labels) in enumerate(batches):
-            if tuple(images.shape) != (B, C, H, W):
-                raise InputError(f"images have shape {tuple(images.shape)}; this step was built for {(B, C, H, W)}")
+            self._check(tuple(images.shape))
             self.images[i].copy_(images.permute(0, 2, 3, 1))
             self.labels[i].copy_(labels)
         return self.captured() if self.captured else self._body()
+
+    @torch.no_grad()
+    def train_on(self, loaders: Sequence[DeviceLoader]) -> dict[str, Tensor]:
+        """A step on the next batch of each network's own loader, read, cropped and flipped in the captured graph."""
+        if len(loaders) != len(self.networks):
+            raise InputError(f"{len(loaders)} loaders for {len(self.networks)} networks: expected as many")
+        if self.loaders != list(loaders):
+            if self.images is None:
+                self._build(loaders[0].batch_shape)
+            for loader in loaders:
+                self._check(loader.batch_shape)
+            self.loaders = list(loaders)
+            generators = [loader.generator for loader in loaders]
+            self.captured_with_loaders = (
+                Captured(self._body_with_loaders, self.master.state, generators, self.device) if self.capture else None
+            )
+        for loader in loaders:
+            loader.advance()
+        return self.captured_with_loaders() if self.captured_with_loaders else self._body_with_loaders()
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        assert self.images is not None
+        _, B, H, W, C = self.images.shape
+        if shape != (B, C, H, W):
+            raise InputError(f"images have shape {shape}; this step was built for {(B, C, H, W)}")
 
     def set_learning_rate(self, rate: float) -> None:
         self.rate.fill_(rate)

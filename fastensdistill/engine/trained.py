@@ -34,8 +34,9 @@ def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[st
 class Runner:
     """Runs parts and frees every buffer after its last reader, so that a captured graph's memory is used again."""
 
-    def __init__(self, precision: str, implement: Implement, synchronised: bool = False):
-        self.precision, self.implement, self.synchronised = precision, implement, synchronised
+    def __init__(self, precision: str, implement: Implement, synchronised: bool = False, parts: int = 1):
+        """``parts``: how many passes a step makes over the trained networks, one per micro-batch."""
+        self.precision, self.implement, self.synchronised, self.parts = precision, implement, synchronised, parts
 
     def __call__(
         self,
@@ -45,8 +46,9 @@ class Runner:
         buffers: Buffers,
         dead: Sequence[tuple[str, ...]],
         sinks: Mapping[str, Tensor] | None = None,
+        add: bool = False,
     ) -> None:
-        """``sinks``: gradients that are copied out as soon as they are there."""
+        """``sinks``: gradients that are copied out as soon as they are there, or added to what is there."""
         remaining, taken = iter(dead), sinks or {}
 
         def after(launch: Launch) -> None:
@@ -54,11 +56,14 @@ class Runner:
                 share_sums(launch, buffers)
             for name in launch.writes:
                 if name in taken:
-                    taken[name].copy_(buffers.pop(name))
+                    taken[name].add_(buffers.pop(name)) if add else taken[name].copy_(buffers.pop(name))
             for name in next(remaining):
                 buffers.pop(name, None)
 
-        run_part(part, weights, slots, buffers, self.precision, after=after, implement=self.implement)
+        run_part(
+            part, weights, slots, buffers, self.precision,
+            after=after, implement=self.implement, updates=self.parts,
+        )  # fmt: skip
 
 
 def share_sums(launch: Launch, buffers: Buffers) -> None:
@@ -113,19 +118,25 @@ class Trained:
             return self.branch_gradients[:, entry.offset : entry.offset + n].unflatten(1, entry.shape)
         return self.master.view(self.master.gradient, name)
 
+    def write(self) -> None:
+        """Pack the master weights: once before the first forward of a step."""
+        self.slots.write()
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
-        self.slots.write()
         self.buffers = {"input": images}
         self.run(self.parts[0], self.slots.weights, self.index, self.buffers, self.dead[0])
         self.master.batches.add_(1)
         return self.buffers[self.network.output]
 
-    def backward(self, seed: Tensor) -> None:
-        """All gradients from that of the logits, un-folded, and averaged over processes."""
+    def backward(self, seed: Tensor, add: bool = False) -> None:
+        """All gradients from that of the logits; with ``add`` on top of an earlier micro-batch's."""
         self.buffers[f"{self.network.output}.grad"] = seed
-        self.run(self.parts[1], self.slots.weights, self.index, self.buffers, self.dead[1], self.sinks)
+        self.run(self.parts[1], self.slots.weights, self.index, self.buffers, self.dead[1], self.sinks, add)
         self.buffers = {}
+
+    def finish(self) -> None:
+        """Un-fold the gradients and average them over processes: once, before the update."""
         master = self.master
         self.factor_gradients = None
         if self.branch_gradients is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.fused import FusedStep, ImageShape
-from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep, precision_on
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import BatchEnsemble, Student
@@ -56,15 +56,15 @@ def verify_distillation(
     reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
     same = ReferenceStep(own, teachers, plain, num_classes=num_classes)
     fused = FusedStep(other, teachers, plain, image_shape=shape, capture=False)
-    found = {}
+    found, precision = {}, precision_on(config, images.device)
     perturbed = reference.perturb(images)
     if config.perturbation in PAIR_DRAWN:
         ascents = [[step.perturb(images).images - images] for step in (same, fused)]
-        found["perturbation"] = _judge("perturbation", config, [perturbed.images - images], *ascents)
+        found["perturbation"] = _judge("perturbation", precision, [perturbed.images - images], *ascents)
     for step in (reference, same, fused):
         step.set_learning_rate(config.learning_rate)
         step.distil(perturbed, labels)
-    found["update"] = _judge("update", config, *(_changes(moved, after) for after in (exact, own, other)))
+    found["update"] = _judge("update", precision, *(_changes(moved, after) for after in (exact, own, other)))
     return found
 
 
@@ -74,6 +74,7 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
         classes = copy.deepcopy(networks[0]).eval()(_batch(networks[0], shape, 2, torch.Generator())[0]).shape[1]
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(network, shape, classes, generator) for network in networks]
+    images = batches[0][0]
     plain = _undecayed(config)
     before = nn.ModuleList(networks)
     exact, own, other = (copy.deepcopy(before) for _ in range(3))
@@ -84,12 +85,13 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
     ):
         step.set_learning_rate(config.learning_rate)
         step(batches)
-    return {"update": _judge("update", config, *(_changes(before, after) for after in (exact, own, other)))}
+    precision = precision_on(config, images.device)
+    return {"update": _judge("update", precision, *(_changes(before, after) for after in (exact, own, other)))}
 
 
 def _undecayed(config: Config) -> Config:
-    """Without weight decay, which is the same in both engines and would hide a small gradient."""
-    return replace(config, weight_decay=0.0)
+    """In one part, and without weight decay, which is the same in both engines and would hide a small gradient."""
+    return replace(config, weight_decay=0.0, micro_batches=1)
 
 
 def _batch(
@@ -114,12 +116,12 @@ def _apart(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
     return 1 - cosine if cosine == cosine else 2.0
 
 
-def _judge(what: str, config: TrainConfig, exact: list[Tensor], own: list[Tensor], fused: list[Tensor]) -> float:
+def _judge(what: str, precision: str, exact: list[Tensor], own: list[Tensor], fused: list[Tensor]) -> float:
     """1 − cosine of the fused engine's direction and the exact one, if PyTorch's own in the precision allows it."""
-    found, allowed = _apart(exact, fused), max(ALLOWED[config.precision], MARGIN * _apart(exact, own))
+    found, allowed = _apart(exact, fused), max(ALLOWED[precision], MARGIN * _apart(exact, own))
     if found > allowed:
         raise DisagreementError(
             f"the fused engine's {what} is not the reference engine's on this device (1 − cosine {found:.1e}, at most "
-            f"{allowed:.0e} for {config.precision}); use engine='reference' and report this"
+            f"{allowed:.0e} for {precision}); use engine='reference' and report this"
         )
     return found

@@ -100,24 +100,44 @@ class Perturbation:
         count = branches if name == "tdiv-sdiv" else teachers
         self.pairs = [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
 
-    def __call__(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int) -> Perturbed:
+    def __call__(
+        self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, parts: int = 1
+    ) -> Perturbed:
+        """``x`` perturbed as one batch: one pair or teacher for all images, taken in ``parts`` after one another."""
+        member = self.choose()
+        found = [self._part(chunk, teachers, student, num_classes, member) for chunk in x.chunk(parts)]
+        return found[0] if len(found) == 1 else join(found)
+
+    def choose(self) -> int:
+        """Draws what is drawn once for a batch: an index into the pairs, or a teacher; 0, undrawn, if neither."""
+        count = {"ods": self.teachers, "confods": self.teachers, "tdiv": len(self.pairs), "tdiv-sdiv": len(self.pairs)}
+        return int(torch.randint(count[self.name], (), generator=self.pick)) if self.name in count else 0
+
+    def _part(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, member: int) -> Perturbed:
         if self.name == "none":
             return Perturbed(x)
         if self.name == "gaussian":
             return gaussian(x, self.size, self.noise)
         if self.name in ("ods", "confods"):
-            member = self._draw(self.teachers)
             weights = torch.empty(len(x), num_classes, dtype=x.dtype, device=x.device)
             weights.uniform_(-1, 1, generator=self.noise)
             return ods(x, teachers, member, weights, self.temperature, self.size, self.name == "confods")
-        a, b = self.pairs[self._draw(len(self.pairs))]
+        a, b = self.pairs[member]
         if self.name == "tdiv":
             return tdiv(x, teachers, (a, b), self.size)
         with evaluating(student):
             return tdiv_sdiv(x, teachers, student, (a % self.teachers, b % self.teachers), (a, b), self.size)
 
-    def _draw(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.pick))
+
+def join(parts: Sequence[Perturbed]) -> Perturbed:
+    """The parts of a batch as one; diversities are means over its images, and parts equally large."""
+
+    def mean(values: list[Tensor | None]) -> Tensor | None:
+        given = [v for v in values if v is not None]
+        return torch.stack(given).mean(0) if given else None
+
+    images, tdivs, sdivs = zip(*parts, strict=True)
+    return Perturbed(torch.cat(images), mean(list(tdivs)), mean(list(sdivs)))
 
 
 def step_length(x: Tensor, size: float) -> float:

@@ -67,8 +67,8 @@ def test_fixed_buffers_stay_and_every_other_is_freed_after_its_last_reader():
     alive = []
 
     class Spy(Runner):
-        def __call__(self, part, weights, slots, buffers, dead, sinks=None):
-            super().__call__(part, weights, slots, buffers, dead, sinks)
+        def __call__(self, part, weights, slots, buffers, dead, sinks=None, add=False):
+            super().__call__(part, weights, slots, buffers, dead, sinks, add)
             alive.append(set(buffers))
 
     step.trained.run = Spy(step.precision, step.run.implement)

@@ -42,7 +42,7 @@ def test_teachers_pass():
 
 def wrong_update(monkeypatch):
     update = trained.Trained.backward
-    monkeypatch.setattr(trained.Trained, "backward", lambda self, seed: update(self, seed.flip(1)))
+    monkeypatch.setattr(trained.Trained, "backward", lambda self, seed, add: update(self, seed.flip(1), add))
 
 
 def wrong_perturbation(monkeypatch):
