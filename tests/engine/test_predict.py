@@ -50,7 +50,7 @@ CASES = {
     "post-activation": lambda: [models.resnet(m) for m in range(2)],
     "sums and BatchNorms in unusual places": lambda: [models.odd(m) for m in range(2)],
     "three architectures, not in order": lambda: [
-        network(0), network(1, widen=2), models.odd(2), network(3), network(4, widen=2), network(5),
+        network(0), network(1, widen=2), models.odd(2), network(3), network(4, widen=2),
     ],
     "normalisations that differ": lambda: [normalised(0, 0.1, 0.2), normalised(1, 0.6, 0.5), normalised(2, 0.3, 1.0)],
     "one network twice": lambda: [network(1), network(2)] * 2,
@@ -165,11 +165,35 @@ def test_a_trainer_validates_again_and_again():
         steps(step, 1)
     assert relative_error(seen[2], seen[1]) > 1e-3
     assert len(predictors) == 1
+    members = [network(20), network(21), network(22)]
+    for i in range(2):
+        check_close(f"networks {i}", evaluator.networks(members, split), one_by_one(members, split), 1e-9)
+        with torch.no_grad():
+            members[1].stem.weight.mul_(-1.5)
     members = list(teachers.networks)
     check_close("teachers", evaluator.teachers(teachers, split), one_by_one(members, split), 1e-9)
     check_close("networks", evaluator.networks(members, split), one_by_one(members, split), 1e-9)
     check_close("fewer", evaluator.networks(members[1:], split), one_by_one(members[1:], split), 1e-9)
     assert {role: len(owners) for role, (owners, _) in evaluator.kept.items()} == {"student": 1, "networks": 1}
+
+
+class Auxiliary(nn.Module):
+    """Another computation in training mode than in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.second = nn.Conv2d(3, 4, 3), nn.Linear(64, 5), nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().flatten(1)
+        return self.second(x) if self.training else self.linear(x)
+
+
+def test_a_network_in_training_mode_is_the_one_it_is_in_evaluation():
+    networks, split = [Auxiliary().double().train(), Auxiliary().double().eval()], images()
+    predictor = GroupedPredictor(networks, SHAPE)
+    check_close("both", predictor(split), one_by_one(networks, split), 1e-9)
+    assert len(predictor.plan.parts) == 1
 
 
 class Gated(nn.Module):
