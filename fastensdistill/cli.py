@@ -1,7 +1,8 @@
 """The command line: ``fastensdistill demo | teach | distill | evaluate | export | plan | doctor``.
 
 Settings come from the dataclasses of :mod:`fastensdistill.config`; ``--config FILE`` reads some from YAML, and flags
-override it. Bad input prints one line and exits with code 2.
+override it. Bad input prints one line and exits with code 2. ``teach`` and ``distill`` also run under
+``torchrun -m fastensdistill``; the first process alone reports.
 """
 
 from __future__ import annotations
@@ -76,20 +77,23 @@ class PlanRun:
 
 
 def teach(run: TeachRun) -> None:
-    from fastensdistill.train.trainer import TeachTrainer, seeded
+    from fastensdistill.train.setup import seeded
+    from fastensdistill.train.trainer import TeachTrainer
 
     data = prepare(run)
     networks = [seeded(run.seed + i, lambda: build_model(run, data)) for i in range(run.members)]
     trainer = TeachTrainer(networks, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
     trainer.saved_config = run
     trainer.fit()
-    summarize([run.out], data, run.out, trainer.device, "Teachers")
+    if trainer.first:
+        summarize([run.out], data, run.out, trainer.device, "Teachers")
 
 
 def distill(run: DistillRun) -> None:
     from fastensdistill.method.student import STUDENTS
     from fastensdistill.models import ModelSpec, create_model
-    from fastensdistill.train.trainer import DistillTrainer, seeded
+    from fastensdistill.train.setup import seeded
+    from fastensdistill.train.trainer import DistillTrainer
     from fastensdistill.weights import load_teachers
 
     if not run.teachers:
@@ -114,14 +118,15 @@ def distill(run: DistillRun) -> None:
     trainer = DistillTrainer(student, teachers, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
     trainer.saved_config = run
     trainer.fit()
-    summarize([run.out], data, run.out, trainer.device, f"{run.student}, {run.perturbation}")
+    if trainer.first:
+        summarize([run.out], data, run.out, trainer.device, f"{run.student}, {run.perturbation}")
 
 
 def evaluate(run: EvaluateRun) -> None:
     from fastensdistill.evaluate import runs
     from fastensdistill.method.student import Student
     from fastensdistill.method.teachers import Teachers
-    from fastensdistill.train.trainer import choose_device
+    from fastensdistill.train.setup import choose_device
 
     data = run.load()
     candidates = runs.find_candidates(run.paths, data, run.model)
@@ -191,6 +196,7 @@ def plan(run: PlanRun) -> None:
     print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
 
 
+TRAINING = ("teach", "distill")  # may run in several processes
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoRun, demo),
     "teach": (TeachRun, teach),
@@ -297,18 +303,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(version("fastensdistill") or "not installed (running from its source folder)")
         return 0
+    from fastensdistill.engine import parallel
     from fastensdistill.train.stop import Interrupted
 
     try:
         if argv[0] not in COMMANDS:
             raise unknown("command", argv[0], COMMANDS)
-        COMMANDS[argv[0]][1](parse(argv[0], argv[1:]))
+        if parallel.launched() > 1 and argv[0] not in TRAINING:
+            raise InputError(f"{argv[0]} in {parallel.launched()} processes: expected one; they serve teach and distill")
+        parallel.join()
+        with parallel.together():
+            COMMANDS[argv[0]][1](parse(argv[0], argv[1:]))
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not parallel.raised_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if parallel.rank() == 0:
+            print(stop, file=sys.stderr)
         return 128 + stop.signum
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'input or output'}", file=sys.stderr)

@@ -41,23 +41,26 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def join(device_type: str = "") -> None:
+def join() -> None:
     """Form the process group of a ``torchrun`` launch, unless there is one already or only one process was started.
 
     NCCL carries what lies on GPUs, gloo the rest; the group ends with the process. Raises InputError where the
-    environment describes no group, and for one that its user has made which cannot carry tensors of ``device_type``.
+    environment describes no group.
     """
     if launched() > 1 and dist.is_available() and not dist.is_initialized():
+        cuda = torch.cuda.is_available() and dist.is_nccl_available()
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"WORLD_SIZE={launched()}, but no process group can be formed: {reason}") from error
         atexit.register(_leave)
-    if processes() > 1 and device_type:
-        backend = dist.get_backend()
-        if {"nccl": "cuda", "gloo": device_type}.get(backend, device_type) != device_type:
-            raise InputError(f"the process group's backend is {backend}; expected one for device {device_type}")
+
+
+def check_device(device: torch.device) -> None:
+    """Raise InputError for a process group, made by its user, that carries nothing on ``device``."""
+    if processes() > 1 and dist.get_backend() == "nccl" and device.type != "cuda":
+        raise InputError(f"the process group's backend is nccl; expected gloo for device {device.type}")
 
 
 def _leave() -> None:
@@ -124,11 +127,6 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def agree(flag: bool) -> bool:
-    """Whether ``flag`` holds on every process."""
-    return all(exchange(flag))
-
-
 def anyone(value: T | None) -> T | None:
     """The value of the first process that has one, for all of them."""
     return next((given for given in exchange(value) if given is not None), None)
@@ -163,8 +161,8 @@ def _exchange(value: Any, error: Exception | None) -> list[Any]:
     for i, (_, theirs) in enumerate(everybody):
         if theirs is not None:
             kind, message = theirs
-            raised = error if error is not None and i == rank() else kind(f"process {i}: {message}")
-            raised.process = i  # type: ignore[attr-defined]
+            raised: Any = error if error is not None and i == rank() else kind(f"process {i}: {message}")
+            raised.process = i
             raise raised
     return [given for given, _ in everybody]
 

@@ -1,6 +1,7 @@
 """A run's state in one file: tensors in safetensors, the rest as JSON in its card. Nothing is ever unpickled.
 
-Written atomically, so a run killed at any moment, even while writing, leaves the previous checkpoint whole.
+Written atomically, so a run killed at any moment, even while writing, leaves the previous checkpoint whole. Of several
+processes the first writes it; what differs in the others (:func:`own_part`) lies beside its state under ``processes``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig, to_yaml
 from fastensdistill.data.sources import Dataset
+from fastensdistill.engine import parallel
 from fastensdistill.errors import InputError
 from fastensdistill.files import UNFINISHED, write_atomically
 from fastensdistill.weights import read_tensors, save_tensors
@@ -80,9 +82,50 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]
 def fingerprint(
     config: TrainConfig, device: torch.device, data: Dataset, networks: Iterable[nn.Module]
 ) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, kind of device, images, networks it learns from."""
+    """What must be the same for a run to continue, and in all of its processes: settings, kind of device, number of
+    processes, images, networks it learns from."""
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
-    return {**settings, "device": device.type, "images": digest_data(data), "teachers": digest_networks(networks)}
+    return {
+        **settings, "device": device.type, "processes": parallel.processes(), "images": digest_data(data),
+        "teachers": digest_networks(networks),
+    }  # fmt: skip
+
+
+def check_same(fingerprints: list[dict[str, Any]]) -> None:
+    """Raise InputError unless all processes train the same; ``fingerprints`` are theirs, in order."""
+    first = fingerprints[0]
+    for i, other in enumerate(fingerprints):
+        for key in sorted(set(first) | set(other)):
+            if first.get(key) != other.get(key):
+                raise InputError(f"process {i} has {key}={other.get(key)!r}; expected {first.get(key)!r}, process 0's")
+
+
+def own_part(state: dict[str, Any], networks: dict[str, nn.Module]) -> dict[str, Any]:
+    """What is a process's own in the ``state`` of a run, on the CPU: running statistics and generators.
+
+    Parameters and momentum are the same in all of them, and so is the order of the images.
+    """
+    buffers = {name: dict(network.named_buffers()) for name, network in networks.items()}
+    return {
+        "networks": {
+            name: {k: v.cpu() for k, v in whole.items() if k in buffers[name]}
+            for name, whole in state["networks"].items()
+        },
+        "step": {k: v.cpu() for k, v in state["step"].items() if "momentum" not in k},
+        "random": state["random"],
+    }
+
+
+def with_own_part(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The state of process ``rank`` from that of a run."""
+    own = state.get("processes", {}).get(str(rank), {})
+    networks = own.get("networks", {})
+    return {
+        **state,
+        "networks": {name: whole | networks.get(name, {}) for name, whole in state["networks"].items()},
+        "step": state["step"] | own.get("step", {}),
+        "random": own.get("random", state["random"]),
+    }
 
 
 def digest_data(data: Dataset) -> str:

@@ -1,12 +1,13 @@
 """What a run tells: ``metrics.jsonl``, TensorBoard, and a progress display; none of it makes the device wait.
 
 Scalars are summed on the device. Every few steps their sums start on their way to the host, and are read when the next
-ones start: by then they have arrived.
+ones start: by then they have arrived. Of several processes they are means over all, and all see the same.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastensdistill.engine import parallel
 from fastensdistill.errors import InputError
 from fastensdistill.files import write_atomically
 
@@ -49,7 +51,11 @@ class Meter:
         assert self.pending is None
         assert self.bad is not None
         names, sums = list(self.sums), list(self.sums.values())
-        packed = torch.cat([self.bad.double().view(1), *(s.detach().double().flatten() for s in sums)])
+        bad = torch.where(self.bad < 0, math.inf, self.bad.double()).view(1)
+        values = torch.cat([s.detach().double().flatten() for s in sums])
+        parallel.least(bad)
+        parallel.average(values)
+        packed = torch.cat([bad, values])
         event = None
         if packed.is_cuda:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -73,7 +79,7 @@ class Meter:
         for name, size in zip(names, sizes, strict=True):
             mine, values = [v / count for v in values[:size]], values[size:]
             context[name] = mine[0] if size == 1 else mine
-        if bad >= 0:
+        if bad < math.inf:
             raise DivergedError(
                 f"the loss is not finite since step {int(bad)}; stopped. Lower learning_rate or use precision fp32"
             )

@@ -1,15 +1,16 @@
 """The training loop, once, and what differs between training teachers and distilling them.
 
 ``fit`` reads top to bottom: learning rate, step, record, and at the end of an epoch a look at the validation images
-and a checkpoint.
+and a checkpoint. Under ``torchrun`` every process runs it on its share of each batch; the first one alone validates,
+writes and prints.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data.augment import Augment, default_augment
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
+from fastensdistill.engine import parallel
 from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
@@ -27,6 +29,8 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint
 from fastensdistill.train.record import DivergedError, Recorder
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
+from fastensdistill.train.setup import check_shares, check_statistics, choose_device, place
+from fastensdistill.train.setup import seeded as seeded
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.weights import save_network
 
@@ -49,9 +53,14 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: Dataset | str, out: Path | str | None, resume: bool,
                  augment: Augment | None, tensorboard: bool, quiet: bool):  # fmt: skip
+        parallel.join()
         self.config = config
-        self.device = choose_device(config.device)
-        self.data = load_dataset(data) if isinstance(data, str) else data
+        with parallel.together():
+            self.device = choose_device(config.device)
+            parallel.check_device(self.device)
+            check_shares(config)
+            self.data = load_dataset(data) if isinstance(data, str) else data
+        self.first = parallel.rank() == 0
         self.out = None if out is None else Path(out)
         self.resume, self.tensorboard, self.quiet = resume, tensorboard, quiet
         self.augment = augment or default_augment(self.data.name, self.data.image_size)
@@ -63,23 +72,26 @@ class Trainer:
             raise InputError("resume=True needs the run's folder (out=)")
 
     def fit(self) -> Trainer:
-        """Train to the end. Afterwards the networks hold the weights of their best validation accuracy.
+        """Train to the end. Afterwards the networks hold their weights of best validation accuracy, on all processes.
 
         Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and DivergedError for a loss that is not
-        finite, with the last good checkpoint kept.
+        finite, with the last good checkpoint kept; all processes stop after the same step.
         """
-        images = EvaluationSet(self.data.train, self.device)  # one copy, however many streams of batches
-        self.loaders = [self.make_loader(images, seed) for seed in self.seeds]
-        self.steps_per_epoch = self.loaders[0].batches_per_epoch
-        rate = make_schedule(self.config, self.steps_per_epoch)
+        with parallel.together():
+            images = EvaluationSet(self.data.train, self.device)  # one copy, however many streams of batches
+            self.loaders = [self.make_loader(images, seed) for seed in self.seeds]
+            self.steps_per_epoch = self.loaders[0].batches_per_epoch
+            rate = make_schedule(self.config, self.steps_per_epoch)
         self.begin()
-        if not self.quiet:
+        if self.first and not self.quiet:
             print(self.engine, file=sys.stderr)
-        recorder = Recorder(
-            self.out, title=self.title, total_steps=rate.total_steps, start_step=self.step_index,
-            tensorboard=self.tensorboard, quiet=self.quiet,
-        )  # fmt: skip
-        with Stopper() as stopper, recorder:
+        with parallel.together():
+            recorder = Recorder(
+                self.out if self.first else None, title=self.title, total_steps=rate.total_steps,
+                start_step=self.step_index, tensorboard=self.tensorboard and self.first,
+                quiet=self.quiet or not self.first,
+            )  # fmt: skip
+        with Stopper(self.step_index) as stopper, recorder:
             while self.step_index < rate.total_steps:
                 self.step.set_learning_rate(rate(self.step_index))
                 scalars = self.train_step()
@@ -87,30 +99,47 @@ class Trainer:
                 self.step_index += 1
                 epoch = self.step_index / self.steps_per_epoch
                 end_of_epoch = self.step_index % self.steps_per_epoch == 0
-                if end_of_epoch or stopper.signum or self.step_index % RECORD_EVERY == 0:
+                record = end_of_epoch or self.step_index % RECORD_EVERY == 0
+                stop = stopper.agreed(self.step_index, record)
+                if record or stop:
+                    with parallel.together():
+                        recorder.drain()
                     recorder.train(self.step_index, epoch, rate(self.step_index - 1), self.config.batch_size)
-                if end_of_epoch or stopper.signum:
+                if end_of_epoch or stop:
                     paused = recorder.pause()
-                    recorder.drain()  # raises where the loss is not finite, so no such weights are kept
-                    if end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs):
-                        recorder.validation({"step": self.step_index, "epoch": epoch, **self.look()})
-                    self.save()
+                    with parallel.together():
+                        recorder.drain()  # raises where the loss is not finite, so no such weights are kept
+                        if self.first and end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs):
+                            with parallel.alone():
+                                recorder.validation({"step": self.step_index, "epoch": epoch, **self.look()})
+                        self.save()
                     recorder.resume(paused)
-                if stopper.signum:
+                if stop:
                     where = f"at step {self.step_index} of {rate.total_steps}"
-                    raise Interrupted(stopper.signum, f"stopped {where}" + (f"; resume {self.out}" if self.out else ""))
+                    raise Interrupted(stop, f"stopped {where}" + (f"; resume {self.out}" if self.out else ""))
         for name, (_, _, weights) in self.best.items():
             self.networks[name].load_state_dict(weights)
+        for network in self.networks.values():
+            parallel.same_start(network.state_dict().values())
         return self
 
     def begin(self) -> None:
         """Seed everything, or continue from the checkpoint."""
-        torch.manual_seed(self.config.seed)
-        if self.out is None:
+        torch.manual_seed(self.config.seed + 2 * parallel.rank())
+        if self.out is None and parallel.processes() == 1:
             return
-        self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
-        if checkpoint.claim_folder(self.out, self.saved_config, self.resume):
-            self.load_state_dict(checkpoint.load_checkpoint(self.out, self.fingerprint))
+        saved: State | None = None
+        with parallel.together():
+            self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
+            checkpoint.check_same(parallel.exchange(self.fingerprint))
+            if (
+                self.out is not None and self.first
+                and checkpoint.claim_folder(self.out, self.saved_config, self.resume)
+            ):  # fmt: skip
+                saved = checkpoint.load_checkpoint(self.out, self.fingerprint)
+        saved = parallel.from_first(saved)
+        if saved is not None:
+            self.load_state_dict(checkpoint.with_own_part(saved, parallel.rank()))
 
     def look(self) -> dict[str, Any]:
         """Validate; keep the weights of every network that is better than before. Returns the record."""
@@ -130,11 +159,17 @@ class Trainer:
         for name, network in self.networks.items():
             if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
                 raise DivergedError(f"the weights of {name} are not finite after step {self.step_index - 1}; stopped")
-        if self.out is not None:
-            checkpoint.save_checkpoint(self.out, self.state_dict(), self.fingerprint)
+        if self.out is None:
+            return
+        state = self.state_dict()
+        if parallel.processes() > 1:
+            parts = parallel.exchange(checkpoint.own_part(state, self.networks))
+            state["processes"] = {str(i): part for i, part in enumerate(parts) if i > 0}
+        if self.first:
+            checkpoint.save_checkpoint(self.out, state, self.fingerprint)
 
     def state_dict(self) -> State:
-        """Everything a run needs to go on bit for bit, as nested dictionaries of tensors and plain values."""
+        """Everything this process needs to go on bit for bit, as nested dictionaries of tensors and plain values."""
         return {
             "step_index": self.step_index,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
@@ -157,8 +192,9 @@ class Trainer:
     def make_loader(self, images: EvaluationSet, seed: int) -> DeviceLoader:
         generator = torch.Generator(self.device).manual_seed(seed)
         return DeviceLoader(
-            images, self.config.batch_size, device=self.device, generator=generator, augment=self.augment
-        )
+            images, self.config.batch_size, device=self.device, generator=generator, augment=self.augment,
+            share=(parallel.rank(), parallel.processes()),
+        )  # fmt: skip
 
     def card(self) -> dict[str, Any]:
         return {"data": self.data.name, "classes": list(self.data.classes)}
@@ -190,23 +226,24 @@ class DistillTrainer(Trainer):
                  augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         config = config or DistillConfig()
         super().__init__(config, data, out, resume, augment, tensorboard, quiet)
-        if not isinstance(student, Student):
-            raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
-        teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
-        self.student, self.teachers = place(student, self.device), place(teachers, self.device)
-        self.teachers.check((self.data.channels, *self.data.image_size), self.data.num_classes)
-        Teachers.check_output(self.student, "student", (self.data.channels, *self.data.image_size),
-                              (student.branches, 1, self.data.num_classes))  # fmt: skip
+        shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
+        with parallel.together():
+            if not isinstance(student, Student):
+                raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
+            teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
+            self.student, self.teachers = place(student, self.device), place(teachers, self.device)
+            self.teachers.check(shape, classes)
+            Teachers.check_output(self.student, "student", shape, (student.branches, 1, classes))
         self.networks = {"student": self.student}
         self.seeds = [config.seed]
-        shape = (self.data.channels, *self.data.image_size)
-        self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, self.data.num_classes)
+        with parallel.together():
+            self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
+            check_statistics(config, self.distil, self.engine)
         self.step = self.distil
         self._teacher_diversity: dict[str, float] | None = None
 
     def train_step(self) -> dict[str, Tensor]:
-        images, labels = self.loaders[0].next()
-        return self.distil(images, labels)
+        return self.distil.train_on(self.loaders[0])
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
@@ -228,10 +265,11 @@ class DistillTrainer(Trainer):
     def fit(self) -> DistillTrainer:
         super().fit()
         deployed = self.student.deployed()
-        if self.out is not None and deployed is not self.student:
-            best = self.best["student"]
-            card = {**self.card(), "validation_accuracy": best[0], "step": best[1]}
-            save_network(self.out / "network.safetensors", deployed, card)
+        with parallel.together():
+            if self.first and self.out is not None and deployed is not self.student:
+                best = self.best["student"]
+                card = {**self.card(), "validation_accuracy": best[0], "step": best[1]}
+                save_network(self.out / "network.safetensors", deployed, card)
         return self
 
     def frozen(self) -> Sequence[nn.Module]:
@@ -252,20 +290,23 @@ class TeachTrainer(Trainer):
                  tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         config = config or TeachConfig(members=len(networks))
         super().__init__(config, data, out, resume, augment, tensorboard, quiet)
-        if len(networks) != config.members:
-            raise InputError(f"{len(networks)} networks for members={config.members}: expected as many")
         shape = (self.data.channels, *self.data.image_size)
         self.networks = {}
-        for i, network in enumerate(networks):
-            network = place(network, self.device)
-            Teachers.check_output(network, f"teacher {i}", shape, (1, self.data.num_classes))
-            self.networks[f"teacher-{i}"] = network
+        with parallel.together():
+            if len(networks) != config.members:
+                raise InputError(f"{len(networks)} networks for members={config.members}: expected as many")
+            for i, network in enumerate(networks):
+                network = place(network, self.device)
+                Teachers.check_output(network, f"teacher {i}", shape, (1, self.data.num_classes))
+                self.networks[f"teacher-{i}"] = network
         self.seeds = [config.seed + i for i in range(config.members)]
-        self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
+        with parallel.together():
+            self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
+            check_statistics(config, self.teach, self.engine)
         self.step = self.teach
 
     def train_step(self) -> dict[str, Tensor]:
-        return self.teach([loader.next() for loader in self.loaders])
+        return self.teach.train_on(self.loaders)
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
@@ -275,34 +316,3 @@ class TeachTrainer(Trainer):
         if len(members) > 1:
             record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
         return dict(zip(self.networks, accuracies, strict=True)), record
-
-
-Placed = TypeVar("Placed", bound=nn.Module)
-
-
-def place(network: Placed, device: torch.device) -> Placed:
-    """On the device, weights stored channels last, which is how the batches come."""
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one. Raises InputError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise InputError(f"device {name!r}: expected auto, cpu, or cuda, which may have a number (cuda:1)")
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # events, streams and graphs are the current device's
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def seeded(seed: int, create: Callable[[], Placed]) -> Placed:
-    """What ``create`` returns with PyTorch's generator seeded, which is put back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return create()
