@@ -1,0 +1,587 @@
+// Grouped 3x3 convolution, stride 1, padding 1, in bf16: forward and data gradient; equations in
+// fastensdistill/kernels/grouped_conv.py and conv_data_gradient.py.
+//
+// A block computes 256 positions (some rows of an image, or some whole images) times COLUMNS channels. The positions'
+// input with its border of one is held in shared memory, DEPTH channels at a time, loaded once and put through the
+// prologue once; the nine taps are nine shifts of the rows which ldmatrix reads. The weights stream through a ring of
+// STAGES, TAPS taps of DEPTH channels each. The data gradient is the same product with flipped weights.
+//
+// What that should reach on an H200, an estimate: mma.sync issues at about 0.62 of wgmma's rate, 610 TFLOP/s, which is
+// 1.6 cycles per mma and multiprocessor; in these, shared memory delivers 205 bytes. A warp's 64 rows x COLUMNS need
+//   COLUMNS of a warp     16     32     64
+//   bytes per mma        320    192    128      (64·32 for A and 32·COLUMNS for B, per 4·COLUMNS/8 mma)
+//   bound, TFLOP/s       390    610    610
+// and with 5.5 TB/s of L2 the weights, read once per 256 positions, and the input allow 64 channels about 880, 128
+// about 1100. Traffic to memory and the epilogue come on top: expected 250, 400, 480 and 520 TFLOP/s at 16, 32, 64
+// and 128 channels and more. Per-tap loading is bound at 100, 200, 280-360 and 400-600.
+#pragma once
+
+#include "tensor_core.h"
+
+namespace fed {
+
+// Positions of a block: `images` x `rows` x `columns`, neighbours. An image is cut into tiles of rows and columns; more
+// than one image only where a tile holds a whole one.
+struct HaloTile {
+  int images, rows, columns;
+};
+
+constexpr int HALO_POSITIONS = 256;  // of a block
+constexpr int HALO_BORDERED = 400;  // with the border: four images of 8x8, and more than ten rows of 32
+
+FED_HD int positions(HaloTile tile) { return tile.images * tile.rows * tile.columns; }
+FED_HD int bordered(HaloTile tile) { return tile.images * (tile.rows + 2) * (tile.columns + 2); }
+FED_HD int pieces(int size, int piece) { return (size + piece - 1) / piece; }
+
+// COLUMNS channels of the result in a block and WARPS_N warps side by side over them; DEPTH channels of the input at a
+// time; BLOCKS resident on a multiprocessor, for which registers are kept free.
+template <int COLUMNS_, int DEPTH_, int WARPS_N_, int TAPS_, int STAGES_, int BLOCKS_>
+struct HaloShape {
+  static constexpr int COLUMNS = COLUMNS_, DEPTH = DEPTH_, WARPS_N = WARPS_N_, TAPS = TAPS_, STAGES = STAGES_;
+  static constexpr int BLOCKS = BLOCKS_, WARPS_M = HALO_POSITIONS / 64, THREADS = 32 * WARPS_M * WARPS_N;
+  static constexpr int WIDTH = COLUMNS / WARPS_N;  // of a warp
+  static constexpr int ROW_BLOCKS = 4, COLUMN_BLOCKS = WIDTH / 8;  // of a warp: 16x8 accumulators
+  static constexpr int IN_CHUNKS = DEPTH / 8, WEIGHT_CHUNKS = COLUMNS / 8;  // 16 bytes each
+  static constexpr int STEPS = 9 / TAPS;  // for DEPTH channels
+  static constexpr int STAGE_BYTES = TAPS * DEPTH * COLUMNS * 2;
+  static constexpr int STAGING = WIDTH + 8;  // floats in a staged row: the eight put rows of a fragment into other banks
+  static constexpr int STAGING_BYTES = 16 * STAGING * 4;  // of a warp
+  static_assert(9 % TAPS == 0 && STEPS >= STAGES - 1, "the next channels must have arrived when their first tap comes");
+};
+
+using Halo16 = HaloShape<16, 16, 1, 9, 2, 4>;
+using Halo32 = HaloShape<32, 32, 1, 3, 3, 3>;
+using Halo64 = HaloShape<64, 64, 1, 1, 3, 2>;
+using Halo128 = HaloShape<128, 64, 2, 1, 3, 1>;
+
+// Byte offsets into a block's shared memory: one or two buffers of the input, the ring of weights; where these were,
+// the epilogue stages accumulators; then the tables.
+struct HaloLayout {
+  int halo, ring, in_offset, out_position, residual_position, sums, total;
+};
+
+template <class Shape>
+FED_HD HaloLayout halo_layout(HaloTile tile, int channels) {
+  HaloLayout at;
+  at.halo = pieces(bordered(tile) * Shape::DEPTH * 2, 128) * 128;
+  at.ring = (channels > Shape::DEPTH ? 2 : 1) * at.halo;
+  const int ring_end = at.ring + Shape::STAGES * Shape::STAGE_BYTES;
+  const int staged = Shape::THREADS / 32 * Shape::STAGING_BYTES;
+  at.in_offset = ring_end > staged ? ring_end : staged;
+  at.out_position = at.in_offset + bordered(tile) * 4;
+  at.residual_position = at.out_position + HALO_POSITIONS * 4;
+  at.sums = at.residual_position + HALO_POSITIONS * 4;
+  at.total = at.sums + Shape::WARPS_M * 2 * Shape::COLUMNS * 4;
+  return at;
+}
+
+// Per-channel parameters of the slots: row `slot`, or one row for all where the stride is 0.
+struct Rows {
+  const float* values;  // or nullptr
+  int stride;
+  FED_HD const float* of(int64_t slot) const { return values + slot * stride; }
+};
+
+struct HaloForward;
+struct HaloGradient;
+
+template <class Epilogue>
+struct HaloArgs {
+  const bf16* x;  // [groups or 1 or as `inputs` says, N, H, W, Ci]
+  const bf16* weight;  // [slots, 9, Ci, Co]
+  const int32_t* slots;  // [G]
+  const int32_t* inputs;  // [G] or nullptr
+  Rows in_scale, in_shift;  // [slots or 1, Ci]
+  const bf16* residual;  // [G, N, HR, WR, CR] or nullptr
+  float* statistics;  // [G, tiles, 2, Co] or nullptr
+  int64_t x_stride;  // from one group of x to the next, 0 where there is only one
+  int G, N, H, W, Ci, Co, HR, WR, CR, residual_stride;
+  bool in_relu;
+  HaloTile tile;
+  Epilogue epilogue;
+
+  FED_HD int tiles() const { return pieces(N, tile.images) * pieces(H, tile.rows) * pieces(W, tile.columns); }
+};
+
+// ---- epilogues: eight channels of one position at a time
+
+FED_HD float open_relu(float value) { return value < 0.0f ? 0.0f : value; }  // NaN stays NaN
+
+FED_HD void load_eight(Rows rows, int64_t slot, int channel, float (&value)[8]) {
+  if (rows.values == nullptr) return;
+  const float* from = rows.of(slot) + channel;
+FED_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Words words = load_words(from + 4 * i);
+FED_UNROLL
+    for (int j = 0; j < 4; ++j) value[4 * i + j] = bit_cast<float>(words.word[j]);
+  }
+}
+
+struct HaloForward {
+  Rows bias, next_scale, next_shift, center;  // [slots or 1, Co]
+  bf16* z;  // [G, N, H, W, Co]
+  bf16* activated;  // like z, or nullptr
+  uint8_t* mask;  // [G, N, H, W, Co / 8] or nullptr
+  bool relu;
+
+  struct Columns {
+    float bias[8], scale[8], shift[8], center[8];
+  };
+  struct Fetched {
+    Words residual;
+  };
+
+  FED_HD Columns columns(int64_t slot, int channel) const {
+    Columns result;
+    load_eight(bias, slot, channel, result.bias);
+    load_eight(next_scale, slot, channel, result.scale);
+    load_eight(next_shift, slot, channel, result.shift);
+    load_eight(center, slot, channel, result.center);
+    return result;
+  }
+
+  // Position of the residual for position (h, w), or −1.
+  FED_HD static int residual_position(int image, int h, int w, int HR, int WR, int stride) {
+    return (image * HR + h * stride) * WR + w * stride;
+  }
+
+  FED_HD Fetched fetch(int64_t, const bf16* residual) const {
+    return {residual != nullptr ? load_words(residual) : Words{}};
+  }
+
+  // `at` is the element's offset in z.
+  FED_HD void finish(
+      float (&value)[8], const Columns& columns, const Fetched& fetched, int64_t at, bool summed, float (&first)[8],
+      float (&second)[8]) const {
+    float other[8];
+    unpack(fetched.residual, other);
+FED_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (bias.values != nullptr) value[i] += columns.bias[i];
+      value[i] += other[i];
+      if (relu) value[i] = open_relu(value[i]);
+    }
+    Words stored = pack(value);
+    store_words(z + at, stored);
+    unpack(stored, value);
+    if (summed) {
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const float rest = value[i] - columns.center[i];
+        first[i] += rest;
+        second[i] += rest * rest;
+      }
+    }
+    if (activated != nullptr) {
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) value[i] = open_relu(value[i] * columns.scale[i] + columns.shift[i]);
+      stored = pack(value);
+      store_words(activated + at, stored);
+      unpack(stored, value);
+    }
+    if (mask != nullptr) {
+      int bits = 0;
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) bits |= int(value[i] > 0.0f) << i;
+      mask[at / 8] = uint8_t(bits);
+    }
+  }
+};
+
+struct HaloGradient {
+  const uint8_t* mask;  // [G, N, H, W, Co / 8] or nullptr; Co are the channels of the convolution's input
+  Rows scale, mean, inv_std;  // [slots or 1, Co]
+  const bf16* z;  // like d, or nullptr
+  bf16* d;  // [G, N, H, W, Co]
+  bool residual_first;
+
+  struct Columns {
+    float scale[8], mean[8], inv_std[8];
+  };
+  struct Fetched {
+    Words residual, z;
+    int bits;
+  };
+
+  FED_HD Columns columns(int64_t slot, int channel) const {
+    Columns result;
+    load_eight(scale, slot, channel, result.scale);
+    load_eight(mean, slot, channel, result.mean);
+    load_eight(inv_std, slot, channel, result.inv_std);
+    return result;
+  }
+
+  FED_HD static int residual_position(int image, int h, int w, int HR, int WR, int stride) {
+    return h % stride == 0 && w % stride == 0 ? (image * HR + h / stride) * WR + w / stride : -1;
+  }
+
+  FED_HD Fetched fetch(int64_t at, const bf16* residual) const {
+    return {residual != nullptr ? load_words(residual) : Words{}, z != nullptr ? load_words(z + at) : Words{},
+            mask != nullptr ? mask[at / 8] : 255};
+  }
+
+  FED_HD void finish(
+      float (&value)[8], const Columns& columns, const Fetched& fetched, int64_t at, bool summed, float (&first)[8],
+      float (&second)[8]) const {
+    float other[8];
+    unpack(fetched.residual, other);
+FED_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (residual_first) value[i] += other[i];
+      value[i] = (fetched.bits >> i) & 1 ? value[i] : 0.0f;
+      if (scale.values != nullptr) value[i] *= columns.scale[i];
+      if (!residual_first) value[i] += other[i];
+    }
+    const Words stored = pack(value);
+    store_words(d + at, stored);
+    if (summed) {
+      unpack(stored, value);
+      unpack(fetched.z, other);
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        first[i] += value[i];
+        second[i] += value[i] * ((other[i] - columns.mean[i]) * columns.inv_std[i]);
+      }
+    }
+  }
+};
+
+// ---- one block
+
+template <class Block, class Shape, class Epilogue>
+struct HaloBlock {
+  struct Accumulators {
+    float at[Shape::ROW_BLOCKS][Shape::COLUMN_BLOCKS][4];
+  };
+  struct Fragments {
+    uint32_t a[Shape::ROW_BLOCKS][4], b[Shape::COLUMN_BLOCKS / 2][4];
+  };
+  struct Offsets {
+    int at[Shape::ROW_BLOCKS];
+  };
+  struct Sums {
+    float first[8], second[8];
+  };
+  template <class V>
+  using PerThread = typename Block::template PerThread<V>;
+
+  Block& block;
+  const HaloArgs<Epilogue>& args;
+  HaloLayout layout;
+  int64_t group, slot, input;
+  int tile, first_channel, first_image, first_row, first_column;
+
+  FED_HD HaloBlock(Block& block, const HaloArgs<Epilogue>& args)
+      : block(block), args(args), layout(halo_layout<Shape>(args.tile, args.Ci)) {
+    const int column_blocks = pieces(args.Co, Shape::COLUMNS), tiles = args.tiles();
+    first_channel = block.index % column_blocks * Shape::COLUMNS;
+    const int rest = block.index / column_blocks;
+    tile = rest % tiles;
+    group = rest / tiles;
+    slot = args.slots[group];
+    input = args.inputs != nullptr ? args.inputs[group] : group;
+    const int across = pieces(args.W, args.tile.columns), down = pieces(args.H, args.tile.rows);
+    first_column = tile % across * args.tile.columns;
+    first_row = tile / across % down * args.tile.rows;
+    first_image = tile / across / down * args.tile.images;
+  }
+
+  template <class V>
+  FED_HD V* at(int offset) const {
+    return reinterpret_cast<V*>(block.shared + offset);
+  }
+
+  FED_HD int depth(int chunk) const {  // channels of a chunk, a multiple of 16
+    const int left = args.Ci - chunk * Shape::DEPTH;
+    return left < Shape::DEPTH ? left : Shape::DEPTH;
+  }
+  FED_HD int halo(int chunk) const { return chunk % 2 * layout.halo; }
+
+  // Offset of every bordered position in its group of x and of every position in the result; −1 outside the images.
+  FED_HD void fill_tables(int thread) const {
+    const int width = args.tile.columns + 2, height = args.tile.rows + 2;
+    for (int r = thread; r < bordered(args.tile); r += Shape::THREADS) {
+      const int image = first_image + r / (width * height), h = first_row + r / width % height - 1;
+      const int w = first_column + r % width - 1;
+      const bool inside = image < args.N && h >= 0 && h < args.H && w >= 0 && w < args.W;
+      at<int>(layout.in_offset)[r] = inside ? ((image * args.H + h) * args.W + w) * args.Ci : -1;
+    }
+    for (int m = thread; m < HALO_POSITIONS; m += Shape::THREADS) {
+      const int image = first_image + m / (args.tile.columns * args.tile.rows);
+      const int h = first_row + m / args.tile.columns % args.tile.rows, w = first_column + m % args.tile.columns;
+      const bool inside = m < positions(args.tile) && image < args.N && h < args.H && w < args.W;
+      at<int>(layout.out_position)[m] = inside ? (image * args.H + h) * args.W + w : -1;
+      at<int>(layout.residual_position)[m] =
+          inside && args.residual != nullptr
+              ? Epilogue::residual_position(image, h, w, args.HR, args.WR, args.residual_stride)
+              : -1;
+    }
+  }
+
+  // f(bordered position, 16-byte chunk, first of its eight channels) for this thread's share of a chunk of channels
+  template <class F>
+  FED_HD void for_halo(int thread, int chunk, F f) const {
+    for (int item = thread; item < bordered(args.tile) * Shape::IN_CHUNKS; item += Shape::THREADS) {
+      const int part = item % Shape::IN_CHUNKS;
+      if (8 * part < depth(chunk)) f(item / Shape::IN_CHUNKS, part, chunk * Shape::DEPTH + 8 * part);
+    }
+  }
+
+  FED_HD void load_halo(int thread, int chunk) const {
+    const bf16* x = args.x + input * args.x_stride;
+    for_halo(thread, chunk, [&](int r, int part, int channel) {
+      const int offset = at<int>(layout.in_offset)[r];
+      block.copy(thread, halo(chunk) + swizzled<Shape::IN_CHUNKS>(r, part), offset < 0 ? x : x + offset + channel,
+                 offset >= 0);
+    });
+  }
+
+  FED_HD void load_weights(int thread, int step) const {
+    const int chunk = step / Shape::STEPS, first_tap = step % Shape::STEPS * Shape::TAPS;
+    const int ring = layout.ring + step % Shape::STAGES * Shape::STAGE_BYTES;
+    const bf16* weight = args.weight + slot * (9 * int64_t(args.Ci) * args.Co);
+FED_UNROLL
+    for (int item = thread; item < Shape::TAPS * Shape::DEPTH * Shape::WEIGHT_CHUNKS; item += Shape::THREADS) {
+      const int row = item / Shape::WEIGHT_CHUNKS, part = item % Shape::WEIGHT_CHUNKS;
+      const int tap = first_tap + row / Shape::DEPTH, k = row % Shape::DEPTH, channel = first_channel + 8 * part;
+      if (k >= depth(chunk)) continue;
+      const bool inside = channel < args.Co;
+      const bf16* from = weight + ((tap * args.Ci + chunk * Shape::DEPTH + k) * args.Co + (inside ? channel : 0));
+      block.copy(thread, ring + swizzled<Shape::WEIGHT_CHUNKS>(row, part), from, inside);
+    }
+  }
+
+  // The prologue on what has arrived. The padding stays zero: it comes after the prologue.
+  FED_HD void normalise(int thread, int chunk) const {
+    for_halo(thread, chunk, [&](int r, int part, int channel) {
+      if (at<int>(layout.in_offset)[r] < 0) return;
+      char* place = block.shared + halo(chunk) + swizzled<Shape::IN_CHUNKS>(r, part);
+      float value[8], scale[8], shift[8];
+      unpack(load_words(place), value);
+      load_eight(args.in_scale, slot, channel, scale);
+      load_eight(args.in_shift, slot, channel, shift);
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        if (args.in_scale.values != nullptr) value[i] = value[i] * scale[i] + shift[i];
+        if (args.in_relu) value[i] = open_relu(value[i]);
+      }
+      store_words(place, pack(value));
+    });
+  }
+
+  // Bordered positions of a lane's rows, at the first tap. Rows past the tile's read position 0 and are not stored.
+  FED_HD Offsets lane_rows(int thread) const {
+    const int row = thread / 32 / Shape::WARPS_N * 64 + matrix_row(thread % 32);
+    Offsets result;
+FED_UNROLL
+    for (int i = 0; i < Shape::ROW_BLOCKS; ++i) {
+      const int m = row + 16 * i < positions(args.tile) ? row + 16 * i : 0;
+      const int w = m % args.tile.columns, h = m / args.tile.columns % args.tile.rows;
+      const int image = m / (args.tile.columns * args.tile.rows);
+      result.at[i] = (image * (args.tile.rows + 2) + h) * (args.tile.columns + 2) + w;
+    }
+    return result;
+  }
+
+  // One block of 16 channels: `a` where a lane's rows are, `b` the first of 16 rows of weights.
+  FED_HD void multiply(
+      PerThread<Accumulators>& sum, PerThread<Fragments>& f, PerThread<Offsets>& a, int k, int ring, int b) const {
+FED_UNROLL
+    for (int i = 0; i < Shape::ROW_BLOCKS; ++i)
+      block.template load_matrices<false>(
+          [&](int thread) { return a[thread].at[i] ^ (32 * k); },
+          [&](int thread) -> uint32_t(&)[4] { return f[thread].a[i]; });
+FED_UNROLL
+    for (int j = 0; j < Shape::COLUMN_BLOCKS / 2; ++j)
+      block.template load_matrices<true>(
+          [&](int thread) {
+            const int lane = thread % 32, warp = thread / 32 % Shape::WARPS_N;
+            const int part = warp * (Shape::WIDTH / 8) + 2 * j + matrix_chunk(lane);
+            return ring + b * (2 * Shape::COLUMNS) + swizzled<Shape::WEIGHT_CHUNKS>(matrix_row(lane), part);
+          },
+          [&](int thread) -> uint32_t(&)[4] { return f[thread].b[j]; });
+FED_UNROLL
+    for (int i = 0; i < Shape::ROW_BLOCKS; ++i) {
+FED_UNROLL
+      for (int j = 0; j < Shape::COLUMN_BLOCKS; ++j)
+        block.multiply([&](int thread) -> float(&)[4] { return sum[thread].at[i][j]; },
+                       [&](int thread) -> uint32_t(&)[4] { return f[thread].a[i]; },
+                       [&](int thread) { return &f[thread].b[j / 2][2 * (j % 2)]; });
+    }
+  }
+
+  FED_HD void multiply_step(PerThread<Accumulators>& sum, PerThread<Offsets>& rows, int step) const {
+    const int chunk = step / Shape::STEPS, ring = layout.ring + step % Shape::STAGES * Shape::STAGE_BYTES;
+    const int blocks = depth(chunk) / 16;
+    PerThread<Fragments> fragments;
+    PerThread<Offsets> a;
+FED_UNROLL
+    for (int t = 0; t < Shape::TAPS; ++t) {
+      const int tap = step % Shape::STEPS * Shape::TAPS + t, shift = tap / 3 * (args.tile.columns + 2) + tap % 3;
+      block.each([&](int thread) {
+FED_UNROLL
+        for (int i = 0; i < Shape::ROW_BLOCKS; ++i)
+          a[thread].at[i] = halo(chunk) + swizzled<Shape::IN_CHUNKS>(rows[thread].at[i] + shift, thread % 32 / 16);
+      });
+      if (blocks == Shape::DEPTH / 16) {
+FED_UNROLL
+        for (int k = 0; k < Shape::DEPTH / 16; ++k) multiply(sum, fragments, a, k, ring, t * Shape::DEPTH + 16 * k);
+      } else {
+        for (int k = 0; k < blocks; ++k) multiply(sum, fragments, a, k, ring, t * Shape::DEPTH + 16 * k);
+      }
+    }
+  }
+
+  FED_HD void run() {
+    const int chunks = pieces(args.Ci, Shape::DEPTH), steps = chunks * Shape::STEPS;
+    const bool prologue = args.in_scale.values != nullptr || args.in_relu;
+    block.phase([&](int thread) { fill_tables(thread); });
+    PerThread<Accumulators> sum;
+    PerThread<Offsets> rows;
+    block.each([&](int thread) {
+      rows[thread] = lane_rows(thread);
+FED_UNROLL
+      for (int i = 0; i < Shape::ROW_BLOCKS; ++i)
+FED_UNROLL
+        for (int j = 0; j < Shape::COLUMN_BLOCKS; ++j)
+FED_UNROLL
+          for (int e = 0; e < 4; ++e) sum[thread].at[i][j][e] = 0.0f;
+      load_halo(thread, 0);
+FED_UNROLL
+      for (int step = 0; step < Shape::STAGES - 1; ++step) {
+        if (step < steps) load_weights(thread, step);
+        block.commit(thread);
+      }
+    });
+    FED_ROLLED
+    for (int step = 0; step < steps; ++step) {
+      // All have this step's operands, and nobody reads the previous step's any more: their place is free.
+      block.template arrive<Shape::STAGES - 2>();
+      const int chunk = step / Shape::STEPS;
+      const bool first = step % Shape::STEPS == 0;
+      block.each([&](int thread) {
+        if (step + Shape::STAGES - 1 < steps) load_weights(thread, step + Shape::STAGES - 1);
+        if (first && chunk + 1 < chunks) load_halo(thread, chunk + 1);
+        block.commit(thread);
+      });
+      if (first && prologue) block.phase([&](int thread) { normalise(thread, chunk); });
+      multiply_step(sum, rows, step);
+    }
+    block.template arrive<0>();
+    finish(sum);
+  }
+
+  // Every warp stages 16 rows at a time, so that eight channels of a position come to one thread and memory is accessed
+  // 16 bytes at a time.
+  FED_HD void finish(PerThread<Accumulators>& sum) const {
+    constexpr int ACROSS = Shape::WIDTH / 8, DOWN = 32 / ACROSS, PASSES = 16 / DOWN;
+    struct Fetches {
+      typename Epilogue::Fetched of[PASSES];
+    };
+    const Epilogue& epilogue = args.epilogue;
+    const int64_t base = group * args.N * (int64_t(args.H) * args.W) * args.Co;
+    const bf16* residual = args.residual + group * args.N * (int64_t(args.HR) * args.WR) * args.CR;
+    const auto channel = [&](int thread) {
+      return first_channel + thread / 32 % Shape::WARPS_N * Shape::WIDTH + 8 * (thread % ACROSS);
+    };
+    const auto row = [&](int thread, int i, int pass) {
+      return thread / 32 / Shape::WARPS_N * 64 + 16 * i + pass * DOWN + thread % 32 / ACROSS;
+    };
+    const auto staged = [&](int thread) { return at<float>(thread / 32 * Shape::STAGING_BYTES); };
+    PerThread<typename Epilogue::Columns> columns;
+    PerThread<Sums> sums;
+    PerThread<Fetches> fetched;
+    block.each([&](int thread) {
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) sums[thread].first[i] = sums[thread].second[i] = 0.0f;
+      if (channel(thread) < args.Co) columns[thread] = epilogue.columns(slot, channel(thread));
+    });
+FED_UNROLL
+    for (int i = 0; i < Shape::ROW_BLOCKS; ++i) {
+      block.warp_phase([&](int thread) {
+FED_UNROLL
+        for (int pass = 0; pass < PASSES; ++pass) {
+          const int m = row(thread, i, pass), position = at<int>(layout.out_position)[m];
+          if (position < 0 || channel(thread) >= args.Co) continue;
+          const int other = at<int>(layout.residual_position)[m];
+          fetched[thread].of[pass] = epilogue.fetch(
+              base + position * int64_t(args.Co) + channel(thread),
+              other >= 0 && channel(thread) < args.CR ? residual + other * int64_t(args.CR) + channel(thread)
+                                                      : nullptr);
+        }
+        const int lane = thread % 32;
+FED_UNROLL
+        for (int j = 0; j < Shape::COLUMN_BLOCKS; ++j) {
+          float* to = staged(thread) + accumulator_row(lane) * Shape::STAGING + 8 * j + accumulator_column(lane);
+FED_UNROLL
+          for (int e = 0; e < 4; ++e) to[e / 2 * 8 * Shape::STAGING + e % 2] = sum[thread].at[i][j][e];
+        }
+      });
+      block.warp_phase([&](int thread) {
+FED_UNROLL
+        for (int pass = 0; pass < PASSES; ++pass) {
+          const int position = at<int>(layout.out_position)[row(thread, i, pass)];
+          if (position < 0 || channel(thread) >= args.Co) continue;
+          float value[8];
+          const Rows place{staged(thread) + (pass * DOWN + thread % 32 / ACROSS) * Shape::STAGING, 0};
+          load_eight(place, 0, 8 * (thread % ACROSS), value);
+          epilogue.finish(value, columns[thread], fetched[thread].of[pass],
+                          base + position * int64_t(args.Co) + channel(thread), args.statistics != nullptr,
+                          sums[thread].first, sums[thread].second);
+        }
+      });
+    }
+    if (args.statistics != nullptr) reduce_sums<ACROSS>(sums);
+  }
+
+  // Over the rows of a warp, then over the warps, in a fixed order.
+  template <int ACROSS>
+  FED_HD void reduce_sums(PerThread<Sums>& sums) const {
+FED_UNROLL
+    for (int mask = 16; mask >= ACROSS; mask /= 2) {
+FED_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        PerThread<float> mine;
+        const auto element = [&](int thread) -> float& {
+          return i < 8 ? sums[thread].first[i % 8] : sums[thread].second[i % 8];
+        };
+        block.each([&](int thread) { mine[thread] = element(thread); });
+        auto other = block.exchange(mine, mask);
+        block.each([&](int thread) { element(thread) += other[thread]; });
+      }
+    }
+    block.phase([&](int thread) {
+      if (thread % 32 >= ACROSS) return;
+      const int warp = thread / 32, column = warp % Shape::WARPS_N * Shape::WIDTH + 8 * (thread % ACROSS);
+      float* to = at<float>(layout.sums) + warp / Shape::WARPS_N * (2 * Shape::COLUMNS) + column;
+FED_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        to[i] = sums[thread].first[i];
+        to[Shape::COLUMNS + i] = sums[thread].second[i];
+      }
+    });
+    block.each([&](int thread) {
+      for (int item = thread; item < 2 * Shape::COLUMNS; item += Shape::THREADS) {
+        const int which = item / Shape::COLUMNS, column = item % Shape::COLUMNS;
+        if (first_channel + column >= args.Co) continue;
+        float total = 0.0f;
+        for (int warp = 0; warp < Shape::WARPS_M; ++warp)
+          total += at<float>(layout.sums)[warp * (2 * Shape::COLUMNS) + item];
+        args.statistics[((group * args.tiles() + tile) * 2 + which) * args.Co + first_channel + column] = total;
+      }
+    });
+  }
+};
+
+template <class Shape, class Epilogue>
+FED_HD int halo_grid(const HaloArgs<Epilogue>& args) {
+  return args.G * args.tiles() * pieces(args.Co, Shape::COLUMNS);
+}
+
+// ---- the CUDA launcher, for 16, 32, 64 or 128 columns in a block: 0 or the CUDA error of the launch
+
+template <class Epilogue>
+int launch_halo(const HaloArgs<Epilogue>& args, int columns, void* stream);
+
+}  // namespace fed
