@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.config import DistillConfig
+from fastensdistill.engine.heads import Heads, HeadSlot, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.passes import Buffers
 from fastensdistill.engine.slots import BranchSlots
@@ -30,13 +31,22 @@ from fastensdistill.network.plan import PERTURBED, plan
 class Slots:
     """Evaluation weights of all networks, by architecture.
 
-    ``networks`` are the teachers' and, last, the student's; with ``branches`` the student's K branches have slots too.
+    ``networks`` are the teachers' and, last, the student's, whose K branches have slots too once they are asked for, or
+    its ``heads``, all in one.
     """
 
-    def __init__(self, networks: Sequence[Network], teachers: Teachers, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        teachers: Teachers,
+        dtype: torch.dtype,
+        device: torch.device,
+        heads: Heads | None = None,
+    ):
         self.networks, self.teachers, self.dtype, self.device = networks, teachers, dtype, device
+        self.heads = heads
         self.weights: dict[Network, Weights] = {}
-        self.branches: BranchSlots | None = None
+        self.branches: BranchSlots | HeadSlot | None = None
 
     def members(self, network: Network) -> list[int]:
         """The teachers of one architecture; slot i is the i-th of them."""
@@ -46,7 +56,10 @@ class Slots:
         """The slots that ``part`` runs with; given the student's ``master``, its branches' follow the teachers'."""
         if part.network not in self.weights:
             members = self.members(part.network)
-            if master and part.network == self.networks[-1]:
+            if master and part.network == self.networks[-1] and self.heads:
+                weights = Weights(part, len(members) + 1, self.dtype, self.device)
+                self.branches = HeadSlot(weights, self.heads.module, len(members))
+            elif master and part.network == self.networks[-1]:
                 slots = len(members) + len(master.deviations)
                 self.branches = BranchSlots(part, master, self.dtype, slots, len(members))
                 weights = self.branches.weights
@@ -85,7 +98,11 @@ class Targets:
 
 
 class FusedPerturbation:
-    """The perturbation of a batch (B, H, W, C), for ``draw`` an index into ``choices``."""
+    """The perturbation of a batch (B, H, W, C), for ``draw`` an index into ``choices``.
+
+    ``choices`` (a, b) are of the branches, whose teachers are a mod M and b mod M, or of the teachers; the first
+    teachers of all choices have one architecture, and so have the second ones.
+    """
 
     def __init__(
         self,
@@ -95,34 +112,45 @@ class FusedPerturbation:
         master: Master,
         batch: int,
         run: Runner,
+        choices: Sequence[tuple[int, int]] = (),
     ):
         self.config, self.noise, self.slots, self.run = config, perturbation.noise, slots, run
-        self.choices = perturbation.pairs
-        if config.perturbation in ("ods", "confods"):
-            self.choices = [(m, m) for m in range(perturbation.teachers)]
-        self.teachers = perturbation.teachers
+        self.choices, self.teachers = choices, perturbation.teachers
+        drawn = PERTURBED[config.perturbation]
+        self.heads = slots.heads if "Sa" in drawn else None
+        if self.heads:  # one network has them all
+            drawn = [name for name in drawn if name != "Sb"]
+            self.pairs = torch.tensor(self.choices, device=slots.device)
         networks = list(slots.networks)
-        groups = [
-            Group(name, len(networks) - 1 if name[0] == "S" else 0, gradient="input" if name[1] == "a" else None)
-            for name in PERTURBED[config.perturbation]
-        ]
+        groups = [Group(n, self._network(n), gradient="input" if n[1] == "a" else None) for n in drawn]
         self.runs = []
-        plans = [plan(networks, groups, way, batch).parts for way in ("forward", "backward")] if groups else [(), ()]
-        for first, second in zip(*plans, strict=True):
-            weights = slots.add(first, master if any(group.name == "Sa" for group in groups) else None)
+        forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
+        gradient = {part.network: part for part in backward}
+        for first in forward:
+            second = gradient.get(first.network)
+            weights = slots.add(first, master if any(group.name == "Sa" for group in first.groups) else None)
             table = [[self._slot(group.name, choice) for group in first.groups] for choice in self.choices]
             output = first.network.output
-            dead = dead_after([first, second], ["input", output, f"{output}.grad", "input.grad"])
-            self.runs.append(
-                (first, second, weights, torch.tensor(table, dtype=torch.int32, device=slots.device), dead)
-            )
+            dead = dead_after([first, second] if second else [first], ["input", output, f"{output}.grad", "input.grad"])
+            index = torch.tensor(table, dtype=torch.int32, device=slots.device)
+            self.runs.append((first, second, weights, index, dead))
+
+    def _member(self, name: str, choice: tuple[int, int]) -> int:
+        return choice[0] if name[1] == "a" else choice[1]
+
+    def _network(self, name: str) -> int:
+        """Index of the architecture of a group."""
+        if name[0] == "S":
+            return len(self.slots.networks) - 1
+        return self._member(name, self.choices[0]) % self.teachers
 
     def _slot(self, name: str, choice: tuple[int, int]) -> int:
-        member = choice[0] if name[1] == "a" else choice[1]
+        member = self._member(name, choice)
         if name[0] == "T":
-            return member % self.teachers
+            teacher = member % self.teachers
+            return self.slots.members(self.slots.networks[teacher]).index(teacher)
         assert self.slots.branches is not None
-        return self.slots.branches.first + member
+        return self.slots.branches.first + (0 if self.heads else member)
 
     def write(self) -> None:
         """Pack the branches' weights: once before the first call of a step."""
@@ -144,9 +172,11 @@ class FusedPerturbation:
             self.run(first, weights, index, buffers, dead[0])
             logits |= dict(zip((group.name for group in first.groups), buffers[first.network.output], strict=True))
             kept.append((buffers, index))
-        seeds, scalars, confidence = self._seeds(logits)
+        seeds, scalars, confidence = self._seeds(logits, draw)
         gradients = []
         for (_, second, weights, _, dead), (buffers, index) in zip(self.runs, kept, strict=True):
+            if second is None:
+                continue
             buffers[f"{second.network.output}.grad"] = torch.stack([seeds[group.name] for group in second.groups])
             self.run(second, weights, index[: len(second.groups)], buffers, dead[1])
             gradients.append(buffers["input.grad"])
@@ -154,7 +184,9 @@ class FusedPerturbation:
         length = step_length(x, self.config.step_size)
         return perturb_step(x, gradient, length, confidence=confidence), scalars
 
-    def _seeds(self, logits: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+    def _seeds(
+        self, logits: dict[str, Tensor], draw: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
         """Gradients in the logits of the drawn members, the diversities, and ConfODS's factor."""
         name = self.config.perturbation
         if name in ("ods", "confods"):
@@ -165,6 +197,36 @@ class FusedPerturbation:
         if name == "tdiv":
             tdiv, seed = teacher_diversity_seed(teachers)
             return {"Ta": seed}, {"tdiv": tdiv}, None
+        if self.heads:
+            every, pair = split(logits["Sa"][None], self.heads.K), self.pairs.index_select(0, draw)[0]
+            tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, every.index_select(0, pair))
+            seed_s = join(torch.zeros_like(every).index_copy_(0, pair[:1], seed_s[None].to(every.dtype)))[0]
+            return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None
         branches = torch.stack([logits["Sa"], logits["Sb"]])
         tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, branches)
         return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None
+
+
+Pair = tuple[int, int]
+
+
+def by_architecture(perturbation: Perturbation, slots: Slots) -> tuple[list[list[Pair]], list[Pair]]:
+    """What can be drawn, sorted by the architectures of its teachers: lists of choices that share their launches.
+
+    And for the i-th of ``drawn_choices``, in which list it is, and where in it.
+    """
+    lists: dict[tuple[Network, ...], list[Pair]] = {}
+    places = []
+    for choice in drawn_choices(perturbation):
+        key = tuple(slots.networks[member % perturbation.teachers] for member in choice)
+        own = lists.setdefault(key, [])
+        places.append((list(lists).index(key), len(own)))
+        own.append(choice)
+    return list(lists.values()) or [[]], places
+
+
+def drawn_choices(perturbation: Perturbation) -> list[Pair]:
+    """In the order of ``Perturbation.choose``; a teacher drawn alone is a pair with itself."""
+    if perturbation.name in ("ods", "confods"):
+        return [(m, m) for m in range(perturbation.teachers)]
+    return perturbation.pairs if perturbation.name in ("tdiv", "tdiv-sdiv") else []

@@ -17,7 +17,7 @@ Source of the step: Nam et al., ICML 2022.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets
-from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture, drawn_choices
+from fastensdistill.engine.graph import Graphs
+from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
 from fastensdistill.engine.reference import check_parts, precision_on
@@ -34,11 +35,11 @@ from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.perturbation import Perturbation, Perturbed
-from fastensdistill.method.student import BatchEnsemble, Single, Student
+from fastensdistill.method.student import BatchEnsemble, Hydra, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
-from fastensdistill.network.plan import PERTURBED, plan
+from fastensdistill.network.plan import plan
 from fastensdistill.network.trace import trace
 
 State = dict[str, Tensor]
@@ -55,36 +56,39 @@ def arithmetic(config: TrainConfig, network: nn.Module) -> tuple[torch.dtype, st
 
 
 def plain(student: Student) -> nn.Module:
-    """The student without its factors, for its architecture. Raises InputError for a student of another kind."""
+    """The student's architecture: without its factors, or with its heads as one layer.
+
+    Raises InputError for a student of another kind.
+    """
     if isinstance(student, Single):
         return student.module
     if isinstance(student, BatchEnsemble):
         return student.average()
-    raise InputError(f"a {student.kind} student has a layer per branch of its own, which no plan covers")
+    if isinstance(student, Hydra):
+        return Heads(student).module
+    raise InputError(f"no plan covers a student of the kind {type(student).__name__}")
 
 
-def check_networks(student: Student, teachers: Teachers, shape: ImageShape, perturbation: str) -> list[Network]:
+def check_networks(student: Student, teachers: Teachers, shape: ImageShape) -> list[Network]:
     """Traced networks of the teachers, in order, and of the student last.
 
-    Raises InputError for what the engine cannot run: an operation that cannot be traced or planned, a hydra, dropout in
-    the student, teachers of several architectures where the perturbation would draw among them.
+    Raises InputError for what the engine cannot run: an operation that cannot be traced or planned, dropout in the
+    student.
     """
-    networks = [trace(plain(student), shape)]
+    own = plain(student)
+    networks = [trace(own, shape)]
     networks = [*(trace(teacher, shape) for teacher in teachers.networks), *networks]
-    drawn = any(name[0] == "T" for name in PERTURBED[perturbation])
-    if drawn and any(network != networks[0] for network in networks[:-1]):
-        raise InputError(
-            f"teachers of several architectures with perturbation {perturbation!r}, which draws among them"
-        )
-    plan(networks, distillation_groups(networks, student.branches), "backward", 1)
-    Master.check(student.module, networks[-1], isinstance(student, BatchEnsemble))
+    plan(networks, distillation_groups(networks, student), "backward", 1)
+    ranked = isinstance(student, BatchEnsemble)
+    Master.check(student.module if ranked else own, networks[-1], ranked)
     return networks
 
 
-def distillation_groups(networks: list[Network], branches: int) -> list[Group]:
+def distillation_groups(networks: list[Network], student: Student) -> list[Group]:
     """Who runs in the distillation passes; ``networks`` are the teachers' and, last, the student's."""
     groups = [Group(f"T{m + 1}", m) for m in range(len(networks) - 1)]
-    return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(branches)]
+    copies = 1 if isinstance(student, Hydra) else student.branches
+    return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(copies)]
 
 
 class FusedStep:
@@ -140,9 +144,13 @@ class FusedStep:
 
     def _adopt(self, shape: ImageShape) -> None:
         """Trace, and take over the student's parameters."""
-        self.networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
+        self.networks = check_networks(self.student, self.teachers, shape)
         ranked = isinstance(self.student, BatchEnsemble)
-        self.master = Master([self.student.module], self.networks[-1], ranked)
+        self.heads = Heads(self.student) if isinstance(self.student, Hydra) else None
+        module = self.heads.module if self.heads else self.student.module
+        self.master = Master([module], self.networks[-1], ranked)
+        if self.heads:
+            self.heads.tie()
         same_start(self.master.state())
         self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -155,16 +163,21 @@ class FusedStep:
             self._adopt((C, H, W))
         self.images = torch.zeros(B, H, W, C, dtype=self.master.dtype, device=self.device)
         self.labels = torch.zeros(B, dtype=torch.int64, device=self.device)
-        groups = distillation_groups(self.networks, self.student.branches)
+        groups = distillation_groups(self.networks, self.student)
         part = B // self.parts
         forward, backward = (plan(self.networks, groups, way, part).parts for way in ("forward", "backward"))
         (gradient,) = backward
         trained = next(part for part in forward if part.training)
         self.trained = Trained(self.networks[-1], trained, gradient, self.master, self.dtype, self.run)
-        slots = Slots(self.networks, self.teachers, self.dtype, self.device)
-        self.ascend = FusedPerturbation(self.config, self.perturbation, slots, self.master, part, self.run)
+        slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
+        lists, self.places = by_architecture(self.perturbation, slots)
+        self.ascends = [
+            FusedPerturbation(self.config, self.perturbation, slots, self.master, part, self.run, choices)
+            for choices in lists
+        ]
+        self.ascend = self.ascends[0]
         self.targets = Targets([part for part in forward if not part.training], slots, self.run)
-        self.captured = Captured(self._body, self.master.state, [self.noise], self.device) if self.capture else None
+        self.graphs = Graphs(self.master.state, self.device) if self.capture else None
 
     # ---- the launches
 
@@ -189,10 +202,12 @@ class FusedStep:
     def _gradients(self, x: Tensor, labels: Tensor, add: bool) -> Tensor:
         """Those of one part of a batch, on top of the earlier ones with ``add``; the three losses."""
         targets = self.targets(x)
-        self.branch_logits = logits = self.trained.forward(x[None])
+        logits = self.trained.forward(x[None])
+        self.branch_logits = logits = split(logits, self.heads.K) if self.heads else logits
         *losses, seed = distillation_loss(
             targets, logits, labels, self.config.temperature, self.config.alpha, self.target
         )
+        seed = join(seed) if self.heads else seed
         self.trained.backward(seed / self.parts if self.parts > 1 else seed, add)
         return torch.stack(losses)
 
@@ -216,7 +231,7 @@ class FusedStep:
         """One step; ``pair`` (a, b) instead of a drawn one."""
         self._load(images, labels)
         self._draw(pair)
-        return self.captured() if self.captured else self._body()
+        return self._run(self._body)
 
     @torch.no_grad()
     def train_on(self, loader: DeviceLoader) -> dict[str, Tensor]:
@@ -226,13 +241,9 @@ class FusedStep:
                 self._build(loader.batch_shape)
             self._check(loader.batch_shape)
             self.loader = loader
-            generators = [self.noise, loader.generator]
-            self.captured_with_loader = (
-                Captured(self._body_with_loader, self.master.state, generators, self.device) if self.capture else None
-            )
         loader.advance()
         self._draw()
-        return self.captured_with_loader() if self.captured_with_loader else self._body_with_loader()
+        return self._run(self._body_with_loader, loader)
 
     @torch.no_grad()
     def perturb(self, images: Tensor, pair: tuple[int, int] | None = None) -> Perturbed:
@@ -269,13 +280,24 @@ class FusedStep:
             raise InputError(f"images have shape {shape}; this step was built for {(B, C, H, W)}")
 
     def _draw(self, pair: tuple[int, int] | None = None) -> None:
-        """Choose by the host's generator, as the reference engine does; the device sees one number change."""
-        if pair is not None:
-            if pair not in self.ascend.choices:
-                raise InputError(f"pair {pair} is not among those that can be drawn, {self.ascend.choices}")
-            self.draw.fill_(self.ascend.choices.index(pair))
-        elif PERTURBED[self.config.perturbation]:
-            self.draw.fill_(int(torch.randint(len(self.ascend.choices), (), generator=self.pick)))
+        """Choose by the host's generator, as the reference engine does; the device sees one number change.
+
+        Where teachers differ in architecture, the choice also decides which launches run: one graph per pair of these.
+        """
+        choices = drawn_choices(self.perturbation)
+        if pair is not None and pair not in choices:
+            raise InputError(f"pair {pair} is not among those that can be drawn, {choices}")
+        number = self.perturbation.choose() if pair is None else choices.index(pair)
+        if choices:
+            which, place = self.places[number]
+            self.ascend = self.ascends[which]
+            self.draw.fill_(place)
+
+    def _run(self, body: Callable[[], dict[str, Tensor]], loader: DeviceLoader | None = None) -> dict[str, Tensor]:
+        if self.graphs is None:
+            return body()
+        generators = [self.noise, loader.generator] if loader else [self.noise]
+        return self.graphs((self.ascend, loader), body, generators)
 
     def set_learning_rate(self, rate: float) -> None:
         self._rate = rate
@@ -286,6 +308,7 @@ class FusedStep:
         """Momentum buffers in the order of the reference engine's optimiser."""
         names = {id(p): name for name, p in self.student.module.named_parameters()}
         buffers = self.master.momenta(0)
+        buffers = self.heads.by_head(buffers) if self.heads else buffers
         groups = self.student.parameter_groups(0.0)
         return [buffers[names[id(p)]] for group in groups for p in group["params"]]
 

@@ -7,7 +7,8 @@ the device. Warm-up runs (which compile kernels) change weights and generators; 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,27 @@ def warm_up(
         generator.set_state(seed)
 
 
+class Graphs:
+    """Captured bodies by a key, made when first asked for, in one pool of memory."""
+
+    def __init__(self, state: Callable[[], Sequence[Tensor]], device: torch.device):
+        self.state, self.device = state, device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.made: dict[Hashable, Captured] = {}
+
+    def __call__(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Results:
+        """One run of ``body``, which has to be the same whenever ``key`` is."""
+        if key not in self.made:
+            self.made[key] = Captured(body, self.state, generators, self.device, self.pool)
+        return self.made[key]()
+
+
 class Captured:
     """``captured()`` does what ``body()`` does: the first call captures it, later ones replay.
 
     Where the capture fails, it says so in one line and every step is launched from Python: slower, never different.
-    ``state`` lists the tensors that the body changes. Results are copies, which the next replay leaves alone.
+    ``state`` lists the tensors that the body changes. Results are copies, which the next replay leaves alone; nothing
+    else outlives a replay, so that graphs of one ``pool`` may share their memory.
     """
 
     def __init__(
@@ -44,8 +61,10 @@ class Captured:
         state: Callable[[], Sequence[Tensor]],
         generators: Sequence[torch.Generator],
         device: torch.device,
+        pool: Any = None,
     ):
         self.body, self.state, self.generators, self.device = body, state, generators, device
+        self.pool = pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.names: list[str] = []
         self.results = torch.empty(0)
@@ -70,7 +89,7 @@ class Captured:
             for generator in self.generators:
                 graph.register_generator_state(generator)
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self.pool):
                     results = self.body()
                     self.results = torch.stack([value.float() for value in results.values()])
             except RuntimeError as error:

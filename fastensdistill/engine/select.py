@@ -39,7 +39,7 @@ def choose_engine(
         if isinstance(trained, Student):
             assert isinstance(config, DistillConfig)
             assert teachers is not None
-            check_networks(trained, teachers, image_shape, config.perturbation)
+            check_networks(trained, teachers, image_shape)
         else:
             common_architecture(trained, image_shape)
     except InputError as error:

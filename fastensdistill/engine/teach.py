@@ -16,7 +16,7 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic
-from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.graph import Graphs
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.reference import check_parts
@@ -80,7 +80,7 @@ class FusedTeachStep:
             plan([self.network], groups, way, B // self.parts).parts for groups, way in teach_groups(M).values()
         )
         self.trained = Trained(self.network, forward, backward, self.master, self.dtype, self.run)
-        self.captured = Captured(self._body, self.master.state, [], self.device) if self.capture else None
+        self.graphs = Graphs(self.master.state, self.device) if self.capture else None
 
     def _body(self) -> dict[str, Tensor]:
         assert self.images is not None
@@ -119,7 +119,7 @@ class FusedTeachStep:
             self._check(tuple(images.shape))
             self.images[i].copy_(images.permute(0, 2, 3, 1))
             self.labels[i].copy_(labels)
-        return self.captured() if self.captured else self._body()
+        return self.graphs((), self._body, []) if self.graphs else self._body()
 
     @torch.no_grad()
     def train_on(self, loaders: Sequence[DeviceLoader]) -> dict[str, Tensor]:
@@ -132,13 +132,11 @@ class FusedTeachStep:
             for loader in loaders:
                 self._check(loader.batch_shape)
             self.loaders = list(loaders)
-            generators = [loader.generator for loader in loaders]
-            self.captured_with_loaders = (
-                Captured(self._body_with_loaders, self.master.state, generators, self.device) if self.capture else None
-            )
         for loader in loaders:
             loader.advance()
-        return self.captured_with_loaders() if self.captured_with_loaders else self._body_with_loaders()
+        if self.graphs is None:
+            return self._body_with_loaders()
+        return self.graphs(tuple(loaders), self._body_with_loaders, [loader.generator for loader in loaders])
 
     def _check(self, shape: tuple[int, ...]) -> None:
         assert self.images is not None

@@ -91,6 +91,9 @@ CASES = {
     "tdiv": {"perturbation": "tdiv", "M": 3},
     "batch-ensemble": {"kind": "batch-ensemble", "alpha": 0.5, "temperature": 2.0},
     "single, mean of 3 teachers": {"kind": "single", "K": 1, "M": 3, "perturbation": "ods"},
+    "hydra": {"kind": "hydra", "M": 3, "K": 3},
+    "hydra, drawn teachers": {"kind": "hydra", "perturbation": "confods", "K": 3},
+    "hydra of an unusual network": {"kind": "hydra", **ODD},
     "more branches than teachers": {"K": 3},
     "more teachers than branches": {"M": 3, "K": 2},
     "wider teachers": {"teacher": lambda seed: network(seed, widen=2)},
@@ -99,6 +102,9 @@ CASES = {
         "perturbation": "none",
         "teacher": lambda seed: network(seed, widen=1 + seed % 2),
     },
+    "unlike teachers, drawn": {"M": 3, "K": 3, "teacher": lambda seed: network(seed, widen=1 + seed % 2)},
+    "unlike teachers, one drawn": {"M": 3, "perturbation": "ods", "teacher": lambda seed: network(seed, 1 + seed % 2)},
+    "unlike teachers of a hydra": {"kind": "hydra", "K": 4, "teacher": lambda seed: network(seed, widen=1 + seed % 2)},
     "unusual network": ODD,
     "no student of rank one over positions": {"kind": "single", "K": 1, "perturbation": "none", **ODD},
     "residual with zero padding": {"teacher": models.resnet, "student": models.resnet},
@@ -136,10 +142,10 @@ def test_teachers_at_once_as_the_reference(build):
     assert set(moments) == set(two.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["latent-be", "single"])
+@pytest.mark.parametrize("kind", ["latent-be", "single", "hydra"])
 def test_kernels_in_the_interpreter(kind):
     """The Triton kernels themselves, float32, a whole step."""
-    changes = {} if kind == "latent-be" else {"kind": "single", "K": 1, "perturbation": "tdiv"}
+    changes = {"kind": "single", "K": 1, "perturbation": "tdiv"} if kind == "single" else {"kind": kind}
     student, teachers, config = setting(dtype=torch.float32, **changes)
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
@@ -266,12 +272,9 @@ def test_refusals():
         step(*batch(0, B=4))
     with pytest.raises(InputError, match=r"pair \(1, 1\)"):
         step(*batch(0), pair=(1, 1))
-    hydra, teachers, config = setting("hydra")
-    with pytest.raises(InputError, match="hydra"):
-        FusedStep(hydra, teachers, config, image_shape=(3, 6, 6))
-    student, teachers, config = setting(teacher=lambda seed: network(seed, widen=1 + seed % 2))
-    with pytest.raises(InputError, match="several architectures"):
-        FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+    heads, teachers, config = setting("hydra", student=lambda _: torch.nn.Linear(6, CLASSES).double())
+    with pytest.raises(InputError, match="nothing but its heads"):
+        FusedStep(heads, teachers, config, image_shape=(3, 6, 6))
     student, teachers, config = setting()
     student.module.stem.layer.weight.requires_grad_(False)
     with pytest.raises(InputError, match=r"stem.*does not require"):

@@ -99,7 +99,7 @@ def fake_cuda(monkeypatch):
             pass
 
     @contextlib.contextmanager
-    def nothing(*_):
+    def nothing(*_, **__):
         yield
 
     for name, value in {
@@ -135,7 +135,7 @@ def test_replays_hand_out_copies_and_the_capture_is_no_step(fake_cuda):
 
 def test_a_capture_that_fails_is_loud_and_every_step_still_runs(fake_cuda):
     @contextlib.contextmanager
-    def refuse(_graph):
+    def refuse(_graph, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 

@@ -46,7 +46,7 @@ def test_replayed_is_launched_and_twice_is_the_same(setting, precision):
         warnings.simplefilter("error")  # a capture that fails says so in a warning
         captured = fused(setting, True, precision)
         replayed, again = changes(captured, given), changes(fused(setting, True, precision), given)
-    assert captured.step.captured.graph is not None
+    assert [made.graph is not None for made in captured.step.graphs.made.values()] == [True]
     launched = changes(fused(setting, False, precision), given)
     for kind, value in replayed.items():
         assert value.abs().max() > 0
