@@ -22,7 +22,7 @@ from fastensdistill.kernels.tiles import conv_tile, split_steps, weight_gradient
 from fastensdistill.models import TORCHVISION, create_model
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
-from fastensdistill.network.plan import Plan, plan_step
+from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
 from fastensdistill.network.trace import trace
 
 Dead = Sequence[tuple[str, ...]]
@@ -132,13 +132,14 @@ def estimate(
     perturbation: str = "tdiv-sdiv",
     itemsize: int = 2,
     arch: int = 90,
+    parts: int = 1,
 ) -> Estimate:
     """Memory of a LatentBE step on images of the size the networks were traced with.
 
     ``itemsize`` is that of activations and packed weights, 2 bytes for bf16; ``arch`` the compute capability whose
-    tiles count. With ``branches`` = 1 the student is a plain network, without factors.
+    tiles count; ``parts`` the micro-batches. With ``branches`` = 1 the student is a plain network, without factors.
     """
-    plans = plan_step(teacher, student, teachers, branches, batch, perturbation)
+    plans = plan_step(teacher, student, teachers, branches, batch // parts, perturbation)
     own, trained, norms = weight_count(student)
     frozen, whole, _ = weight_count(teacher)
     C, H, W = student.nodes[0].shape
@@ -159,6 +160,24 @@ def estimate(
     line = Timeline(itemsize, arch)
     perturb(line, plans)
     distil(line, plans, branches * factors * FLOAT + own * FLOAT if ranked else 0.0)
+    return Estimate(fixed, line.passes)
+
+
+def estimate_teaching(
+    network: Network, members: int, batch: int, itemsize: int = 2, arch: int = 90, parts: int = 1
+) -> Estimate:
+    """Memory of a step that trains ``members`` networks side by side, each on a batch of its own."""
+    groups = teach_groups(members)
+    plans = {f"distillation, {way}": plan([network], *groups[way], batch // parts) for way in groups}
+    own, trained, norms = weight_count(network)
+    C, H, W = network.nodes[0].shape
+    fixed = {
+        "weights, momentum, gradients": FLOAT * members * (3.0 * trained + 2.0 * norms),
+        "packed for training": 2.0 * itemsize * members * own,
+        "images": FLOAT * 1.0 * members * batch * C * H * W,
+    }
+    line = Timeline(itemsize, arch)
+    distil(line, plans, 0.0)
     return Estimate(fixed, line.passes)
 
 
@@ -217,21 +236,22 @@ def report(title: str, found: Estimate, launches: bool = False) -> list[str]:
 
 def print_memory(
     model: str, teachers: int = 4, branches: int = 4, batches: Sequence[int] = (128,), size: int | None = None,
-    perturbation: str = "tdiv-sdiv", launches: bool = False,
+    perturbation: str = "tdiv-sdiv", launches: bool = False, parts: int = 1,
 ) -> None:  # fmt: skip
     """Print the estimate for ``model`` as teacher and student, 100 classes, bf16, one per batch size.
 
-    ``size`` of the square images defaults to 32, for torchvision's networks to 224. Raises InputError for an unknown
-    model or perturbation, and for a network that cannot be planned.
+    ``parts`` are the micro-batches; ``size`` of the square images defaults to 32, for torchvision's networks to 224.
+    Raises InputError for an unknown model or perturbation, and for a network that cannot be planned.
     """
     size = size or (224 if model in TORCHVISION else 32)
     with torch.device("meta"):
         network = trace(create_model(model, 100), (3, size, size))
     for batch in batches:
-        if batch < 1:
-            raise InputError(f"batch={batch}: expected at least 1")
-        found = estimate(network, network, teachers, branches, batch, perturbation)
-        title = f"{model}, {teachers} teachers, {branches} branches, batch {batch}, {perturbation}, bf16"
+        if batch < 1 or parts < 1 or batch % parts:
+            raise InputError(f"batch={batch} in {parts} parts: expected at least 1 image, and equal parts")
+        found = estimate(network, network, teachers, branches, batch, perturbation, parts=parts)
+        size_of_batch = f"batch {batch}" + (f" in {parts} parts" if parts > 1 else "")
+        title = f"{model}, {teachers} teachers, {branches} branches, {size_of_batch}, {perturbation}, bf16"
         print("\n".join(report(title, found, launches)))
 
 
@@ -243,9 +263,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[128])
     parser.add_argument("--size", type=int, help="height and width of the images")
     parser.add_argument("--perturbation", default="tdiv-sdiv")
+    parser.add_argument("--micro-batches", type=int, default=1, dest="parts")
     parser.add_argument("--launches", action="store_true", help="also every launch with what is live at it")
     a = parser.parse_args(argv)
-    print_memory(a.model, a.teachers, a.branches, a.batch, a.size, a.perturbation, a.launches)
+    print_memory(a.model, a.teachers, a.branches, a.batch, a.size, a.perturbation, a.launches, a.parts)
 
 
 if __name__ == "__main__":

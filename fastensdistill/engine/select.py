@@ -9,6 +9,8 @@ from torch import nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.fused import FusedStep, ImageShape, check_networks
+from fastensdistill.engine.memory import estimate, estimate_teaching
+from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
 from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
@@ -68,15 +70,25 @@ def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float
 def distillation_step(
     student: Student, teachers: Teachers, config: DistillConfig, image_shape: ImageShape, num_classes: int
 ) -> tuple[ReferenceStep | FusedStep, str]:
-    """The step of the chosen engine, and "NAME engine: WHY"."""
+    """The step of the chosen engine, and in a line which it is and why."""
     name, why = choose_engine(config, student, teachers, next(student.parameters()).device, image_shape)
     if name == "fused":
         name, why = verified(
             config, why, lambda: verify_distillation(student, teachers, config, image_shape, num_classes)
         )
-    line = f"{name} engine: {why}"
     if name == "fused":
-        return FusedStep(student, teachers, config, image_shape=image_shape), line
+        fused = FusedStep(student, teachers, config, image_shape=image_shape)
+        *frozen, own = fused.networks
+        # Teachers of several architectures are counted as if all were like the one that keeps the most
+        peak = max(
+            estimate(
+                teacher, own, len(frozen), 1 if fused.heads else student.branches, config.batch_size // processes(),
+                config.perturbation, itemsize=fused.dtype.itemsize, parts=config.micro_batches,
+            ).peak
+            for teacher in set(frozen)
+        )  # fmt: skip
+        return fused, described(fused.dtype, peak, why)
+    line = f"{name} engine: {why}"
     return ReferenceStep(student, teachers, config, num_classes=num_classes), line
 
 
@@ -87,7 +99,16 @@ def teaching_step(
     name, why = choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape)
     if name == "fused":
         name, why = verified(config, why, lambda: verify_teaching(networks, config, image_shape))
-    line = f"{name} engine: {why}"
     if name == "fused":
-        return FusedTeachStep(networks, config, image_shape=image_shape), line
-    return TeachStep(networks, config), line
+        fused = FusedTeachStep(networks, config, image_shape=image_shape)
+        share = config.batch_size // processes()
+        found = estimate_teaching(
+            fused.network, len(networks), share, fused.dtype.itemsize, parts=config.micro_batches
+        )
+        return fused, described(fused.dtype, found.peak, why)
+    return TeachStep(networks, config), f"{name} engine: {why}"
+
+
+def described(dtype: torch.dtype, peak: float, why: str) -> str:
+    """The line about a fused step that takes ``peak`` bytes."""
+    return f"fused engine, {str(dtype).removeprefix('torch.')}, about {peak / 2**30:.2f} GiB beside the training set: {why}"

@@ -5,9 +5,11 @@ import gc
 import pytest
 import torch
 
+from fastensdistill.config import TeachConfig
 from fastensdistill.engine import memory
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.memory import estimate, main
+from fastensdistill.engine.memory import estimate, estimate_teaching, main
+from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.engine.trained import Runner, dead_after
 from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
@@ -28,6 +30,7 @@ CASES = [
     ("wrn28_10", 128, {}),
     ("resnet32", 128, {"perturbation": "tdiv"}),
     ("wrn28_1", 64, {"perturbation": "none"}),
+    ("wrn28_1", 256, {"micro_batches": 4, "batch_size": 256}),
 ]
 
 
@@ -35,7 +38,8 @@ CASES = [
 def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
     step = build(model, B, monkeypatch=monkeypatch, **settings)
     network = traced(model)
-    found = estimate(network, network, 4, 4, B, **settings)
+    perturbation, parts = settings.get("perturbation", "tdiv-sdiv"), settings.get("micro_batches", 1)
+    found = estimate(network, network, 4, 4, B, perturbation, parts=parts)
     gc.collect()
     with watched() as watch:
         step._body()
@@ -82,6 +86,23 @@ def test_fixed_buffers_stay_and_every_other_is_freed_after_its_last_reader():
     assert len(alive[0]) > 10
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_peak_of_teachers_is_what_a_step_allocates(parts):
+    B, M = 64, 3
+    with torch.device("meta"):
+        networks = [create_model("wrn28_1", 100) for _ in range(M)]
+        config = TeachConfig(members=M, precision="bf16", batch_size=B, micro_batches=parts)
+        step = FusedTeachStep(networks, config, image_shape=(3, 32, 32))
+        step._build((B, 3, 32, 32))
+        given = torch.zeros(M, B, 32, 32, 3), torch.zeros(M, B, dtype=torch.int64)
+    found = estimate_teaching(traced("wrn28_1"), M, B, parts=parts)
+    gc.collect()
+    with watched() as watch:
+        step._step(*given)
+    assert watch.syncs == []
+    assert watch.peak == pytest.approx(max(p.peak for p in found.passes), rel=0.02)
+
+
 def test_launches_and_bytes_are_the_plans(capsys):
     network = traced("wrn28_4")
     found = estimate(network, network, 4, 4, 128)
@@ -108,6 +129,9 @@ def test_more_images_more_memory_and_refusals():
     assert peaks[0] < peaks[1] < peaks[2] < 2 * peaks[1]
     half = estimate(network, network, 4, 4, 128, itemsize=4)
     assert half.peak > 1.5 * peaks[1]
+    assert estimate(network, network, 4, 4, 256, parts=2).peak < peaks[1] + 2 * 4 * 256 * 3 * 32 * 32
+    with pytest.raises(InputError, match="batch=10 in 4 parts: expected"):
+        main(["resnet32", "--batch", "10", "--micro-batches", "4"])
     with pytest.raises(InputError, match="batch=0"):
         main(["resnet32", "--batch", "0"])
     with pytest.raises(InputError, match="perturbation"):
