@@ -10,7 +10,7 @@ from torch import nn
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.fused import FusedStep, ImageShape, check_networks
 from fastensdistill.engine.memory import estimate, estimate_teaching
-from fastensdistill.engine.parallel import processes
+from fastensdistill.engine.parallel import alone, anyone, processes
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
 from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
@@ -57,14 +57,18 @@ def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float
     With ``engine="auto"`` a disagreement, or a kernel that does not run on this device, means the reference engine;
     with "fused" it is raised.
     """
+    trouble = None
     try:
-        found = verify()
+        with alone():
+            found = verify()
     except (DisagreementError, RuntimeError, TritonError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if config.engine == "fused":
-            raise InputError(f"engine='fused' cannot be used on this device: {reason}") from error
-        return "reference", reason
-    return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
+        trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+    trouble = anyone(trouble)  # all processes take the same engine
+    if trouble is None:
+        return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
+    if config.engine == "fused":
+        raise InputError(f"engine='fused' cannot be used on this device: {trouble}")
+    return "reference", trouble
 
 
 def distillation_step(
