@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise unknown("command", argv[0], COMMANDS)
         if parallel.launched() > 1 and argv[0] not in TRAINING:
-            raise InputError(f"{argv[0]} in {parallel.launched()} processes: expected one; they serve teach and distill")
+            raise InputError(f"{argv[0]} in {parallel.launched()} processes: expected one; teach and distill can share")
         parallel.join()
         with parallel.together():
             COMMANDS[argv[0]][1](parse(argv[0], argv[1:]))
