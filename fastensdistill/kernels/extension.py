@@ -52,13 +52,20 @@ def describe() -> dict[str, Any]:
     loaded = _reason is None and LIBRARY.exists()
     return {
         "loaded": loaded,
-        "cpu": loaded and torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::distillation_loss", "CPU"),
-        "cuda": loaded and torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::distillation_loss", "CUDA"),
+        "cpu": serves("distillation_loss", "cpu"),
+        "cuda": serves("distillation_loss", "cuda"),
         "reason": _reason or report.get("reason"),
         "library": str(LIBRARY) if LIBRARY.exists() else None,
         "torch": torch.__version__,
         "built_with": {key: report[key] for key in ("compiler", "torch", "nvcc", "architectures") if key in report},
     }
+
+
+def serves(name: str, device: str) -> bool:
+    """Whether the library in use implements ``fastensdistill::name`` for tensors on ``device``, such as "cuda"."""
+    if _reason is not None or not LIBRARY.exists() or device not in ("cpu", "cuda"):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastensdistill::{name}", device.upper())
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:

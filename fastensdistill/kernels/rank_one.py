@@ -23,193 +23,38 @@ pass and, taps reversed, [slots, taps, Co, Ci] for the data gradient (grouped la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastensdistill.errors import InputError
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import check_contiguous, check_device
-
-# A packed layer starts at a multiple of this many elements: 128 bytes of bf16, which every kind of load accepts.
-PACKED_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class RankOneLayer:
-    """Where one convolution or linear layer lies in the flat buffers (offsets and sizes count elements).
-
-    The order of the fields is that of the integers the ops receive, see :attr:`RankOneLayout.fields`.
-    """
-
-    name: str
-    weight: int  # offset of W [Co, Ci/groups, taps] in the parameters
-    bias: int  # offset of b [Co] in the parameters, or −1
-    r: int  # offset of r [Ci] in a row of the deviations
-    s: int  # offset of s [Co] in a row of the deviations
-    packed: int  # offset of the layer's slots in either packing
-    out_channels: int  # Co
-    group_channels: int  # Ci/groups
-    taps: int  # kh·kw
-    groups: int
-
-    @property
-    def in_channels(self) -> int:
-        return self.group_channels * self.groups
-
-    @property
-    def weight_size(self) -> int:
-        return self.out_channels * self.group_channels * self.taps
-
-    @property
-    def fields(self) -> tuple[int, ...]:
-        channels = (self.out_channels, self.group_channels, self.taps, self.groups)
-        return self.weight, self.bias, self.r, self.s, self.packed, *channels
-
-
-FIELDS = 9
-
-
-@dataclass(frozen=True)
-class RankOneLayout:
-    """Table of the layers of a network in its flat buffers.
-
-    parameters [size]: every layer's W and b first (``ranked`` values), then ``plain`` values without factors, such as
-        those of batch norm.
-    deviations [K, factors]: every layer's r − 1 and s − 1.
-    packed, packed_gradient [packed_size] bf16: per layer ``slots`` weights, one after the other.
-    """
-
-    layers: tuple[RankOneLayer, ...]
-    ranked: int
-    plain: int
-    factors: int
-    slots: int
-    packed_size: int
-
-    @property
-    def size(self) -> int:
-        return self.ranked + self.plain
-
-    @cached_property
-    def fields(self) -> list[int]:
-        """The table as the ops take it: ``FIELDS`` integers per layer."""
-        return [value for layer in self.layers for value in layer.fields]
-
-    @staticmethod
-    def build(weights: Iterable[tuple[str, Sequence[int], int, bool]], plain: int = 0, slots: int = 1) -> RankOneLayout:
-        """Lays the layers out one after the other.
-
-        Args:
-            weights: per layer its name, shape of its weight ([Co, Ci/groups, kh, kw], or [Co, Ci] for a linear layer),
-                number of groups, and whether it has a bias.
-            plain: number of parameters without factors, which follow the layers.
-            slots: weights per layer in the packed buffers; K, or more where frozen networks share them.
-
-        Raises:
-            InputError: a shape that is not a layer's, or no layers.
-        """
-        layers: list[RankOneLayer] = []
-        ranked = factors = packed = 0
-        for name, shape, groups, has_bias in weights:
-            if len(shape) not in (2, 4) or groups < 1 or min(shape) < 1 or shape[0] % groups:
-                raise InputError(
-                    f"layer {name!r} has weight shape {tuple(shape)} and {groups} groups; expected "
-                    "[Co, Ci/groups, kh, kw] or [Co, Ci] with Co divisible by the groups"
-                )
-            Co, Ci, *kernel = shape
-            taps = kernel[0] * kernel[1] if kernel else 1
-            bias = ranked + Co * Ci * taps if has_bias else -1
-            layers.append(
-                RankOneLayer(name, ranked, bias, factors, factors + Ci * groups, packed, Co, Ci, taps, groups)
-            )
-            ranked += Co * Ci * taps + Co * has_bias
-            factors += Ci * groups + Co
-            packed += -(-slots * Co * Ci * taps // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
-        if not layers:
-            raise InputError("the layout has no layers; expected at least one")
-        return RankOneLayout(tuple(layers), ranked, plain, factors, slots, packed)
-
+from fastensdistill.kernels.inputs import check_contiguous
+from fastensdistill.kernels.layout import (
+    RankOneLayout,
+    check_buffers,
+    check_packed,
+    layer_factors,
+    layer_weight,
+    layers_of,
+)
+from fastensdistill.kernels.pack import pack_rank_one_reference
+from fastensdistill.kernels.sgd import sgd_reference
+from fastensdistill.kernels.unfold import unfold_portable, unfold_rank_one_reference
 
 # ---- references
-
-
-def _layers(fields: Sequence[int]) -> list[RankOneLayer]:
-    return [RankOneLayer("", *fields[at : at + FIELDS]) for at in range(0, len(fields), FIELDS)]
-
-
-def _weight(flat: Tensor, layer: RankOneLayer) -> Tensor:
-    """[…, groups, Co/groups, Ci/groups, taps] view of the layer's weight in a flat buffer."""
-    shape = (layer.groups, layer.out_channels // layer.groups, layer.group_channels, layer.taps)
-    return flat[..., layer.weight : layer.weight + layer.weight_size].unflatten(-1, shape)
-
-
-def _factors(deviations: Tensor, layer: RankOneLayer) -> tuple[Tensor, Tensor]:
-    """r [K, groups, 1, Ci/groups, 1] and s [K, groups, Co/groups, 1, 1]."""
-    r = 1 + deviations[:, layer.r : layer.r + layer.in_channels]
-    s = 1 + deviations[:, layer.s : layer.s + layer.out_channels]
-    return r.unflatten(1, (layer.groups, 1, layer.group_channels, 1)), s.unflatten(1, (layer.groups, -1, 1, 1))
 
 
 def fold_rank_one_reference(parameters: Tensor, deviations: Tensor, fields: list[int], ranked: int) -> Tensor:
     """W_k and b_k of every layer, [K, ranked]."""
     folded = parameters.new_empty(deviations.shape[0], ranked)
-    for layer in _layers(fields):
-        r, s = _factors(deviations, layer)
-        _weight(folded, layer).copy_(s * _weight(parameters, layer) * r)
+    for layer in layers_of(fields):
+        r, s = layer_factors(deviations, layer)
+        layer_weight(folded, layer).copy_(s * layer_weight(parameters, layer) * r)
         if layer.bias >= 0:
             b = slice(layer.bias, layer.bias + layer.out_channels)
             folded[:, b] = s.flatten(1) * parameters[b]
     return folded
-
-
-def unfold_rank_one_reference(
-    branch_gradients: Tensor, parameters: Tensor, deviations: Tensor, fields: list[int]
-) -> tuple[Tensor, Tensor]:
-    """dW and db of every layer, [ranked], and dr and ds, [K, R]."""
-    gradient = parameters.new_zeros(branch_gradients.shape[1])
-    factor_gradients = torch.zeros_like(deviations, memory_format=torch.contiguous_format)
-    for layer in _layers(fields):
-        r, s = _factors(deviations, layer)
-        dW_k = _weight(branch_gradients, layer)
-        _weight(gradient, layer).copy_((s * dW_k * r).sum(0))
-        product = _weight(parameters, layer) * dW_k
-        dr = (s * product).sum((2, 4)).flatten(1)
-        ds = (r * product).sum((3, 4)).flatten(1)
-        if layer.bias >= 0:
-            b = slice(layer.bias, layer.bias + layer.out_channels)
-            gradient[b] = (s.flatten(1) * branch_gradients[:, b]).sum(0)
-            ds = ds + parameters[b] * branch_gradients[:, b]
-        factor_gradients[:, layer.r : layer.r + layer.in_channels] = dr
-        factor_gradients[:, layer.s : layer.s + layer.out_channels] = ds
-    return gradient, factor_gradients
-
-
-def pack_rank_one_reference(
-    parameters: Tensor, deviations: Tensor, packed: Tensor, packed_gradient: Tensor, fields: list[int], first_slot: int
-) -> None:
-    """Writes slots first_slot … first_slot + K − 1 of both packings."""
-    K = deviations.shape[0]
-    for layer in _layers(fields):
-        r, s = _factors(deviations, layer)
-        folded = (s * _weight(parameters, layer) * r).to(packed.dtype)
-        n = layer.weight_size
-        for buffer, value in (
-            (packed, folded.permute(0, 4, 3, 1, 2)),
-            (packed_gradient, folded.flip(4).permute(0, 4, 2, 1, 3)),
-        ):
-            start = layer.packed + first_slot * n
-            buffer[start : start + K * n].view(value.shape).copy_(value)
-
-
-def _nesterov(p: Tensor, v: Tensor, g: Tensor, learning_rate: Tensor, momentum: float, weight_decay: float) -> None:
-    g = g + weight_decay * p
-    v.mul_(momentum).add_(g)
-    p.sub_(learning_rate * (g + momentum * v))
 
 
 def rank_one_step_reference(
@@ -231,8 +76,8 @@ def rank_one_step_reference(
     K = deviations.shape[0]
     gradient, factor_gradients = unfold_rank_one_reference(branch_gradients, parameters, deviations, fields)
     rate = learning_rate.to(parameters.dtype)
-    _nesterov(parameters, momentum_buffer, torch.cat([gradient, plain_gradients]), rate, momentum, weight_decay)
-    _nesterov(deviations, deviation_buffer, factor_gradients, K * rate, momentum, weight_decay / K)
+    sgd_reference(parameters, momentum_buffer, torch.cat([gradient, plain_gradients]), rate, 1, momentum, weight_decay)
+    sgd_reference(deviations, deviation_buffer, factor_gradients, rate, K, momentum, weight_decay / K)
     pack_rank_one_reference(parameters, deviations, packed, packed_gradient, fields, first_slot)
 
 
@@ -275,15 +120,8 @@ extension.define(
 extension.define(
     "unfold_rank_one",
     "(Tensor branch_gradients, Tensor parameters, Tensor deviations, int[] fields) -> (Tensor, Tensor)",
-    unfold_rank_one_reference,
+    unfold_portable,
     _unfold_fake,
-)
-extension.define(
-    "pack_rank_one",
-    "(Tensor parameters, Tensor deviations, Tensor(a!) packed, Tensor(b!) packed_gradient, int[] fields,"
-    " int first_slot) -> ()",
-    pack_rank_one_reference,
-    _no_output_fake,
 )
 extension.define(
     "rank_one_step",
@@ -297,40 +135,6 @@ torch.library.register_autograd("fastensdistill::fold_rank_one", _fold_backward,
 
 
 # ---- public functions
-
-
-def _check(
-    layout: RankOneLayout, parameters: Tensor, deviations: Tensor, extra: Iterable[tuple[str, Tensor, tuple[int, ...]]]
-) -> None:
-    if parameters.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"parameters has dtype {parameters.dtype}; expected float32 or float64")
-    if deviations.dim() != 2:
-        raise InputError(f"deviations has shape {tuple(deviations.shape)}; expected [K, {layout.factors}]")
-    for name, tensor, shape in (
-        ("parameters", parameters, (layout.size,)),
-        ("deviations", deviations, (deviations.shape[0], layout.factors)),
-        *extra,
-    ):
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.dtype != parameters.dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}; expected {parameters.dtype}, that of the parameters")
-        check_device(name, tensor, "parameters", parameters)
-
-
-def _check_packed(
-    layout: RankOneLayout, parameters: Tensor, K: int, packed: Tensor, packed_gradient: Tensor, first_slot: int
-) -> None:
-    for name, tensor in (("packed", packed), ("packed_gradient", packed_gradient)):
-        if tensor.dtype != torch.bfloat16 or tuple(tensor.shape) != (layout.packed_size,):
-            raise InputError(
-                f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; "
-                f"expected torch.bfloat16 and ({layout.packed_size},)"
-            )
-        check_device(name, tensor, "parameters", parameters)
-    check_contiguous(("packed", packed), ("packed_gradient", packed_gradient))
-    if not 0 <= first_slot <= layout.slots - K:
-        raise InputError(f"first_slot is {first_slot} with {K} branches; the layout has {layout.slots} slots per layer")
 
 
 def fold_rank_one(parameters: Tensor, deviations: Tensor, layout: RankOneLayout) -> Tensor:
@@ -350,7 +154,7 @@ def fold_rank_one(parameters: Tensor, deviations: Tensor, layout: RankOneLayout)
 
     Source: Nam et al., ICML 2022, section 2; Wen et al., ICLR 2020, equation 1.
     """
-    _check(layout, parameters, deviations, ())
+    check_buffers(layout, parameters, deviations)
     return torch.ops.fastensdistill.fold_rank_one(parameters, deviations, layout.fields, layout.ranked)
 
 
@@ -370,7 +174,7 @@ def unfold_rank_one(
         InputError: a dtype, shape or device that does not fit the layout.
     """
     ranked = (deviations.shape[0], layout.ranked)
-    _check(layout, parameters, deviations, [("branch_gradients", branch_gradients, ranked)])
+    check_buffers(layout, parameters, deviations, [("branch_gradients", branch_gradients, ranked)])
     op = torch.ops.fastensdistill.unfold_rank_one
     return op(branch_gradients.detach(), parameters.detach(), deviations.detach(), layout.fields)
 
@@ -394,8 +198,9 @@ def pack_rank_one(
     Raises:
         InputError: a dtype, shape, device or slot that does not fit the layout.
     """
-    _check(layout, parameters, deviations, ())
-    _check_packed(layout, parameters, deviations.shape[0], packed, packed_gradient, first_slot)
+    check_buffers(layout, parameters, deviations)
+    K = deviations.shape[0]
+    check_packed(layout, parameters, K, packed, packed_gradient, first_slot, (torch.bfloat16,))
     op = torch.ops.fastensdistill.pack_rank_one
     op(parameters.detach(), deviations.detach(), packed, packed_gradient, layout.fields, first_slot)
 
@@ -440,8 +245,8 @@ def rank_one_step(
         ("plain_gradients", plain_gradients, (layout.plain,)),
         ("learning_rate", learning_rate, ()),
     ]
-    _check(layout, parameters, deviations, extra)
-    _check_packed(layout, parameters, K, packed, packed_gradient, first_slot)
+    check_buffers(layout, parameters, deviations, extra)
+    check_packed(layout, parameters, K, packed, packed_gradient, first_slot, (torch.bfloat16,))
     check_contiguous(
         ("parameters", parameters),
         ("momentum_buffer", momentum_buffer),

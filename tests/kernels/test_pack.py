@@ -1,0 +1,166 @@
+"""Packing of all layers at once: reference against explicit indices, the kernel against the reference, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels import layout as layouts
+from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.layout import RankOneLayout, implementation
+from fastensdistill.kernels.pack import pack_kernel, pack_portable, pack_rank_one_reference, pack_weights
+from tests.kernels.both import DEVICE, run_kernel, values
+
+# id: ([(name, weight shape, groups, bias)], {name: positions}) — why
+NETWORKS = {
+    "stem": ([("stem", (16, 3, 3, 3), 1, False)], {}),  # three input channels
+    "odd": ([("a", (17, 3, 3, 3), 1, True), ("b", (5, 17, 1, 1), 1, False), ("fc", (7, 5), 1, True)], {}),
+    "tiles": ([("conv", (70, 41, 3, 3), 1, False), ("down", (33, 65, 1, 1), 1, True)], {}),  # tiles cut short
+    "round": ([("conv", (64, 32, 3, 3), 1, False)], {}),
+    "even-kernel": ([("patch", (5, 3, 4, 4), 1, True)], {}),
+    "flat": ([("conv", (6, 3, 3, 3), 1, False), ("hidden", (10, 6 * 9), 1, True), ("fc", (3, 10), 1, True)],
+             {"hidden": 9}),  # a linear layer over 3x3 positions
+    "grouped": ([("conv", (12, 5, 3, 3), 3, True), ("depthwise", (6, 1, 3, 3), 6, False)], {}),
+    "many": ([(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), 1, i % 4 == 0) for i in range(12)], {}),
+}  # fmt: skip
+# id: (networks, spare slots before, spare slots after)
+PLACES = {"one": (1, 0, 0), "first-slot-2": (3, 2, 1)}
+# Triton's interpreter, of a loop whose bounds are loaded
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[RankOneLayout, Tensor, Tensor]:
+    weights, positions = NETWORKS[case]
+    layout = RankOneLayout.build(weights, plain=3, slots=slots, positions=positions)
+    copies = 1 if ranked else K
+    parameters = values(copies * layout.size).to(dtype)
+    return layout, parameters, 0.3 * values(K, layout.factors, seed=1).to(dtype) if ranked else None
+
+
+def expected(layout: RankOneLayout, parameters: Tensor, deviations: Tensor | None, K: int, first: int, dtype, fill):
+    """Both packings, element by element from the definition."""
+    forward, gradient = (torch.full((layout.packed_size,), fill, dtype=dtype) for _ in range(2))
+    copies = 1 if deviations is not None else K
+    for layer in layout.layers:
+        Co, J, P = layer.out_channels, layer.group_channels, layer.positions
+        for k in range(K):
+            at = copies * layer.weight + (k * layer.weight_size if copies > 1 else 0)
+            W = parameters[at : at + layer.weight_size].view(Co, J, layer.taps)
+            if deviations is not None:
+                r = 1 + deviations[k, layer.r : layer.r + layer.in_channels].view(layer.groups, J)
+                s = 1 + deviations[k, layer.s : layer.s + Co]
+                W = s[:, None, None] * W * r.repeat_interleave(Co // layer.groups, 0)[:, :, None]
+            W = W.to(dtype)
+            start = layer.packed + (first + k) * layer.weight_size
+            slot = slice(start, start + layer.weight_size)
+            f, g = forward[slot].view(-1, Co), gradient[slot].view(-1, layer.groups * J)
+            for t in range(layer.taps):
+                for j in range(J):
+                    row = j % P * (J // P) + j // P  # c·P + p → p·C + c; P = 1 leaves j
+                    f[t * J + row] = W[:, j, t]
+                    for group in range(layer.groups):
+                        n = Co // layer.groups
+                        rows = slice((layer.taps - 1 - t) * n, (layer.taps - t) * n)
+                        g[rows, group * J + row] = W[group * n : (group + 1) * n, j, t]
+    return forward, gradient
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ranked", [True, False], ids=["branches", "copies"])
+@pytest.mark.parametrize("case", NETWORKS)
+def test_the_reference_is_the_definition(case, ranked, place):
+    K, first, spare = PLACES[place]
+    for dtype, wide in ((torch.float64, torch.float64), (torch.float16, torch.float32)):
+        layout, parameters, deviations = problem(case, K, ranked, first + K + spare, wide)
+        packed = [torch.full((layout.packed_size,), 7.0, dtype=dtype) for _ in range(2)]
+        pack_weights(parameters, deviations, layout, *packed, first_slot=first)
+        for actual, right in zip(packed, expected(layout, parameters, deviations, K, first, dtype, 7.0), strict=True):
+            assert torch.equal(actual, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ranked", [True, False], ids=["branches", "copies"])
+@pytest.mark.parametrize("case", NETWORKS)
+def test_the_kernel_is_the_reference(case, ranked, place, dtype):
+    """Bit by bit, in memory that starts as NaN; the slots of others stay NaN. The interpreter cuts bf16 off instead
+    of rounding it: one unit there."""
+    K, first, spare = PLACES[place]
+    layout, parameters, deviations = problem(case, K, ranked, first + K + spare)
+    right = [torch.full((layout.packed_size,), torch.nan, dtype=dtype) for _ in range(2)]
+    pack_weights(parameters, deviations, layout, *right, first_slot=first)
+    packed = [torch.full((layout.packed_size,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    given = None if deviations is None else deviations.to(DEVICE)
+    copies = K if given is None else 1
+    run_kernel(pack_portable, parameters.to(DEVICE), given, *packed, layout.pack_fields, first, copies)
+    for name, actual, wanted in zip(("packed", "packed_gradient"), packed, right, strict=True):
+        cut = dtype == torch.bfloat16 and DEVICE == "cpu"
+        gap = (actual.cpu().float() - wanted.float()).abs()
+        same = (gap <= cut * wanted.float().abs() / 128) | (actual.cpu().isnan() & wanted.isnan())
+        assert same.all(), f"{name}: {int((~same).sum())} of {same.numel()} values differ"
+
+
+def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monkeypatch):
+    layout, parameters, deviations = problem("odd", 2, True, 2)
+    packed = [torch.zeros(layout.packed_size, dtype=torch.float16) for _ in range(2)]
+    with triton_utils.record_launches() as launches:
+        pack_weights(parameters, deviations, layout, *packed)
+        monkeypatch.setattr(layouts.torch, "tensor", None)  # a second table could not be made
+        pack_weights(parameters, deviations, layout, *packed)
+    assert [launch.kernel for launch in launches] == [pack_kernel] * 2
+    assert launches[0].arguments["p_table"] is launches[1].arguments["p_table"]
+    assert launches[0].grid == (len(layout.layers), 2)
+
+
+def test_branches_of_a_student_as_their_own_op():
+    layout, parameters, deviations = problem("tiles", 3, True, 4)
+    one, other = ([torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
+    pack_weights(parameters, deviations, layout, *one, first_slot=1)
+    pack_rank_one_reference(parameters, deviations, *other, layout.fields, 1)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["extension", "no-extension"])
+def test_which_implementation_runs(monkeypatch, built):
+    monkeypatch.setattr(layouts.extension, "serves", lambda name, device: built)
+    x = torch.zeros(2)
+    assert implementation("pack_rank_one", x) == ("extension" if built else "reference")
+    assert implementation("pack_rank_one", x.double()) == ("extension" if built else "reference")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with triton_utils.use_kernels():
+        assert implementation("pack_rank_one", x) == "triton"
+
+
+L, V, D = problem("flat", 2, True, 2)
+PACKED = torch.zeros(2, L.packed_size)
+REFUSED = {
+    "parameters": (lambda: pack_weights(V[1:], D, L, *PACKED), "parameters has shape"),
+    "copies": (lambda: pack_weights(V[:-1].repeat(2), None, L, *PACKED), "parameters has shape"),
+    "half-parameters": (lambda: pack_weights(V.half(), D, L, *PACKED), "dtype torch.float16"),
+    "two-dtypes": (lambda: pack_weights(V, D, L, PACKED[0], PACKED[1].half()), "one for both packings"),
+    "integers": (lambda: pack_weights(V, D, L, PACKED[0].int(), PACKED[1].int()), "packed has dtype torch.int32"),
+    "size": (lambda: pack_weights(V, D, L, PACKED[0][1:], PACKED[1]), "packed has dtype"),
+    "strided": (lambda: pack_weights(V, D, L, PACKED.t().contiguous().t()[0], PACKED[1]), "not contiguous"),
+    "slot": (lambda: pack_weights(V, D, L, *PACKED, first_slot=1), "first_slot is 1 with 2 branches"),
+    "copies-past-the-slots": (lambda: pack_weights(V.repeat(3), None, L, *PACKED), "first_slot is 0 with 3 branches"),
+    "positions": (
+        lambda: RankOneLayout.build([("fc", (4, 10), 1, True)], positions={"fc": 3}), "over 3 positions"
+    ),
+    "positions-of-a-convolution": (
+        lambda: RankOneLayout.build([("conv", (4, 9, 1, 1), 1, True)], positions={"conv": 9}), "expected a linear layer"
+    ),
+    "32-bit-offsets": (
+        lambda: RankOneLayout.build([("fc", (2**15, 2**15), 1, True)], slots=2), "expected less than 2147483648"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    call, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        call()
