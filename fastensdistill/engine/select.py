@@ -57,17 +57,18 @@ def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float
     With ``engine="auto"`` a disagreement, or a kernel that does not run on this device, means the reference engine;
     with "fused" it is raised.
     """
-    trouble = None
+    trouble: str | None = None
+    cause: Exception | None = None
     try:
         with alone():
             found = verify()
     except (DisagreementError, RuntimeError, TritonError) as error:
-        trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+        trouble, cause = str(error).splitlines()[0] if str(error) else type(error).__name__, error
     trouble = anyone(trouble)  # all processes take the same engine
     if trouble is None:
         return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
     if config.engine == "fused":
-        raise InputError(f"engine='fused' cannot be used on this device: {trouble}")
+        raise InputError(f"engine='fused' cannot be used on this device: {trouble}") from cause
     return "reference", trouble
 
 
@@ -115,4 +116,5 @@ def teaching_step(
 
 def described(dtype: torch.dtype, peak: float, why: str) -> str:
     """The line about a fused step that takes ``peak`` bytes."""
-    return f"fused engine, {str(dtype).removeprefix('torch.')}, about {peak / 2**30:.2f} GiB beside the training set: {why}"
+    name = str(dtype).removeprefix("torch.")
+    return f"fused engine, {name}, about {peak / 2**30:.2f} GiB beside the training set: {why}"

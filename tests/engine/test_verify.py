@@ -62,3 +62,14 @@ def test_a_fault_is_found_and_the_engine_chosen_accordingly(monkeypatch, fault, 
     step, line = select.distillation_step(student, teachers, config, SHAPE, 5)
     assert isinstance(step, ReferenceStep)
     assert line.startswith(f"reference engine: the fused engine's {words} is not")
+
+
+def test_where_another_process_finds_a_fault_all_take_the_reference_engine(monkeypatch):
+    monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
+    asked = []
+    monkeypatch.setattr(select, "anyone", lambda trouble: asked.append(trouble) or "process 1 differs")
+    student, teachers, config = setting()
+    config.engine = "auto"
+    step, line = select.distillation_step(student, teachers, config, SHAPE, 5)
+    assert isinstance(step, ReferenceStep)
+    assert (asked, line) == ([None], "reference engine: process 1 differs")
