@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastensdistill.engine.weights import NormWeights
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.rank_one import RankOneLayout
+from fastensdistill.kernels.layout import RankOneLayout
+from fastensdistill.kernels.sgd import sgd
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
 
 
@@ -155,11 +156,9 @@ def move(parameter: nn.Parameter, view: Tensor) -> None:
     parameter.data = view
 
 
-def descend(p: Tensor, v: Tensor, g: Tensor, rate: Tensor, momentum: float, decay: float) -> None:
-    """SGD with Nesterov momentum in place, decay part of the gradient (PyTorch's form); ``g`` is used up.
+def descend(p: Tensor, v: Tensor, g: Tensor, rate: Tensor, momentum: float, decay: float, scale: float = 1.0) -> None:
+    """SGD with Nesterov momentum in place, decay part of the gradient (PyTorch's form): one launch for a flat buffer.
 
-    g ← g + λ·p,  v ← μ·v + g,  p ← p − η·(g + μ·v), with η a scalar tensor on the device.
+    g' = g + λ·p,  v ← μ·v + g',  p ← p − scale·η·(g' + μ·v), with η a scalar tensor on the device.
     """
-    g.add_(p, alpha=decay)
-    v.mul_(momentum).add_(g)
-    p.sub_(g.add_(v, alpha=momentum).mul_(rate))
+    sgd(p, v, g, rate, momentum=momentum, weight_decay=decay, scale=scale)

@@ -4,32 +4,37 @@
 
     folded into a convolution    s'_k = s_k·scale,  W'_k = s'_k ⊗ W ⊗ r_k,  b'_k = s'_k·b + shift
 
-so that both modes are one call of ``pack_rank_one`` for all layers (bf16: 0.2 GB moved for WRN-28-4 with K = 4, 0.05 ms
-of an H200's bandwidth). Biases, scales and shifts of all layers are one gather. They are written at the start of every
-pass that reads them: a step depends on nothing but the master weights. ``PlainSlots`` packs networks as they are.
+so that both modes are one call of ``pack_weights`` for all layers (bf16: 0.2 GB moved for WRN-28-4 with K = 4, 0.05 ms
+of an H200's bandwidth). Biases, scales, shifts and s'_k of all layers are one call of ``branch_rows``. They are written
+at the start of every pass that reads them: a step depends on nothing but the master weights. ``PlainSlots`` packs
+networks as they are, in one call too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.weights import LayerWeights, Weights
-from fastensdistill.kernels.rank_one import RankOneLayout, fold_rank_one, pack_rank_one
+from fastensdistill.kernels.branch_rows import branch_rows
+from fastensdistill.kernels.layout import RankOneLayout
+from fastensdistill.kernels.pack import pack_weights
+from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.network.fold import image_scale_shift
 from fastensdistill.network.launch import Part
 from fastensdistill.network.nodes import Affine, Conv, Linear, Network, Norm
 
-NOTHING = torch.zeros(0, dtype=torch.int64)
-
 
 def write_layers(weights: Weights, network: Network, first: int, source: Callable[[str], Tensor]) -> None:
-    """Both packings of every layer, two copies each, in any dtype; ``source`` gives a layer's (K, Co, Ci, …)."""
+    """Both packings of every layer, two copies each; ``source`` gives a layer's (K, Co, Ci, …).
+
+    What ``pack_weights`` does at once, from views alone: writers with ``at_once`` set to False run it instead.
+    """
     for name, layer in weights.layers.items():
         node, W = network.by_name[name], source(name)
         assert isinstance(node, Conv | Linear)
@@ -56,11 +61,38 @@ def write_images(weights: Weights, master: Master, slots: Sequence[int]) -> None
                     rows[slot].copy_(value)
 
 
+class PackedLayers:
+    """Every layer's two packings in two flat buffers, which one launch fills."""
+
+    def __init__(self, weights: Weights, master: Master, slots: int):
+        self.layout = RankOneLayout.build(
+            [(node.name, master.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in master.layers],
+            plain=2 * master.norm_size,
+            slots=slots,
+            positions={node.name: prod(node.in_shape[1:]) for node in master.layers if isinstance(node, Linear)},
+        )
+        self.packed, self.packed_gradient = (
+            torch.zeros(self.layout.packed_size, dtype=weights.dtype, device=master.device) for _ in range(2)
+        )
+        for layer in self.layout.layers:
+            at = slice(layer.packed, layer.packed + slots * layer.weight_size)
+            Ci, Co = layer.in_channels, layer.out_channels
+            weights.layers[layer.name] = LayerWeights(
+                self.packed[at].view(slots, layer.taps, Ci, Co),
+                self.packed_gradient[at].view(slots, layer.taps, Co, Ci),
+                weights.layers[layer.name].bias,
+            )
+
+    def write(self, parameters: Tensor, deviations: Tensor | None, first: int = 0) -> None:
+        pack_weights(parameters, deviations, self.layout, self.packed, self.packed_gradient, first)
+
+
 class PlainSlots:
     """Training weights of networks without factors, slot i being copy i; biases are the master's own memory."""
 
     def __init__(self, part: Part, master: Master, dtype: torch.dtype):
         self.master, self.weights = master, Weights(part, len(part.groups), dtype, master.device)
+        self.at_once, self.layers = True, PackedLayers(self.weights, master, len(part.groups))
         for node in master.layers:
             if node.bias:
                 self.weights.layers[node.name].bias = master.view(master.parameters, f"{node.name}.bias")
@@ -71,35 +103,45 @@ class PlainSlots:
     @torch.no_grad()
     def write(self) -> None:
         view, parameters = self.master.view, self.master.parameters
-        write_layers(self.weights, self.master.network, 0, lambda name: view(parameters, f"{name}.weight"))
+        if self.at_once:
+            self.layers.write(parameters, None)
+        else:
+            write_layers(self.weights, self.master.network, 0, lambda name: view(parameters, f"{name}.weight"))
 
 
 class Rows:
-    """Per-slot rows of many layers in one tensor, those of the branches filled by one A·B + C over gathered values."""
+    """Per-slot rows of many layers in one tensor, those of the branches filled by one ``branch_rows``."""
 
     def __init__(self, slots: int, first: int, branches: int):
         self.slots, self.first, self.K = slots, first, branches
         self.count = 0
-        self.pieces: list[tuple[Callable[[Tensor], None], int, int]] = []
-        self.index: tuple[list[Tensor], ...] = ([NOTHING], [NOTHING], [NOTHING], [NOTHING])  # target, A, B, C
+        self.pieces: list[tuple[Callable[[Tensor], None], int, tuple[int, ...]]] = []
+        self.columns: list[Tensor] = [torch.zeros(5, 0, dtype=torch.int64)]
 
-    def add(self, assign: Callable[[Tensor], None], C: int, *gathered: Tensor) -> None:
-        """Rows (slots, C), handed to ``assign``; ``gathered`` says where A, B and C come from, broadcast to (K, C)."""
-        target = self.count + (self.first + torch.arange(self.K)[:, None]) * C + torch.arange(C)
-        for indices, index in zip(self.index, (target, *gathered), strict=True):
-            indices.append(index.expand(self.K, C).flatten())
-        self.pieces.append((assign, self.count, C))
-        self.count += self.slots * C
+    def add(self, assign: Callable[[Tensor], None], C: int, *parts: Tensor | int) -> None:
+        """Rows (slots, C), handed to ``assign``; ``parts`` are the indices of the table, broadcast to (K, C)."""
+        self._add(assign, (self.slots, C), self.first, *parts)
+
+    def add_branches(self, assign: Callable[[Tensor], None], R: int, *parts: Tensor | int) -> None:
+        """Rows (K, R) for the branches alone."""
+        self._add(assign, (self.K, R), 0, *parts)
+
+    def _add(self, assign: Callable[[Tensor], None], shape: tuple[int, int], first: int, *parts: Tensor | int) -> None:
+        C = shape[1]
+        target = self.count + (first + torch.arange(self.K)[:, None]) * C + torch.arange(C)
+        indices = (torch.as_tensor(part).expand(self.K, C) for part in (target, *parts))
+        self.columns.append(torch.stack([index.flatten() for index in indices]))
+        self.pieces.append((assign, self.count, shape))
+        self.count += prod(shape)
 
     def finish(self, device: torch.device, dtype: torch.dtype) -> None:
         self.values = torch.zeros(self.count, dtype=dtype, device=device)
-        self.target, self.a, self.b, self.c = (torch.cat(indices).to(device) for indices in self.index)
-        for assign, start, C in self.pieces:
-            assign(self.values[start : start + self.slots * C].view(self.slots, C))
+        self.table = torch.cat(self.columns, 1).to(device)
+        for assign, start, shape in self.pieces:
+            assign(self.values[start : start + prod(shape)].view(shape))
 
-    def fill(self, pool: Tensor) -> None:
-        a, b, c = (pool.index_select(0, index) for index in (self.a, self.b, self.c))
-        self.values.index_copy_(0, self.target, torch.addcmul(c, a, b))
+
+ABSENT, OTHER = -1, -2  # of ``branch_rows``: no factor, no summand; the parameter 1, the shift −1
 
 
 class BranchSlots:
@@ -112,66 +154,36 @@ class BranchSlots:
         for norm in [] if self.evaluation else master.norms:
             self.weights.norms[norm.name] = master.norm_weights(norm)
         write_images(self.weights, master, [first + k for k in range(self.K)])
-        # A linear layer over positions has its inputs in another order here, which the one-launch packing cannot write
-        flat = any(isinstance(node, Linear) and node.in_shape[1:] != (1, 1) for node in master.layers)
-        self.at_once = dtype == torch.bfloat16 and not flat
-        self.layout = self._packed_layout(slots) if self.at_once else master.layout
+        self.at_once, self.layers = True, PackedLayers(self.weights, master, slots)
+        self.deviations = master.deviations
         self._plan_rows(slots)
 
-    def _packed_layout(self, slots: int) -> RankOneLayout:
-        master = self.master
-        layout = RankOneLayout.build(
-            [(node.name, master.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in master.layers],
-            plain=2 * master.norm_size, slots=slots,
-        )  # fmt: skip
-        self.packed, self.packed_gradient = (
-            torch.zeros(layout.packed_size, dtype=torch.bfloat16, device=master.device) for _ in range(2)
-        )
-        for layer in layout.layers:
-            at = slice(layer.packed, layer.packed + slots * layer.weight_size)
-            Ci, Co = layer.in_channels, layer.out_channels
-            old = self.weights.layers[layer.name]
-            self.weights.layers[layer.name] = LayerWeights(
-                self.packed[at].view(slots, layer.taps, Ci, Co),
-                self.packed_gradient[at].view(slots, layer.taps, Co, Ci),
-                old.bias,
-            )
-        return layout
-
     def _plan_rows(self, slots: int) -> None:
-        """Rows gather from [scale, shift of every BatchNorm; s' of every branch; biases; 1, 0]."""
-        master, K, R, P = self.master, self.K, self.master.layout.factors, self.master.norm_size
-        biased = [layer for layer in master.layout.layers if layer.bias >= 0]
-        own = [torch.arange(layer.bias, layer.bias + layer.out_channels) for layer in biased]
-        self.bias_index = torch.cat([*own, NOTHING]).to(master.device)
-        starts = dict(zip((layer.name for layer in biased), accumulate((len(o) for o in own), initial=0), strict=False))
-        factors, biases = 2 * P, 2 * P + K * R
-        one = torch.tensor(biases + len(self.bias_index))
-        zero = one + 1
-        column = torch.full((R,), P)  # of the deviations → index into [scales, 1]
+        """Where every layer's bias, every BatchNorm's scale and shift, and the branches' s'_k come from."""
+        master, K, R = self.master, self.K, self.master.layout.factors
+        folded = torch.full((R,), ABSENT)  # of the deviations → channel of the BatchNorm that is folded in
         self.rows = Rows(slots, self.first, K)
         for node, layer in zip(master.layers, master.layout.layers, strict=True):
             norm, C, weights = self.weights.norm_of(node), layer.out_channels, self.weights.layers[node.name]
-            shift = zero
+            channels: Tensor | int = ABSENT
             if norm:
-                at = master.norm_offsets[norm.name] + torch.arange(C)
-                column[layer.s : layer.s + C] = at
-                shift = P + at
+                channels = folded[layer.s : layer.s + C] = master.norm_offsets[norm.name] + torch.arange(C)
             if weights.bias is not None:
-                s = factors + torch.arange(K)[:, None] * R + layer.s + torch.arange(C)
-                b = biases + starts[node.name] + torch.arange(C) if node.bias else zero
-                self.rows.add(partial(setattr, weights, "bias"), C, s, b, shift)
+                s = torch.arange(K)[:, None] * R + layer.s + torch.arange(C)
+                b = layer.bias + torch.arange(C) if node.bias else ABSENT
+                self.rows.add(partial(setattr, weights, "bias"), C, s, channels, b, channels)
         for name in self.weights.scale_shift:
             if isinstance(user := master.network.by_name[name], Norm):
                 C = user.shape[0]
-                at = master.norm_offsets[name] + torch.arange(C)
-                self.rows.add(partial(self._set_row, name, 0), C, at, one, zero)
-                self.rows.add(partial(self._set_row, name, 1), C, zero, zero, P + at)
+                channels = master.norm_offsets[name] + torch.arange(C)
+                self.rows.add(partial(self._set_row, name, 0), C, ABSENT, channels, OTHER, ABSENT)
+                self.rows.add(partial(self._set_row, name, 1), C, ABSENT, ABSENT, ABSENT, channels)
+        if self.evaluation:
+            every = torch.arange(K * R).view(K, R)
+            self.rows.add_branches(partial(setattr, self, "deviations"), R, every, folded, OTHER, OTHER)
         self.rows.finish(master.device, master.dtype)
-        self.column = column.to(master.device)
-        self.constants = torch.tensor([1, 0], dtype=master.dtype, device=master.device)
         eps = [torch.full((norm.shape[0],), norm.eps, dtype=master.dtype) for norm in master.norms]
-        self.eps = torch.cat([*eps, NOTHING.to(master.dtype)]).to(master.device)
+        self.eps = torch.cat([*eps, torch.zeros(0, dtype=master.dtype)]).to(master.device)
 
     def _set_row(self, name: str, which: int, view: Tensor) -> None:
         pair = list(self.weights.scale_shift[name])
@@ -181,22 +193,15 @@ class BranchSlots:
     @torch.no_grad()
     def write(self) -> None:
         """Fill the branches' slots from the master weights and, in evaluation mode, the running statistics."""
-        master, P = self.master, self.master.norm_size
-        parameters, deviations = master.parameters, master.deviations
-        factors = 1 + deviations
-        scale = shift = parameters.new_zeros(P)
-        if self.evaluation:
-            gamma, beta = parameters[master.layout.ranked :].unflatten(0, (2, P))
-            scale = gamma * (master.running_var + self.eps).rsqrt()
-            shift = beta - scale * master.running_mean
-            factors = factors * torch.cat([scale, self.constants[:1]]).index_select(0, self.column)
-            deviations = factors - 1
-        biases = parameters.index_select(0, self.bias_index)
-        self.rows.fill(torch.cat([scale, shift, factors.flatten(), biases, self.constants]))
+        master = self.master
+        branch_rows(
+            self.rows.values, self.rows.table, master.parameters, master.deviations, master.running_mean,
+            master.running_var, self.eps, master.layout.ranked,
+        )  # fmt: skip
         if self.at_once:
-            pack_rank_one(parameters, deviations, self.layout, self.packed, self.packed_gradient, self.first)
+            self.layers.write(master.parameters, self.deviations, self.first)
             return
-        folded = fold_rank_one(parameters, deviations, master.layout)
+        folded = fold_rank_one(master.parameters, self.deviations, master.layout)
         places = {layer.name: layer for layer in master.layout.layers}
 
         def of(name: str) -> Tensor:

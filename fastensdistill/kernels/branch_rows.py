@@ -1,0 +1,172 @@
+"""Per-channel values of K branches that their packed weights need beside them, all layers in one launch.
+
+With scale = γ / √(var + ε) and shift = β − scale·mean of every BatchNorm as running statistics give them, each value is
+
+    out[target] = (1 + deviation) · scale · parameter + shift
+
+of which any part may be a constant: the bias of a layer that carries a BatchNorm (s_k·scale·b + shift), a BatchNorm's
+own scale and shift, and the deviation of s'_k = s_k·scale from one, which folds the BatchNorm into the packed weights.
+
+``table`` [5, n] int64 says for every value its target and the indices of the four parts, or a negative number instead:
+
+    deviation, scale   −1: the factor is 1
+    parameter          −1: 0,  −2: 1
+    shift              −1: 0,  −2: −1
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels import extension
+from fastensdistill.kernels.inputs import check_contiguous, check_device, check_like
+from fastensdistill.kernels.tiles import Tile
+from fastensdistill.kernels.triton_utils import launch, runs_kernel, tl, triton
+
+ROWS_TILE = Tile(0, 256, 0, 4, 1, "gathers: latency decides, 2 values a thread")
+
+# ---- reference
+
+
+def branch_rows_reference(
+    out: Tensor,
+    table: Tensor,
+    parameters: Tensor,
+    deviations: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: Tensor,
+    scales: int,
+) -> None:
+    """The equations above; the BatchNorms' γ start at ``scales`` in the parameters, their β follow."""
+    target, deviation, norm, parameter, shifted = table
+    P, one = eps.shape[0], parameters.new_ones(1)
+    gamma, beta = parameters[scales : scales + P], parameters[scales + P : scales + 2 * P]
+    scale = gamma * (running_var + eps).rsqrt()
+    shift = torch.cat([beta - scale * running_mean, one])  # an index of −1 is the last
+    factor = torch.cat([1 + deviations.flatten(), one])[deviation] * torch.cat([scale, one])[norm]
+    value = torch.where(parameter < 0, (-1 - parameter).to(factor.dtype), parameters[parameter.clamp_min(0)])
+    added = torch.where(shifted < 0, (1 + shifted).to(factor.dtype), shift[shifted.clamp_min(-1)])
+    out.index_copy_(0, target, torch.addcmul(added, factor, value))
+
+
+# ---- kernel
+
+
+@triton.jit
+def branch_rows_kernel(
+    p_out, p_table, p_parameters, p_deviations, p_mean, p_var, p_eps, n, scales, P, BLOCK_N: tl.constexpr
+):
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    i_deviation = tl.load(p_table + n + o_n, mask=m_n, other=-1)
+    i_norm = tl.load(p_table + 2 * n + o_n, mask=m_n, other=-1)
+    i_parameter = tl.load(p_table + 3 * n + o_n, mask=m_n, other=-1)
+    i_shift = tl.load(p_table + 4 * n + o_n, mask=m_n, other=-1)
+    p_gamma = p_parameters + scales
+    p_beta = p_gamma + P
+    b_factor = 1.0 + tl.load(p_deviations + i_deviation, mask=i_deviation >= 0, other=0.0)
+    m_norm = i_norm >= 0
+    b_var = tl.load(p_var + i_norm, mask=m_norm, other=1.0) + tl.load(p_eps + i_norm, mask=m_norm, other=0.0)
+    b_factor *= tl.load(p_gamma + i_norm, mask=m_norm, other=1.0) / tl.sqrt_rn(b_var)
+    b_value = tl.load(p_parameters + i_parameter, mask=i_parameter >= 0, other=0.0)
+    b_value = tl.where(i_parameter < -1, 1.0, b_value)
+    m_shift = i_shift >= 0
+    b_var = tl.load(p_var + i_shift, mask=m_shift, other=1.0) + tl.load(p_eps + i_shift, mask=m_shift, other=0.0)
+    b_scale = tl.load(p_gamma + i_shift, mask=m_shift, other=0.0) / tl.sqrt_rn(b_var)
+    b_shift = tl.load(p_beta + i_shift, mask=m_shift, other=0.0)
+    b_shift -= b_scale * tl.load(p_mean + i_shift, mask=m_shift, other=0.0)
+    b_shift = tl.where(i_shift < -1, -1.0, b_shift)
+    o_out = tl.load(p_table + o_n, mask=m_n, other=0)
+    tl.store(p_out + o_out, b_factor * b_value + b_shift, mask=m_n)
+
+
+def _launch(out, table, parameters, deviations, running_mean, running_var, eps, scales):
+    n = table.shape[1]
+    launch(
+        branch_rows_kernel,
+        (-(-n // ROWS_TILE.BLOCK_N),),
+        ROWS_TILE,
+        p_out=out,
+        p_table=table,
+        p_parameters=parameters,
+        p_deviations=deviations,
+        p_mean=running_mean,
+        p_var=running_var,
+        p_eps=eps,
+        n=n,
+        scales=scales,
+        P=eps.shape[0],
+    )
+
+
+# ---- registration
+
+
+def _branch_rows(out, table, *rest):
+    if table.shape[1]:
+        (_launch if runs_kernel(out) else branch_rows_reference)(out, table, *rest)
+
+
+def _fake(*unused: Any) -> None:
+    return None
+
+
+extension.define(
+    "branch_rows",
+    "(Tensor(a!) out, Tensor table, Tensor parameters, Tensor deviations, Tensor running_mean, Tensor running_var,"
+    " Tensor eps, int scales) -> ()",
+    _branch_rows,
+    _fake,
+)
+
+
+# ---- public function
+
+
+def branch_rows(
+    out: Tensor,
+    table: Tensor,
+    parameters: Tensor,
+    deviations: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: Tensor,
+    scales: int,
+) -> None:
+    """Writes out[table[0]], every target once; other values stay as they are.
+
+    Args:
+        out: [values] float32 or float64, contiguous like everything here; all of one dtype and device.
+        table: [5, n] int64 on the same device, see above. Its indices are not checked: they are on the device.
+        parameters: flat buffer; every γ from ``scales`` on, then every β.
+        deviations: [K, R], r − 1 and s − 1.
+        running_mean, running_var, eps: [P], a value per channel of every BatchNorm.
+        scales: offset of the first γ.
+
+    Raises:
+        InputError: a dtype, shape or device that does not fit.
+    """
+    P = eps.shape[0]
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[0] != 5:
+        raise InputError(f"table has dtype {table.dtype} and shape {tuple(table.shape)}; expected torch.int64, (5, n)")
+    check_device("table", table, "out", out)
+    if not 0 <= scales <= parameters.numel() - 2 * P:
+        raise InputError(f"scales is {scales}; {parameters.numel()} parameters hold no 2 x {P} values from there on")
+    named = {
+        "out": out, "parameters": parameters, "deviations": deviations, "running_mean": running_mean,
+        "running_var": running_var, "eps": eps,
+    }  # fmt: skip
+    for name, tensor in named.items():
+        check_like(name, tensor, "out", out)
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tuple(tensor.shape) != (P,):
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {(P,)}, that of eps")
+    check_contiguous(("table", table), *named.items())
+    torch.ops.fastensdistill.branch_rows(
+        out, table, parameters.detach(), deviations.detach(), running_mean, running_var, eps, scales
+    )
