@@ -19,7 +19,7 @@ from fastensdistill.method.student import LatentBE, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 from fastensdistill.network.gpu import Gpu
-from fastensdistill.network.launch import Launch
+from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.plan import plan, plan_step, teach_groups
 from fastensdistill.network.trace import trace
 
@@ -72,8 +72,8 @@ class Setting:
         return create_model(name, CLASSES, **(arguments | dict(self.model)))
 
     @cached_property
-    def launches(self) -> list[Launch]:
-        """All of the step, with the FLOPs and bytes that it cannot do without."""
+    def parts(self) -> list[Part]:
+        """The step's plan."""
         network = trace(self.build(), (3, self.size, self.size))
         if self.method == "teach":
             passes = [plan([network], groups, way, self.batch) for groups, way in teach_groups(self.members).values()]
@@ -81,7 +81,12 @@ class Setting:
             perturbation = METHODS[self.method][1]
             assert perturbation is not None
             passes = [*plan_step(network, network, self.members, self.k, self.batch, perturbation).values()]
-        return [launch for one in passes for launch in one.launches]
+        return [part for one in passes for part in one.parts]
+
+    @property
+    def launches(self) -> list[Launch]:
+        """All of the step, with the FLOPs and bytes that it cannot do without."""
+        return [launch for part in self.parts for launch in part.launches]
 
     @property
     def flops(self) -> int:
