@@ -107,15 +107,11 @@ struct HaloArgs {
 
 FED_HD float open_relu(float value) { return value < 0.0f ? 0.0f : value; }  // NaN stays NaN
 
+// Value by value: parameters may be views at any offset of a larger buffer.
 FED_HD void load_eight(Rows rows, int64_t slot, int channel, float (&value)[8]) {
   if (rows.values == nullptr) return;
-  const float* from = rows.of(slot) + channel;
 FED_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const Words words = load_words(from + 4 * i);
-FED_UNROLL
-    for (int j = 0; j < 4; ++j) value[4 * i + j] = bit_cast<float>(words.word[j]);
-  }
+  for (int i = 0; i < 8; ++i) value[i] = rows.of(slot)[channel + i];
 }
 
 struct HaloForward {
@@ -416,7 +412,7 @@ FED_UNROLL
     const int blocks = depth(chunk) / 16;
     PerThread<Fragments> fragments;
     PerThread<Offsets> a;
-FED_UNROLL
+FED_ROLLED
     for (int t = 0; t < Shape::TAPS; ++t) {
       const int tap = step % Shape::STEPS * Shape::TAPS + t, shift = tap / 3 * (args.tile.columns + 2) + tap % 3;
       block.each([&](int thread) {
@@ -524,8 +520,13 @@ FED_UNROLL
           const int position = at<int>(layout.out_position)[row(thread, i, pass)];
           if (position < 0 || channel(thread) >= args.Co) continue;
           float value[8];
-          const Rows place{staged(thread) + (pass * DOWN + thread % 32 / ACROSS) * Shape::STAGING, 0};
-          load_eight(place, 0, 8 * (thread % ACROSS), value);
+          const float* place = staged(thread) + (pass * DOWN + thread % 32 / ACROSS) * Shape::STAGING;
+FED_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const Words words = load_words(place + 8 * (thread % ACROSS) + 4 * half);
+FED_UNROLL
+            for (int e = 0; e < 4; ++e) value[4 * half + e] = bit_cast<float>(words.word[e]);
+          }
           epilogue.finish(value, columns[thread], fetched[thread].of[pass],
                           base + position * int64_t(args.Co) + channel(thread), args.statistics != nullptr,
                           sums[thread].first, sums[thread].second);

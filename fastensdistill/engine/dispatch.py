@@ -3,7 +3,8 @@
 The table is filled by measurement; a row matches a launch by its op and shape, the first that matches decides, and
 without one the Triton kernel does. ``cudnn`` is PyTorch's own convolution, one call per group on channels-last memory
 (activations [G, N, H, W, C] are G such batches), with the epilogue as separate operations; off a GPU it runs whatever
-PyTorch has there, so it is tested everywhere.
+PyTorch has there, so it is tested everywhere. ``cuda`` is the extension's halo convolution, for 3x3 convolutions at
+stride 1 and their data gradients (``halo_rows`` lists them); naming it for another launch is refused when that runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, grouped_conv
+from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, grouped_conv, halo_conv
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.grouped_conv import ConvOutput
 from fastensdistill.kernels.triton_utils import accumulator, pack_mask, pick, shortcut, unpack_mask
 from fastensdistill.network.launch import Launch
+from fastensdistill.network.nodes import Conv, Network
 
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda")
 OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
@@ -42,8 +44,8 @@ class Row:
             raise unknown("op", self.op, OPS)
         if self.implementation not in IMPLEMENTATIONS:
             raise unknown("implementation", self.implementation, IMPLEMENTATIONS)
-        if self.implementation == "cuda":
-            raise InputError(f"{self.op} has no cuda implementation in this build; expected triton or cudnn")
+        if self.implementation == "cuda" and self.op not in ("conv", "conv gradient"):
+            raise InputError(f"{self.op} has no cuda implementation; expected triton or cudnn")
 
 
 # Measured choices, with their numbers as the reason. None has been measured: every launch runs its Triton kernel.
@@ -62,7 +64,28 @@ class Dispatch:
         return next((row.implementation for row in rows), "triton")
 
     def __call__(self, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
-        return VENDOR[op] if self.choice(launch) == "cudnn" else op
+        choice = self.choice(launch)
+        if choice != "cuda":
+            return VENDOR[op] if choice == "cudnn" else op
+
+        def halo(*arguments: Any, **options: Any) -> Any:
+            try:
+                return HALO[op](*arguments, **options)
+            except InputError as error:
+                raise InputError(f'the table names "cuda" for {launch.op} {launch.node}: {error}') from error
+
+        return halo
+
+
+def halo_rows(network: Network, reason: str) -> list[Row]:
+    """Rows that name "cuda" for every convolution of ``network`` which the halo kernels cover in bf16."""
+    rows = []
+    for node in network.nodes:
+        if isinstance(node, Conv):
+            sizes = {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
+            if halo_conv.supports(node.in_shape[0], node.shape[0], **sizes, dtype=torch.bfloat16):
+                rows += [Row(op, "cuda", reason, node.name) for op in ("conv", "conv gradient")]
+    return rows
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -166,4 +189,8 @@ VENDOR: dict[Callable[..., Any], Callable[..., Any]] = {
     grouped_conv.grouped_conv: vendor_conv,
     conv_data_gradient.conv_data_gradient: vendor_data_gradient,
     conv_weight_gradient.conv_weight_gradient: vendor_weight_gradient,
+}
+HALO: dict[Callable[..., Any], Callable[..., Any]] = {
+    grouped_conv.grouped_conv: halo_conv.halo_conv,
+    conv_data_gradient.conv_data_gradient: halo_conv.halo_data_gradient,
 }

@@ -56,9 +56,7 @@ def halo_tile(images: int, height: int, width: int, channels: int) -> HaloTile:
     return HaloTile(together, rows, columns, block_channels(channels))
 
 
-def unsupported(
-    channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype
-) -> str:
+def unsupported(channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> str:
     """What of a convolution the kernels do not cover, in a few words; "" where they cover it."""
     if (kernel, stride, padding) != (3, 1, 1):
         return f"kernel {kernel}, stride {stride}, padding {padding}, expected 3, 1, 1"
@@ -69,9 +67,7 @@ def unsupported(
     return ""
 
 
-def supports(
-    channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype
-) -> bool:
+def supports(channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> bool:
     """Whether the kernels cover a convolution from ``channels`` to ``out_channels``; for a data gradient both swap."""
     return not unsupported(channels, out_channels, kernel=kernel, stride=stride, padding=padding, dtype=dtype)
 
@@ -83,14 +79,13 @@ def _require(name: str, reason: str) -> None:
 
 def _check_device(name: str, x: Tensor) -> None:
     if x.is_cuda:
-        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        limit = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", SHARED)
         _require(name, "" if limit >= SHARED else f"a device with {limit} bytes of shared memory, expected {SHARED}")
 
 
 def _tile_sums(values: Tensor, tile: list[int]) -> Tensor:
     """(G, N, H, W, C) → (G, tiles, C): sums over the tiles, neighbours in a row first, then down, then images."""
-    for dim, size in ((5, tile[2]), (3, tile[1]), (1, tile[0])):  # from the last on, so that the others stay in place
-        dim = {5: 3, 3: 2, 1: 1}[dim]
+    for dim, size in ((3, tile[2]), (2, tile[1]), (1, tile[0])):
         padding = [0, 0] * (values.dim() - 1 - dim) + [0, -values.shape[dim] % size]
         values = F.pad(values, padding).unflatten(dim, (-1, size)).sum(dim + 1)
     return values.flatten(1, 3)
@@ -245,12 +240,11 @@ def halo_conv(
         residual_stride=residual_stride, precision=precision,
         **{name: _without_values(value) for name, value in options.items()},
     )  # fmt: skip
-    dtype = x.dtype if x.dtype != weight.dtype else weight.dtype
     sizes = {"kernel": kernel, "stride": stride, "padding": padding}
-    _require("halo_conv", unsupported(weight.shape[2], weight.shape[3], **sizes, dtype=dtype))
+    _require("halo_conv", unsupported(weight.shape[2], weight.shape[3], **sizes, dtype=x.dtype))
     _check_residual("halo_conv", residual)
     _check_device("halo_conv", x)
-    tile = halo_tile(*x.shape[1:4], weight.shape[3])
+    tile = halo_tile(x.shape[1], x.shape[2], x.shape[3], weight.shape[3])
     z, activated, bits, statistics = torch.ops.fastensdistill.halo_conv(
         x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
         next_scale, next_shift, center, mask, list(tile),
@@ -302,7 +296,7 @@ def halo_data_gradient(
     _require("halo_data_gradient", f"a result in {out_dtype}" if out_dtype not in (None, torch.bfloat16) else "")
     _check_residual("halo_data_gradient", residual)
     _check_device("halo_data_gradient", d)
-    tile = halo_tile(*d.shape[1:4], weight_flipped.shape[3])
+    tile = halo_tile(d.shape[1], d.shape[2], d.shape[3], weight_flipped.shape[3])
     result, statistics = torch.ops.fastensdistill.halo_data_gradient(
         d, weight_flipped, slots, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std, list(tile)
     )

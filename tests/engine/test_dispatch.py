@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from fastensdistill.engine import dispatch
-from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row
+from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, halo_rows
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
+from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels.triton_utils import partial_rows
+from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.models.resnet import ResNet
+from fastensdistill.network.trace import trace
 from tests.compare import check_close, relative_error
-from tests.engine.cases import check_equal, network, setting, steps
+from tests.engine.cases import CLASSES, check_equal, network, setting, steps
 from tests.network import models
 
 VENDOR_ONLY = [Row(op, "cudnn", "for the test") for op in OPS]
@@ -63,9 +68,52 @@ def test_one_layer_can_be_named():
     assert all(Dispatch(TABLE).choice(launch) == "triton" for launch in launches)
 
 
+def wide(seed: int):
+    """16, 32 and 64 channels: every convolution but the stem, the shortcuts and those at stride 2 is covered."""
+    torch.manual_seed(seed)
+    return models.moved(PreResNet(CLASSES, blocks=(1, 2), in_planes=16, widen=2), seed)
+
+
+def cifar(seed: int):
+    """Shortcuts that are strided reads of fewer channels."""
+    torch.manual_seed(seed)
+    return models.moved(ResNet(CLASSES, blocks=(1, 2)), seed)
+
+
+@pytest.mark.parametrize("perturbation", ["none", "tdiv-sdiv"])
+@pytest.mark.parametrize("build", [wide, cifar], ids=["preresnet", "cifar-resnet"])
+def test_halo_convolutions_give_the_same_step(monkeypatch, build, perturbation):
+    """Off a GPU both compute the references: what the engine passes and takes is the same, and so is every bit, once
+    the sums for BatchNorm are added in the same order."""
+    calls: list[str] = []
+    monkeypatch.setattr(halo_conv, "_tile_sums", lambda values, tile: partial_rows(values.flatten(1, 3), 32))
+    monkeypatch.setattr(dispatch, "HALO", {op: counting(calls, halo) for op, halo in dispatch.HALO.items()})
+    student, teachers, config = setting(teacher=build, student=build, dtype=torch.float32, precision="bf16",
+                                        perturbation=perturbation)  # fmt: skip
+    other = copy.deepcopy(student)
+    rows = halo_rows(trace(build(0), (3, 6, 6)), "for the test")
+    one = FusedStep(student, teachers, config)
+    two = FusedStep(other, teachers, config, implementations=Dispatch(rows))
+    for expected, actual in zip(steps(one, 2, dtype=torch.float32), steps(two, 2, dtype=torch.float32), strict=True):
+        check_close("loss", actual["loss"], expected["loss"], 0)
+    check_equal(student, other, one, two, 0)
+    covered = {row.layer for row in rows}
+    assert len(rows) == 2 * len(covered) >= 8
+    assert set(calls) == {"halo_conv", "halo_data_gradient"}
+    launches = [launch for part in two.trained.parts for launch in part.launches if launch.node in covered]
+    assert {Dispatch(rows).choice(launch) for launch in launches if launch.op in ("conv", "conv gradient")} == {"cuda"}
+
+
+def test_a_launch_that_no_cuda_kernel_covers_is_refused_by_name():
+    student, teachers, config = setting(dtype=torch.float32, precision="bf16")
+    step = FusedStep(student, teachers, config, implementations=Dispatch([Row("conv", "cuda", "for the test")]))
+    with pytest.raises(InputError, match='"cuda" for conv stem: halo_conv does not cover 3 to 4 channels'):
+        steps(step, 1, dtype=torch.float32)
+
+
 def test_refusals():
-    with pytest.raises(InputError, match="no cuda implementation"):
-        Row("conv", "cuda", "")
+    with pytest.raises(InputError, match="weight gradient has no cuda implementation"):
+        Row("weight gradient", "cuda", "")
     with pytest.raises(InputError, match="implementation 'cudn'"):
         Row("conv", "cudn", "")
     with pytest.raises(InputError, match="op 'convolution'"):
