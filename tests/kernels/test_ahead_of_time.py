@@ -33,6 +33,41 @@ def test_report_of_a_small_network(tmp_path):
     assert all(not row["fails"] and row["registers"] > 0 and row["occupancy"] > 0 for row in rows)
 
 
+PARAMETERS = """
+import json
+import torch
+from bench.kernel_report import compile_launch
+from fastensdistill.kernels import branch_rows, layout, pack, sgd, triton_utils, unfold
+
+K, table = 4, layout.RankOneLayout.build([("conv", (70, 41, 3, 3), 1, True)], plain=6, slots=4)
+flat, factors = torch.empty(table.size), torch.empty(K, table.factors)
+with triton_utils.record_launches() as launches:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        packed = torch.empty(2, table.packed_size, dtype=dtype)
+        pack.pack_weights(flat, factors, table, *packed)
+        pack.pack_weights(flat.repeat(K), None, table, *packed)
+    unfold.unfold_portable(torch.empty(K, table.ranked), flat, factors, table.fields)
+    sgd.sgd(flat, flat.clone(), flat.clone(), torch.tensor(0.1), momentum=0.9, weight_decay=5e-4)
+    norm = [torch.empty(3) for _ in range(3)]
+    rows = torch.zeros(5, 300, dtype=torch.int64)
+    branch_rows.branch_rows(torch.empty(300), rows, flat, factors, *norm, table.ranked)
+print(json.dumps([compile_launch(launch, arch) for arch in (80, 90, 100) for launch in launches]))
+"""
+
+
+def test_kernels_over_all_parameters():
+    """Packing, un-folding, SGD and rows: a handful of registers, so that many programs hide their reads."""
+    done = _python("-c", PARAMETERS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 3 * 10
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        assert failures(row, 0) == [], row
+        assert row["registers"] <= 128, row
+        assert row["occupancy"] >= 4, row
+
+
 def test_failures_are_seen():
     good = {"spills": 0, "shared": 1000, "arch": 90, "HGMMA": 4}
     assert failures(good, 64) == []

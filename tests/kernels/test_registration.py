@@ -13,14 +13,18 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     augment,
     batch_norm,
     batch_norm_backward,
+    branch_rows,
     conv_data_gradient,
     conv_weight_gradient,
     grouped_conv,
     head,
     head_backward,
+    pack,
     pool,
+    sgd,
     triton_utils,
 )
+from fastensdistill.kernels.layout import RankOneLayout
 from tests.kernels.both import values
 
 OPS = torch.ops.fastensdistill
@@ -30,6 +34,14 @@ W, BITS = values(2, 9, 6, 10), torch.zeros(2, 3, 5, 4, 2, dtype=torch.uint8)
 PARTIALS, LOGITS = values(2, 4, 2, 10).abs(), values(2, 3, 7)
 CLASSIFIER = values(2, 10, 7)
 NONE3 = (None, None, None)
+LAYOUT = RankOneLayout.build([("a", (4, 3, 3, 3), 1, False), ("fc", (5, 36), 1, True)], 2, 3, {"fc": 9})
+DEVIATIONS = 0.3 * values(2, LAYOUT.factors)
+
+
+def _packed(dtype):
+    return torch.zeros(LAYOUT.packed_size, dtype=dtype), torch.zeros(LAYOUT.packed_size, dtype=dtype)
+
+
 
 
 def _conv(*options):
@@ -57,6 +69,11 @@ CALLS = {
     "max_pool": (X, 3, 2, 1),
     "max_pool_backward": (values(2, 3, 3, 2, 6), torch.ones(2, 3, 3, 2, 6, dtype=torch.uint8), 5, 4, 3, 2, 1),
     "mean_pool": (X,),
+    "pack_weights": (values(LAYOUT.size), DEVIATIONS, *_packed(torch.float16), LAYOUT.pack_fields, 1, 1),
+    "pack_weights, copies": (values(3 * LAYOUT.size), None, *_packed(torch.float32), LAYOUT.pack_fields, 0, 3),
+    "sgd": (values(9), values(9, seed=1), values(9, seed=2), torch.tensor(0.1), 4.0, 0.9, 5e-4),
+    "branch_rows": (torch.zeros(4), torch.tensor([[2, 0], [1, -1], [0, -1], [-2, 3], [-1, 0]]), values(9),
+                    DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),
     "augment": (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64),
                 torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8), "float16"),
 }  # fmt: skip
