@@ -153,5 +153,7 @@ class Trained:
         descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
         if self.factor_gradients is not None:
             K = len(master.deviations)
-            descend(master.deviations, master.deviation_momentum, self.factor_gradients, K * rate, momentum, decay / K)
+            descend(
+                master.deviations, master.deviation_momentum, self.factor_gradients, rate, momentum, decay / K, scale=K
+            )  # fmt: skip
             self.factor_gradients = None

@@ -57,8 +57,8 @@ def stale_branches(monkeypatch):
 def no_decay_of_factors(monkeypatch):
     right = trained.descend
 
-    def wrong(p, v, g, rate, momentum, decay):
-        right(p, v, g, rate, momentum, 0.0 if p.dim() == 2 else decay)
+    def wrong(p, v, g, rate, momentum, decay, **options):
+        right(p, v, g, rate, momentum, 0.0 if p.dim() == 2 else decay, **options)
 
     monkeypatch.setattr(trained, "descend", wrong)
 
