@@ -5,7 +5,8 @@
 A launch is captured as a CUDA graph and replayed with a cold L2 (a write of 512 MB before each, which also hides the
 host). Convolutions are compared with cuDNN: alone, without what the launch fuses, group by group on channels-last
 memory ("dense") and in one call with groups= ("grouped"); with --compile also with torch.compile over the dense form
-and all that the launch fuses. A launch is timed only if it agrees with its reference in float64.
+and all that the launch fuses; and with the extension's halo convolution, with all that the launch fuses, where that covers
+it ("cuda"). A launch is timed only if it agrees with its reference in float64.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from bench import roof
 from bench.common import arguments, describe_host, save, spread, start, table
 from bench.launches import Prepared, compare, prepare
 from bench.setting import NETWORKS, Setting
-from fastensdistill.engine.dispatch import VENDOR, channels_last
+from fastensdistill.engine.dispatch import HALO, VENDOR, channels_last
+from fastensdistill.engine.passes import Implement
+from fastensdistill.kernels import extension, halo_conv
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
     "launch": "launch", "count": "per step", "us": "us", "p20": "p20", "p80": "p80", "tflops": "TFLOP/s", "gbs": "GB/s",
-    "share_of_roof": "of roof", "dense": "cuDNN us", "grouped": "grouped us", "compiled": "compiled us", "status": "",
+    "share_of_roof": "of roof", "cuda": "CUDA us", "dense": "cuDNN us", "grouped": "grouped us",
+    "compiled": "compiled us", "status": "",
 }  # fmt: skip
 CONVS = ("conv", "conv gradient", "weight gradient")
 
@@ -115,6 +119,32 @@ def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
     return lambda: [nn_grad.conv2d_input(image, w, a, stride, padding, 1, groups) for a, w in pairs]
 
 
+class ByHalo(Prepared):
+    """The same launch by the extension's halo convolution."""
+
+    def run(self, implement: Implement = lambda launch, op: HALO[op]) -> dict[str, Any]:
+        return super().run(implement)
+
+    def exact(self) -> Prepared:
+        return Prepared(**vars(self)).exact()
+
+
+def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
+    """Its time in microseconds, None where it does not cover the launch or has no kernel; why, if that is news."""
+    if prepared.launch.op not in ("conv", "conv gradient"):
+        return {"cuda": None}
+    _, (x, weight, *_), kwargs = prepared.call()
+    sizes = {name: kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0))}
+    built = x.is_cuda and extension.describe()["cuda"]
+    if not built or not halo_conv.supports(*weight.shape[2:], **sizes, dtype=x.dtype):
+        return {"cuda": None}
+    other = ByHalo(**vars(prepared))
+    error = check(other)
+    if error > 1:
+        return {"cuda": None, "cuda_error": error, "status": f"CUDA not timed: errs {error:.3g} times what is allowed"}
+    return {"cuda": 1e6 * spread(measure(other.run))["median"], "cuda_error": error}
+
+
 def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) -> dict[str, Any]:
     launch = prepared.launch
     found: dict[str, Any] = {
@@ -133,6 +163,7 @@ def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) 
         "tflops": launch.flops / seconds / 1e12 if launch.flops else None, "gbs": launch.nbytes / seconds / 1e9,
         "share_of_roof": gpu.least_time(launch) / seconds,
     }  # fmt: skip
+    found |= by_halo(prepared, measure)
     if launch.op in CONVS:
         for name, grouped in (("dense", False), ("grouped", True)):
             call = bare(prepared, grouped)
@@ -172,6 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             save(options.json, "kernels", host, options.smoke, roof=measured, setting=setting.describe(), rows=rows)
     print(table(rows, COLUMNS))
     timed = [r for r in rows if "us" in r]
+    if halo := [r for r in timed if r["cuda"] is not None]:
+        for op in sorted({r["op"] for r in halo}):
+            triton, cuda = (sum(r[name] * r["count"] for r in halo if r["op"] == op) / 1e3 for name in ("us", "cuda"))
+            print(f"{op}, where CUDA covers it: {triton:.3g} ms by Triton, {cuda:.3g} ms by CUDA")
     total, least = (sum(r[name] * r["count"] for r in timed) for name in ("us", "least_us"))
     print(f"{sum(r['count'] for r in timed)} launches of a step: {total / 1e3:.3g} ms one after the other, "
           f"{least / 1e3:.3g} ms at least")  # fmt: skip

@@ -61,13 +61,13 @@ HaloArgs<Epilogue> common(
     args.WR = int(residual->size(3));
     args.CR = int(residual->size(4));
   }
-  args.tile = {int(tile[0]), int(tile[1]), int(tile[2])};
+  for (int64_t size : tile) STD_TORCH_CHECK(size > 0, "fastensdistill: halo convolution: expected a tile of positive sizes");
+  args.tile = halo_tile(int(tile[0]), int(tile[1]), int(tile[2]), args.N, args.H, args.W);
   STD_TORCH_CHECK(
       weight.size(1) == 9 && weight.size(2) == args.Ci && args.Ci % 16 == 0 && args.Co % 16 == 0 && args.CR % 8 == 0,
       "fastensdistill: halo convolution: expected weights [slots, 9, Ci, Co], channels in multiples of 16");
   STD_TORCH_CHECK(
-      args.tile.images > 0 && args.tile.rows > 0 && args.tile.columns > 0 &&
-          positions(args.tile) <= HALO_POSITIONS && bordered(args.tile) <= HALO_BORDERED,
+      positions(args.tile) <= HALO_POSITIONS && bordered(args.tile) <= HALO_BORDERED,
       "fastensdistill: halo convolution: expected a tile of at most 256 positions, 400 with the border");
   return args;
 }
@@ -77,14 +77,14 @@ Tensor none(const Tensor& like, ScalarType type) { return new_tensor(like, {0}, 
 template <class Epilogue>
 Tensor new_statistics(HaloArgs<Epilogue>& args, const Tensor& like, bool wanted) {
   if (!wanted) return none(like, ScalarType::Float);
-  const Tensor statistics = new_tensor(like, {args.G, args.tiles(), 2, args.Co}, ScalarType::Float);
+  const Tensor statistics = new_tensor(like, {args.G, args.tile.count, 2, args.Co}, ScalarType::Float);
   args.statistics = pointer<float>(statistics);
   return statistics;
 }
 
 template <class Epilogue>
 void launch(const HaloArgs<Epilogue>& args, const Tensor& x, int64_t columns) {
-  if (args.G == 0 || args.tiles() == 0) return;
+  if (args.G == 0 || args.tile.count == 0) return;
   check_launch(launch_halo(args, int(columns), current_stream(x)));
 }
 

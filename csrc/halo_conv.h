@@ -20,18 +20,44 @@
 
 namespace fed {
 
-// Positions of a block: `images` x `rows` x `columns`, neighbours. An image is cut into tiles of rows and columns; more
-// than one image only where a tile holds a whole one.
-struct HaloTile {
-  int images, rows, columns;
-};
-
 constexpr int HALO_POSITIONS = 256;  // of a block
 constexpr int HALO_BORDERED = 400;  // with the border: four images of 8x8, and more than ten rows of 32
 
-FED_HD int positions(HaloTile tile) { return tile.images * tile.rows * tile.columns; }
-FED_HD int bordered(HaloTile tile) { return tile.images * (tile.rows + 2) * (tile.columns + 2); }
 FED_HD int pieces(int size, int piece) { return (size + piece - 1) / piece; }
+
+// n / by for 0 <= n, by <= 402 (n · by < 2^20) in two instructions instead of some twenty-five.
+struct Divisor {
+  int by, magic;
+  FED_HD int of(int n) const { return n * magic >> 20; }
+  FED_HD int rest(int n) const { return n - of(n) * by; }
+};
+FED_HD Divisor divisor(int by) { return {by, (1 << 20) / by + 1}; }
+
+// Positions of a block: images x rows x columns, neighbours. An image is cut into tiles of rows and columns; a tile has
+// more than one image only where it holds whole ones.
+struct HaloTile {
+  int images, rows, columns;
+  int across, down, count;  // of the tiles: in a row, in a column, of a group
+  Divisor by_rows, by_columns, by_bordered_rows, by_bordered_columns;
+};
+
+inline HaloTile halo_tile(int images, int rows, int columns, int N, int H, int W) {
+  const int across = pieces(W, columns), down = pieces(H, rows);
+  return {images, rows, columns, across, down, across * down * pieces(N, images), divisor(rows), divisor(columns),
+          divisor(rows + 2), divisor(columns + 2)};
+}
+
+FED_HD int positions(const HaloTile& tile) { return tile.images * tile.rows * tile.columns; }
+FED_HD int bordered(const HaloTile& tile) { return tile.images * (tile.rows + 2) * (tile.columns + 2); }
+
+// Image, row and column in a tile.
+struct Place {
+  int image, h, w;
+};
+FED_HD Place place(int n, Divisor rows, Divisor columns) {
+  const int line = columns.of(n), image = rows.of(line);
+  return {image, line - image * rows.by, n - line * columns.by};
+}
 
 // COLUMNS channels of the result in a block and WARPS_N warps side by side over them; DEPTH channels of the input at a
 // time; BLOCKS resident on a multiprocessor, for which registers are kept free.
@@ -61,7 +87,7 @@ struct HaloLayout {
 };
 
 template <class Shape>
-FED_HD HaloLayout halo_layout(HaloTile tile, int channels) {
+FED_HD HaloLayout halo_layout(const HaloTile& tile, int channels) {
   HaloLayout at;
   at.halo = pieces(bordered(tile) * Shape::DEPTH * 2, 128) * 128;
   at.ring = (channels > Shape::DEPTH ? 2 : 1) * at.halo;
@@ -99,13 +125,19 @@ struct HaloArgs {
   bool in_relu;
   HaloTile tile;
   Epilogue epilogue;
-
-  FED_HD int tiles() const { return pieces(N, tile.images) * pieces(H, tile.rows) * pieces(W, tile.columns); }
 };
 
 // ---- epilogues: eight channels of one position at a time
 
-FED_HD float open_relu(float value) { return value < 0.0f ? 0.0f : value; }  // NaN stays NaN
+FED_HD float open_relu(float value) {  // NaN stays NaN
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return value < 0.0f ? 0.0f : value;
+#endif
+}
 
 // Value by value: parameters may be views at any offset of a larger buffer.
 FED_HD void load_eight(Rows rows, int64_t slot, int channel, float (&value)[8]) {
@@ -265,22 +297,19 @@ struct HaloBlock {
   Block& block;
   const HaloArgs<Epilogue>& args;
   HaloLayout layout;
-  int64_t group, slot, input;
-  int tile, first_channel, first_image, first_row, first_column;
+  int group, slot, tile, first_channel, first_image, first_row, first_column;
 
   FED_HD HaloBlock(Block& block, const HaloArgs<Epilogue>& args)
       : block(block), args(args), layout(halo_layout<Shape>(args.tile, args.Ci)) {
-    const int column_blocks = pieces(args.Co, Shape::COLUMNS), tiles = args.tiles();
-    first_channel = block.index % column_blocks * Shape::COLUMNS;
-    const int rest = block.index / column_blocks;
-    tile = rest % tiles;
-    group = rest / tiles;
+    const int column_blocks = pieces(args.Co, Shape::COLUMNS), rest = block.index / column_blocks;
+    first_channel = (block.index - rest * column_blocks) * Shape::COLUMNS;
+    group = rest / args.tile.count;
+    tile = rest - group * args.tile.count;
     slot = args.slots[group];
-    input = args.inputs != nullptr ? args.inputs[group] : group;
-    const int across = pieces(args.W, args.tile.columns), down = pieces(args.H, args.tile.rows);
-    first_column = tile % across * args.tile.columns;
-    first_row = tile / across % down * args.tile.rows;
-    first_image = tile / across / down * args.tile.images;
+    const int line = tile / args.tile.across, image = line / args.tile.down;
+    first_column = (tile - line * args.tile.across) * args.tile.columns;
+    first_row = (line - image * args.tile.down) * args.tile.rows;
+    first_image = image * args.tile.images;
   }
 
   template <class V>
@@ -296,17 +325,17 @@ struct HaloBlock {
 
   // Offset of every bordered position in its group of x and of every position in the result; −1 outside the images.
   FED_HD void fill_tables(int thread) const {
-    const int width = args.tile.columns + 2, height = args.tile.rows + 2;
-    for (int r = thread; r < bordered(args.tile); r += Shape::THREADS) {
-      const int image = first_image + r / (width * height), h = first_row + r / width % height - 1;
-      const int w = first_column + r % width - 1;
+    const HaloTile& t = args.tile;
+    for (int r = thread; r < bordered(t); r += Shape::THREADS) {
+      const Place at_r = place(r, t.by_bordered_rows, t.by_bordered_columns);
+      const int image = first_image + at_r.image, h = first_row + at_r.h - 1, w = first_column + at_r.w - 1;
       const bool inside = image < args.N && h >= 0 && h < args.H && w >= 0 && w < args.W;
       at<int>(layout.in_offset)[r] = inside ? ((image * args.H + h) * args.W + w) * args.Ci : -1;
     }
     for (int m = thread; m < HALO_POSITIONS; m += Shape::THREADS) {
-      const int image = first_image + m / (args.tile.columns * args.tile.rows);
-      const int h = first_row + m / args.tile.columns % args.tile.rows, w = first_column + m % args.tile.columns;
-      const bool inside = m < positions(args.tile) && image < args.N && h < args.H && w < args.W;
+      const Place at_m = place(m, t.by_rows, t.by_columns);
+      const int image = first_image + at_m.image, h = first_row + at_m.h, w = first_column + at_m.w;
+      const bool inside = m < positions(t) && image < args.N && h < args.H && w < args.W;
       at<int>(layout.out_position)[m] = inside ? (image * args.H + h) * args.W + w : -1;
       at<int>(layout.residual_position)[m] =
           inside && args.residual != nullptr
@@ -325,7 +354,7 @@ struct HaloBlock {
   }
 
   FED_HD void load_halo(int thread, int chunk) const {
-    const bf16* x = args.x + input * args.x_stride;
+    const bf16* x = args.x + (args.inputs != nullptr ? args.inputs[group] : group) * args.x_stride;
     for_halo(thread, chunk, [&](int r, int part, int channel) {
       const int offset = at<int>(layout.in_offset)[r];
       block.copy(thread, halo(chunk) + swizzled<Shape::IN_CHUNKS>(r, part), offset < 0 ? x : x + offset + channel,
@@ -373,9 +402,8 @@ FED_UNROLL
 FED_UNROLL
     for (int i = 0; i < Shape::ROW_BLOCKS; ++i) {
       const int m = row + 16 * i < positions(args.tile) ? row + 16 * i : 0;
-      const int w = m % args.tile.columns, h = m / args.tile.columns % args.tile.rows;
-      const int image = m / (args.tile.columns * args.tile.rows);
-      result.at[i] = (image * (args.tile.rows + 2) + h) * (args.tile.columns + 2) + w;
+      const Place at_m = place(m, args.tile.by_rows, args.tile.by_columns);
+      result.at[i] = (at_m.image * (args.tile.rows + 2) + at_m.h) * (args.tile.columns + 2) + at_m.w;
     }
     return result;
   }
@@ -424,6 +452,7 @@ FED_UNROLL
 FED_UNROLL
         for (int k = 0; k < Shape::DEPTH / 16; ++k) multiply(sum, fragments, a, k, ring, t * Shape::DEPTH + 16 * k);
       } else {
+FED_ROLLED
         for (int k = 0; k < blocks; ++k) multiply(sum, fragments, a, k, ring, t * Shape::DEPTH + 16 * k);
       }
     }
@@ -456,7 +485,7 @@ FED_UNROLL
       block.template arrive<Shape::STAGES - 2>();
       const int chunk = step / Shape::STEPS;
       const bool first = step % Shape::STEPS == 0;
-      block.each([&](int thread) {
+      block.warp_phase([&](int thread) {  // together again afterwards, as the matrix instructions demand
         if (step + Shape::STAGES - 1 < steps) load_weights(thread, step + Shape::STAGES - 1);
         if (first && chunk + 1 < chunks) load_halo(thread, chunk + 1);
         block.commit(thread);
@@ -476,8 +505,8 @@ FED_UNROLL
       typename Epilogue::Fetched of[PASSES];
     };
     const Epilogue& epilogue = args.epilogue;
-    const int64_t base = group * args.N * (int64_t(args.H) * args.W) * args.Co;
-    const bf16* residual = args.residual + group * args.N * (int64_t(args.HR) * args.WR) * args.CR;
+    const int64_t base = int64_t(group) * args.N * args.H * args.W * args.Co;
+    const bf16* residual = args.residual + int64_t(group) * args.N * args.HR * args.WR * args.CR;
     const auto channel = [&](int thread) {
       return first_channel + thread / 32 % Shape::WARPS_N * Shape::WIDTH + 8 * (thread % ACROSS);
     };
@@ -569,7 +598,7 @@ FED_UNROLL
         float total = 0.0f;
         for (int warp = 0; warp < Shape::WARPS_M; ++warp)
           total += at<float>(layout.sums)[warp * (2 * Shape::COLUMNS) + item];
-        args.statistics[((group * args.tiles() + tile) * 2 + which) * args.Co + first_channel + column] = total;
+        args.statistics[((int64_t(group) * args.tile.count + tile) * 2 + which) * args.Co + first_channel + column] = total;
       }
     });
   }
@@ -577,7 +606,7 @@ FED_UNROLL
 
 template <class Shape, class Epilogue>
 FED_HD int halo_grid(const HaloArgs<Epilogue>& args) {
-  return args.G * args.tiles() * pieces(args.Co, Shape::COLUMNS);
+  return args.G * args.tile.count * pieces(args.Co, Shape::COLUMNS);
 }
 
 // ---- the CUDA launcher, for 16, 32, 64 or 128 columns in a block: 0 or the CUDA error of the launch

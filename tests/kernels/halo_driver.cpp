@@ -1,4 +1,4 @@
-// Runs the halo convolution's blocks on the CPU, for tests/kernels/test_halo_conv.py. Shared memory starts as NaN in
+// Runs the halo convolution's blocks on the CPU, for tests/kernels/test_halo_blocks.py. Shared memory starts as NaN in
 // every block; `reversed` walks blocks and threads backwards and lets asynchronous copies happen at once.
 #include <cstdlib>
 #include <cstring>
@@ -41,16 +41,36 @@ template <class Epilogue>
 HaloArgs<Epilogue> arguments(const int64_t* sizes) {
   HaloArgs<Epilogue> args{};
   int* const fields[] = {&args.G,  &args.N,  &args.H,  &args.W,  &args.Ci,
-                         &args.Co, &args.HR, &args.WR, &args.CR, &args.residual_stride,
-                         &args.tile.images, &args.tile.rows, &args.tile.columns};
+                         &args.Co, &args.HR, &args.WR, &args.CR, &args.residual_stride};
   for (int* field : fields) *field = int(*sizes++);
-  args.x_stride = sizes[1];
+  args.tile = halo_tile(int(sizes[0]), int(sizes[1]), int(sizes[2]), args.N, args.H, args.W);
+  args.x_stride = sizes[4];
   return args;
 }
 
 }  // namespace
 
 extern "C" {
+
+// Bytes of shared memory of a block, and its threads.
+void halo_needs(const int64_t* tile, int64_t channels, int64_t* needs) {
+  const HaloTile of = halo_tile(int(tile[0]), int(tile[1]), int(tile[2]), 1, 1, 1);
+  const auto fill = [&](auto shape) {
+    needs[0] = halo_layout<decltype(shape)>(of, int(channels)).total;
+    needs[1] = shape.THREADS;
+    needs[2] = shape.BLOCKS;
+  };
+  switch (tile[3]) {
+    case 16:
+      return fill(Halo16());
+    case 32:
+      return fill(Halo32());
+    case 64:
+      return fill(Halo64());
+    case 128:
+      return fill(Halo128());
+  }
+}
 
 // strides: from one slot's row to the next of the prologue, bias, next and center
 void halo_forward(

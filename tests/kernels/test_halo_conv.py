@@ -1,33 +1,26 @@
-"""The halo convolution's blocks on the CPU, instruction by instruction, against the references; the ops around them.
+"""The halo convolution's ops: references, tiles, refusals, and on a device the kernels against PyTorch.
 
-``halo_driver.cpp`` runs what a GPU would: blocks, threads, shared memory (NaN before a block starts), ldmatrix, mma and
-asynchronous copies. Every case runs twice, forwards with copies as late as allowed and backwards with copies at once.
+What the kernels do instruction by instruction is tested without a device in ``test_halo_blocks.py``.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastensdistill.engine.dispatch import vendor_conv
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gradient, flip_weight
 from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv
-from fastensdistill.kernels.triton_utils import pack_mask, pick, row_stride
+from fastensdistill.kernels.triton_utils import pack_mask, pick
 from tests.compare import check_close
 from tests.kernels.both import values
 from tests.kernels.rounding import rounding
-from tests.kernels.test_cuda_blocks import both_ways, call
 
-ROOT = Path(__file__).parents[2]
 BF16 = torch.bfloat16
 SLOTS = 3
 
@@ -60,18 +53,6 @@ CASES = [
     Case("one-row", 1, 2, 1, 9, 16, 32),
     Case("three-blocks-of-64", 1, 1, 3, 4, 16, 192),
 ]
-each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    assert compiler, "the halo driver needs a C++ compiler"
-    library = tmp_path_factory.mktemp("driver") / "halo.so"
-    source = ROOT / "tests/kernels/halo_driver.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
 
 
 def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,52 +60,6 @@ def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     x = values(case.groups, case.images, case.height, case.width, case.channels, dtype=BF16)
     weight = values(SLOTS, 9, case.channels, case.out_channels, dtype=BF16, scale=(9 * case.channels) ** -0.5)
     return x, weight, torch.tensor([(2 * g + 2) % SLOTS for g in range(case.groups)], dtype=torch.int32)
-
-
-def sizes_of(x: Tensor, slots: Tensor, out_channels: int, residual: Tensor | None, stride: int) -> Tensor:
-    N, H, W, Ci = x.shape[1:]
-    tile = halo.halo_tile(N, H, W, out_channels)
-    of_residual = residual.shape[2:] if residual is not None else (0, 0, 0)
-    step = 0 if x.shape[0] == 1 else N * H * W * Ci
-    return torch.tensor([len(slots), N, H, W, Ci, out_channels, *of_residual, stride, *tile, step])
-
-
-def emulated_conv(
-    driver, x, weight, slots, *, inputs=None, in_scale=None, in_shift=None, in_relu=False, bias=None, residual=None,
-    residual_stride=1, relu=False, next_scale=None, next_shift=None, center=None, mask=False,
-):  # fmt: skip
-    sizes = sizes_of(x, slots, weight.shape[3], residual, residual_stride)
-    empty = halo._fake(x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
-                       next_scale, next_shift, center, mask, sizes[10:14].tolist())  # fmt: skip
-    strides = torch.tensor([row_stride(rows) for rows in (in_scale, bias, next_scale, center)])
-    outputs = [t if t.numel() else None for t in empty]
-    results = iter(both_ways(
-        lambda backwards: call(
-            driver.halo_forward, x, weight, slots, inputs, in_scale, in_shift, bias, residual, next_scale, next_shift,
-            center, *outputs, sizes, strides, in_relu, relu, backwards
-        ),
-        [t for t in outputs if t is not None],
-    ))  # fmt: skip
-    return ConvOutput(*(None if t is None else next(results) for t in outputs))
-
-
-def emulated_gradient(
-    driver, d, weight, slots, *, residual=None, residual_stride=1, residual_first=False, mask=None, scale=None,
-    z=None, mean=None, inv_std=None,
-):  # fmt: skip
-    sizes = sizes_of(d, slots, weight.shape[3], residual, residual_stride)
-    out, statistics = halo._fake_gradient(d, weight, slots, residual, residual_stride, residual_first, mask, scale, z,
-                                          mean, inv_std, sizes[10:14].tolist())  # fmt: skip
-    strides = torch.tensor([row_stride(scale), row_stride(mean)])
-    outputs = [out, statistics if z is not None else None]
-    results = both_ways(
-        lambda backwards: call(
-            driver.halo_gradient, d, weight, slots, residual, mask, scale, z, mean, inv_std, *outputs, sizes, strides,
-            residual_first, backwards
-        ),
-        [t for t in outputs if t is not None],
-    )  # fmt: skip
-    return DataGradient(results[0], results[1] if z is not None else None)
 
 
 SHAPE = {"kernel": 3, "stride": 1, "padding": 1}
@@ -211,32 +146,8 @@ def check_gradient(actual: DataGradient, d: Tensor, weight: Tensor, slots: Tenso
         check_close("statistics", actual.statistics, sums, 1e-5)
 
 
-@each
-def test_forward(driver, case):
-    x, weight, slots = operands(case)
-    check_forward(emulated_conv(driver, x, weight, slots), x, weight, slots, {})
-
-
 by_name = {case.name: case for case in CASES}
 FEW = [by_name[name] for name in ("16-odd-four-groups", "32", "64-eight-by-eight", "160-to-160", "128")]
-
-
-@pytest.mark.parametrize("epilogue", list(epilogues(CASES[0])))
-@pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
-def test_forward_epilogues(driver, case, epilogue):
-    x, weight, slots = operands(case)
-    options = epilogues(case)[epilogue]
-    if options.pop("shared", False):
-        x = x[:1].contiguous()
-    check_forward(emulated_conv(driver, x, weight, slots, **options), x, weight, slots, options)
-
-
-@pytest.mark.parametrize("epilogue", list(gradient_epilogues(CASES[0])))
-@pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
-def test_data_gradient(driver, case, epilogue):
-    d, weight, slots = operands(case)
-    options = gradient_epilogues(case)[epilogue]
-    check_gradient(emulated_gradient(driver, d, weight, slots, **options), d, weight, slots, options)
 
 
 def test_references_are_those_of_the_other_convolution():
@@ -255,17 +166,6 @@ def test_references_are_those_of_the_other_convolution():
     other = conv_data_gradient(x, flip_weight(weight).transpose(2, 3).contiguous(), slots, **size, **options)
     check_close("d", one.d, other.d, 0)
     check_close("sums", one.statistics.sum(1), other.statistics.sum(1), 1e-5)
-
-
-def test_nan_is_passed_on(driver):
-    """A ReLU that turns NaN into 0 would hide a diverged network."""
-    x, weight, slots = operands(CASES[0])
-    x[0, 0, 2, 3, 5] = float("nan")
-    rows = torch.ones(1, 16)
-    out = emulated_conv(driver, x, weight, slots, relu=True, next_scale=rows, next_shift=rows)
-    for value in (out.z, out.activated):
-        assert value[0, 0, 1:4, 2:5].isnan().all()
-        assert value.isnan().sum() == 9 * 16
 
 
 @pytest.mark.parametrize(
@@ -352,3 +252,89 @@ def test_opcheck_gradient(epilogue):
     a = [given.get(key) for key in ("mask", "scale", "z", "mean", "inv_std")]
     call = (X, W, S, given.get("residual"), 1, False, *a, [1, 6, 8, 16])
     torch.library.opcheck(torch.ops.fastensdistill.halo_data_gradient.default, call)
+
+
+# ---- on a device
+
+WRN28_4 = [
+    Case("wrn28_4-1", 4, 16, 32, 32, 16, 64),
+    Case("wrn28_4-1b", 4, 16, 32, 32, 64, 64),
+    Case("wrn28_4-2", 4, 16, 16, 16, 128, 128),
+    Case("wrn28_4-3", 4, 18, 8, 8, 256, 256),
+    Case("wrn28_4-3b", 2, 128, 8, 8, 256, 256),
+]
+on_device = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def moved(value):
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+def twice(op, *arguments, **options):
+    """On the device, from memory that starts as NaN; both runs give the same bits."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::halo_conv", "CUDA"), "extension not built"
+    arguments, options = [moved(a) for a in arguments], {name: moved(value) for name, value in options.items()}
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        one, other = op(*arguments, **options), op(*arguments, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, a, b in zip(one._fields, one, other, strict=True):
+        assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{name}: two runs differ"
+    return type(one)(*(None if value is None else value.cpu() for value in one))
+
+
+class TestDevice:
+    pytestmark = on_device
+
+    @pytest.mark.parametrize("case", [*CASES, *WRN28_4], ids=lambda c: c.name)
+    def test_forward(self, case):
+        for options in ({}, *epilogues(case).values()):
+            x, weight, slots = operands(case)
+            if options.pop("shared", False):
+                x = x[:1].contiguous()
+            check_forward(twice(halo.halo_conv, x, weight, slots, **SHAPE, **options), x, weight, slots, options)
+
+    @pytest.mark.parametrize("case", [*CASES, *WRN28_4], ids=lambda c: c.name)
+    def test_data_gradient(self, case):
+        d, weight, slots = operands(case)
+        size = {"in_size": (case.height, case.width), **SHAPE}
+        for options in gradient_epilogues(case).values():
+            actual = twice(halo.halo_data_gradient, d, weight, slots, **size, **options)
+            check_gradient(actual, d, weight, slots, options)
+
+    @pytest.mark.parametrize("case", WRN28_4, ids=lambda c: c.name)
+    def test_errs_as_pytorchs_own_bf16(self, case):
+        x, weight, slots = (t.cuda() for t in operands(case))
+        exact = grouped_conv(x.double(), weight.double(), slots, **SHAPE).z
+        own = vendor_conv(x, weight, slots, **SHAPE).z
+        mine = halo.halo_conv(x, weight, slots, **SHAPE).z
+        errors = [(z.double() - exact).square().mean().sqrt().item() for z in (mine, own)]
+        assert errors[0] <= 2 * errors[1]
+
+    def test_views_at_odd_offsets(self):
+        case = by_name["64"]
+        x, weight, slots = (t.cuda() for t in operands(case))
+        shifted = torch.empty(weight.numel() + 1, dtype=BF16, device="cuda")[1:].view_as(weight).copy_(weight)
+        expected = halo.halo_conv(x, weight, slots, **SHAPE).z
+        assert torch.equal(halo.halo_conv(x, shifted, slots, **SHAPE).z, expected)
+
+    def test_inside_a_captured_graph(self):
+        """New slots and a new input take effect at replay."""
+        case = by_name["128"]
+        x, weight, slots = (t.cuda() for t in operands(case))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            halo.halo_conv(x, weight, slots, **SHAPE)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = halo.halo_conv(x, weight, slots, **SHAPE).z
+        x.mul_(-0.5)
+        slots.fill_(1)
+        graph.replay()
+        assert torch.equal(z, halo.halo_conv(x, weight, slots, **SHAPE).z)
