@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from fastensdistill.cli import main
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.data.loader import EvaluationSet
-from fastensdistill.engine import parallel
+from fastensdistill.engine import parallel, select
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
@@ -119,8 +120,17 @@ def process(rank, folder):
     found["odd parts"] = refused(lambda: make(batch_size=12, micro_batches=4))
     found["no such statistics"] = refused(lambda: make(engine="reference", sync_batch_norm=True))
     found["of one"] = refused(make(out=folder / "of one", epochs=1, resume=True).fit)
+    if rank == 1:
+        select.verify_distillation = no_kernel
+    found["no kernel"] = refused(lambda: make(engine="fused"))
+    select.choose_engine = lambda *_: ("fused", "as on a GPU")
+    found["engine"] = make(epochs=1).fit().engine
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def no_kernel(*_):
+    raise RuntimeError("this kernel does not run")
 
 
 def no_space(_descriptor):
@@ -204,6 +214,7 @@ REFUSED = {
     "odd batch": ("InputError", "^batch_size=9 for 2 processes", "batch_size=9 for 2 processes"),
     "odd parts": ("InputError", "^6 images .* for each of 2 processes in micro_batches=4", "micro_batches=4"),
     "no such statistics": ("InputError", "^sync_batch_norm needs the fused engine", "sync_batch_norm needs the fused"),
+    "no kernel": ("InputError", "cannot be used .* this kernel does not run", "this kernel does not run"),
     "of one": ("InputError", "processes=1, not 2", "^process 0: .*processes=1, not 2"),
 }
 
@@ -214,6 +225,10 @@ def test_what_goes_wrong_on_one_is_raised_on_both(results, what):
     for result, words in zip(results, (first, second), strict=True):
         assert result[what][0] == kind
         assert re.search(words, result[what][1]), result[what][1]
+
+
+def test_where_a_kernel_does_not_run_on_one_both_take_the_reference_engine(results):
+    assert [result["engine"] for result in results] == ["reference engine: this kernel does not run"] * 2
 
 
 def test_divergence_keeps_the_last_good_checkpoint(folder, results):
@@ -335,3 +350,9 @@ def test_an_environment_that_describes_no_group_is_refused(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(InputError, match="WORLD_SIZE=2, but no process group"):
         parallel.join()
+
+
+def test_only_training_takes_several_processes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: evaluate in 2 processes: expected one")

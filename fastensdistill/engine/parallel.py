@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,7 +24,9 @@ from fastensdistill.errors import InputError
 
 T = TypeVar("T")
 _alone = False
-_hosts: tuple[Any, Any] | None = None  # the default group, and the group of the same processes over gloo
+# The default group, and one of the same processes over gloo. Weakly: a gloo group that something still refers to when
+# the interpreter ends aborts the process, about every fifteenth time; whoever destroys the default group ends both.
+_hosts: tuple[Any, Any] = (None, None)
 
 
 def processes() -> int:
@@ -173,6 +176,8 @@ def _kind(error: Exception) -> type[Exception]:
 
 def _host_group() -> Any:
     global _hosts
-    if _hosts is None or _hosts[0] is not dist.group.WORLD:
-        _hosts = (dist.group.WORLD, dist.new_group(backend="gloo"))
-    return _hosts[1]
+    world, hosts = (reference and reference() for reference in _hosts)
+    if world is not dist.group.WORLD or hosts is None:
+        world, hosts = dist.group.WORLD, dist.new_group(backend="gloo")
+        _hosts = (weakref.ref(world), weakref.ref(hosts))
+    return hosts
