@@ -1,5 +1,5 @@
-// halo_conv and halo_data_gradient for CUDA tensors: checks of what the kernels take for granted, outputs, registration.
-// Shapes were checked in Python; on a CPU the references serve.
+// halo_conv and halo_data_gradient for CUDA tensors: what the kernels take for granted, outputs, registration. Shapes
+// were checked in Python; on a CPU the references serve.
 #include "halo_conv.h"
 
 #include "tensors.h"
@@ -46,6 +46,9 @@ HaloArgs<Epilogue> common(
   HaloArgs<Epilogue> args{};
   args.x = pointer<bf16>(x);
   args.weight = pointer<bf16>(weight);
+  STD_TORCH_CHECK(
+      slots.is_contiguous() && slots.scalar_type() == ScalarType::Int,
+      "fastensdistill: halo convolution: expected contiguous int32 slots");
   args.slots = pointer<int32_t>(slots);
   args.residual = pointer_or_null<bf16>(residual);
   args.x_stride = x.size(0) == 1 ? 0 : x.size(1) * x.size(2) * x.size(3) * x.size(4);
@@ -61,7 +64,8 @@ HaloArgs<Epilogue> common(
     args.WR = int(residual->size(3));
     args.CR = int(residual->size(4));
   }
-  for (int64_t size : tile) STD_TORCH_CHECK(size > 0, "fastensdistill: halo convolution: expected a tile of positive sizes");
+  for (int64_t size : tile)
+    STD_TORCH_CHECK(size > 0, "fastensdistill: halo convolution: expected a tile of positive sizes");
   args.tile = halo_tile(int(tile[0]), int(tile[1]), int(tile[2]), args.N, args.H, args.W);
   STD_TORCH_CHECK(
       weight.size(1) == 9 && weight.size(2) == args.Ci && args.Ci % 16 == 0 && args.Co % 16 == 0 && args.CR % 8 == 0,

@@ -9,10 +9,12 @@ namespace {
 template <class Shape, class Epilogue>
 __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
     halo_kernel(const __grid_constant__ HaloArgs<Epilogue> args) {
+#if __CUDA_ARCH__ != 860 && __CUDA_ARCH__ != 890 && __CUDA_ARCH__ < 1200  // too little shared memory: never launched
   extern __shared__ __align__(128) char shared[];
   using Block = TensorBlock<Shape::THREADS>;
   Block block{{int(blockIdx.x)}, shared};
   HaloBlock<Block, Shape, Epilogue>(block, args).run();
+#endif
 }
 
 template <class Shape, class Epilogue>

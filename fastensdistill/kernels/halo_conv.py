@@ -6,6 +6,8 @@ normalised once, and read the nine taps out of it (``csrc/halo_conv.h``), where 
 Rows of partial statistics are one per tile of positions.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,18 +33,32 @@ class HaloTile(NamedTuple):
     channels: int
 
 
-# Channels of a block → why. Registers and blocks per multiprocessor are nvcc 13.0's for sm_90a.
+# Channels of a block → why. None is measured yet; registers and shared memory of each are in csrc/halo_conv.h.
 CHANNELS = {
     16: "16 channels: all nine taps' weights in one stage, 4.6 KB, so that there is one barrier per 16 input channels",
     32: "32 channels, or 160 = 5 x 32 without waste: three taps a stage; 192 bytes of shared memory per mma",
     64: "64, 192, 320 channels: 64x64 per warp, 128 bytes per mma; two blocks, one multiplies while the other stores",
-    128: "128, 256, 640 channels: eight warps share the input tile, and weights are read once per 256 positions",
+    128: "128, 256, 640 channels: eight warps share the input's tile, a quarter less through L2 than two blocks of 64",
 }
 
 
-def block_channels(channels: int) -> int:
-    """The most channels a block can take that waste least: the largest of 16 … 128 that divides them."""
-    return max(width for width in CHANNELS if channels % width == 0)
+_most = 128
+
+
+@contextlib.contextmanager
+def at_most(channels: int) -> Iterator[None]:
+    """Within, blocks take at most so many channels: to measure one choice against another."""
+    global _most
+    before, _most = _most, channels
+    try:
+        yield
+    finally:
+        _most = before
+
+
+def block_channels(channels: int, most: int | None = None) -> int:
+    """The most channels a block can take without waste: the largest of 16 … 128 that divides them."""
+    return max(width for width in CHANNELS if channels % width == 0 and width <= (most or _most))
 
 
 def halo_tile(images: int, height: int, width: int, channels: int) -> HaloTile:
@@ -244,6 +260,8 @@ def halo_conv(
     _require("halo_conv", unsupported(weight.shape[2], weight.shape[3], **sizes, dtype=x.dtype))
     _check_residual("halo_conv", residual)
     _check_device("halo_conv", x)
+    if inputs is not None:
+        _require("halo_conv", "" if inputs.dtype == torch.int32 else f"inputs in {inputs.dtype}, expected torch.int32")
     tile = halo_tile(x.shape[1], x.shape[2], x.shape[3], weight.shape[3])
     z, activated, bits, statistics = torch.ops.fastensdistill.halo_conv(
         x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,

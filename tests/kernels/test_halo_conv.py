@@ -206,6 +206,7 @@ REFUSED = {
     ),
     "float32": (lambda: halo.halo_conv(X.float(), W.float(), S, **SHAPE), "torch.float32, expected torch.bfloat16"),
     "float32 pixels": (lambda: halo.halo_conv(X.float(), W, S, **SHAPE), "torch.float32, expected torch.bfloat16"),
+    "a map in int64": (lambda: halo.halo_conv(X, W, S, **SHAPE, inputs=S.long()), "inputs in torch.int64"),
     "what grouped_conv refuses": (lambda: halo.halo_conv(X, W, S.long(), **SHAPE), "expected int32"),
     "an odd residual": (
         lambda: halo.halo_conv(X, W, S, **SHAPE, residual=X[..., :5].contiguous()), "a residual of 5 channels",
@@ -235,6 +236,20 @@ def test_support():
     assert not halo.supports(16, 24, **sizes)
     assert not halo.supports(16, 16, **{**sizes, "kernel": 1})
     assert [halo.block_channels(n) for n in (16, 48, 64, 160, 320, 640)] == [16, 16, 64, 32, 64, 128]
+    with halo.at_most(64):
+        assert halo.halo_tile(1, 8, 8, 640).channels == halo.block_channels(640, 128) // 2 == 64
+
+
+def test_one_graph_under_torch_compile():
+    def both(x, weight, slots, center):
+        out = halo.halo_conv(x, weight, slots, **SHAPE, center=center)
+        back = halo.halo_data_gradient(out.z, weight, slots, in_size=(6, 8), **SHAPE)
+        return out.z, out.statistics, back.d
+
+    arguments = (X, W, S, torch.ones(1, 16))
+    compiled = torch.compile(both, fullgraph=True, backend="eager")(*arguments)
+    for a, e in zip(compiled, both(*arguments), strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("epilogue", ["statistics", "everything", "map-to-inputs"])
