@@ -102,8 +102,9 @@ class FusedStep:
 
     From the first step (or from the start, with ``image_shape`` (channels, H, W) given) the student's parameters and
     running statistics live in this object's buffers: do not move or cast the student any more.
-    ``implementations`` names what computes each convolution (``engine.dispatch``). ``synchronised`` takes BatchNorm's
-    statistics over the batches of all processes (one all-reduce per layer and direction) instead of each its own.
+    ``implementations`` names what computes each convolution (``engine.dispatch``). Of several processes each takes
+    BatchNorm's statistics over its own images; with ``config.sync_batch_norm`` over those of all (one all-reduce per
+    layer and direction).
     Raises InputError for networks and students that only the reference engine can train.
     """
 
@@ -116,7 +117,6 @@ class FusedStep:
         image_shape: ImageShape | None = None,
         capture: bool = True,
         implementations: Dispatch | None = None,
-        synchronised: bool = False,
     ):
         self.student, self.config = student, config
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
@@ -131,7 +131,7 @@ class FusedStep:
         )  # fmt: skip
         self.dtype, self.precision = arithmetic(config, student)
         self.parts = config.micro_batches
-        self.run = Runner(self.precision, implementations or Dispatch(), synchronised, self.parts)
+        self.run = Runner(self.precision, implementations or Dispatch(), config.sync_batch_norm, self.parts)
         self.capture = capture and self.device.type == "cuda"
         self._rate = config.learning_rate
         self.networks: list[Network] = []

@@ -29,14 +29,25 @@ def choose_engine(
     """("fused" or "reference", why in one line) for a student with its teachers, or for networks that become teachers.
 
     ``config.engine`` "auto" is fused on a CUDA device for networks that it can run. Raises InputError where "fused" is
-    asked for and cannot be: nothing falls back without having been allowed to.
+    asked for and cannot be: nothing falls back without having been allowed to. Of several processes, where one cannot,
+    none does.
     """
+    reason = anyone(_obstacle(config, trained, teachers, device, image_shape))
+    if reason is not None:
+        return "reference", reason
+    return "fused", "asked for" if config.engine == "fused" else "every layer has a kernel"
+
+
+def _obstacle(
+    config: TrainConfig, trained: Networks, teachers: Teachers | None, device: torch.device, image_shape: ImageShape
+) -> str | None:
+    """Why the fused engine is not to be taken, or None."""
     if config.engine == "reference":
-        return "reference", "asked for"
+        return "asked for"
     if config.engine == "auto" and device.type != "cuda":
-        return "reference", f"no CUDA device, training on {device.type}"
+        return f"no CUDA device, training on {device.type}"
     if config.engine == "auto" and not HAS_TRITON:
-        return "reference", "Triton is not installed"
+        return "Triton is not installed"
     try:
         if isinstance(trained, Student):
             assert isinstance(config, DistillConfig)
@@ -47,8 +58,8 @@ def choose_engine(
     except InputError as error:
         if config.engine == "fused":
             raise InputError(f"engine='fused' cannot train this: {error}") from error
-        return "reference", str(error)
-    return "fused", "asked for" if config.engine == "fused" else "every layer has a kernel"
+        return str(error)
+    return None
 
 
 def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float]]) -> tuple[str, str]:

@@ -44,7 +44,7 @@ class FusedTeachStep:
 
     ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,), always of
     one shape, and returns the losses (M,). The networks' parameters live in this object's buffers from the start: do
-    not move or cast them any more. ``implementations`` and ``synchronised`` as for ``FusedStep``.
+    not move or cast them any more. ``implementations`` as for ``FusedStep``.
     Raises InputError for networks that only the reference engine can train.
     """
 
@@ -56,14 +56,13 @@ class FusedTeachStep:
         image_shape: ImageShape,
         capture: bool = True,
         implementations: Dispatch | None = None,
-        synchronised: bool = False,
     ):
         self.networks, self.config = list(networks), config
         self.network = common_architecture(self.networks, image_shape)
         self.device = next(self.networks[0].parameters()).device
         self.dtype, precision = arithmetic(config, self.networks[0])
         self.parts = config.micro_batches
-        self.run = Runner(precision, implementations or Dispatch(), synchronised, self.parts)
+        self.run = Runner(precision, implementations or Dispatch(), config.sync_batch_norm, self.parts)
         self.master = Master(self.networks, self.network, ranked=False)
         same_start(self.master.state())
         self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)

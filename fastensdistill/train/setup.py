@@ -36,11 +36,9 @@ def check_shares(config: TrainConfig) -> None:
 
 
 def check_statistics(config: TrainConfig, step: AnyStep, engine: str) -> None:
-    """Synchronise the BatchNorm statistics of several processes if asked to. Raises InputError where it cannot be."""
-    if config.sync_batch_norm and parallel.processes() > 1:
-        if not isinstance(step, FusedStep | FusedTeachStep):
-            raise InputError(f"sync_batch_norm needs the fused engine, which was not chosen ({engine})")
-        step.run.synchronised = True
+    """Raise InputError where several processes are to share BatchNorm's statistics and the engine cannot."""
+    if config.sync_batch_norm and parallel.processes() > 1 and not isinstance(step, FusedStep | FusedTeachStep):
+        raise InputError(f"sync_batch_norm needs the fused engine, which was not chosen ({engine})")
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,10 +20,10 @@ from fastensdistill.data.augment import Augment, default_augment
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
+from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
-from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint
@@ -49,6 +49,7 @@ class Trainer:
     networks: dict[str, nn.Module]  # what is trained, by the name it is saved under
     step: AnyStep
     engine: str  # which engine trains, and why
+    evaluator: Evaluator  # what the validation images go through
     seeds: list[int]  # one stream of batches each
 
     def __init__(self, config: TrainConfig, data: Dataset | str, out: Path | str | None, resume: bool,
@@ -240,6 +241,7 @@ class DistillTrainer(Trainer):
             self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
             check_statistics(config, self.distil, self.engine)
         self.step = self.distil
+        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
         self._teacher_diversity: dict[str, float] | None = None
 
     def train_step(self) -> dict[str, Tensor]:
@@ -247,15 +249,14 @@ class DistillTrainer(Trainer):
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
-        members = predict(self.student.deployed(), self.validation)
+        members, branches = self.evaluator.student(self.student, self.validation)
         mean = members.mean(0)
         record = {"accuracy": metrics.accuracy(mean, labels), "nll": metrics.nll(mean, labels)}
-        if self.student.branches > 1:
-            branches = members if len(members) > 1 else predict(self.student, self.validation)
+        if branches is not None:
             record |= {"branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches)}
         if len(self.teachers) > 1:
             if self._teacher_diversity is None:
-                p = predict(self.teachers, self.validation)
+                p = self.evaluator.teachers(self.teachers, self.validation)
                 self._teacher_diversity = {
                     "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p)
                 }  # fmt: skip
@@ -304,13 +305,14 @@ class TeachTrainer(Trainer):
             self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
             check_statistics(config, self.teach, self.engine)
         self.step = self.teach
+        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
 
     def train_step(self) -> dict[str, Tensor]:
         return self.teach.train_on(self.loaders)
 
     def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         labels = self.validation.labels
-        members = torch.cat([predict(network, self.validation) for network in self.networks.values()])
+        members = self.evaluator.networks(list(self.networks.values()), self.validation)
         accuracies = [metrics.accuracy(p, labels) for p in members]
         record: dict[str, Any] = {"accuracy": accuracies, "nll": [metrics.nll(p, labels) for p in members]}
         if len(members) > 1:

@@ -32,8 +32,8 @@ def process(index, folder):
     networks, config = teach_setting(2)
     teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
     teach([batch(10 * index + m) for m in range(2)])
-    shared, teachers, config = setting(perturbation="none")
-    step = FusedStep(shared, teachers, config, synchronised=True)
+    shared, teachers, config = setting(perturbation="none", sync_batch_norm=True)
+    step = FusedStep(shared, teachers, config)
     for i in range(STEPS):
         step(*(half.chunk(2)[index] for half in batch(i, B=6)))
     torch.save([shared.state_dict(), student.state_dict(), *(n.state_dict() for n in networks)], f"{folder}/{index}.pt")
