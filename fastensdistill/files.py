@@ -11,11 +11,12 @@ from fastensdistill.errors import InputError
 UNFINISHED = ".*.tmp"  # what a write that was killed leaves behind
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, flush it to the disk and rename it into place: ``path`` is the old or the new.
 
     Raises InputError where it cannot be written; what was there stays.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ FORMAT = "fastensdistill-1"
 PREFIXES = ("module.", "_orig_mod.")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
     """Write tensors and a JSON card as one safetensors file, atomically."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
@@ -60,7 +60,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _state_dict(loaded, path), {}
 
 
-def save_network(path: Path, network: nn.Module, card: Mapping[str, Any] | None = None) -> None:
+def save_network(path: str | Path, network: nn.Module, card: Mapping[str, Any] | None = None) -> None:
     """Save a network, or a student, with all that :func:`load_network` needs to build it again."""
     inner = network.module if isinstance(network, Student) else network
     spec = getattr(inner, "spec", None)

@@ -31,6 +31,13 @@ def test_students_come_back(kind, tmp_path):
     assert torch.equal(again(X), student(X))
 
 
+def test_paths_may_be_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = scatter(tiny()).eval()
+    save_network("t.safetensors", network)
+    assert torch.equal(load_teachers(None, ["t.safetensors"])(X)[0], network(X))
+
+
 def test_teachers_of_different_architecture_and_normalisation(tmp_path):
     one = scatter(tiny(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))).eval()
     two = scatter(create_model("resnet", 5, blocks=(1,), in_planes=8, mean=(0.9,) * 3)).eval()
