@@ -23,7 +23,7 @@ namespace fed {
 constexpr int HALO_POSITIONS = 256;  // of a block
 constexpr int HALO_BORDERED = 400;  // with the border: four images of 8x8, and more than ten rows of 32
 
-FED_HD int pieces(int size, int piece) { return (size + piece - 1) / piece; }
+FED_HD constexpr int pieces(int size, int piece) { return (size + piece - 1) / piece; }
 
 // n / by for 0 <= n, by <= 402 (n · by < 2^20) in two instructions instead of some twenty-five.
 struct Divisor {
@@ -308,6 +308,8 @@ struct HaloBlock {
   Block& block;
   const HaloArgs<Epilogue>& args;
   HaloLayout layout;
+  const bf16* x;  // of the group
+  const bf16* weight;  // of its slot
   int group, slot, tile, first_channel, first_image, first_row, first_column;
 
   FED_HD HaloBlock(Block& block, const HaloArgs<Epilogue>& args)
@@ -317,6 +319,8 @@ struct HaloBlock {
     group = rest / args.tile.count;
     tile = rest - group * args.tile.count;
     slot = args.slots[group];
+    x = args.x + (args.inputs != nullptr ? args.inputs[group] : group) * args.x_stride;
+    weight = args.weight + slot * (9 * int64_t(args.Ci) * args.Co);
     const int line = tile / args.tile.across, image = line / args.tile.down;
     first_column = (tile - line * args.tile.across) * args.tile.columns;
     first_row = (line - image * args.tile.down) * args.tile.rows;
@@ -365,7 +369,6 @@ struct HaloBlock {
   }
 
   FED_HD void load_halo(int thread, int chunk) const {
-    const bf16* x = args.x + (args.inputs != nullptr ? args.inputs[group] : group) * args.x_stride;
     for_halo(thread, chunk, [&](int r, int part, int channel) {
       const int offset = at<int>(layout.in_offset)[r];
       block.copy(thread, halo(chunk) + swizzled<Shape::IN_CHUNKS>(r, part), offset < 0 ? x : x + offset + channel,
@@ -376,15 +379,17 @@ struct HaloBlock {
   FED_HD void load_weights(int thread, int step) const {
     const int chunk = step / Shape::STEPS, first_tap = step % Shape::STEPS * Shape::TAPS;
     const int ring = layout.ring + step % Shape::STAGES * Shape::STAGE_BYTES;
-    const bf16* weight = args.weight + slot * (9 * int64_t(args.Ci) * args.Co);
+    const bf16* from = weight + (first_tap * args.Ci + chunk * Shape::DEPTH) * args.Co;
+    constexpr int ITEMS = Shape::TAPS * Shape::DEPTH * Shape::WEIGHT_CHUNKS;
 FED_UNROLL
-    for (int item = thread; item < Shape::TAPS * Shape::DEPTH * Shape::WEIGHT_CHUNKS; item += Shape::THREADS) {
+    for (int i = 0; i < pieces(ITEMS, Shape::THREADS); ++i) {
+      const int item = i * Shape::THREADS + thread;
       const int row = item / Shape::WEIGHT_CHUNKS, part = item % Shape::WEIGHT_CHUNKS;
-      const int tap = first_tap + row / Shape::DEPTH, k = row % Shape::DEPTH, channel = first_channel + 8 * part;
-      if (k >= depth(chunk)) continue;
+      const int tap = row / Shape::DEPTH, k = row % Shape::DEPTH, channel = first_channel + 8 * part;
+      if ((ITEMS % Shape::THREADS != 0 && item >= ITEMS) || k >= depth(chunk)) continue;
       const bool inside = channel < args.Co;
-      const bf16* from = weight + ((tap * args.Ci + chunk * Shape::DEPTH + k) * args.Co + (inside ? channel : 0));
-      block.copy(thread, ring + swizzled<Shape::WEIGHT_CHUNKS>(row, part), from, inside);
+      block.copy(thread, ring + swizzled<Shape::WEIGHT_CHUNKS>(row, part),
+                 from + ((tap * args.Ci + k) * args.Co + (inside ? channel : 0)), inside);
     }
   }
 
