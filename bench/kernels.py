@@ -27,7 +27,7 @@ from bench.launches import Prepared, compare, prepare
 from bench.setting import NETWORKS, Setting
 from fastensdistill.engine.dispatch import HALO, VENDOR, channels_last
 from fastensdistill.engine.passes import Implement
-from fastensdistill.kernels import extension, halo_conv
+from fastensdistill.kernels import halo_conv
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
@@ -136,8 +136,7 @@ def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
         return {"cuda": None}
     _, (x, weight, *_), kwargs = prepared.call()
     sizes = {name: kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0))}
-    built = x.is_cuda and extension.describe()["cuda"]
-    if not built or not halo_conv.supports(*weight.shape[2:], **sizes, dtype=x.dtype):
+    if not (x.is_cuda and halo_conv.built()) or not halo_conv.supports(*weight.shape[2:], **sizes, dtype=x.dtype):
         return {"cuda": None}
     other, out_channels = ByHalo(**vars(prepared)), weight.shape[3]
     found: dict[str, Any] = {"cuda": None}

@@ -72,7 +72,7 @@ HaloArgs<Epilogue> common(
       "fastensdistill: halo convolution: expected weights [slots, 9, Ci, Co], channels in multiples of 16");
   STD_TORCH_CHECK(
       positions(args.tile) <= HALO_POSITIONS && bordered(args.tile) <= HALO_BORDERED,
-      "fastensdistill: halo convolution: expected a tile of at most 256 positions, 400 with the border");
+      "fastensdistill: halo convolution: expected a tile of at most 256 positions, 405 with the border");
   return args;
 }
 

@@ -21,7 +21,10 @@ template <class Shape, class Epilogue>
 int launch_shape(const HaloArgs<Epilogue>& args, cudaStream_t stream) {
   const int shared = halo_layout<Shape>(args.tile, args.Ci).total;
   const auto kernel = halo_kernel<Shape, Epilogue>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  // All that the multiprocessor has, so that as many blocks fit as the registers allow.
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
   kernel<<<unsigned(halo_grid<Shape>(args)), Shape::THREADS, shared, stream>>>(args);
   return cudaGetLastError();

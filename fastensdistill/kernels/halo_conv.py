@@ -20,7 +20,7 @@ from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gr
 from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv, grouped_conv_reference
 from fastensdistill.kernels.triton_utils import absent, pick, present
 
-POSITIONS, BORDERED = 256, 400  # of a tile, without and with its border: as in csrc/halo_conv.h
+POSITIONS, BORDERED = 256, 405  # of a tile, without and with its border: as in csrc/halo_shape.h
 SHARED = 160 * 1024  # bytes a block may ask for: compute capability 8.0, 9.0 and 10.0 have it
 
 
@@ -33,7 +33,7 @@ class HaloTile(NamedTuple):
     channels: int
 
 
-# Channels of a block → why. None is measured yet; registers and shared memory of each are in csrc/halo_conv.h.
+# Channels of a block → why. None is measured yet; registers and shared memory of each are in csrc/halo_shape.h.
 CHANNELS = {
     16: "16 channels: all nine taps' weights in one stage, 4.6 KB, so that there is one barrier per 16 input channels",
     32: "32 channels, or 160 = 5 x 32 without waste: three taps a stage; 192 bytes of shared memory per mma",
@@ -68,7 +68,7 @@ def halo_tile(images: int, height: int, width: int, channels: int) -> HaloTile:
     rows = -(-height // -(-height // rows))
     together = 1
     if rows == height and columns == width:
-        together = min(images, POSITIONS // (rows * columns), BORDERED // ((rows + 2) * (columns + 2)))
+        together = min(max(1, images), POSITIONS // (rows * columns), BORDERED // ((rows + 2) * (columns + 2)))
     return HaloTile(together, rows, columns, block_channels(channels))
 
 
@@ -110,6 +110,11 @@ def _tile_sums(values: Tensor, tile: list[int]) -> Tensor:
 def _tiles(x: Tensor, tile: list[int]) -> int:
     images, height, width = x.shape[1:4]
     return -(-images // tile[0]) * -(-height // tile[1]) * -(-width // tile[2])
+
+
+def built() -> bool:
+    """Whether the extension has the CUDA kernels; without, the references compute on every device."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::halo_conv", "CUDA"))
 
 
 # ---- references

@@ -49,7 +49,7 @@ CASES = [
     Case("128", 1, 2, 8, 8, 128, 128),
     Case("160-to-160", 1, 1, 4, 4, 160, 160),
     Case("wide", 1, 1, 3, 40, 16, 16),  # two tiles of 20 columns across
-    Case("one-pixel", 2, 50, 1, 1, 16, 16),  # 44 images a tile: the border bounds it
+    Case("one-pixel", 2, 50, 1, 1, 16, 16),  # 45 images a tile: the border bounds it
     Case("one-row", 1, 2, 1, 9, 16, 32),
     Case("three-blocks-of-64", 1, 1, 3, 4, 16, 192),
 ]
@@ -178,7 +178,7 @@ def test_references_are_those_of_the_other_convolution():
         ((128, 32, 32, 160), (1, 8, 32, 32)),
         ((16, 56, 56, 64), (1, 8, 28, 64)),
         ((3, 8, 8, 320), (3, 8, 8, 64)),
-        ((9, 7, 7, 640), (4, 7, 7, 128)),
+        ((9, 7, 7, 640), (5, 7, 7, 128)),
         ((1, 5, 300, 16), (1, 5, 30, 16)),
     ],
 )
@@ -290,7 +290,7 @@ def moved(value):
 
 def twice(op, *arguments, **options):
     """On the device, from memory that starts as NaN; both runs give the same bits."""
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::halo_conv", "CUDA"), "extension not built"
+    assert halo.built(), "the extension has no CUDA kernels"
     arguments, options = [moved(a) for a in arguments], {name: moved(value) for name, value in options.items()}
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
