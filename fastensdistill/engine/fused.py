@@ -297,7 +297,28 @@ class FusedStep:
         if self.graphs is None:
             return body()
         generators = [self.noise, loader.generator] if loader else [self.noise]
+        if (self.ascend, loader) not in self.graphs.made:
+            self._capture_all(self.graphs, body, loader, generators)
         return self.graphs((self.ascend, loader), body, generators)
+
+    def _capture_all(
+        self,
+        graphs: Graphs,
+        body: Callable[[], dict[str, Tensor]],
+        loader: DeviceLoader | None,
+        generators: list[torch.Generator],
+    ) -> None:
+        """The graphs of all pairs of architectures at the first step, whichever pair this process drew.
+
+        Warming up averages over processes as a step does, so that all of them have to warm up the same bodies.
+        """
+        drawn, place = self.ascend, self.draw.clone()
+        self.draw.zero_()  # a place that every list of choices has
+        for ascend in self.ascends:
+            self.ascend = ascend
+            graphs.prepare((ascend, loader), body, generators)
+        self.ascend = drawn
+        self.draw.copy_(place)
 
     def set_learning_rate(self, rate: float) -> None:
         self._rate = rate

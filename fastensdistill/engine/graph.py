@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastensdistill.engine.parallel import processes, released_before_leaving
+
 WARM_UP = 2
 Results = dict[str, Tensor]
 
@@ -33,18 +35,29 @@ def warm_up(
 
 
 class Graphs:
-    """Captured bodies by a key, made when first asked for, in one pool of memory."""
+    """Captured bodies by a key, in one pool of memory."""
 
     def __init__(self, state: Callable[[], Sequence[Tensor]], device: torch.device):
         self.state, self.device = state, device
         self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()  # graphs captured on one stream share the pool's memory
         self.made: dict[Hashable, Captured] = {}
 
-    def __call__(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Results:
-        """One run of ``body``, which has to be the same whenever ``key`` is."""
+    def prepare(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Captured:
+        """Capture ``body``, which has to be the same whenever ``key`` is, unless that has been done."""
         if key not in self.made:
-            self.made[key] = Captured(body, self.state, generators, self.device, self.pool)
-        return self.made[key]()
+            made = Captured(body, self.state, generators, self.device, self.pool, self.stream)
+            self.made[key] = made
+            made.prepare()
+        if self.made[key].failed:
+            for other in self.made.values():  # they share generators, which only graphs or only launches can draw from
+                other.give_up()
+        return self.made[key]
+
+    def __call__(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Results:
+        """One run of ``body``."""
+        return self.prepare(key, body, generators)()
 
 
 class Captured:
@@ -62,39 +75,75 @@ class Captured:
         generators: Sequence[torch.Generator],
         device: torch.device,
         pool: Any = None,
+        stream: torch.cuda.Stream | None = None,
     ):
         self.body, self.state, self.generators, self.device = body, state, generators, device
-        self.pool = pool
+        self.pool, self.stream = pool, stream
         self.graph: torch.cuda.CUDAGraph | None = None
         self.names: list[str] = []
         self.results = torch.empty(0)
         self.failed = False
+        self.abandoned: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> Results:
-        if self.graph is None and not self.failed:
-            self._capture()
+        self.prepare()
         if self.graph is None:
             return self.body()
         self.graph.replay()
         return dict(zip(self.names, self.results.clone().unbind(), strict=True))
 
+    def prepare(self) -> None:
+        """Warm up and capture, unless that has been done."""
+        if self.graph is None and not self.failed:
+            self._capture()
+
+    def give_up(self) -> None:
+        """Launch from Python from now on."""
+        self.failed, self.graph = True, None
+
+    def release(self) -> None:
+        """Destroy the graph; the next call captures anew."""
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream = self.stream or torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # Around the capture too: one that fails leaves its stream the current one
+            with torch.cuda.stream(stream):
                 warm_up(self.body, self.state, self.generators)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                graph.register_generator_state(generator)
-            try:
-                with torch.cuda.graph(graph, pool=self.pool):
-                    results = self.body()
-                    self.results = torch.stack([value.float() for value in results.values()])
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"the step could not be captured and is launched from Python: {reason}", stacklevel=3)
-                self.failed = True
-                return
-            self.names, self.graph = list(results), graph
+                self._record(stream)
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _record(self, stream: torch.cuda.Stream) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            # thread_local: what other threads ask the device meanwhile (NCCL's watchdog does) spoils nothing
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                results = self.body()
+                self.results = torch.stack([value.float() for value in results.values()])
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a spoiled capture raises too, without saying why
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+            warnings.warn(f"the step could not be captured and is launched from Python: {reason}", stacklevel=5)
+            self._put_right(graph)
+            return
+        self.names, self.graph = list(results), graph
+        if processes() > 1:
+            released_before_leaving(self)
+
+    def _put_right(self, graph: torch.cuda.CUDAGraph) -> None:
+        """What PyTorch leaves as it is when a capture fails: generators and allocator still serve the capture."""
+        self.failed, self.abandoned = True, graph  # kept: the allocator may go on asking it
+        for generator in self.generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        try:
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
+        except RuntimeError:
+            pass  # the capture had been ended: it had recorded everything up to an error in Python

@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,18 @@ from torch import Tensor
 from fastensdistill.errors import InputError
 
 T = TypeVar("T")
+
+
+class Releasable(Protocol):
+    def release(self) -> None: ...
+
+
 _alone = False
 # The default group, and one of the same processes over gloo. Weakly: a gloo group that something still refers to when
 # the interpreter ends aborts the process, about every fifteenth time; whoever destroys the default group ends both.
 _hosts: tuple[Any, Any] = (None, None)
+# Captured graphs that exchange tensors: NCCL waits for the last of them before it lets a process leave.
+_graphs: weakref.WeakSet[Releasable] = weakref.WeakSet()
 
 
 def processes() -> int:
@@ -66,8 +74,15 @@ def check_device(device: torch.device) -> None:
         raise InputError(f"the process group's backend is nccl; expected gloo for device {device.type}")
 
 
+def released_before_leaving(graph: Releasable) -> None:
+    """Call ``graph.release()`` before the process group ends, if it is still there."""
+    _graphs.add(graph)
+
+
 def _leave() -> None:
     if dist.is_initialized():
+        for graph in list(_graphs):
+            graph.release()
         dist.destroy_process_group()
 
 

@@ -6,11 +6,12 @@ import copy
 import pytest
 import torch
 
+from fastensdistill.engine import graph, parallel, trained
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.graph import Captured, warm_up
+from fastensdistill.engine.graph import Captured, Graphs, warm_up
 from fastensdistill.engine.reference import ReferenceStep
 from tests.compare import check_close
-from tests.engine.cases import CLASSES, batch, check_equal, setting
+from tests.engine.cases import CLASSES, batch, check_equal, network, setting
 from tests.engine.meta import build, watched
 
 
@@ -104,7 +105,7 @@ def fake_cuda(monkeypatch):
 
     for name, value in {
         "Stream": Stream, "stream": nothing, "device": nothing, "graph": nothing, "CUDAGraph": FakeGraph,
-        "current_stream": Stream,
+        "current_stream": Stream, "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return monkeypatch
@@ -134,19 +135,135 @@ def test_replays_hand_out_copies_and_the_capture_is_no_step(fake_cuda):
 
 
 def test_a_capture_that_fails_is_loud_and_every_step_still_runs(fake_cuda):
-    @contextlib.contextmanager
-    def refuse(_graph, pool):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        yield
+    """And what PyTorch leaves behind is put right: generators that count for the capture, the allocator that serves it.
 
-    fake_cuda.setattr(torch.cuda, "graph", refuse)
-    count = torch.zeros(())
+    The end of a spoiled capture raises an error of its own; the one that spoiled it is told.
+    """
+    refuse_captures(fake_cuda)
+    count, generator, ended = torch.zeros(()), CapturedGenerator(), []
+    fake_cuda.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool))
+    fake_cuda.setattr(torch._C, "_cuda_releasePool", lambda *pool: ended.append(pool))
 
     def body():
         count.add_(1)
         return {"loss": count.clone()}
 
-    captured = Captured(body, lambda: [count], [], torch.device("cpu"))
+    captured = Captured(body, lambda: [count], [generator], torch.device("cpu"))
     with pytest.warns(UserWarning, match="could not be captured and is launched from Python: operation not permitted"):
         assert float(captured()["loss"]) == 1.0
     assert float(captured()["loss"]) == 2.0
+    assert generator.state == "clone"
+    assert ended == [(0, (0, 1)), (0, (0, 1))]
+
+
+class CapturedGenerator:
+    """What a CUDA generator has beyond a CPU one."""
+
+    state = 0
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+    def clone_state(self):
+        return "clone"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+def refuse_captures(fake_cuda, times: int = 100):
+    """The next so many captures are spoiled."""
+    left = [times]
+
+    @contextlib.contextmanager
+    def refuse(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        left[0] -= 1
+        if left[0] < 0:
+            yield
+            return
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        yield
+
+    fake_cuda.setattr(torch.cuda, "graph", refuse)
+
+
+def test_where_one_capture_fails_none_of_those_that_share_generators_is_replayed(fake_cuda):
+    fake_cuda.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: None)
+    fake_cuda.setattr(torch._C, "_cuda_releasePool", lambda *pool: None)
+    graphs = Graphs(list, torch.device("cpu"))
+    body = lambda: {"loss": torch.zeros(())}  # noqa: E731
+    first = graphs.prepare("first", body, [])
+    assert first.graph is not None
+    refuse_captures(fake_cuda, 1)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        graphs("second", body, [])
+    assert first.graph is None
+    assert float(first()["loss"]) == 0
+
+
+def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):
+    """A warm-up averages over processes too. Those that draw differently must not warm up at different steps."""
+    counts = []
+    right = trained.average
+    fake_cuda.setattr(trained, "average", lambda values: counts.append(1) or right(values))
+    fake_cuda.setattr(graph, "Captured", WarmedUp)
+    ended, averaged = [], []
+    for capture in (False, True, True):
+        # three teachers of two architectures: lists of different lengths, in which a place is not in all
+        student, teachers, config = setting(
+            M=3, K=3, perturbation="tdiv-sdiv", teacher=lambda seed: network(seed, widen=1 + (seed == 12))
+        )
+        config.seed += 2 * len(averaged)  # as a process of its own
+        step = FusedStep(student, teachers, config)
+        step._load(*batch(0))
+        step.graphs = Graphs(step.master.state, torch.device("cpu")) if capture else None
+        assert len(step.ascends) == 3
+        averaged.append([])
+        for i in range(6):
+            counts.clear()
+            step(*batch(i))
+            averaged[-1].append(len(counts))
+        ended.append(student.state_dict())
+        if len(ended) == 2:  # the seed of the second, launched
+            again, _, _ = setting(M=3, K=3)
+            one = FusedStep(again, teachers, config)
+            for i in range(6):
+                one(*batch(i))
+            for name, value in again.state_dict().items():
+                assert torch.equal(value, ended[1][name]), name
+    once = averaged[0][0]
+    assert averaged[0] == [once] * 6
+    assert averaged[1] == averaged[2] == [7 * once, *[once] * 5]
+
+
+class WarmedUp(Captured):
+    """Warmed up as a capture is, then launched."""
+
+    def _capture(self):
+        warm_up(self.body, self.state, self.generators)
+        self.graph = self
+
+    def __call__(self):
+        self.prepare()
+        return self.body()
+
+
+def test_a_process_that_leaves_its_group_destroys_its_graphs_first(fake_cuda):
+    """NCCL waits for them."""
+    happened = []
+    fake_cuda.setattr(graph, "processes", lambda: 2)
+    fake_cuda.setattr(parallel.dist, "is_initialized", lambda: True)
+    fake_cuda.setattr(parallel.dist, "destroy_process_group", lambda: happened.append("left"))
+    fake_cuda.setattr(FakeGraph, "reset", lambda self: happened.append("destroyed"), raising=False)
+    captured = Captured(lambda: {"loss": torch.zeros(())}, list, [], torch.device("cpu"))
+    captured.prepare()
+    parallel._leave()
+    assert happened == ["destroyed", "left"]
+    assert captured.graph is None
