@@ -5,6 +5,7 @@
 // bit by bit only where nothing is read before its wait or overwritten before its last use.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "block.h"
@@ -159,16 +160,39 @@ struct HostTensorBlock : HostBlock<THREADS> {
     bool inside;
   };
 
+  template <class V>
+  using PerThread = typename HostBlock<THREADS>::template PerThread<V>;
+
   char* shared;
   std::vector<std::vector<Copy>> groups[THREADS];  // of each thread, the last one still open
+  int begin = 0, end = THREADS;  // the threads that run here: all, or one warp's, the others running elsewhere
+  std::function<void()> barrier = [] {};  // then waits for those
 
   HostTensorBlock(int index, bool reversed, char* memory) : HostBlock<THREADS>{index, reversed}, shared(memory) {
     for (auto& mine : groups) mine.resize(1);
   }
 
   template <class F>
+  void each(F f) {
+    for (int n = begin; n < end; ++n) f(this->reversed ? begin + end - 1 - n : n);
+  }
+
+  template <class F>
+  void phase(F f) {
+    each(f);
+    barrier();
+  }
+
+  template <class F>
   void warp_phase(F f) {
-    this->each(f);
+    each(f);
+  }
+
+  template <class V>
+  PerThread<V> exchange(PerThread<V>& mine, int mask) {
+    PerThread<V> other;
+    for (int thread = begin; thread < end; ++thread) other[thread] = mine[thread ^ mask];
+    return other;
   }
 
   void copy(int thread, int offset, const void* from, bool inside) {
@@ -184,18 +208,19 @@ struct HostTensorBlock : HostBlock<THREADS> {
 
   template <int PENDING>
   void arrive() {
-    this->each([&](int thread) {
+    each([&](int thread) {
       auto& mine = groups[thread];
       while (mine.size() > PENDING + 1) {
         for (const Copy& one : mine.front()) perform(one);
         mine.erase(mine.begin());
       }
     });
+    barrier();
   }
 
   template <bool TRANSPOSED, class Offset, class To>
   void load_matrices(Offset offset, To to) {
-    for (int first = 0; first < THREADS; first += 32) {
+    for (int first = begin; first < end; first += 32) {
       uint16_t matrix[4][8][8];
       for (int lane = 0; lane < 32; ++lane) std::memcpy(matrix[lane / 8][lane % 8], shared + offset(first + lane), 16);
       for (int lane = 0; lane < 32; ++lane) {
@@ -210,7 +235,7 @@ struct HostTensorBlock : HostBlock<THREADS> {
 
   template <class C, class A, class B>
   void multiply(C c, A a, B b) {
-    for (int first = 0; first < THREADS; first += 32) {
+    for (int first = begin; first < end; first += 32) {
       float x[16][16], y[16][8];
       for (int lane = 0; lane < 32; ++lane) {
         const uint32_t* from_a = a(first + lane);

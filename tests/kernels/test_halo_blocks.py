@@ -2,6 +2,7 @@
 
 ``halo_driver.cpp`` runs what a GPU would: blocks, threads, shared memory (NaN before a block starts), ldmatrix, mma and
 asynchronous copies. Every case runs twice, forwards with copies as late as allowed and backwards with copies at once.
+``halo_races.cpp`` runs the warps of a block at the same time.
 """
 
 from __future__ import annotations
@@ -37,13 +38,27 @@ from tests.kernels.test_halo_conv import (
 ROOT = Path(__file__).parents[2]
 
 
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    assert found, "the emulation needs a C++ compiler"
+    return found
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    assert compiler, "the halo driver needs a C++ compiler"
     library = tmp_path_factory.mktemp("driver") / "halo.so"
     source = ROOT / "tests/kernels/halo_driver.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
+    command = [
+        compiler(),
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        f"-I{ROOT / 'csrc'}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
@@ -173,8 +188,33 @@ def test_blocks_that_fit_a_multiprocessor(driver, layer):
 
 
 def test_every_block_fits_the_shared_memory_that_is_asked_for(driver):
-    worst = [needs(driver, halo.HaloTile(4, 8, 8, channels), 640)[0] for channels in halo.CHANNELS]
+    worst = [needs(driver, halo.HaloTile(5, 7, 7, channels), 640)[0] for channels in halo.CHANNELS]
     assert max(worst) <= halo.SHARED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_warps_at_the_same_time(sanitizer, tmp_path):
+    """Every barrier that is needed is there, and no buffer is read or written past its end."""
+    program = tmp_path / "races"
+    command = [
+        compiler(),
+        "-std=c++17",
+        "-O1",
+        "-g",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
+    command += [f"-I{ROOT / 'csrc'}", str(ROOT / "tests/kernels/halo_races.cpp"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip(f"no library for -fsanitize={sanitizer} on this machine")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel's address randomisation")
+    assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr[-3000:]
 
 
 def instructions(fatbin: Path) -> dict[tuple[str, str], Counter]:
