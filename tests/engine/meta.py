@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.method.student import LatentBE
+from fastensdistill.method.student import STUDENTS
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 
@@ -27,11 +27,13 @@ class HostGenerator:
         return Generator()
 
 
-def build(model: str, B: int, M: int = 4, K: int = 4, size: int = 32, monkeypatch=None, **config) -> FusedStep:
+def build(
+    model: str, B: int, M: int = 4, K: int = 4, size: int = 32, monkeypatch=None, teacher: str = "", **config
+) -> FusedStep:
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     with torch.device("meta"):
-        teachers = Teachers([create_model(model, 100) for _ in range(M)])
-        student = LatentBE(create_model(model, 100), K)
+        teachers = Teachers([create_model(teacher or model, 100) for _ in range(M)])
+        student = STUDENTS[config.get("student", "latent-be")](create_model(model, 100), K)
     step = FusedStep(student, teachers, DistillConfig(precision="bf16", **config))
     step._load(torch.zeros(B, 3, size, size, device="meta"), torch.zeros(B, dtype=torch.int64, device="meta"))
     return step

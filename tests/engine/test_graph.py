@@ -6,19 +6,46 @@ import copy
 import pytest
 import torch
 
+from fastensdistill.config import TeachConfig
 from fastensdistill.engine import graph, parallel, trained
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import Captured, Graphs, warm_up
 from fastensdistill.engine.reference import ReferenceStep
+from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.models import create_model
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting
 from tests.engine.meta import build, watched
 
+BODIES = {
+    "paper": {},
+    "unperturbed": {"perturbation": "none"},
+    "teachers alone": {"perturbation": "tdiv"},
+    "noise": {"perturbation": "gaussian"},
+    "noise of a teacher, in parts": {"perturbation": "confods", "micro_batches": 2},
+    "heads": {"student": "hydra"},
+    "heads, in parts": {"student": "hydra", "micro_batches": 2},
+    "other teachers": {"teacher": "resnet32"},
+}
 
-@pytest.mark.parametrize("perturbation", ["tdiv-sdiv", "none", "tdiv"])
-def test_the_body_waits_for_nothing_and_copies_nothing_from_the_host(monkeypatch, perturbation):
+
+@pytest.mark.parametrize("case", BODIES)
+def test_the_body_waits_for_nothing_and_copies_nothing_from_the_host(monkeypatch, case):
     """On the meta device a value that is read back raises, and a tensor of the host beside the others is seen."""
-    step = build("wrn28_1", 4, M=2, K=2, monkeypatch=monkeypatch, perturbation=perturbation)
+    for draw in ("uniform_", "normal_"):  # the meta device has no generators
+        monkeypatch.setattr(torch.Tensor, draw, lambda self, *range, generator: self)
+    step = build("wrn28_1", 4, M=2, K=2, monkeypatch=monkeypatch, **BODIES[case])
+    with watched() as watch:
+        step._body()
+    assert watch.syncs == []
+
+
+def test_the_teachers_body_waits_for_nothing():
+    with torch.device("meta"):
+        networks = [create_model("wrn28_1", 100) for _ in range(2)]
+    config = TeachConfig(members=2, precision="bf16", micro_batches=2)
+    step = FusedTeachStep(networks, config, image_shape=(3, 32, 32))
+    step._build((4, 3, 32, 32))
     with watched() as watch:
         step._body()
     assert watch.syncs == []
