@@ -269,6 +269,7 @@ def test_another_kind_of_device_cannot_go_on(tmp_path):
 
     make(out=tmp_path / "run", epochs=1).fit()
     other = make(out=tmp_path / "run", epochs=1, resume=True)
+    other.config.precision = "fp32"
     print_of = checkpoint.fingerprint(other.config, torch.device("cuda"), other.data, other.frozen())
     with pytest.raises(InputError, match="device='cpu', not 'cuda'"):
         checkpoint.load_checkpoint(tmp_path / "run", print_of)
@@ -279,6 +280,7 @@ def test_another_kind_of_device_cannot_go_on(tmp_path):
     [
         ({"learning_rate": 0.07}, "learning_rate=0.05"),
         ({"perturbation": "none"}, "perturbation='tdiv-sdiv'"),
+        ({"precision": "bf16"}, "precision='fp32', not 'bf16'"),  # what auto meant
         ({"data": dataset(48)}, "images="),
     ],
 )
@@ -286,6 +288,11 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path, change, words):
     make(out=tmp_path / "run", epochs=1).fit()
     with pytest.raises(InputError, match=words):
         make(out=tmp_path / "run", resume=True, **{"epochs": 1, **change}).fit()
+
+
+def test_auto_goes_on_as_what_it_meant(tmp_path):
+    make(out=tmp_path / "run", epochs=1).fit()
+    assert make(out=tmp_path / "run", resume=True, epochs=1, precision="fp32").fit().step_index == 5
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastensdistill.config import TrainConfig, to_yaml
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
+from fastensdistill.engine.reference import precision_on
 from fastensdistill.errors import InputError
 from fastensdistill.files import UNFINISHED, write_atomically
 from fastensdistill.weights import read_tensors, save_tensors
@@ -83,11 +84,11 @@ def fingerprint(
     config: TrainConfig, device: torch.device, data: Dataset, networks: Iterable[nn.Module]
 ) -> dict[str, Any]:
     """What must be the same for a run to continue, and in all of its processes: settings, kind of device, number of
-    processes, images, networks it learns from."""
+    processes, images, networks it learns from; of precision "auto" what it means on ``device``."""
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
     return {
-        **settings, "device": device.type, "processes": parallel.processes(), "images": digest_data(data),
-        "teachers": digest_networks(networks),
+        **settings, "precision": precision_on(config, device), "device": device.type,
+        "processes": parallel.processes(), "images": digest_data(data), "teachers": digest_networks(networks),
     }  # fmt: skip
 
 
