@@ -87,7 +87,9 @@ class FusedTeachStep:
 
     def _body_with_loaders(self) -> dict[str, Tensor]:
         images, labels = zip(*(loader.read() for loader in self.loaders), strict=True)
-        return self._step(torch.stack(images).permute(0, 1, 3, 4, 2).to(self.master.dtype), torch.stack(labels))
+        # Stacked as they lie in memory, channels last: one copy
+        stacked = torch.stack([x.permute(0, 2, 3, 1) for x in images])
+        return self._step(stacked.to(self.master.dtype), torch.stack(labels))
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """``images`` (M, B, H, W, C), ``labels`` (M, B)."""
