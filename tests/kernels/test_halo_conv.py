@@ -109,7 +109,7 @@ def gradient_epilogues(case: Case) -> dict[str, dict]:
 
 
 def check_value(name: str, actual: Tensor, expected: Tensor) -> None:
-    """What differs is the other neighbour in bf16, and few do: sums have another order, on a device they are truncated."""
+    """What differs is the other neighbour in bf16, and little does: sums are ordered, on a device truncated, otherwise."""
     check_close(name, actual, expected, rounding(expected, BF16))
     share = (actual.double().cpu() != expected.double().cpu()).double().mean().item()
     assert share <= max(0.05, 1 / expected.numel()), f"{name}: {share:.1%} of the values are rounded differently"
