@@ -14,6 +14,7 @@ from fastensdistill.errors import InputError
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, setting, steps, teach_setting
 from tests.engine.meta import build, watched
+from tests.network import models
 
 
 def loader(seed: int, B: int = 4, **options) -> DeviceLoader:
@@ -79,16 +80,19 @@ def test_a_loader_of_another_shape_is_refused():
 
 
 CASES = [
-    pytest.param("latent-be", "tdiv-sdiv", id="paper"),
-    pytest.param("latent-be", "ods", id="noise-in-parts"),
-    pytest.param("single", "gaussian", id="mean-target"),
+    pytest.param("latent-be", "tdiv-sdiv", {}, id="paper"),
+    pytest.param("latent-be", "ods", {}, id="noise-in-parts"),
+    pytest.param("single", "gaussian", {}, id="mean-target"),
+    pytest.param("hydra", "tdiv-sdiv", {}, id="heads"),
+    pytest.param("latent-be", "none", {"student": models.odd, "teacher": models.odd}, id="unbiased-running-variance"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "perturbation"), CASES)
-def test_both_engines_take_a_batch_in_parts(kind, perturbation):
+@pytest.mark.parametrize(("kind", "perturbation", "networks"), CASES)
+def test_both_engines_take_a_batch_in_parts(kind, perturbation, networks):
     K = 1 if kind == "single" else 2
-    student, teachers, config = setting(kind, K=K, perturbation=perturbation, micro_batches=3, batch_size=6)
+    changes = {"perturbation": perturbation, "micro_batches": 3, "batch_size": 6, **networks}
+    student, teachers, config = setting(kind, K=K, **changes)
     whole = copy.deepcopy(student)
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
