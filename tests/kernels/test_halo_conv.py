@@ -109,7 +109,7 @@ def gradient_epilogues(case: Case) -> dict[str, dict]:
 
 
 def check_value(name: str, actual: Tensor, expected: Tensor) -> None:
-    """What differs is the other neighbour in bf16, and little does: sums are ordered, on a device truncated, otherwise."""
+    """What differs is the other neighbour in bf16, and little does: the order of sums, on a device truncation."""
     check_close(name, actual, expected, rounding(expected, BF16))
     share = (actual.double().cpu() != expected.double().cpu()).double().mean().item()
     assert share <= max(0.05, 1 / expected.numel()), f"{name}: {share:.1%} of the values are rounded differently"
