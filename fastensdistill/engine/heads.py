@@ -49,8 +49,8 @@ class Heads:
             raise InputError("the student consists of nothing but its heads; expected a network below them")
         first = self.heads.heads[0]
         assert isinstance(first, nn.Linear)
-        self.layer = nn.Linear(
-            first.in_features, self.K * first.out_features, bias=first.bias is not None,
+        self.layer = nn.utils.skip_init(  # an initialisation would draw from everybody's generator
+            nn.Linear, first.in_features, self.K * first.out_features, bias=first.bias is not None,
             device=first.weight.device, dtype=first.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():

@@ -262,6 +262,14 @@ def test_equal_teachers_and_equal_branches_leave_the_images_as_they_are():
     assert torch.equal(step.perturb(images).images, images)
 
 
+@pytest.mark.parametrize("kind", ["latent-be", "hydra"])
+def test_building_a_step_draws_nothing_from_the_global_generator(kind):
+    student, teachers, config = setting(kind)
+    before = torch.get_rng_state()
+    FusedStep(student, teachers, config)(*batch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_refusals():
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
