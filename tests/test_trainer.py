@@ -23,8 +23,9 @@ from fastensdistill.method.student import STUDENTS, LatentBE
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
+from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer, seeded
+from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
 from fastensdistill.weights import load_network
 from tests.test_student import tiny
 

@@ -30,7 +30,6 @@ from fastensdistill.train import checkpoint
 from fastensdistill.train.record import DivergedError, Recorder
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
 from fastensdistill.train.setup import check_shares, check_statistics, choose_device, place
-from fastensdistill.train.setup import seeded as seeded
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.weights import save_network
 
