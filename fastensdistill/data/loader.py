@@ -118,9 +118,7 @@ class DeviceLoader:
     def advance(self) -> None:
         """Choose the next batch's images. Nothing waits for the device."""
         if self._position == self.batches_per_epoch:
-            self._permutation = torch.randperm(
-                len(self.labels), generator=self.generator, device=self.images.device
-            )
+            self._permutation = torch.randperm(len(self.labels), generator=self.generator, device=self.images.device)
             self._position = 0
         start = self._position * self.batch_size
         self._index.copy_(self._permutation[start + self._own.start : start + self._own.stop])
@@ -132,7 +130,6 @@ class DeviceLoader:
         dy, dx, flips = (None if d is None else d[self._own] for d in draws)
         images = crop_and_flip(self.images, self._index, dy, dx, flips, self.augment.pad, self.dtype)
         return images, self.labels[self._index]
-
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.

@@ -60,9 +60,7 @@ class ReferenceStep:
     def perturb(self, images: Tensor) -> Perturbed:
         check_parts(self.config, len(images))
         with float32_products(self.config, self.device), autocast(self.config, self.device):
-            return self.perturbation(
-                images, self.teachers, self.student, self.num_classes, self.config.micro_batches
-            )
+            return self.perturbation(images, self.teachers, self.student, self.num_classes, self.config.micro_batches)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""

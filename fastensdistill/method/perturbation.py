@@ -100,9 +100,7 @@ class Perturbation:
         count = branches if name == "tdiv-sdiv" else teachers
         self.pairs = [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
 
-    def __call__(
-        self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, parts: int = 1
-    ) -> Perturbed:
+    def __call__(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, parts: int = 1) -> Perturbed:
         """``x`` perturbed as one batch: one pair or teacher for all images, taken in ``parts`` after one another."""
         member = self.choose()
         found = [self._part(chunk, teachers, student, num_classes, member) for chunk in x.chunk(parts)]
