@@ -6,12 +6,15 @@
     distillation: teachers forward, branches forward, loss        → ∂loss/∂logits
     backward, un-fold, (mean over processes), update              master weights ← master weights
 
+Micro-batches go through the perturbation one after another, and then each through distillation and backward; slots are
+written, gradients un-folded and weights updated once for the whole batch.
+
 Teachers and branches are groups of the same launches. The backward pass is written out; autograd sees nothing. A step
 reads the images, the labels, the index of the drawn pair and the learning rate from tensors that never move, and the
-noise from a generator the graph knows: one captured graph serves the whole run. ``train_on`` puts the reading of the
-batch, its crops and flips into the graph too. Ops allocate their results; inside a
-capture these come from the graph's own pool, at the same addresses in every replay, and since each buffer is freed
-after its last reader the pool is as large as ``engine.memory`` says beforehand.
+noise from a generator the graph knows: one captured graph serves the whole run, or one per pair of architectures that
+drawn teachers have. ``train_on`` puts the reading of the batch, its crops and flips into the graph too. Ops allocate
+their results; inside a capture these come from a pool that the graphs share, at the same addresses in every replay, and
+since each buffer is freed after its last reader the pool is as large as ``engine.memory`` says beforehand.
 Source of the step: Nam et al., ICML 2022.
 """
 
