@@ -19,6 +19,7 @@ from bench.peers.grouped import GroupedStep, GroupedTeach
 from bench.peers.torch_uncertainty import LibraryStep
 from bench.peers.vmapped import VmapStep
 from bench.setting import DISTIL, Batch, Problem, Setting, batches, drawn_pairs, make
+from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
@@ -61,13 +62,19 @@ def reference_engine(problem: Problem) -> Step:
     return Engine(step, problem)
 
 
-def fused_engine(problem: Problem) -> Step:
+tuned: Dispatch | None = None  # of ``bench.throughput --dispatch``
+
+
+def fused_engine(problem: Problem, implementations: Dispatch | None = None) -> Step:
     for module in problem.modules:
         module.to(memory_format=torch.contiguous_format)
     if problem.networks is not None:
         shape = (3, problem.setting.size, problem.setting.size)
-        return Engine(FusedTeachStep(problem.networks, problem.config, image_shape=shape), problem)
-    return Engine(FusedStep(problem.student, problem.teachers, problem.config), problem)
+        step = FusedTeachStep(problem.networks, problem.config, image_shape=shape, implementations=implementations)
+        return Engine(step, problem)
+    return Engine(
+        FusedStep(problem.student, problem.teachers, problem.config, implementations=implementations), problem
+    )
 
 
 def jax_step(problem: Problem) -> Step:
@@ -96,6 +103,8 @@ class Contender:
         """Why it cannot take part."""
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
+        if self.name == "tuned" and tuned is None:
+            return "needs --dispatch FILE"
         if method not in self.methods:
             return "does not have this method"
         return None if device in self.devices else f"not on {device}"
@@ -110,6 +119,7 @@ CONTENDERS = {
     c.name: c
     for c in (
         Contender("fused", "fused engine", fused_engine, devices=("cuda",)),
+        Contender("tuned", "fused engine, other table", lambda p: fused_engine(p, tuned), devices=("cuda",)),
         Contender("reference", "reference engine", reference_engine),
         Contender("eager", "least work, eager", _teach(EagerStep, EagerTeach)),
         Contender("captured", "least work, eager, one CUDA graph", _teach(CapturedStep, CapturedTeach),

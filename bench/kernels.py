@@ -1,19 +1,23 @@
 """Every kernel in every shape that a step's plan has: time, TFLOP/s, GB/s, share of its own roof, against cuDNN.
 
-    python -m bench.kernels [--network wrn28_4] [--batch 128] [--members 4] [--compile] [--json FILE] [--smoke]
+    python -m bench.kernels [--network wrn28_4] [--batch 128] [--members 4] [--compile] [--dispatch FILE] [--json FILE]
 
 A launch is captured as a CUDA graph and replayed with a cold L2 (a write of 512 MB before each, which also hides the
 host). Convolutions are compared with cuDNN: alone, without what the launch fuses, group by group on channels-last
-memory ("dense") and in one call with groups= ("grouped"); with --compile also with torch.compile over the dense form
-and all that the launch fuses. Where the extension's halo convolution covers a launch, it is timed in that place, with
-all that this fuses ("CUDA": by blocks of 64 or of 128 channels, whichever is quicker). A launch is timed only if it
+memory ("dense") and in one call with groups= ("grouped"); and group by group with all that the launch fuses as
+operations of their own ("vendor"), with --compile also compiled. Where the extension's halo convolution covers a
+launch, it is timed in that place, with all that this fuses ("CUDA": by blocks of 64 or of 128 channels, whichever is
+quicker). What is faster than Triton can be written as a table for the engine (--dispatch). A launch is timed only if it
 agrees with its reference in float64.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,16 +29,18 @@ from bench import roof
 from bench.common import arguments, describe_host, save, spread, start, table
 from bench.launches import Prepared, compare, prepare
 from bench.setting import NETWORKS, Setting
-from fastensdistill.engine.dispatch import HALO, VENDOR, channels_last
+from fastensdistill.engine.dispatch import HALO, VENDOR, Row, Shape, channels_last, shape_of
 from fastensdistill.engine.passes import Implement
 from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
     "launch": "launch", "count": "per step", "us": "us", "p20": "p20", "p80": "p80", "tflops": "TFLOP/s", "gbs": "GB/s",
-    "share_of_roof": "of roof", "cuda": "CUDA us", "dense": "cuDNN us", "grouped": "grouped us",
+    "share_of_roof": "of roof", "cuda": "CUDA us", "vendor": "cuDNN us", "dense": "alone us", "grouped": "grouped us",
     "compiled": "compiled us", "status": "",
 }  # fmt: skip
+GAIN = 0.03  # below that a choice is noise
 CONVS = ("conv", "conv gradient", "weight gradient")
 
 
@@ -123,11 +129,18 @@ def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
 class ByHalo(Prepared):
     """The same launch by the extension's halo convolution."""
 
-    def run(self, implement: Implement = lambda launch, op: HALO[op]) -> dict[str, Any]:
+    def run(self, implement: Implement = lambda part, launch, op: HALO[op]) -> dict[str, Any]:
         return super().run(implement)
 
     def exact(self) -> Prepared:
         return Prepared(**vars(self)).exact()
+
+
+class ByVendor(ByHalo):
+    """The same launch by PyTorch's convolution, what it cannot fuse as operations of their own."""
+
+    def run(self, implement: Implement = lambda part, launch, op: VENDOR[op]) -> dict[str, Any]:
+        return super().run(implement)
 
 
 def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
@@ -173,10 +186,36 @@ def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) 
         for name, grouped in (("dense", False), ("grouped", True)):
             call = bare(prepared, grouped)
             found[name] = None if call is None else 1e6 * spread(measure(call))["median"]
+        whole = ByVendor(**vars(prepared))
+        found["vendor"] = 1e6 * spread(measure(whole.run))["median"] if check(whole) <= 1 else None
+        found["shape"] = shape_of(prepared.part, launch)
     if launch.op in CONVS and compiled:
         op, args, kwargs = prepared.call()
         function = torch.compile(VENDOR[op], dynamic=False)
         found["compiled"] = 1e6 * spread(measure(lambda: function(*args, **kwargs)))["median"]
+    return found
+
+
+def choices(rows: Sequence[dict[str, Any]], arch: int | None, where: str) -> list[Row]:
+    """Rows for ``engine.dispatch``: what is faster than Triton by more than ``GAIN``, all launches of a shape together.
+
+    An implementation counts that has been timed for every one of them.
+    """
+    together: dict[tuple[str, Shape], list[dict[str, Any]]] = {}
+    for r in rows:
+        if "shape" in r and "us" in r:
+            together.setdefault((r["op"], r["shape"]), []).append(r)
+    found = []
+    for (op, shape), same in together.items():
+        times = {
+            name: sum(r[key] * r["count"] for r in same)
+            for name, key in (("triton", "us"), ("cudnn", "vendor"), ("cuda", "cuda"))
+            if all(r.get(key) is not None for r in same)
+        }
+        best = min(times, key=lambda name: times[name])
+        if times[best] < (1 - GAIN) * times["triton"]:
+            reason = f"{times['triton']:.0f} → {times[best]:.0f} us a step, {where}"
+            found.append(Row(op, best, reason, shape=shape, arch=arch))
     return found
 
 
@@ -188,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="against torch.compile too: a compilation per shape")
     parser.add_argument("--only", nargs="+", help="ops, such as conv or 'weight gradient'")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after that")
+    parser.add_argument("--dispatch", type=Path, help="write the table of what is faster than Triton there, as JSON")
     options = start(parser, argv)
     if options.smoke:
         options.network, options.batch, options.members = "tiny", 2, 2
@@ -215,6 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     total, least = (sum(r[name] * r["count"] for r in timed) for name in ("us", "least_us"))
     print(f"{sum(r['count'] for r in timed)} launches of a step: {total / 1e3:.3g} ms one after the other, "
           f"{least / 1e3:.3g} ms at least")  # fmt: skip
+    where = f"{host['device']}, {options.network}, batch {options.batch}, M = K = {options.members}"
+    arch = device_arch(torch.empty(0, device=device)) or None
+    if chosen := choices(rows, arch, where):
+        print("faster than Triton, for the table of engine/dispatch.py:", *chosen, sep="\n    ")
+    if options.dispatch:
+        options.dispatch.write_text(json.dumps([asdict(r) for r in chosen], indent=1) + "\n")
     return 1 if len(timed) < len(rows) else 0
 
 

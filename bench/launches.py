@@ -55,7 +55,7 @@ class Prepared:
     def title(self) -> str:
         return f"{self.launch.op} {self.launch.node}"
 
-    def run(self, implement: Implement = lambda launch, op: op) -> dict[str, Any]:
+    def run(self, implement: Implement = lambda part, launch, op: op) -> dict[str, Any]:
         """What the launch writes, under the plan's names."""
         buffers = type(self.buffers)(self.buffers)
         one = replace(self.part, launches=[self.launch])
@@ -66,7 +66,7 @@ class Prepared:
         """The convolution that the launch calls: op, arguments, keyword arguments."""
         found: list[Any] = []
 
-        def spy(launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
                 found.append((op, args, kwargs))
                 return op(*args, **kwargs)
@@ -160,7 +160,7 @@ def compare(prepared: Prepared) -> Iterator[tuple[str, float, float]]:
     with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # a search in float64 would take seconds a shape
         exact = named(prepared.exact().run())
     convolution = prepared.launch.op in ("conv", "conv gradient", "flat gradient", "weight gradient")
-    peer = named(prepared.run(lambda launch, op: VENDOR[op])) if convolution else {}
+    peer = named(prepared.run(lambda part, launch, op: VENDOR[op])) if convolution else {}
     for name, actual in named(prepared.run()).items():
         e = exact[name].double()
         scale = e.norm().clamp_min(1e-30)

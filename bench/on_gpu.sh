@@ -9,7 +9,8 @@
 #   sanitize  compute-sanitizer over small cases
 #   roof      copy and matrix product              step      WRN-28-4 against the peers that need no compilation
 #   compiled  WRN-28-4 against torch.compile       resnet    ResNet-32, likewise   kernels   every launch of WRN-28-4
-#   methods   KD, LatentBE, teacher training       loader, scaling, startup        report    tables and plots
+#   tuned     the step by the table that kernels wrote   methods   KD, LatentBE, teacher training
+#   loader, scaling, startup                       report    tables and plots
 # NETWORK, BATCHES, MEMBERS change the sizes of step, compiled, methods and kernels. PACKAGES names a folder of Python
 # packages that the machine lacks (pytest, say). PACK=1 leaves one archive and the summary. A stage that fails does not
 # stop the next; the exit status counts them.
@@ -19,7 +20,7 @@ OUT=${1:-${OUT:-runs/on_gpu}}
 [ $# -gt 0 ] && shift
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-STAGES=${*:-build tests launches kernels-f32 sanitize roof step compiled resnet methods kernels loader scaling startup report}
+STAGES=${*:-build tests launches kernels-f32 sanitize roof step compiled resnet methods kernels tuned loader scaling startup report}
 export PYTHONPATH="$PWD${PACKAGES:+:$PACKAGES}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 PY=${PYTHON:-python3}
 NETWORK=${NETWORK:-wrn28_4} BATCHES=${BATCHES:-128 512} MEMBERS=${MEMBERS:-4} LIMIT=${LIMIT:-570}
@@ -56,7 +57,7 @@ stage() {
 from fastensdistill.kernels import extension
 print(extension.describe())
 raise SystemExit(not extension.describe()["cuda"])' ;;
-        tests) together tests/kernels/test_csrc_gpu.py \
+        tests) together tests/kernels/test_csrc_gpu.py tests/kernels/test_halo_conv.py \
             "tests/gpu/test_step.py -k own-warps" "tests/gpu/test_step.py -k 4-warps" \
             "tests/gpu/test_step.py -k 8-warps" "tests/gpu/test_step.py -k replayed" \
             "tests/gpu/test_step.py -k float32" "tests/gpu/test_step.py -k peers" ;;
@@ -68,7 +69,7 @@ raise SystemExit(not extension.describe()["cuda"])' ;;
         sanitize)
             if command -v compute-sanitizer >/dev/null; then
                 compute-sanitizer --error-exitcode 9 "$PY" -m pytest -m gpu tests/kernels/test_csrc_gpu.py \
-                    tests/gpu/test_launches.py -k "csrc or (single and own)"
+                    tests/kernels/test_halo_conv.py tests/gpu/test_launches.py -k "csrc or halo or (single and own)"
             else
                 echo "compute-sanitizer is not installed: left out"
             fi ;;
@@ -81,7 +82,10 @@ raise SystemExit(not extension.describe()["cuda"])' ;;
             --contenders $COMPILED eager reference as-written grouped --minutes 5 ;;
         methods) bench methods throughput --networks "$NETWORK" --methods kd latentbe teach \
             --batches ${BATCHES##* } --members $MEMBERS --contenders fused reference eager captured --minutes 7 ;;
-        kernels) bench kernels kernels --network "$NETWORK" --batch ${BATCHES##* } --members $MEMBERS --minutes 8 ;;
+        kernels) bench kernels kernels --network "$NETWORK" --batch ${BATCHES##* } --members $MEMBERS --minutes 8 \
+            --dispatch "$OUT/dispatch.rows" ;;
+        tuned) bench tuned throughput --networks "$NETWORK" --batches $BATCHES --members $MEMBERS \
+            --contenders fused tuned captured --dispatch "$OUT/dispatch.rows" --minutes 7 ;;
         loader) bench loader loader ;;
         scaling) bench scaling scaling --rounds 5 ;;
         startup) bench startup startup --network "$NETWORK" --rounds 3 ;;

@@ -19,21 +19,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import roof
+from bench import contenders, roof
 from bench.common import Meter, arguments, describe_host, interleave, quantile, save, start, synchronize, table
 from bench.contenders import CONTENDERS, Contender, Gate, Step
 from bench.setting import METHODS, NETWORKS, TITLES, Batch, Setting, batches, drawn_pairs, make
+from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
     "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by",
     "tflops": "TFLOP/s", "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000", "status": "",
 }  # fmt: skip
-OURS = ("fused", "reference")
+OURS = ("fused", "tuned", "reference")
 
 
 @dataclass
@@ -155,12 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--members", nargs="+", type=int, default=[4], help="M = K")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--dispatch", type=Path, help="table of bench.kernels, for the contender tuned")
     parser.add_argument("--minutes", type=float, default=60.0, help="build no further contender after that")
     parser.add_argument("--no-energy", dest="energy", action="store_false", help="skip the 5 s windows")
     options = start(parser, argv)
     if options.smoke:
         options.networks, options.methods = ["tiny"], list(METHODS)
         options.batches, options.members = [4], [2]
+    contenders.tuned = Dispatch.load(options.dispatch) if options.dispatch else None
     device, deadline = torch.device(options.device), time.monotonic() + 60 * options.minutes
     host = describe_host(device)
     gpu, found = roof.measure(device, smoke=options.smoke, rounds=5)

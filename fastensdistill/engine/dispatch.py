@@ -1,7 +1,8 @@
 """Which implementation computes each convolution of a plan: Triton kernel, vendor library (cuDNN), or CUDA kernel.
 
-The table is filled by measurement; a row matches a launch by its op and shape, the first that matches decides, and
-without one the Triton kernel does. ``cudnn`` is PyTorch's own convolution, one call per group on channels-last memory
+The table is filled by measurement (``bench.kernels --dispatch FILE`` writes rows). A row matches a launch by its op
+and, where given, its layer, its shape and the device's compute capability; the first that matches decides, and without
+one the Triton kernel does. ``cudnn`` is PyTorch's own convolution, one call per group on channels-last memory
 (activations [G, N, H, W, C] are G such batches), with the epilogue as separate operations; off a GPU it runs whatever
 PyTorch has there, so it is tested everywhere. ``cuda`` is the extension's halo convolution, for 3x3 convolutions at
 stride 1 and their data gradients (``halo_rows`` lists them); naming it for another launch is refused when that runs.
@@ -9,9 +10,11 @@ stride 1 and their data gradients (``halo_rows`` lists them); naming it for anot
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +25,50 @@ from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, grouped_conv, halo_conv
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.grouped_conv import ConvOutput
+from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.triton_utils import accumulator, pack_mask, pick, shortcut, unpack_mask
-from fastensdistill.network.launch import Launch
-from fastensdistill.network.nodes import Conv, Network
+from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.nodes import Conv, Linear, Network
 
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda")
 OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
 
 
+class Shape(NamedTuple):
+    """Of a convolution; a linear layer is 1x1 over its positions. ``height`` and ``width`` are its input's."""
+
+    kernel: int
+    stride: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+
+
+def shape_of(part: Part, launch: Launch) -> Shape:
+    """The shape of the layer that ``launch`` computes, forward or backward. Raises InputError where it has none."""
+    node = part.network.by_name[launch.node]
+    if not isinstance(node, Conv | Linear):
+        raise InputError(f"{launch.op} {launch.node} is no convolution")
+    kernel, stride = (node.kernel, node.stride) if isinstance(node, Conv) else (1, 1)
+    C, H, W = node.in_shape
+    return Shape(kernel, stride, C, node.shape[0], H, W)
+
+
 @dataclass(frozen=True)
 class Row:
-    """One choice. ``op`` is a launch's op; ``layer`` the layer's name or "" for all."""
+    """One choice. ``op`` is a launch's op; what is left out matches everything.
+
+    ``layer`` is a layer's name, ``shape`` its :class:`Shape`, ``arch`` the compute capability as one number (90 for an
+    H200). Raises InputError for an unknown op or implementation, and for one that does not exist for the op.
+    """
 
     op: str
     implementation: str
     reason: str
     layer: str = ""
+    shape: Shape | None = None
+    arch: int | None = None
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -46,6 +77,14 @@ class Row:
             raise unknown("implementation", self.implementation, IMPLEMENTATIONS)
         if self.implementation == "cuda" and self.op not in ("conv", "conv gradient"):
             raise InputError(f"{self.op} has no cuda implementation; expected triton or cudnn")
+
+    def matches(self, part: Part, launch: Launch, arch: int) -> bool:
+        return (
+            self.op == launch.op
+            and self.layer in ("", launch.node)
+            and self.arch in (None, arch)
+            and (self.shape is None or self.shape == shape_of(part, launch))
+        )
 
 
 # Measured choices, with their numbers as the reason. None has been measured: every launch runs its Triton kernel.
@@ -58,23 +97,41 @@ class Dispatch:
     def __init__(self, table: Sequence[Row] = TABLE):
         self.table = tuple(table)
 
-    def choice(self, launch: Launch) -> str:
-        """The implementation of ``launch``, one of ``IMPLEMENTATIONS``."""
-        rows = (r for r in self.table if r.op == launch.op and r.layer in ("", launch.node))
-        return next((row.implementation for row in rows), "triton")
+    @staticmethod
+    def load(path: str | Path) -> Dispatch:
+        """The table in a file of ``bench.kernels --dispatch``. Raises InputError for anything else."""
+        try:
+            given = json.loads(Path(path).read_text())
+            rows = [Row(**row | {"shape": Shape(*row["shape"]) if row.get("shape") else None}) for row in given]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no table of implementations: {error}") from error
+        return Dispatch(rows)
 
-    def __call__(self, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
-        choice = self.choice(launch)
-        if choice != "cuda":
-            return VENDOR[op] if choice == "cudnn" else op
+    def choice(self, part: Part, launch: Launch, arch: int = 0) -> str:
+        """The implementation of a ``launch`` of ``part``, one of ``IMPLEMENTATIONS``; ``arch`` 0 is a CPU.
 
-        def halo(*arguments: Any, **options: Any) -> Any:
+        On a GPU "cuda" is passed over where the extension was not built with it: the next row that matches counts.
+        """
+        rows = (row for row in self.table if row.matches(part, launch, arch))
+        usable = (row for row in rows if row.implementation != "cuda" or arch == 0 or halo_conv.built())
+        return next((row.implementation for row in usable), "triton")
+
+    def missing(self, arch: int) -> bool:
+        """Whether rows for this device name "cuda" and the extension was not built with it."""
+        named = any(row.implementation == "cuda" and row.arch in (None, arch) for row in self.table)
+        return named and arch > 0 and not halo_conv.built()
+
+    def __call__(self, part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
+            choice = self.choice(part, launch, device_arch(x))
+            if choice != "cuda":
+                return (VENDOR[op] if choice == "cudnn" else op)(x, *arguments, **options)
             try:
-                return HALO[op](*arguments, **options)
+                return HALO[op](x, *arguments, **options)
             except InputError as error:
                 raise InputError(f'the table names "cuda" for {launch.op} {launch.node}: {error}') from error
 
-        return halo
+        return run
 
 
 def halo_rows(network: Network, reason: str) -> list[Row]:

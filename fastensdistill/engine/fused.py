@@ -133,8 +133,8 @@ class FusedStep:
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
         self.dtype, self.precision = arithmetic(config, student)
-        self.parts = config.micro_batches
-        self.run = Runner(self.precision, implementations or Dispatch(), config.sync_batch_norm, self.parts)
+        self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
+        self.run = Runner(self.precision, self.implementations, config.sync_batch_norm, self.parts)
         self.capture = capture and self.device.type == "cuda"
         self._rate = config.learning_rate
         self.networks: list[Network] = []

@@ -29,7 +29,7 @@ from fastensdistill.network.launch import Launch, Part, Step
 from fastensdistill.network.nodes import Conv, Linear, Norm, Pad, Pool
 
 Buffers = dict[str, Any]
-Implement = Callable[[Launch, Callable[..., Any]], Callable[..., Any]]
+Implement = Callable[[Part, Launch, Callable[..., Any]], Callable[..., Any]]
 
 
 def run_part(
@@ -40,7 +40,7 @@ def run_part(
     precision: str = "ieee",
     *,
     after: Callable[[Launch], None] | None = None,
-    implement: Implement = lambda launch, op: op,
+    implement: Implement = lambda part, launch, op: op,
     updates: int = 1,
 ) -> None:
     """Run the launches of ``part`` and add what they write to ``buffers``.
@@ -52,7 +52,7 @@ def run_part(
             forward pass left, and "NAME.grad" (G, N, classes) float32 with the output's name.
         precision: how float32 is multiplied, "ieee" or "tf32".
         after: called after every launch, to take what it wrote and to drop what nobody reads any more.
-        implement: (launch, convolution op) → what computes it, with the op's arguments and results.
+        implement: (part, launch, convolution op) → what computes it, with the op's arguments and results.
         updates: how often a step moves the running statistics; all together they move as far as once.
 
     Results under the plan's names: logits (G, N, classes), "input.grad" (G, N, H, W, C), parameters' gradients as in
@@ -130,7 +130,7 @@ class _Run:
             options["next_scale"], options["next_shift"] = self.weights.scale_shift[second.arg]
         if sums := self.find(launch, "sums"):
             options["center"] = self.weights.norms[sums.arg].running_mean
-        result = self.implement(launch, grouped_conv)(
+        result = self.implement(self.part, launch, grouped_conv)(
             self.flat(self.buffers[launch.reads[0]], node),
             layer.forward,
             self.slots,
@@ -158,7 +158,7 @@ class _Run:
         if sums := self.find(launch, "sums"):
             options |= {"z": self.read(self.nodes[sums.arg].inputs[0]), **self.statistics(sums.arg)}
         d = self.read(launch.reads[0])
-        result = self.implement(launch, conv_data_gradient)(
+        result = self.implement(self.part, launch, conv_data_gradient)(
             d,
             self.weights.layers[launch.node].gradient,
             self.slots,
@@ -175,7 +175,7 @@ class _Run:
     def flat_gradient(self, launch: Launch) -> None:
         node, weight = self.layer(launch), self.weights.layers[launch.node].gradient
         C, H, W = node.in_shape
-        op = self.implement(launch, conv_data_gradient)
+        op = self.implement(self.part, launch, conv_data_gradient)
         d = op(self.read(launch.reads[0]), weight, self.slots, in_size=(1, 1), kernel=1, precision=self.precision).d
         self.write(launch.steps("store"), d.view(*d.shape[:2], H, W, C))
 
@@ -185,7 +185,7 @@ class _Run:
         for step in launch.prologue:
             prologue["in_scale"], prologue["in_shift"] = self.by_group(step.arg)
         x = self.flat(self.buffers[launch.reads[0]], node)
-        op = self.implement(launch, conv_weight_gradient)
+        op = self.implement(self.part, launch, conv_weight_gradient)
         gradient = op(x, d, precision=self.precision, **self.geometry(node), **prologue)
         self.buffers[f"{node.name}.weight.grad"] = unpack_gradient(gradient, node)
         if node.bias:

@@ -15,6 +15,7 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
 from fastensdistill.engine.verify import DisagreementError, verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.triton_utils import HAS_TRITON, TritonError
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
@@ -103,7 +104,7 @@ def distillation_step(
             ).peak
             for teacher in set(frozen)
         )  # fmt: skip
-        return fused, described(fused.dtype, peak, why)
+        return fused, described(fused, peak, why)
     line = f"{name} engine: {why}"
     return ReferenceStep(student, teachers, config, num_classes=num_classes), line
 
@@ -121,11 +122,13 @@ def teaching_step(
         found = estimate_teaching(
             fused.network, len(networks), share, fused.dtype.itemsize, parts=config.micro_batches
         )
-        return fused, described(fused.dtype, found.peak, why)
+        return fused, described(fused, found.peak, why)
     return TeachStep(networks, config), f"{name} engine: {why}"
 
 
-def described(dtype: torch.dtype, peak: float, why: str) -> str:
+def described(step: FusedStep | FusedTeachStep, peak: float, why: str) -> str:
     """The line about a fused step that takes ``peak`` bytes."""
-    name = str(dtype).removeprefix("torch.")
-    return f"fused engine, {name}, about {peak / 2**30:.2f} GiB beside the training set: {why}"
+    name = str(step.dtype).removeprefix("torch.")
+    line = f"fused engine, {name}, about {peak / 2**30:.2f} GiB beside the training set: {why}"
+    slower = "; some layers would be faster with the extension's CUDA convolutions, which were not built"
+    return line + (slower if step.implementations.missing(device_arch(step.rate)) else "")

@@ -61,8 +61,8 @@ class FusedTeachStep:
         self.network = common_architecture(self.networks, image_shape)
         self.device = next(self.networks[0].parameters()).device
         self.dtype, precision = arithmetic(config, self.networks[0])
-        self.parts = config.micro_batches
-        self.run = Runner(precision, implementations or Dispatch(), config.sync_batch_norm, self.parts)
+        self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
+        self.run = Runner(precision, self.implementations, config.sync_batch_norm, self.parts)
         self.master = Master(self.networks, self.network, ranked=False)
         same_start(self.master.state())
         self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)

@@ -11,6 +11,7 @@ import torch
 
 from bench import kernels, loader, predictions, report, roof, scaling, startup, summary, throughput
 from bench.common import ROOT, Meter, interleave, quantile, table
+from fastensdistill.engine.dispatch import Dispatch, Row, Shape
 from fastensdistill.network.gpu import GPUS
 
 CPU = torch.device("cpu")
@@ -25,7 +26,8 @@ def results(tmp_path_factory) -> Path:
     """One smoke run of every command."""
     folder = tmp_path_factory.mktemp("results")
     for name, module in COMMANDS.items():
-        assert module.main(["--smoke", "--json", str(folder / f"{name}.json")]) == 0, name
+        more = ["--dispatch", str(folder / "kernels.rows")] if name == "kernels" else []
+        assert module.main(["--smoke", "--json", str(folder / f"{name}.json"), *more]) == 0, name
     return folder
 
 
@@ -63,7 +65,12 @@ def test_a_launch_is_counted_as_often_as_the_step_has_it(results):
     assert sum(row["count"] for row in rows) == len(step.launches)
     assert sum(row["flops"] * row["count"] for row in rows) == step.flops
     assert all(row["us"] > 0 for row in rows)
-    assert all(row["dense"] > 0 and row["grouped"] > 0 for row in rows if row["op"] in kernels.CONVS)
+    convolutions = [row for row in rows if row["op"] in kernels.CONVS]
+    assert all(row["dense"] > 0 and row["grouped"] > 0 and row["vendor"] > 0 for row in convolutions)
+    assert Dispatch.load(results / "kernels.rows").table == tuple(kernels.choices(
+        [row | ({"shape": Shape(*row["shape"])} if "shape" in row else {}) for row in rows], None,
+        f"{run['host']['device']}, tiny, batch 2, M = K = 2",
+    ))  # fmt: skip
 
 
 def test_what_fails_its_check_is_not_timed(monkeypatch, tmp_path, capsys):
@@ -182,3 +189,22 @@ def test_predictions_lie_under_the_roof_and_follow_the_plan(monkeypatch, capsys)
     assert predictions.seconds(setting, predictions.CHANGES[-1], gpu) == pytest.approx(setting.least_time(gpu))
     assert predictions.main(["--networks", "wrn28_1", "--batch", "128"]) == 0
     assert "predicted, not measured" in capsys.readouterr().out
+
+
+def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shape():
+    one, other = Shape(3, 1, 64, 64, 32, 32), Shape(3, 1, 128, 128, 16, 16)
+    same = {"op": "conv", "shape": one, "count": 2}
+    rows = [
+        same | {"us": 100.0, "vendor": 90.0, "cuda": 60.0},
+        same | {"us": 50.0, "vendor": 10.0, "cuda": 45.0},
+        {"op": "conv gradient", "shape": one, "count": 1, "us": 100.0, "vendor": 99.0, "cuda": None},
+        {"op": "conv", "shape": other, "count": 1, "us": 100.0, "vendor": 80.0, "cuda": None},
+        {"op": "conv", "shape": other, "count": 1, "us": 100.0, "vendor": None, "cuda": 1.0},
+        {"op": "weight gradient", "shape": other, "count": 3, "us": 100.0, "vendor": 50.0},
+        {"op": "norm", "count": 3, "us": 100.0},
+    ]
+    found = kernels.choices(rows, 90, "here")
+    assert found == [
+        Row("conv", "cudnn", "300 → 200 us a step, here", shape=one, arch=90),
+        Row("weight gradient", "cudnn", "300 → 150 us a step, here", shape=other, arch=90),
+    ]

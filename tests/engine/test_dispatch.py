@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from fastensdistill.engine import dispatch
-from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, halo_rows
+from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, Shape, halo_rows
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv
@@ -61,11 +62,41 @@ def test_one_layer_can_be_named():
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
     steps(step, 1)
-    launches = [launch for launch in step.trained.parts[0].launches if launch.op == "conv"]
+    part = step.trained.parts[0]
+    launches = [launch for launch in part.launches if launch.op == "conv"]
     table = Dispatch([Row("conv", "cudnn", "for the test", layer="stem"), Row("conv", "triton", "the others")])
-    assert {table.choice(launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
-    assert {table.choice(launch) for launch in launches if launch.node != "stem"} == {"triton"}
-    assert all(Dispatch(TABLE).choice(launch) == "triton" for launch in launches)
+    assert {table.choice(part, launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
+    assert {table.choice(part, launch) for launch in launches if launch.node != "stem"} == {"triton"}
+    assert all(Dispatch(TABLE).choice(part, launch) == "triton" for launch in launches)
+
+
+def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
+    student, teachers, config = setting()
+    step = FusedStep(student, teachers, config)
+    steps(step, 1)
+    shape = Shape(3, 1, 4, 4, 6, 6)
+    given = [Row("conv", "cuda", "fastest", shape=shape, arch=90), Row("conv", "cudnn", "next", shape=shape, arch=90)]
+    (tmp_path / "rows").write_text(json.dumps([dataclasses.asdict(row) for row in given]))
+    table = Dispatch.load(tmp_path / "rows")
+    assert table.table == tuple(given)
+    for part in step.trained.parts:
+        for launch in part.launches:
+            if launch.op not in OPS:
+                continue
+            node = part.network.by_name[launch.node]
+            own = launch.op == "conv" and (node.in_shape, node.shape, node.stride) == ((4, 6, 6), (4, 6, 6), 1)
+            monkeypatch.setattr(halo_conv, "built", lambda: True)
+            assert table.choice(part, launch, 90) == ("cuda" if own else "triton")
+            assert table.choice(part, launch, 80) == "triton"
+            assert not table.missing(90)
+            monkeypatch.setattr(halo_conv, "built", lambda: False)
+            assert table.choice(part, launch, 90) == ("cudnn" if own else "triton")
+            assert table.missing(90)
+            assert not table.missing(80)
+    for text in ("{}]", '[{"op": "conv"}]', '["conv"]', '{"op": 1}'):
+        (tmp_path / "rows").write_text(text)
+        with pytest.raises(InputError, match="rows is no table of implementations"):
+            Dispatch.load(tmp_path / "rows")
 
 
 def wide(seed: int):
@@ -100,8 +131,9 @@ def test_halo_convolutions_give_the_same_step(monkeypatch, build, perturbation):
     covered = {row.layer for row in rows}
     assert len(rows) == 2 * len(covered) >= 8
     assert set(calls) == {"halo_conv", "halo_data_gradient"}
-    launches = [launch for part in two.trained.parts for launch in part.launches if launch.node in covered]
-    assert {Dispatch(rows).choice(launch) for launch in launches if launch.op in ("conv", "conv gradient")} == {"cuda"}
+    launches = [(part, launch) for part in two.trained.parts for launch in part.launches if launch.node in covered]
+    chosen = {Dispatch(rows).choice(*both) for both in launches if both[1].op in ("conv", "conv gradient")}
+    assert chosen == {"cuda"}
 
 
 def test_a_launch_that_no_cuda_kernel_covers_is_refused_by_name():
