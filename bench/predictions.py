@@ -23,7 +23,7 @@ HELD = 0.85  # of the memory's rate, by kernels that do little else
 # Channels → TFLOP/s on an H200: a gather, which reads every input nine times through L2; an input tile with its border,
 # by mma.sync (csrc/halo_conv.h says why) and by wgmma; cuDNN. Every one of them an estimate.
 GATHER = {4: 50, 16: 100, 32: 180, 64: 320, 128: 500}
-HALO = {4: 50, 16: 250, 32: 400, 64: 480, 128: 520}
+HALO = {4: 50, 16: 200, 32: 350, 64: 450, 128: 500}
 HALO_WGMMA = {4: 50, 16: 320, 32: 480, 64: 620, 128: 700, 256: 740}
 VENDOR = {4: 50, 16: 100, 32: 200, 64: 400, 128: 620}
 COLUMNS = {"network": "network", "change": "change", "images_per_second": "images/s", "ms": "ms", "ratio": "gain"}
