@@ -42,6 +42,7 @@ def run_part(
     after: Callable[[Launch], None] | None = None,
     implement: Implement = lambda part, launch, op: op,
     updates: int = 1,
+    sharers: int = 1,
 ) -> None:
     """Run the launches of ``part`` and add what they write to ``buffers``.
 
@@ -54,11 +55,12 @@ def run_part(
         after: called after every launch, to take what it wrote and to drop what nobody reads any more.
         implement: (part, launch, convolution op) → what computes it, with the op's arguments and results.
         updates: how often a step moves the running statistics; all together they move as far as once.
+        sharers: over how many batches like this one ``after`` makes the sums of BatchNorm a mean.
 
     Results under the plan's names: logits (G, N, classes), "input.grad" (G, N, H, W, C), parameters' gradients as in
     ``network.execute``, all float32.
     """
-    run = _Run(part, weights, slots, buffers, precision, implement, updates)
+    run = _Run(part, weights, slots, buffers, precision, implement, updates, sharers)
     for launch in part.launches:
         getattr(run, launch.op.replace(" ", "_"))(launch)
         if after:
@@ -77,9 +79,10 @@ class _Run:
         precision: str,
         implement: Implement,
         updates: int,
+        sharers: int,
     ):
         self.part, self.weights, self.slots, self.buffers, self.precision = part, weights, slots, buffers, precision
-        self.implement, self.updates = implement, updates
+        self.implement, self.updates, self.sharers = implement, updates, sharers
         self.nodes, self.groups = part.network.by_name, len(part.groups)
 
     def read(self, name: str) -> Tensor:
@@ -218,7 +221,8 @@ class _Run:
             eps=node.eps,
         )
         if kept is not None:  # the op adds momentum · biased variance; PyTorch's BatchNorm n/(n − 1) times that
-            norm.running_var.sub_(kept).mul_(n / (n - 1)).add_(kept)
+            every = n * self.sharers
+            norm.running_var.sub_(kept).mul_(every / (every - 1)).add_(kept)
 
     def norm(self, launch: Launch) -> None:
         first, kinds = launch.epilogue[0], [step.kind for step in launch.epilogue]

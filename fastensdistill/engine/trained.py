@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.engine.master import Master, descend
-from fastensdistill.engine.parallel import average
+from fastensdistill.engine.parallel import average, processes
 from fastensdistill.engine.passes import Buffers, Implement, run_part
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.weights import Weights
@@ -63,6 +63,7 @@ class Runner:
         run_part(
             part, weights, slots, buffers, self.precision,
             after=after, implement=self.implement, updates=self.parts,
+            sharers=processes() if self.synchronised else 1,
         )  # fmt: skip
 
 

@@ -14,8 +14,10 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, setting, teach_setting
+from tests.network import models
 
 STEPS, RATE = 2, 0.05
+SHARED = {"preresnet": {}, "unbiased running variance": {"student": models.odd, "teacher": models.odd}}
 
 
 def process(index, folder):
@@ -32,11 +34,15 @@ def process(index, folder):
     networks, config = teach_setting(2)
     teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
     teach([batch(10 * index + m) for m in range(2)])
-    shared, teachers, config = setting(perturbation="none", sync_batch_norm=True)
-    step = FusedStep(shared, teachers, config)
-    for i in range(STEPS):
-        step(*(half.chunk(2)[index] for half in batch(i, B=6)))
-    torch.save([shared.state_dict(), student.state_dict(), *(n.state_dict() for n in networks)], f"{folder}/{index}.pt")
+    halves = []
+    for name in SHARED:
+        shared, teachers, config = setting(perturbation="none", sync_batch_norm=True, **SHARED[name])
+        step = FusedStep(shared, teachers, config)
+        for i in range(STEPS):
+            step(*(half.chunk(2)[index] for half in batch(i, B=6)))
+        halves.append(shared.state_dict())
+    found = [dict(zip(SHARED, halves, strict=True)), student.state_dict(), *(n.state_dict() for n in networks)]
+    torch.save(found, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
 
@@ -97,12 +103,13 @@ def test_teachers_take_the_mean_gradient(results):
                 check_close(f"{r}, {m}: {name}", results[r][2 + m][name].double(), value.double(), 1e-9)
 
 
-def test_with_synchronised_statistics_two_halves_are_one_batch(results):
+@pytest.mark.parametrize("name", SHARED)
+def test_with_synchronised_statistics_two_halves_are_one_batch(results, name):
     """Parameters and running statistics, against one process that has all the images."""
-    student, teachers, config = setting(perturbation="none")
+    student, teachers, config = setting(perturbation="none", **SHARED[name])
     step = FusedStep(student, teachers, config)
     for i in range(STEPS):
         step(*batch(i, B=6))
     for result in results:
-        for name, value in student.state_dict().items():
-            check_close(name, result[0][name].double(), value.double(), 1e-9)
+        for key, value in student.state_dict().items():
+            check_close(key, result[0][name][key].double(), value.double(), 1e-9)
