@@ -60,7 +60,7 @@ raise SystemExit(not extension.describe()["cuda"])' ;;
         tests) together tests/kernels/test_csrc_gpu.py tests/kernels/test_halo_conv.py \
             "tests/gpu/test_step.py -k own-warps" "tests/gpu/test_step.py -k 4-warps" \
             "tests/gpu/test_step.py -k 8-warps" "tests/gpu/test_step.py -k replayed" \
-            "tests/gpu/test_step.py -k float32" "tests/gpu/test_step.py -k peers" ;;
+            "tests/gpu/test_step.py -k float32" "tests/gpu/test_step.py -k peers" tests/gpu/test_captured.py ;;
         launches) together "tests/gpu/test_launches.py -k odd" "tests/gpu/test_launches.py -k post" \
             "tests/gpu/test_launches.py -k resnet32" "tests/gpu/test_launches.py -k single" \
             "tests/gpu/test_launches.py -k own-warps-wrn28_4" "tests/gpu/test_launches.py -k 4-warps-wrn28_4" \
