@@ -10,7 +10,8 @@
 #   roof      copy and matrix product              step      WRN-28-4 against the peers that need no compilation
 #   compiled  WRN-28-4 against torch.compile       resnet    ResNet-32, likewise   kernels   every launch of WRN-28-4
 #   tuned     the step by the table that kernels wrote   methods   KD, LatentBE, teacher training
-#   loader, scaling, startup                       report    tables and plots
+#   loader, scaling, startup                       accuracy  the paper's comparison on DATA, an .npz, for EPOCHS (30)
+#   report    tables and plots
 # NETWORK, BATCHES, MEMBERS change the sizes of step, compiled, methods and kernels. PACKAGES names a folder of Python
 # packages that the machine lacks (pytest, say). PACK=1 leaves one archive and the summary. A stage that fails does not
 # stop the next; the exit status counts them.
@@ -20,7 +21,7 @@ OUT=${1:-${OUT:-runs/on_gpu}}
 [ $# -gt 0 ] && shift
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-STAGES=${*:-build tests launches kernels-f32 sanitize roof step compiled resnet methods kernels tuned loader scaling startup report}
+STAGES=${*:-build tests launches kernels-f32 sanitize roof step compiled resnet methods kernels tuned loader scaling startup accuracy report}
 export PYTHONPATH="$PWD${PACKAGES:+:$PACKAGES}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 PY=${PYTHON:-python3}
 NETWORK=${NETWORK:-wrn28_4} BATCHES=${BATCHES:-128 512} MEMBERS=${MEMBERS:-4} LIMIT=${LIMIT:-570}
@@ -89,6 +90,12 @@ raise SystemExit(not extension.describe()["cuda"])' ;;
         loader) bench loader loader ;;
         scaling) bench scaling scaling --rounds 5 ;;
         startup) bench startup startup --network "$NETWORK" --rounds 3 ;;
+        accuracy)
+            if [ -n "${DATA:-}" ]; then
+                TEACH="--model $NETWORK --members $MEMBERS" bench/accuracy.sh "$DATA" "$OUT/accuracy"
+            else
+                echo "DATA names no images: left out"
+            fi ;;
         report) "$PY" -m bench.report "$OUT" --plots "$OUT/plots" ;;
         *)
             echo "unknown stage $1"

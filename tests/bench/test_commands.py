@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,22 @@ def test_script_knows_its_stages():
     text = script.read_text()
     default = text.split("STAGES=${*:-")[1].split("}")[0].split()
     assert all(f"\n        {name})" in text for name in default)
+
+
+def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path):
+    script = ROOT / "bench" / "accuracy.sh"
+    usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2
+    assert "bench/accuracy.sh DATA OUT" in usage.stdout
+    out = tmp_path / "runs"
+    more = {"PYTHON": sys.executable, "EPOCHS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "TEACH": "--model preresnet --blocks 1 --in-planes 4 --members 2"}  # fmt: skip
+    command = ["bash", script, "digits", out, "--device", "cpu", "--batch-size", "100"]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "report" / "results.json").read_text())
+    assert all(name in json.dumps(rows) for name in ("teachers", "ensemble of 2", "kd", "latentbe", "tdiv-sdiv"))
+    assert len(list(out.glob("*/student.safetensors"))) == 3
 
 
 def test_predictions_lie_under_the_roof_and_follow_the_plan(monkeypatch, capsys):
