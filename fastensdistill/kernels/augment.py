@@ -14,9 +14,9 @@ from fastensdistill.kernels.triton_utils import (
     DTYPE_NAMES,
     accumulator,
     check_tensor,
+    define,
     launch,
     require,
-    runs_kernel,
     tl,
     triton,
 )
@@ -82,14 +82,11 @@ def _launch(images, index, shifts, flips, dtype):
     return out
 
 
-@torch.library.custom_op("fastensdistill::augment", mutates_args=())
-def _augment(images: Tensor, index: Tensor, shifts: Tensor, flips: Tensor, dtype: str) -> Tensor:
-    return (_launch if runs_kernel(images) else augment_reference)(images, index, shifts, flips, dtype)
-
-
-@_augment.register_fake
 def _augment_fake(images, index, shifts, flips, dtype):
     return images.new_empty(index.shape[0], *images.shape[1:], dtype=DTYPE_NAMES[dtype])
+
+
+_augment = define("augment", augment_reference, _launch, _augment_fake, decided_by="images")
 
 
 def augment(

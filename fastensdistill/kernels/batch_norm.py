@@ -21,12 +21,12 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     check_rows,
     check_tensor,
+    define,
     launch,
     pack_mask,
     present,
     require,
     row_stride,
-    runs_kernel,
     shortcut,
     tl,
     triton,
@@ -146,24 +146,18 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
     return mean, inv_std, scale, shift
 
 
-@torch.library.custom_op("fastensdistill::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
-def _batch_norm_statistics(
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _launch_statistics if runs_kernel(partials) else batch_norm_statistics_reference
-    return run(partials, count, weight, bias, running_mean, running_var, momentum, eps)
-
-
-@_batch_norm_statistics.register_fake
 def _batch_norm_statistics_fake(partials, count, weight, bias, running_mean, running_var, momentum, eps):
     return tuple(torch.empty_like(weight) for _ in range(4))
+
+
+_batch_norm_statistics = define(
+    "batch_norm_statistics",
+    batch_norm_statistics_reference,
+    _launch_statistics,
+    _batch_norm_statistics_fake,
+    decided_by="partials",
+    mutates=("running_mean", "running_var"),
+)
 
 
 def batch_norm_statistics(
@@ -300,23 +294,13 @@ def _empty_apply(z, mask):
     return torch.empty_like(z), z.new_empty(shape, dtype=torch.uint8)
 
 
-@torch.library.custom_op("fastensdistill::batch_norm_apply", mutates_args=())
-def _batch_norm_apply(
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_stride: int,
-    relu: bool,
-    mask: bool,
-) -> tuple[Tensor, Tensor]:
-    run = _launch_apply if runs_kernel(z) else batch_norm_apply_reference
-    return run(z, scale, shift, residual, residual_stride, relu, mask)
-
-
-@_batch_norm_apply.register_fake
 def _batch_norm_apply_fake(z, scale, shift, residual, residual_stride, relu, mask):
     return _empty_apply(z, mask)
+
+
+_batch_norm_apply = define(
+    "batch_norm_apply", batch_norm_apply_reference, _launch_apply, _batch_norm_apply_fake, decided_by="z"
+)
 
 
 def batch_norm_apply(

@@ -20,9 +20,9 @@ from fastensdistill.kernels.triton_utils import (
     accumulator,
     check_rows,
     check_tensor,
+    define,
     launch,
     require,
-    runs_kernel,
     tl,
     triton,
 )
@@ -177,24 +177,13 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
     return out, d_weight, d_bias
 
 
-@torch.library.custom_op("fastensdistill::batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    d: Tensor,
-    z: Tensor,
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = _launch_backward if runs_kernel(d) else batch_norm_backward_reference
-    return run(d, z, partials, count, weight, mean, inv_std, residual)
-
-
-@_batch_norm_backward.register_fake
 def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, residual):
     return torch.empty_like(d), torch.empty_like(weight), torch.empty_like(weight)
+
+
+_batch_norm_backward = define(
+    "batch_norm_backward", batch_norm_backward_reference, _launch_backward, _batch_norm_backward_fake, decided_by="d"
+)
 
 
 def batch_norm_backward(

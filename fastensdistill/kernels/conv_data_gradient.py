@@ -26,13 +26,13 @@ from fastensdistill.kernels.triton_utils import (
     check_precision,
     check_rows,
     check_tensor,
+    define,
     launch,
     partial_rows,
     pick,
     present,
     require,
     row_stride,
-    runs_kernel,
     tl,
     triton,
     unpack_mask,
@@ -299,40 +299,16 @@ def _empty_results(d, weight, slots, height, width, z, stride, out_dtype):
     return out, d.new_empty(shape, dtype=accumulator(weight.dtype))
 
 
-@torch.library.custom_op("fastensdistill::conv_data_gradient", mutates_args=())
-def _conv_data_gradient(
-    d: Tensor,
-    weight_flipped: Tensor,
-    slots: Tensor,
-    height: int,
-    width: int,
-    residual: Tensor | None,
-    residual_stride: int,
-    residual_first: bool,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    kernel: int,
-    stride: int,
-    padding: int,
-    out_dtype: str,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    arguments = (
-        d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
-        z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
-    )  # fmt: skip
-    return (_launch if runs_kernel(d) else conv_data_gradient_reference)(*arguments)
-
-
-@_conv_data_gradient.register_fake
 def _conv_data_gradient_fake(
     d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
     z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
 ):  # fmt: skip
     return _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
+
+
+_conv_data_gradient = define(
+    "conv_data_gradient", conv_data_gradient_reference, _launch, _conv_data_gradient_fake, decided_by="d"
+)
 
 
 def conv_data_gradient(

@@ -16,10 +16,10 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     check_precision,
     check_tensor,
+    define,
     launch,
     require,
     row_stride,
-    runs_kernel,
     tl,
     triton,
 )
@@ -217,25 +217,13 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
     return out
 
 
-@torch.library.custom_op("fastensdistill::conv_weight_gradient", mutates_args=())
-def _conv_weight_gradient(
-    x: Tensor,
-    d: Tensor,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    in_relu: bool,
-    kernel: int,
-    stride: int,
-    padding: int,
-    precision: str,
-) -> Tensor:
-    run = _launch if runs_kernel(d) else conv_weight_gradient_reference
-    return run(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision)
-
-
-@_conv_weight_gradient.register_fake
 def _conv_weight_gradient_fake(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):
     return d.new_empty(d.shape[0], kernel * kernel, x.shape[4], d.shape[4], dtype=accumulator(d.dtype))
+
+
+_conv_weight_gradient = define(
+    "conv_weight_gradient", conv_weight_gradient_reference, _launch, _conv_weight_gradient_fake, decided_by="d"
+)
 
 
 def conv_weight_gradient(

@@ -20,12 +20,12 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     check_rows,
     check_tensor,
+    define,
     launch,
     partial_rows,
     present,
     require,
     row_stride,
-    runs_kernel,
     tl,
     triton,
     unpack_mask,
@@ -190,25 +190,13 @@ def _empty_results(d, z):
     return torch.empty_like(d), d.new_empty(shape, dtype=accumulator(d.dtype))
 
 
-@torch.library.custom_op("fastensdistill::elementwise_gradient", mutates_args=())
-def _elementwise_gradient(
-    d: Tensor,
-    residual: Tensor | None,
-    residual_stride: int,
-    residual_first: bool,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    run = _launch if runs_kernel(d) else elementwise_gradient_reference
-    return run(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
-
-
-@_elementwise_gradient.register_fake
 def _elementwise_gradient_fake(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std):
     return _empty_results(d, z)
+
+
+_elementwise_gradient = define(
+    "elementwise_gradient", elementwise_gradient_reference, _launch, _elementwise_gradient_fake, decided_by="d"
+)
 
 
 def elementwise_gradient(

@@ -24,6 +24,7 @@ from fastensdistill.kernels.triton_utils import (
     check_precision,
     check_rows,
     check_tensor,
+    define,
     launch,
     pack_mask,
     partial_rows,
@@ -31,7 +32,6 @@ from fastensdistill.kernels.triton_utils import (
     present,
     require,
     row_stride,
-    runs_kernel,
     shortcut,
     tl,
     triton,
@@ -304,41 +304,14 @@ def _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, p
     )
 
 
-@torch.library.custom_op("fastensdistill::grouped_conv", mutates_args=())
-def _grouped_conv(
-    x: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    inputs: Tensor | None,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    in_relu: bool,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_stride: int,
-    relu: bool,
-    next_scale: Tensor | None,
-    next_shift: Tensor | None,
-    center: Tensor | None,
-    mask: bool,
-    kernel: int,
-    stride: int,
-    padding: int,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (
-        x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
-        next_scale, next_shift, center, mask, kernel, stride, padding, precision,
-    )  # fmt: skip
-    return (_launch if runs_kernel(weight) else grouped_conv_reference)(*arguments)
-
-
-@_grouped_conv.register_fake
 def _grouped_conv_fake(
     x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
     next_scale, next_shift, center, mask, kernel, stride, padding, precision,
 ):  # fmt: skip
     return _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding)
+
+
+_grouped_conv = define("grouped_conv", grouped_conv_reference, _launch, _grouped_conv_fake, decided_by="weight")
 
 
 def grouped_conv(

@@ -17,11 +17,11 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     check_precision,
     check_tensor,
+    define,
     launch,
     pick,
     require,
     row_stride,
-    runs_kernel,
     tl,
     triton,
 )
@@ -160,28 +160,15 @@ def _launch(z, weight, bias, slots, scale, shift, relu, precision):
     return logits, pooled
 
 
-@torch.library.custom_op("fastensdistill::head", mutates_args=())
-def _head(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    run = _launch if runs_kernel(z) else head_reference
-    return run(z, weight, bias, slots, scale, shift, relu, precision)
-
-
-@_head.register_fake
 def _head_fake(z, weight, bias, slots, scale, shift, relu, precision):
     high = accumulator(z.dtype)
     return (
         z.new_empty(z.shape[0], z.shape[1], weight.shape[2], dtype=high),
         z.new_empty(z.shape[0], z.shape[1], z.shape[4], dtype=high),
     )
+
+
+_head = define("head", head_reference, _launch, _head_fake, decided_by="z")
 
 
 def check_head(

@@ -23,12 +23,12 @@ from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
     check_pair,
+    define,
     launch,
     pick,
     present,
     require,
     row_stride,
-    runs_kernel,
     tl,
     triton,
 )
@@ -259,27 +259,11 @@ def _empty_results(d_logits, z, weight, mean, pooled):
     )
 
 
-@torch.library.custom_op("fastensdistill::head_backward", mutates_args=())
-def _head_backward(
-    d_logits: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    pooled: Tensor | None,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _launch if runs_kernel(z) else head_backward_reference
-    return run(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision)
-
-
-@_head_backward.register_fake
 def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
     return _empty_results(d_logits, z, weight, mean, pooled)
+
+
+_head_backward = define("head_backward", head_backward_reference, _launch, _head_backward_fake, decided_by="z")
 
 
 def head_backward(

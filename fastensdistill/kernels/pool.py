@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import accumulator, check_tensor, launch, require, runs_kernel, tl, triton
+from fastensdistill.kernels.triton_utils import accumulator, check_tensor, define, launch, require, tl, triton
 
 
 class MaxPoolOutput(NamedTuple):
@@ -223,16 +223,13 @@ def _launch_mean_pool(x):
     return y
 
 
-@torch.library.custom_op("fastensdistill::max_pool", mutates_args=())
-def _max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    return (_launch_max_pool if runs_kernel(x) else max_pool_reference)(x, kernel, stride, padding)
-
-
-@_max_pool.register_fake
 def _max_pool_fake(x, kernel, stride, padding):
     height, width = (pool_size(size, kernel, stride, padding) for size in x.shape[2:4])
     y = x.new_empty(x.shape[0], x.shape[1], height, width, x.shape[4])
     return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+_max_pool = define("max_pool", max_pool_reference, _launch_max_pool, _max_pool_fake, decided_by="x")
 
 
 def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoolOutput:
@@ -243,17 +240,13 @@ def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoo
     return MaxPoolOutput(*_max_pool(x, kernel, stride, padding))
 
 
-@torch.library.custom_op("fastensdistill::max_pool_backward", mutates_args=())
-def _max_pool_backward(
-    d: Tensor, taps: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
-) -> Tensor:
-    run = _launch_max_pool_backward if runs_kernel(d) else max_pool_backward_reference
-    return run(d, taps, height, width, kernel, stride, padding)
-
-
-@_max_pool_backward.register_fake
 def _max_pool_backward_fake(d, taps, height, width, kernel, stride, padding):
     return d.new_empty(d.shape[0], d.shape[1], height, width, d.shape[4])
+
+
+_max_pool_backward = define(
+    "max_pool_backward", max_pool_backward_reference, _launch_max_pool_backward, _max_pool_backward_fake, decided_by="d"
+)
 
 
 def max_pool_backward(
@@ -274,14 +267,11 @@ def mean_pool_reference(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype)).mean((2, 3))
 
 
-@torch.library.custom_op("fastensdistill::mean_pool", mutates_args=())
-def _mean_pool(x: Tensor) -> Tensor:
-    return (_launch_mean_pool if runs_kernel(x) else mean_pool_reference)(x)
-
-
-@_mean_pool.register_fake
 def _mean_pool_fake(x):
     return x.new_empty(x.shape[0], x.shape[1], x.shape[4], dtype=accumulator(x.dtype))
+
+
+_mean_pool = define("mean_pool", mean_pool_reference, _launch_mean_pool, _mean_pool_fake, decided_by="x")
 
 
 def mean_pool(x: Tensor) -> Tensor:

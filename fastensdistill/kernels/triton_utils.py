@@ -5,8 +5,9 @@ run on CPU tensors too: inside ``use_kernels()``, or everywhere with ``FASTENSDI
 """
 
 import contextlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ except ImportError:  # a platform without Triton: the kernels stay plain functio
 
     class TritonError(Exception):  # type: ignore[no-redef]  # never raised
         pass
+
 
 HAS_TRITON = hasattr(triton, "__version__")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,6 +102,31 @@ def runs_kernel(x: Tensor) -> bool:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError("kernels on CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the start")
     return True
+
+
+def define(
+    name: str,
+    reference: Callable[..., Any],
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    decided_by: str,
+    mutates: tuple[str, ...] = (),
+) -> Any:
+    """The op ``fastensdistill::name``; its schema is the reference's signature, so that no second list states it.
+
+    All three functions take the reference's arguments by position. The launcher serves where ``runs_kernel`` says so
+    of the argument named ``decided_by``, the reference elsewhere, the fake for shapes alone.
+    """
+    position = list(inspect.signature(reference).parameters).index(decided_by)
+
+    def run(*arguments: Any) -> Any:
+        return (launcher if runs_kernel(arguments[position]) else reference)(*arguments)
+
+    schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    op = torch.library.custom_op(f"fastensdistill::{name}", run, mutates_args=mutates, schema=schema)
+    op.register_fake(fake)
+    return op
 
 
 def require(condition: bool, message: str) -> None:
