@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastensdistill import evaluate as evaluate
     from fastensdistill import models as models
     from fastensdistill.config import DistillConfig as DistillConfig
     from fastensdistill.config import TeachConfig as TeachConfig
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fastensdistill.engine.fused import FusedStep as FusedStep
     from fastensdistill.engine.reference import ReferenceStep as ReferenceStep
     from fastensdistill.errors import InputError as InputError
-    from fastensdistill.evaluate.metrics import evaluate as evaluate
     from fastensdistill.evaluate.predict import predict as predict
     from fastensdistill.export import export_network as export_network
     from fastensdistill.method.student import BatchEnsemble as BatchEnsemble
@@ -46,7 +46,6 @@ _HOMES = {
     "engine.fused": ("FusedStep",),
     "engine.reference": ("ReferenceStep",),
     "errors": ("InputError",),
-    "evaluate.metrics": ("evaluate",),
     "evaluate.predict": ("predict",),
     "export": ("export_network",),
     "method.student": ("BatchEnsemble", "Hydra", "LatentBE", "Single", "reestimate_batch_norm"),
@@ -57,12 +56,14 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_HOME_OF, "models"])
+_MODULES = ("evaluate", "models")
+
+__all__ = sorted([*_HOME_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":
-        return importlib.import_module("fastensdistill.models")
+    if name in _MODULES:
+        return importlib.import_module(f"fastensdistill.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fastensdistill' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastensdistill.{_HOME_OF[name]}"), name)

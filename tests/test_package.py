@@ -1,5 +1,6 @@
 """The package: cheap to import, never touches a device by being imported, every public name there and documented."""
 
+import importlib
 import subprocess
 import sys
 
@@ -34,3 +35,12 @@ def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         _ = fed.distil
     assert "LatentBE" in dir(fed)
+
+
+def test_public_names_are_not_hidden_by_modules_of_the_same_name():
+    """Importing a module sets its name on the package, where it would hide a function."""
+    for module in ("evaluate.predict", "export", "models"):
+        importlib.import_module(f"fastensdistill.{module}")
+    for name, home in fed._HOME_OF.items():
+        assert getattr(fed, name) is getattr(importlib.import_module(f"fastensdistill.{home}"), name), name
+    assert callable(fed.evaluate.evaluate)
