@@ -1,13 +1,16 @@
 """Networks in files: one safetensors file holds the tensors and, in its metadata, a card that says how to build it.
 
 Foreign state dicts (.safetensors, or .pt/.pth read with ``weights_only=True``, so nothing is unpickled but tensors)
-load too, with the prefixes that wrappers leave (``module.``, ``_orig_mod.``) taken off.
+load too, with the prefixes that wrappers leave (``module.``, ``_orig_mod.``, ``model.``, ``net.``) taken off.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import Normalized, create_model
 
 FORMAT = "fastensdistill-1"
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # the last two are attributes of a LightningModule
+NESTED = ("state_dict", "model_state_dict", "model", "network", "net")  # where a training script keeps it
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
@@ -53,10 +57,16 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
             raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ValueError, ...: all of them a damaged file
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as a state dict without unpickling code: {first}") from error
+        # Not PyTorch's own words: they advise to load the file in spite of what may be in it
+        found = "it holds other objects than tensors" if zipfile.is_zipfile(path) else "it is truncated or another file"
+        raise InputError(
+            f"{path} cannot be read as a state dict without unpickling code, {found}; "
+            "expected what torch.save(network.state_dict(), FILE) writes"
+        ) from error
     return _state_dict(loaded, path), {}
 
 
@@ -88,7 +98,11 @@ def load_network(path: str | Path, model: str | nn.Module | None = None, **argum
     elif card.get("model"):
         network = create_model(card["model"], **card["arguments"])
     elif model is None:
-        raise InputError(f"{path} does not say which model it holds: pass model=, a name or an nn.Module")
+        own = f", only the class {card['class']}" if card.get("class") else ""
+        raise InputError(
+            f"{path} does not say which model it holds{own}: pass model=, a name or an nn.Module (--teacher-model NAME "
+            "for distill, --model NAME for evaluate and export)"
+        )
     else:
         if "num_classes" not in arguments:
             arguments["num_classes"] = _count_classes(model, tensors, arguments)
@@ -101,7 +115,7 @@ def load_network(path: str | Path, model: str | nn.Module | None = None, **argum
 
 def load_teachers(
     model: str | nn.Module | Sequence[str | nn.Module] | None = None,
-    files: Sequence[str | Path] | None = None,
+    files: str | Path | Sequence[str | Path] | None = None,
     **arguments: Any,
 ) -> Teachers:
     """M teachers from files or modules, frozen and in evaluation mode.
@@ -109,7 +123,8 @@ def load_teachers(
     ``load_teachers("wrn28_4", ["t0.safetensors", "t1.safetensors"])``: one architecture, a file per member.
     ``load_teachers(["wrn28_4", "resnet18"], files)``: an architecture per member (names or modules to fill).
     ``load_teachers([net0, net1])``: modules as they are. ``load_teachers(files=[...])``: files of this package, which
-    say what they hold; their normalisation may differ. ``arguments`` go to :func:`create_model` for foreign files.
+    say what they hold; their normalisation may differ. A folder that ``teach`` wrote stands for its files.
+    ``arguments`` go to :func:`create_model` for foreign files.
     Raises InputError for missing or damaged files, or keys and shapes that do not fit.
     """
     if files is None:
@@ -118,14 +133,30 @@ def load_teachers(
         if named:
             raise InputError(f"teachers {named} are names; expected files to load, or modules")
         return Teachers([m for m in modules if isinstance(m, nn.Module)])
+    files = [f for path in ([files] if isinstance(files, str | Path) else files) for f in members(Path(path))]
     models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
     return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])
 
 
+def teacher_files(folder: Path) -> list[Path]:
+    """``teacher-0.safetensors``, ``teacher-1.safetensors``, ... in their order."""
+    return sorted(folder.glob("teacher-*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or 0))
+
+
+def members(path: Path) -> list[Path]:
+    """The files that ``path``, a file or a folder of ``teach``, stands for. Raises InputError for another folder."""
+    if not path.is_dir():
+        return [path]
+    found = teacher_files(path)
+    if not found:
+        raise InputError(f"{path} holds no teacher-*.safetensors: expected a folder that teach wrote")
+    return found
+
+
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model_state_dict", "model", "network"):
+    for key in NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
@@ -147,14 +178,17 @@ def _strip(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     wanted = network.state_dict()
-    tensors = _strip(tensors, set(wanted))
+    inner = {k.removeprefix("network.") for k in wanted} if isinstance(network, Normalized) else set()
+    tensors = _strip(tensors, set(wanted) | inner)
     if isinstance(network, Normalized) and not any(k.startswith("network.") for k in tensors):
-        tensors = {f"network.{k}": v for k, v in _strip(tensors, set(network.network.state_dict())).items()}
+        tensors = {f"network.{k}": v for k, v in tensors.items()}
     # What a foreign file may lack: our normalisation, which is not trained, and BatchNorm's counters.
     optional = {k for k in wanted if k.startswith("normalize.") or k.endswith("num_batches_tracked")}
     missing, extra = set(wanted) - set(tensors) - optional, set(tensors) - set(wanted)
     wrong = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
-    name = type(network.module if isinstance(network, Student) else network).__name__
+    module = network.module if isinstance(network, Student) else network
+    spec = getattr(module, "spec", None)
+    name = spec.name if spec else type(module).__name__
     if missing or extra:
         example = sorted(missing or extra)[0]
         raise InputError(

@@ -13,6 +13,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.evaluate.runs import count_parameters
 from fastensdistill.files import write_atomically
 from fastensdistill.method.student import STUDENTS, LatentBE
+from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 from fastensdistill.weights import load_network, load_teachers, save_network
 from tests.compare import check_close
@@ -165,3 +166,72 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+WRAPPED = {
+    "under-net": lambda state: {"net": state, "acc": 9.0},
+    "a-lightning-module": lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_state_dicts_as_training_scripts_leave_them(wrap, tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=5).eval()
+    torch.save(wrap(network.state_dict()), tmp_path / "t.ckpt")
+    loaded = load_network(tmp_path / "t.ckpt", "resnet18", mean=(0.0,) * 3, std=(1.0,) * 3)
+    x = torch.rand(2, 3, 32, 32)
+    check_close("logits", loaded(x), network(x), 0.0)
+
+
+def test_a_network_whose_own_names_look_like_a_wrapper_keeps_them(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+    network = Own()
+    torch.save(network.state_dict(), tmp_path / "t.pt")
+    assert torch.equal(load_network(tmp_path / "t.pt", Own()).net.weight, network.net.weight)
+
+
+def test_teachers_from_one_path_or_from_the_folder_that_teach_wrote(tmp_path):
+    networks = [scatter(tiny()).eval() for _ in range(11)]
+    for i, network in enumerate(networks):
+        save_network(tmp_path / f"teacher-{i}.safetensors", network)
+    check_close("all", load_teachers(files=[tmp_path])(X), torch.stack([n(X) for n in networks]), 0.0)
+    check_close("one", load_teachers(files=str(tmp_path / "teacher-10.safetensors"))(X)[0], networks[10](X), 0.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no teacher-\*.safetensors"):
+        load_teachers(files=tmp_path / "empty")
+
+
+def test_files_that_are_no_state_dicts_are_refused_in_our_own_words(tmp_path):
+    """PyTorch's own message advises to load the file in spite of what may be in it."""
+    torch.save(tiny(), tmp_path / "module.pt")
+    torch.save(tiny().state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:1000])
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    words = {"module.pt": "other objects than tensors", "cut.pt": "truncated", "pickle.pt": "truncated or another"}
+    for name, expected in words.items():
+        with pytest.raises(InputError, match=expected) as error:
+            load_network(tmp_path / name, "wrn28_1", num_classes=5)
+        assert "weights_only" not in str(error.value)
+        assert str(error.value).isprintable()
+
+
+def test_what_does_not_fit_is_named_as_the_user_named_it(tmp_path):
+    torch.save(torchvision.models.mobilenet_v2(num_classes=5).state_dict(), tmp_path / "t.pt")
+    with pytest.raises(InputError, match="does not fit resnet18"):
+        load_network(tmp_path / "t.pt", "resnet18", num_classes=5)
+    save_network(tmp_path / "own.safetensors", nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"only the class torch\.nn\.modules\.linear\.Linear"):
+        load_network(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [(tiny(), "one PreResNet"), (["t.pt"], "teacher 0 is a str")], ids=["module", "names"]
+)
+def test_teachers_that_are_no_list_of_networks(given, words):
+    with pytest.raises(InputError, match=words):
+        Teachers(given)

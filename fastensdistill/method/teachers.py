@@ -20,8 +20,15 @@ class Teachers(nn.Module):
 
     def __init__(self, networks: Sequence[nn.Module]):
         super().__init__()
+        if isinstance(networks, nn.Module):
+            raise InputError(f"teachers are one {type(networks).__name__}: expected a sequence of networks")
         if not networks:
             raise InputError("no teachers given: expected at least one network")
+        for i, network in enumerate(networks):
+            if not isinstance(network, nn.Module):
+                raise InputError(
+                    f"teacher {i} is a {type(network).__name__}: expected an nn.Module; load_teachers reads files"
+                )
         self.networks = nn.ModuleList(networks)
         self.requires_grad_(False)
         self.eval()
