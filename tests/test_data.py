@@ -463,3 +463,38 @@ def test_importing_the_package_loads_no_scikit_learn_and_no_torchvision():
     code = "import sys, fastensdistill.data as d; print([m for m in ('sklearn', 'torchvision') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+BY_HAND = [
+    pytest.param({"train": Split(IMAGES / 255, LABELS)}, "train_images are float64", id="float-images"),
+    pytest.param({"train": Split(IMAGES, LABELS + 1)}, r"train_labels\[\d+\] is 4; expected", id="label-too-big"),
+    pytest.param({"test": Split(IMAGES.transpose(0, 3, 1, 2), LABELS)}, r"expected \(N, H, W, C\)", id="nchw"),
+    pytest.param({"test": Split(IMAGES[:, :4], LABELS)}, r"test images are \(4, 6, 3\)", id="two-sizes"),
+    pytest.param({"validation": Split(IMAGES[:0], LABELS[:0])}, "validation split is empty", id="empty"),
+    pytest.param({"test": Split(torch.from_numpy(IMAGES), LABELS)}, "a Tensor; expected a NumPy array", id="tensor"),
+    pytest.param({"mean": (0.5,)}, "expected one of each for 3 channels", id="statistics"),
+    pytest.param({"std": (0.2, 0.2, 0.0)}, "std above 0", id="no-deviation"),
+    pytest.param({"classes": ("a",)}, "at least 2", id="one-class"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BY_HAND)
+def test_a_data_set_made_by_hand_is_checked(change, message):
+    parts = {name: Split(IMAGES, LABELS) for name in ("train", "validation", "test")}
+    whole = {"name": "mine", **parts, "classes": tuple("abcd"), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    assert Dataset(**whole).image_size == (5, 6)
+    with pytest.raises(InputError, match=message) as error:
+        Dataset(**(whole | change))
+    assert "mine" in one_line(error)
+
+
+def test_what_an_npz_holds_instead_is_said(tmp_path):
+    np.savez(tmp_path / "set.npz", x_train=IMAGES, y_train=LABELS)
+    with pytest.raises(InputError, match="found x_train, y_train"):
+        load_dataset(tmp_path / "set.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(InputError, match="no archive") as error:
+        load_dataset(tmp_path / "text.npz")
+    assert "allow_pickle" not in str(error.value)
+    with pytest.raises(InputError, match="unknown dataset 'digit'; did you mean 'digits'"):
+        load_dataset(Path("digit"))

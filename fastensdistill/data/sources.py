@@ -45,7 +45,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits, the names of the classes, and per channel mean and standard deviation of pixels in [0, 1]."""
+    """Three splits, the names of the classes, and per channel mean and standard deviation of pixels in [0, 1].
+
+    Raises ``InputError`` for splits that are empty or not as :class:`Split` says, images of differing shapes, labels
+    that are not below the number of classes, and statistics that are not one for each channel.
+    """
 
     name: str
     train: Split
@@ -54,6 +58,26 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise InputError(f"{self.name} has the classes {self.classes}; expected the names of at least 2")
+        for part, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            where = f"{self.name}: {part}"
+            for kind, values in (("images", split.images), ("labels", split.labels)):
+                if not isinstance(values, np.ndarray):
+                    raise InputError(f"{where}_{kind} are a {type(values).__name__}; expected a NumPy array")
+            check_range(array_part(split.images, split.labels, where).labels, len(self.classes), where)
+            if not len(split.labels):
+                raise InputError(f"{self.name}: the {part} split is empty; expected at least one image")
+            shape, expected = split.images.shape[1:], self.train.images.shape[1:]
+            if shape != expected:
+                raise InputError(f"{where} images are {shape}; expected {expected} as in train")
+        if not len(self.mean) == len(self.std) == self.channels or not all(s > 0 for s in self.std):
+            raise InputError(
+                f"{self.name}: mean={self.mean}, std={self.std}; expected one of each for {self.channels} channels, "
+                "std above 0"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +94,7 @@ class Dataset:
 
 
 def load_dataset(
-    name: str,
+    name: str | Path,
     *,
     root: str | Path | None = None,
     limit: int | None = None,
@@ -104,7 +128,7 @@ def load_dataset(
     for what, value in (("limit", limit), ("validation", validation), ("image_size", image_size)):
         check_count(what, value)
     folder = Path(root).expanduser() if root is not None else None
-    label, source = open_source(name, folder, seed, image_size)
+    label, source = open_source(str(name), folder, seed, image_size)
     for part_name, part in (("train", source.train), ("test", source.test), ("validation", source.validation)):
         if part is not None and len(part.labels) == 0:
             raise InputError(f"{label}: the {part_name} split is empty; expected at least one image")
@@ -127,9 +151,6 @@ def load_dataset(
     for part_name, (part, index) in parts.items():
         check_range(part.labels, len(classes), f"{label}: {part_name}")
         splits[part_name] = Split(part.read(index), part.labels[index])
-        shape, expected = splits[part_name].images.shape[1:], splits["train"].images.shape[1:]
-        if shape != expected:
-            raise InputError(f"{label}: {part_name} images are {shape}; expected {expected} as in train")
     mean, std = source.statistics or measure(splits["train"].images)
     return Dataset(label, splits["train"], splits["validation"], splits["test"], classes, mean, std)
 
@@ -236,19 +257,22 @@ def open_npz(path: Path) -> Source:
             raise InputError(f"{path} is a single array; expected an .npz file")
         with file:
             known = {f"{part}_{kind}" for part in ("train", "test", "validation") for kind in ("images", "labels")}
+            found = file.files
             arrays = {key: file[key] for key in file.files if key in known | {"classes"}}
     except InputError:
         raise
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{path} cannot be read as an .npz file without pickled objects ({' '.join(str(error).split())})"
-        ) from error
+        # NumPy takes whatever it does not know for a pickle, and advises to load it as one
+        why = " ".join(str(error).split()) if zipfile.is_zipfile(path) else "it is no archive, or not whole"
+        raise InputError(f"{path} cannot be read as an .npz file without pickled objects ({why})") from error
     wanted = ["train_images", "train_labels", "test_images", "test_labels"]
     if any(key.startswith("validation_") for key in arrays):
         wanted += ["validation_images", "validation_labels"]
     missing = [key for key in wanted if key not in arrays]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; expected the keys {', '.join(wanted)}")
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}; expected the keys {', '.join(wanted)}, found {', '.join(found)}"
+        )
     parts = {
         part: array_part(arrays[f"{part}_images"], arrays[f"{part}_labels"], f"{path.name}: {part}")
         for part in ("train", "test", "validation")
