@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastensdistill.data.loader import EvaluationSet
+from fastensdistill.data.sources import Split
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import (
     Metrics,
@@ -26,6 +29,7 @@ from fastensdistill.evaluate import (
     pairwise_kl,
 )
 from fastensdistill.evaluate.metrics import calibration_bins
+from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.temperature import LARGEST, SMALLEST
 from tests.compare import check_close
 
@@ -369,3 +373,17 @@ REFUSED = [
 def test_refusals(call, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_predict_takes_splits_and_images_and_leaves_the_mode():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    split = Split(np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3)).astype(np.uint8), np.zeros(7, np.int64))
+    images = torch.from_numpy(split.images).permute(0, 3, 1, 2) / 255
+    expected = network.eval()(images).softmax(-1).detach()[None]
+    network.train()
+    for images_given in (split, EvaluationSet(split, "cpu"), images):
+        check_close(type(images_given).__name__, predict(network, images_given, batch_size=3), expected, 1e-6)
+    assert network.training
+    for wrong, words in ((images[0], r"\(3, 5, 6\)"), (split.images, "ndarray"), (images[:0], "no images")):
+        with pytest.raises(InputError, match=words):
+            predict(network, wrong)
