@@ -242,3 +242,13 @@ def test_refusals():
         LatentBE(tiny(), 2)(torch.rand(1, 3, 8, 8), branches=[2])
     with pytest.raises(InputError, match=r"branches=\[\]"):
         LatentBE(tiny(), 2)(torch.rand(1, 3, 8, 8), branches=[])
+
+
+def test_the_average_is_ready_to_be_used_while_the_student_trains():
+    """In training mode its first use would change its running statistics, and its answers."""
+    student = scatter(LatentBE(tiny(), 2)).train()
+    network = student.average()
+    x = torch.rand(4, 3, 8, 8)
+    assert torch.equal(network(x)[:2], network(x[:2])), "an image's logits depend on the others in its batch"
+    assert not student.average_effective_weights().training
+    assert student.training

@@ -183,7 +183,10 @@ class BatchEnsemble(Student):
         ]
 
     def average(self) -> nn.Module:
-        """One ordinary network of the wrapped class: ``W ∘ (s̄ ⊗ r̄)``, bias ``s̄ ∘ b``, BatchNorm as it stands."""
+        """One ordinary network of the wrapped class: ``W ∘ (s̄ ⊗ r̄)``, bias ``s̄ ∘ b``, BatchNorm as it stands.
+
+        In evaluation mode, whatever mode the student is in; it shares nothing with the student.
+        """
 
         def merge(layer: RankOneLayer) -> nn.Module:
             weight, bias = layer.effective(layer.r.mean(0, keepdim=True), layer.s.mean(0, keepdim=True))
@@ -205,7 +208,8 @@ class BatchEnsemble(Student):
 
     @torch.no_grad()
     def _merge(self, merge: Callable[[RankOneLayer], nn.Module]) -> nn.Module:
-        return _replace(copy.deepcopy(self.module), lambda m: merge(m) if isinstance(m, RankOneLayer) else None)
+        # Straight after training its first use would otherwise change the running statistics
+        return _replace(copy.deepcopy(self.module), lambda m: merge(m) if isinstance(m, RankOneLayer) else None).eval()
 
 
 class LatentBE(BatchEnsemble):
