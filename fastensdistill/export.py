@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Exported:
 
 
 def export_network(
-    network: nn.Module, folder: Path | str, *, images: Tensor, formats: Sequence[str] = FORMATS[:2],
+    network: nn.Module, folder: Path | str, *, images: Tensor, formats: str | Sequence[str] = FORMATS[:2],
     card: dict[str, Any] | None = None, name: str = "network",
 ) -> list[Exported]:  # fmt: skip
     """Export ``network`` to ``folder`` and check every file on ``images`` (N ≥ 2, channels, H, W) in [0, 1].
@@ -46,6 +47,7 @@ def export_network(
     The exported network takes any batch size. Raises InputError for an unknown format, a student that is not averaged,
     fewer than two images, a missing extra, and an export that does not give the same logits.
     """
+    formats = [formats] if isinstance(formats, str) else list(formats)
     for f in formats:
         if f not in FORMATS:
             raise unknown("export format", f, FORMATS)
@@ -63,7 +65,9 @@ def export_network(
     with torch.no_grad():
         expected = network(images)
     done = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+    # The exporters' warnings about their own insides tell the user nothing: what counts is compared below
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        warnings.simplefilter("ignore")
         for f in formats:
             write, read, suffix = _WAYS[f]
             path = Path(temporary) / f"{name}{suffix}"

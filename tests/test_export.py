@@ -67,3 +67,10 @@ def test_refusals(tmp_path):
         export_network(LatentBE(tiny(), 2), tmp_path, images=IMAGES)
     with pytest.raises(InputError, match="at least 2"):
         export_network(network(), tmp_path, images=IMAGES[:1])
+
+
+def test_one_format_may_be_a_name_and_the_exporters_warnings_are_not_the_users(tmp_path, recwarn):
+    network = scatter(tiny()).eval()
+    (done,) = export_network(network, tmp_path, images=torch.rand(4, 3, 8, 8), formats="torch")
+    assert (done.format, done.path.name) == ("torch", "network.pt2")
+    assert not [str(w.message) for w in recwarn]
