@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
@@ -372,3 +373,61 @@ def test_tensorboard_holds_the_records(tmp_path):
     written = [(e.step, round(e.value, 5)) for e in events.Scalars("train/loss")]
     assert written == [(r["step"], round(r["loss"], 5)) for r in records if r["event"] == "train"]
     assert [e.step for e in events.Scalars("validation/accuracy")] == [5, 10]
+
+
+def test_data_may_be_a_path_and_nothing_else_passes_for_data(tmp_path):
+    data = dataset()
+    arrays = {f"{part}_{kind}": getattr(getattr(data, part), kind) for part in ("train", "validation", "test")
+              for kind in ("images", "labels")}  # fmt: skip
+    np.savez(tmp_path / "set.npz", **arrays)
+    assert make(data=tmp_path / "set.npz", epochs=1).fit().step_index == 5
+    with pytest.raises(InputError, match="data is a TensorDataset; expected a Dataset"):
+        make(data=torch.utils.data.TensorDataset(torch.zeros(2)))
+
+
+def test_settings_of_another_kind_are_refused():
+    for config, name in ((TeachConfig(), "TeachConfig"), ({"epochs": 1}, "dict")):
+        with pytest.raises(InputError, match=f"config is a {name}; expected a DistillConfig"):
+            DistillTrainer(LatentBE(tiny(4), 2), [tiny(4), tiny(4)], dataset(), config)
+    with pytest.raises(InputError, match="branches=3 for a student of 2"):
+        make(branches=3)
+    with pytest.raises(InputError, match="branches=3 for a single student"):
+        DistillConfig(student="single", branches=3, perturbation="none")
+
+
+def test_networks_end_in_evaluation_mode():
+    assert not make(epochs=1).fit().student.training
+    networks = [tiny(4), tiny(4)]
+    TeachTrainer(networks, dataset(), TeachConfig(epochs=1, batch_size=8, members=2, device="cpu"), quiet=True).fit()
+    assert not any(network.training for network in networks)
+
+
+def test_one_value_per_channel_is_said_as_it_is():
+    """PyTorch refuses to normalise one value by itself; here the maps are 1x1 and the batch is one image."""
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3), torch.nn.Flatten(),
+                                  torch.nn.Linear(3, 4))  # fmt: skip
+    config = TeachConfig(epochs=1, batch_size=1, members=1, device="cpu")
+    trainer = TeachTrainer([network], dataset(), config, quiet=True)
+    with pytest.raises(InputError, match="batch_size=1 in micro_batches=1 leaves BatchNorm one value"):
+        trainer.fit()
+
+
+def test_a_run_that_starts_anew_saves_the_settings_it_starts_with(tmp_path):
+    """Killed or diverged before its first checkpoint, it may go on with others: what it saves must be those."""
+    with pytest.raises(DivergedError):
+        make(out=tmp_path / "run", learning_rate=1e30, epochs=1).fit()
+    make(out=tmp_path / "run", learning_rate=0.01, epochs=1, resume=True).fit()
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["learning_rate"], saved["student"], saved["branches"]) == (0.01, "latent-be", 2)
+
+
+def test_the_teachers_accuracy_is_told_once(tmp_path, capsys):
+    trainer = make(out=tmp_path / "run", epochs=2)
+    trainer.quiet = False
+    trainer.fit()
+    expected = [accuracy(p, torch.from_numpy(dataset().validation.labels)) for p in
+                predict(trainer.teachers, EvaluationSet(dataset().validation, "cpu"))]  # fmt: skip
+    line = f"teachers: validation {' '.join(f'{100 * a:.2f}' for a in expected)} %\n"
+    assert capsys.readouterr().err.count(line) == 1
+    records = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["teacher_accuracy"] for r in records if r["event"] == "validation"] == [expected, expected]

@@ -158,7 +158,10 @@ def claim_folder(folder: Path, config: Any, resume: bool) -> bool:
     if resume:
         if not (folder / "config.yaml").is_file():
             raise InputError(f"nothing to resume in {folder}: no config.yaml there")
-        return (folder / CHECKPOINT).is_file()
+        if (folder / CHECKPOINT).is_file():
+            return True
+        write_atomically(folder / "config.yaml", to_yaml(config).encode())  # it starts anew, with these settings
+        return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose another --out, or --resume the run in it")
     write_atomically(folder / "config.yaml", to_yaml(config).encode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,20 @@ def check_statistics(config: TrainConfig, step: AnyStep, engine: str) -> None:
     """Raise InputError where several processes are to share BatchNorm's statistics and the engine cannot."""
     if config.sync_batch_norm and parallel.processes() > 1 and not isinstance(step, FusedStep | FusedTeachStep):
         raise InputError(f"sync_batch_norm needs the fused engine, which was not chosen ({engine})")
+
+
+@contextmanager
+def enough_values(config: TrainConfig) -> Iterator[None]:
+    """Say what to do where BatchNorm meets a part of a batch with one value per channel, which PyTorch refuses."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"batch_size={config.batch_size} in micro_batches={config.micro_batches} leaves BatchNorm one value per "
+            "channel to normalise by; expected more images in each part, or larger ones"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

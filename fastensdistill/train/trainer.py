@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,20 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint
 from fastensdistill.train.record import DivergedError, Recorder
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
-from fastensdistill.train.setup import check_shares, check_statistics, choose_device, place
+from fastensdistill.train.setup import check_shares, check_statistics, choose_device, enough_values, place
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.weights import save_network
 
 RECORD_EVERY = 20  # steps
 State = dict[str, Any]
+Settings = TypeVar("Settings", bound=TrainConfig)
+
+
+def _checked(config: Settings, kind: type[Settings]) -> Settings:
+    """``config``. Raises InputError unless it is of the ``kind`` that a trainer needs."""
+    if not isinstance(config, kind):
+        raise InputError(f"config is a {type(config).__name__}; expected a {kind.__name__}")
+    return config
 
 
 class Trainer:
@@ -51,7 +60,7 @@ class Trainer:
     evaluator: Evaluator  # what the validation images go through
     seeds: list[int]  # one stream of batches each
 
-    def __init__(self, config: TrainConfig, data: Dataset | str, out: Path | str | None, resume: bool,
+    def __init__(self, config: TrainConfig, data: Dataset | str | Path, out: Path | str | None, resume: bool,
                  augment: Augment | None, tensorboard: bool, quiet: bool):  # fmt: skip
         parallel.join()
         self.config = config
@@ -59,7 +68,9 @@ class Trainer:
             self.device = choose_device(config.device)
             parallel.check_device(self.device)
             check_shares(config)
-            self.data = load_dataset(data) if isinstance(data, str) else data
+            self.data = load_dataset(data) if isinstance(data, str | Path) else data
+            if not isinstance(self.data, Dataset):
+                raise InputError(f"data is a {type(data).__name__}; expected a Dataset, or the name or path of one")
         self.first = parallel.rank() == 0
         self.out = None if out is None else Path(out)
         self.resume, self.tensorboard, self.quiet = resume, tensorboard, quiet
@@ -72,7 +83,8 @@ class Trainer:
             raise InputError("resume=True needs the run's folder (out=)")
 
     def fit(self) -> Trainer:
-        """Train to the end. Afterwards the networks hold their weights of best validation accuracy, on all processes.
+        """Train to the end. Afterwards the networks hold their weights of best validation accuracy, on all processes,
+        and are in evaluation mode.
 
         Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and DivergedError for a loss that is not
         finite, with the last good checkpoint kept; all processes stop after the same step.
@@ -94,7 +106,8 @@ class Trainer:
         with Stopper(self.step_index) as stopper, recorder:
             while self.step_index < rate.total_steps:
                 self.step.set_learning_rate(rate(self.step_index))
-                scalars = self.train_step()
+                with enough_values(self.config):
+                    scalars = self.train_step()
                 recorder.step(self.step_index, scalars)
                 self.step_index += 1
                 epoch = self.step_index / self.steps_per_epoch
@@ -121,6 +134,7 @@ class Trainer:
             self.networks[name].load_state_dict(weights)
         for network in self.networks.values():
             parallel.same_start(network.state_dict().values())
+            network.eval()
         return self
 
     def begin(self) -> None:
@@ -216,20 +230,23 @@ class DistillTrainer(Trainer):
 
     After :meth:`fit`, ``student.average()`` is the network with the best validation accuracy. The run's folder holds it
     as ``network.safetensors``, beside the student itself, ``student.safetensors``.
+    ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
     Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
     """
 
     title = "distill"
 
-    def __init__(self, student: Student, teachers: Teachers | Sequence[nn.Module], data: Dataset | str,
+    def __init__(self, student: Student, teachers: Teachers | Sequence[nn.Module], data: Dataset | str | Path,
                  config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
                  augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        config = config or DistillConfig()
+        config = _checked(config or DistillConfig(), DistillConfig)
         super().__init__(config, data, out, resume, augment, tensorboard, quiet)
         shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
         with parallel.together():
             if not isinstance(student, Student):
                 raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
+            if config.branches not in (None, student.branches):
+                raise InputError(f"branches={config.branches} for a student of {student.branches}: expected the same")
             teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
             self.student, self.teachers = place(student, self.device), place(teachers, self.device)
             self.teachers.check(shape, classes)
@@ -241,7 +258,8 @@ class DistillTrainer(Trainer):
             check_statistics(config, self.distil, self.engine)
         self.step = self.distil
         self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
-        self._teacher_diversity: dict[str, float] | None = None
+        self.saved_config = replace(config, student=student.kind, branches=student.branches)
+        self._about_teachers: dict[str, Any] = {}
 
     def train_step(self) -> dict[str, Tensor]:
         return self.distil.train_on(self.loaders[0])
@@ -253,14 +271,22 @@ class DistillTrainer(Trainer):
         record = {"accuracy": metrics.accuracy(mean, labels), "nll": metrics.nll(mean, labels)}
         if branches is not None:
             record |= {"branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches)}
-        if len(self.teachers) > 1:
-            if self._teacher_diversity is None:
-                p = self.evaluator.teachers(self.teachers, self.validation)
-                self._teacher_diversity = {
+        return {"student": record["accuracy"]}, record | self.about_teachers()
+
+    def about_teachers(self) -> dict[str, Any]:
+        """What the teachers do on the validation images, measured and told once: a teacher that was given another
+        normalisation than its own, or whose classes are in another order, shows here."""
+        if not self._about_teachers:
+            p = self.evaluator.teachers(self.teachers, self.validation)
+            accuracies = [metrics.accuracy(member, self.validation.labels) for member in p]
+            self._about_teachers = {"teacher_accuracy": accuracies}
+            if len(self.teachers) > 1:
+                self._about_teachers |= {
                     "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p)
                 }  # fmt: skip
-            record |= self._teacher_diversity
-        return {"student": record["accuracy"]}, record
+            if not self.quiet:
+                print(f"teachers: validation {' '.join(f'{100 * a:.2f}' for a in accuracies)} %", file=sys.stderr)
+        return self._about_teachers
 
     def fit(self) -> DistillTrainer:
         super().fit()
@@ -285,10 +311,10 @@ class TeachTrainer(Trainer):
 
     title = "teach"
 
-    def __init__(self, networks: Sequence[nn.Module], data: Dataset | str, config: TeachConfig | None = None, *,
+    def __init__(self, networks: Sequence[nn.Module], data: Dataset | str | Path, config: TeachConfig | None = None, *,
                  out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
                  tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        config = config or TeachConfig(members=len(networks))
+        config = _checked(config or TeachConfig(members=len(networks)), TeachConfig)
         super().__init__(config, data, out, resume, augment, tensorboard, quiet)
         shape = (self.data.channels, *self.data.image_size)
         self.networks = {}
