@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +27,17 @@ class EvaluateRun(DataConfig):
     """Files and run folders. Runs that differ only in their seed share a row."""
     out: Path | None = None
     """Folder for results.json, report.html and its pictures. Unset: only the table is printed."""
-    model: str | None = None
-    """Architecture of files that do not say it."""
+    model: tuple[str, ...] = ()
+    """Architecture of files that do not say it: one for all, or one for each file."""
+    mean: tuple[float, ...] = ()
+    """Their normalisation: a mean for each channel of pixels in [0, 1], for all files, or for one after another. Unset:
+    the data's."""
+    std: tuple[float, ...] = ()
+    """Standard deviations, as the means."""
     ensemble: bool = False
     """Also measure all files together, as one ensemble."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
 
 
 @dataclass
@@ -46,6 +52,10 @@ class ExportRun(DataConfig):
     """Any of: safetensors, torch, onnx."""
     model: str | None = None
     """Architecture of a file that does not say it."""
+    mean: tuple[float, ...] = ()
+    """Its normalisation: a mean for each channel of pixels in [0, 1]. Unset: the data's."""
+    std: tuple[float, ...] = ()
+    """Standard deviations, as the means."""
 
 
 @dataclass
@@ -70,10 +80,15 @@ class PlanRun:
     """Print the launches of a training step: groups, shapes, fusions, work, and least time on a named GPU."""
 
     model: Annotated[str, tyro.conf.Positional] = "wrn28_4"
+    """Architecture of the teachers and the student: a name as for teach --model."""
     teachers: int = 4
+    """M."""
     branches: int = 4
+    """K."""
     batch: int = 128
+    """Images in a batch."""
     gpu: str = "h200"
+    """a100, h100, h200 or b200."""
 
 
 def teach(run: TeachRun) -> None:
@@ -90,19 +105,20 @@ def teach(run: TeachRun) -> None:
 
 
 def distill(run: DistillRun) -> None:
+    from fastensdistill.evaluate.runs import teachers_of
     from fastensdistill.method.student import STUDENTS
+    from fastensdistill.method.teachers import Teachers
     from fastensdistill.models import ModelSpec, create_model
     from fastensdistill.train.setup import seeded
     from fastensdistill.train.trainer import DistillTrainer
-    from fastensdistill.weights import load_teachers
+    from fastensdistill.weights import members
 
     if not run.teachers:
         raise InputError("no teachers given: expected --teachers with files, or a folder that teach wrote")
     data = prepare(run)
-    run.teachers = tuple(resolve_teachers(run.teachers))
-    teachers = load_teachers(
-        run.teacher_model, run.teachers, mean=data.mean, std=data.std, num_classes=data.num_classes
-    )
+    run.teachers = tuple(file.resolve() for path in run.teachers for file in members(path))
+    foreign = teachers_of(vars(run))
+    teachers = Teachers([foreign.load(f, i, len(run.teachers), data) for i, f in enumerate(run.teachers)])
     if run.branches is None:
         run.branches = 1 if run.student == "single" else len(teachers)
     spec = getattr(teachers.networks[0], "spec", ModelSpec("wrn28_4"))
@@ -129,7 +145,7 @@ def evaluate(run: EvaluateRun) -> None:
     from fastensdistill.train.setup import choose_device
 
     data = run.load()
-    candidates = runs.find_candidates(run.paths, data, run.model)
+    candidates = runs.find_candidates(run.paths, data, runs.Foreign(run.model, run.mean, run.std))
     if run.ensemble:
         members = [n for c in candidates for n in c.networks if not isinstance(n, Student | Teachers)]
         if len(members) < 2:
@@ -158,7 +174,7 @@ def export(run: ExportRun) -> None:
         if path.is_dir():
             raise InputError(f"{run.path} holds no network.safetensors: expected the folder of a finished distill run")
     data = run.load()
-    network = runs.load_described(path, data, run.model)
+    network = runs.Foreign(run.model, run.mean, run.std).load(path, 0, 1, data)
     if isinstance(network, Student):
         if not isinstance(network, LatentBE):
             raise InputError(f"{path} is a {network.kind} student, an ensemble; only one network can be exported")
@@ -230,18 +246,6 @@ def build_model(run: ModelConfig, data: Any) -> Any:
     return create_model(name, data.num_classes, mean=data.mean, std=data.std, **arguments)
 
 
-def resolve_teachers(paths: Sequence[Path]) -> list[Path]:
-    from fastensdistill.evaluate.runs import teacher_files
-
-    files: list[Path] = []
-    for path in paths:
-        found = teacher_files(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path} holds no teacher-*.safetensors: expected a folder that teach wrote")
-        files += [f.resolve() for f in found]
-    return files
-
-
 def show(rows: Any, data: Any) -> None:
     from rich.console import Console
 
@@ -270,7 +274,8 @@ def parse(name: str, argv: Sequence[str]) -> Any:
             raise InputError("--config: expected the path of a YAML file after it")
         lead = yaml_flags(read_yaml(argv[i + 1], cls))
         argv = argv[:i] + argv[i + 2 :]
-    run: Any = tyro.cli(cls, args=lead + argv, prog=prog)
+    about = f"{cls.__doc__}\n\nSettings can also stand in a YAML file: --config FILE; flags win."
+    run: Any = tyro.cli(cls, args=lead + argv, prog=prog, description=about if fields(cls) else None)
     if isinstance(run, RunConfig) and run.resume and (run.out / "config.yaml").is_file():
         run = tyro.cli(cls, args=yaml_flags(read_yaml(run.out / "config.yaml", cls)) + lead + argv, prog=prog)
     return run

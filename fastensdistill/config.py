@@ -115,6 +115,8 @@ class DistillConfig(TrainConfig):
         _one_of("perturbation", self.perturbation, PERTURBATIONS)
         if self.branches is not None:
             _at_least("branches", self.branches, 1)
+            if self.student == "single" and self.branches > 1:
+                raise InputError(f"branches={self.branches} for a single student: expected 1, or none given")
         if not 0 <= self.step_size <= 1:
             raise InputError(f"step_size={self.step_size}: expected a value from 0 to 1, the range of pixels")
         if not 0 < self.temperature < math.inf:
@@ -193,8 +195,13 @@ class DistillRun(RunConfig, DataConfig, ModelConfig, DistillConfig):
 
     teachers: tuple[Path, ...] = field(default_factory=tuple)
     """Files of the teachers, or folders that ``teach`` wrote."""
-    teacher_model: str | None = None
-    """Architecture of teachers whose files do not say it."""
+    teacher_model: tuple[str, ...] = ()
+    """Architecture of teachers whose files do not say it: one for all, or one for each."""
+    teacher_mean: tuple[float, ...] = ()
+    """Their normalisation: a mean for each channel of pixels in [0, 1], for all teachers, or for one after another.
+    Unset: the data's."""
+    teacher_std: tuple[float, ...] = ()
+    """Standard deviations, as the means."""
 
 
 def to_yaml(config: Any) -> str:
@@ -217,7 +224,7 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     known = [f.name for f in fields(cls)]
     for key in loaded:
         if key not in known:
-            raise unknown("setting", str(key), known)
+            raise unknown(f"setting of {path}", str(key), known)
     return loaded
 
 

@@ -12,11 +12,17 @@ import pytest
 import torch
 import yaml
 
-from fastensdistill.cli import main, parse
-from fastensdistill.config import DistillRun, TeachRun
+from fastensdistill.cli import COMMANDS, main, parse
+from fastensdistill.config import DistillConfig, DistillRun, TeachRun
+from fastensdistill.data.sources import load_dataset
 from fastensdistill.errors import InputError
+from fastensdistill.evaluate.metrics import accuracy, nll
+from fastensdistill.evaluate.predict import predict
+from fastensdistill.evaluate.runs import find_candidates
 from fastensdistill.kernels import extension
+from fastensdistill.method.student import LatentBE
 from fastensdistill.models import create_model
+from fastensdistill.train.trainer import DistillTrainer
 from fastensdistill.weights import load_network, read_tensors, save_network
 from tests.test_trainer import dataset
 
@@ -283,3 +289,64 @@ def test_doctor_names_versions_and_the_extension(capsys):
     expected = "none; the references in Python serve" if not found["loaded"] else str(found["library"])
     assert re.search(rf"^extension .*{re.escape(expected)}", printed, re.M)
     assert re.search(r"^engines +reference; fused", printed, re.M)
+
+
+def test_foreign_teachers_of_unlike_architecture_and_normalisation(npz, tmp_path, capsys):
+    """One model and one normalisation for each file; what distill trains with is what evaluate measures."""
+    torch.manual_seed(0)
+    made = {"a": ("preresnet", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "b": ("resnet32", (0.5,) * 3, (0.25,) * 3)}
+    networks = {}
+    for name, (model, mean, std) in made.items():
+        networks[name] = create_model(model, 4, mean=mean, std=std).eval()
+        state = {k: v for k, v in networks[name].state_dict().items() if not k.startswith("normalize.")}
+        torch.save(state, tmp_path / f"{name}.pt")
+    files = [str(tmp_path / f"{name}.pt") for name in made]
+    means = [str(v) for _, mean, _ in made.values() for v in mean]
+    stds = [str(v) for _, _, std in made.values() for v in std]
+    models = [model for model, _, _ in made.values()]
+    out = tmp_path / "run"
+    assert main(["distill", "--data", npz, *SMALL, "--epochs", "1", "--teachers", *files, "--teacher-model", *models,
+                 "--teacher-mean", *means, "--teacher-std", *stds, "--out", str(out)]) == 0  # fmt: skip
+    data = load_dataset(npz)
+    labels = torch.from_numpy(data.validation.labels)
+    expected = [accuracy(predict(n, data.validation)[0], labels) for n in networks.values()]
+    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["teacher_accuracy"] == expected
+    assert main(["evaluate", *files, "--data", npz, "--model", *models, "--mean", *means, "--std", *stds,
+                 "--out", str(tmp_path / "report")]) == 0  # fmt: skip
+    rows = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
+    labels = torch.from_numpy(data.test.labels)
+    nlls = [nll(predict(n, data.test)[0], labels) for n in networks.values()]
+    assert [r["metrics"][0]["nll"] for r in rows] == pytest.approx(nlls, rel=1e-6)
+    capsys.readouterr()
+    arguments = ["evaluate", *files, "--data", npz, "--model", *models]
+    assert main([*arguments, "--mean", *means[:2]]) == 2
+    assert "mean has 2 values: expected 3 for all files, or 6" in capsys.readouterr().err
+    assert main([*arguments[:-1]]) == 2
+    assert "b.pt does not fit preresnet" in capsys.readouterr().err
+
+
+def test_runs_from_python_share_no_row(npz, tmp_path):
+    """They save neither data nor teachers, so that nothing says that they differ in the seed only."""
+    paths = []
+    for name, widen in (("narrow", 1), ("wide", 2)):
+        networks = [create_model("preresnet", 4, blocks=(1,), in_planes=4, widen=widen) for _ in range(2)]
+        config = DistillConfig(epochs=1, batch_size=8, device="cpu")
+        DistillTrainer(LatentBE(networks[0], 2), networks, npz, config, out=tmp_path / name, quiet=True).fit()
+        paths.append(tmp_path / name)
+    assert [c.name for c in find_candidates(paths, load_dataset(npz))] == ["narrow", "wide"]
+
+
+def test_a_setting_of_another_kind_of_run_is_named_with_its_file(runs, capsys):
+    folder = runs / "teachers"
+    assert main(["distill", "--teachers", str(folder), "--out", str(folder), "--resume"]) == 2
+    assert f"unknown setting of {folder / 'config.yaml'} 'members'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n != "doctor"])
+def test_help_explains_every_flag_and_the_file_of_settings(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert "--config FILE" in text
+    assert not re.search(r"--[\w-]+ \w+ +\(default", text), "a flag without a word on it"

@@ -68,7 +68,7 @@ _CAPTIONS = {
     "metrics": "Every seed of every row of the table. Differences smaller than the seeds' own spread mean little.",
     "reliability": "Test images sorted by the probability of the predicted class. A calibrated network's bars end on "
     "the dashed line; below it the network is surer than it is right. The lower panels show how many images each bar "
-    f"stands for; bars with fewer than {FEW} are pale.",
+    f"stands for; bars with fewer than {FEW} are pale. Of a row with several seeds it is the first.",
     "learning_curves": "Training loss is smoothed; teachers' (cross-entropy) and students' (distillation) are not the "
     "same quantity. Validation is shown from where runs begin to differ; students are validated as what is deployed, "
     "LatentBE as its averaged network. Thin lines are single seeds.",

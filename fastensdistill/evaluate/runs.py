@@ -26,7 +26,7 @@ from fastensdistill.method.modes import evaluating
 from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.weights import load_network
+from fastensdistill.weights import load_network, teacher_files
 
 STRIP = 8  # images beside their perturbed versions
 SHOWN = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "precision")
@@ -82,23 +82,25 @@ def count_macs(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def find_candidates(paths: Sequence[Path], data: Dataset, model: str | None = None) -> list[Candidate]:
+def find_candidates(paths: Sequence[Path], data: Dataset, foreign: Foreign | None = None) -> list[Candidate]:
     """The rows that files and run folders make; runs that differ only in their seed share one.
 
-    ``model`` is the architecture of files that do not say it, which get the data's classes and normalisation.
+    ``foreign`` says what the files among ``paths`` hold that do not say it.
     A folder of ``teach`` gives its members and their ensemble; one of ``distill`` its averaged network, or the
     branch ensemble where that is what the student is for. Raises InputError for a path that holds neither.
     """
     candidates: list[Candidate] = []
     seeds: dict[str, Candidate] = {}
+    foreign = foreign or Foreign()
+    files = [path for path in paths if path.is_file()]
     for path in paths:
-        if path.is_file():
-            network = load_described(path, data, model)
+        if path in files:
+            network = foreign.load(path, files.index(path), len(files), data)
             candidates.append(Candidate(path.stem, "student", [network]))
             continue
         teachers = teacher_files(path)
         if teachers:
-            networks = [load_described(f, data, model) for f in teachers]
+            networks = [load_network(f) for f in teachers]
             prefix = "" if path.name == "teachers" else f"{path.name}: "
             candidates.append(Candidate(f"{prefix}teachers", "teachers", networks, [path]))
             if len(networks) > 1:
@@ -109,7 +111,9 @@ def find_candidates(paths: Sequence[Path], data: Dataset, model: str | None = No
             raise InputError(f"{path}: expected a safetensors file, or the folder of a finished run")
         config = read_config(path)
         free = ("seed", "out", "resume", "tensorboard", "device", "engine")
-        key = json.dumps({k: v for k, v in config.items() if k not in free}, default=str) if config else str(path)
+        # A run made from Python saves no teachers and no data: what else differs cannot be seen
+        whole = {"teachers", "data"} <= set(config)
+        key = json.dumps({k: v for k, v in config.items() if k not in free}, default=str) if whole else str(path)
         if key in seeds:
             seeds[key].networks.append(load_network(file))
             seeds[key].folders.append(path)
@@ -122,14 +126,34 @@ def find_candidates(paths: Sequence[Path], data: Dataset, model: str | None = No
     return candidates
 
 
-def load_described(path: Path, data: Dataset, model: str | None = None) -> nn.Module:
-    """A network from a file; one that does not say what it holds is a ``model`` made for this data."""
-    return load_network(path, model, mean=data.mean, std=data.std, num_classes=data.num_classes)
+@dataclass(frozen=True)
+class Foreign:
+    """What files hold that do not say it: each field for all of them, or for one after another.
 
+    ``models`` are architectures, ``mean`` and ``std`` the normalisation of pixels in [0, 1], a value per channel; unset
+    it is the data's, as is the number of classes. ``prefix`` begins the settings' names in errors.
+    """
 
-def teacher_files(folder: Path) -> list[Path]:
-    """``teacher-0.safetensors``, ``teacher-1.safetensors``, ... in their order."""
-    return sorted(folder.glob("teacher-*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or 0))
+    models: str | Sequence[str] | None = ()
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    prefix: str = ""
+
+    def load(self, path: Path, index: int, count: int, data: Dataset) -> nn.Module:
+        """The network in ``path``, the file ``index`` of ``count``. Raises InputError for settings that do not fit."""
+        models = [self.models] if isinstance(self.models, str) else list(self.models or ())
+        model = self._own("model", models, 1, index, count)
+        mean = self._own("mean", self.mean, data.channels, index, count) or data.mean
+        std = self._own("std", self.std, data.channels, index, count) or data.std
+        return load_network(path, model[0] if model else None, mean=mean, std=std, num_classes=data.num_classes)
+
+    def _own(self, name: str, values: Sequence[Any], each: int, index: int, count: int) -> Sequence[Any]:
+        if len(values) not in (0, each, each * count):
+            raise InputError(
+                f"{self.prefix}{name} has {len(values)} values: expected {each} for all files, or {each * count} for "
+                f"the {count} files one after another"
+            )
+        return values[index * each : (index + 1) * each] if len(values) > each else values
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -144,6 +168,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
     return config
+
+
+def teachers_of(config: dict[str, Any]) -> Foreign:
+    """What a distill run's settings say of its teachers' files."""
+    model, mean, std = (config.get(f"teacher_{name}") or () for name in ("model", "mean", "std"))
+    return Foreign(model, mean, std, prefix="teacher_")
 
 
 def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], data: Dataset) -> tuple[Any, ...] | None:
@@ -182,7 +212,8 @@ def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: to
         files = [Path(f) for f in config.get("teachers", ())]
         if strip is None and files and all(f.is_file() for f in files):
             student = load_network(candidate.folders[0] / "student.safetensors")
-            teachers = Teachers([load_described(f, data, config.get("teacher_model")) for f in files])
+            foreign = teachers_of(config)
+            teachers = Teachers([foreign.load(f, i, len(files), data) for i, f in enumerate(files)])
             strip = strip_images(student, teachers, config, data) if isinstance(student, Student) else None
     facts = {
         "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "

@@ -94,7 +94,9 @@ class Perturbation:
         if name in ("tdiv", "tdiv-sdiv") and teachers < 2:
             raise InputError(f"perturbation {name!r} needs at least 2 teachers that can disagree, got {teachers}")
         if name == "tdiv-sdiv" and branches < 2:
-            raise InputError(f"perturbation {name!r} needs a student of at least 2 branches, got {branches}")
+            raise InputError(
+                f"perturbation {name!r} needs a student of at least 2 branches, got {branches}: choose another, or none"
+            )
         self.name, self.teachers, self.branches = name, teachers, branches
         self.size, self.temperature, self.pick, self.noise = size, temperature, pick, noise
         count = branches if name == "tdiv-sdiv" else teachers
