@@ -13,23 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.gather import store_bits, sum_rows
+from fastensdistill.kernels.gather import load_shortcut, store_bits, sum_rows
 from fastensdistill.kernels.tiles import Tile, rows_tile
 from fastensdistill.kernels.triton_utils import (
     absent,
     accumulator,
     check_pair,
     check_rows,
+    check_shortcut,
     check_tensor,
     define,
     launch,
     pack_mask,
     present,
     require,
+    residual_sizes,
     row_stride,
     shortcut,
     tl,
     triton,
+    wide,
 )
 
 # The sums over rows of partials: 8 channels are one 32-byte sector, 1024 rows of them 16 values a thread. A layer at
@@ -50,8 +53,11 @@ class NormOutput(NamedTuple):
     mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
 
 
-def wide(rows: Tensor) -> Tensor:
-    return rows[:, None, None, None, :]
+def set_sums(partials: Tensor, sets: int) -> tuple[Tensor, Tensor]:
+    """Both sums of each set, (Q, C), of rows of partials (G, P, 2, C)."""
+    sums = partials.sum(1)
+    first, second = (sums.sum(0, keepdim=True) if sets == 1 else sums).unbind(1)
+    return first, second
 
 
 def batch_norm_statistics_reference(
@@ -64,10 +70,7 @@ def batch_norm_statistics_reference(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = partials.sum(1)
-    if weight.shape[0] == 1:
-        sums = sums.sum(0, keepdim=True)
-    first, second = sums[:, 0] / count, sums[:, 1] / count
+    first, second = (sums / count for sums in set_sums(partials, weight.shape[0]))
     mean, var = running_mean + first, (second - first.square()).clamp_min(0)
     running_mean.lerp_(mean, momentum)
     running_var.lerp_(var, momentum)
@@ -242,14 +245,11 @@ def batch_norm_apply_kernel(
     b_y = tl.load(p_z + i_g * positions * C + o_z, mask=m_z, other=0.0).to(tl.float32)
     b_y = b_y * b_scale[None, :] + b_shift[None, :]
     if p_residual is not None:
+        p_residual += i_g * s_residual
         image = o_m // (H * W)
-        i_h = (o_m % (H * W)) // W * RESIDUAL_STRIDE
-        i_w = o_m % W * RESIDUAL_STRIDE
-        o_r = ((image * HR + i_h) * WR + i_w) * CR
-        m_r = m_m[:, None] & (o_n < CR)[None, :]
-        b_y += tl.load(p_residual + i_g * s_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(
-            tl.float32
-        )
+        i_h = (o_m % (H * W)) // W
+        i_w = o_m % W
+        b_y += load_shortcut(p_residual, image, i_h, i_w, m_m, o_n, HR, WR, CR, RESIDUAL_STRIDE)
     if RELU:
         b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     b_stored = b_y.to(p_y.dtype.element_ty)
@@ -280,9 +280,7 @@ def _launch_apply(z, scale, shift, residual, residual_stride, relu, mask):
         H=height,
         W=width,
         C=channels,
-        HR=residual.shape[2] if residual is not None else 0,
-        WR=residual.shape[3] if residual is not None else 0,
-        CR=residual.shape[4] if residual is not None else 0,
+        **residual_sizes(residual),
         RESIDUAL_STRIDE=residual_stride,
         RELU=relu,
     )
@@ -320,13 +318,6 @@ def batch_norm_apply(
     """
     check_tensor("z", z, 5)
     check_pair("scale and shift", scale, shift, z.shape[0], z.shape[4])
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        size = tuple(-(-s // residual_stride) for s in residual.shape[2:4])
-        require(
-            residual.shape[:2] == z.shape[:2] and size == tuple(z.shape[2:4]) and residual.shape[4] <= z.shape[4],
-            f"residual has shape {tuple(residual.shape)}, expected every {residual_stride}-th position of it to fit "
-            f"{tuple(z.shape)}",
-        )
+    check_shortcut(residual, residual_stride, z.shape)
     y, bits = _batch_norm_apply(z, scale, shift, residual, residual_stride, relu, mask)
     return NormOutput(y, present(bits))

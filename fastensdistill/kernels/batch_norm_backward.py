@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_TILE, sums_blocks, wide
+from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_TILE, set_sums, sums_blocks
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
 from fastensdistill.kernels.gather import sum_rows
 from fastensdistill.kernels.tiles import rows_tile
@@ -25,6 +25,7 @@ from fastensdistill.kernels.triton_utils import (
     require,
     tl,
     triton,
+    wide,
 )
 
 
@@ -61,10 +62,7 @@ def batch_norm_backward_reference(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     high = accumulator(d.dtype)
-    sums = partials.sum(1)
-    if weight.shape[0] == 1:
-        sums = sums.sum(0, keepdim=True)
-    d_bias, d_weight = sums[:, 0].clone(), sums[:, 1].clone()
+    d_bias, d_weight = (sums.clone() for sums in set_sums(partials, weight.shape[0]))
     a = weight * inv_std
     b = -a * inv_std * d_weight / count
     c = -a * d_bias / count - b * mean

@@ -16,26 +16,24 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from fastensdistill.errors import unknown
-from fastensdistill.kernels.gather import gather_product, load_bits
+from fastensdistill.kernels.elementwise_gradient import check_epilogue, gradient_epilogue, gradient_sums
+from fastensdistill.kernels.gather import gather_product, load_bits, load_spread
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
     DTYPE_NAMES,
-    absent,
     accumulator,
-    check_pair,
     check_precision,
-    check_rows,
     check_tensor,
     define,
     launch,
+    out_size,
     partial_rows,
-    pick,
     present,
     require,
+    residual_sizes,
     row_stride,
     tl,
     triton,
-    unpack_mask,
 )
 
 
@@ -75,7 +73,7 @@ def conv_data_gradient_reference(
 ) -> tuple[Tensor, Tensor]:
     groups, images = d.shape[:2]
     slot_count, _, out_channels, in_channels = weight_flipped.shape
-    high, dtype = accumulator(weight_flipped.dtype), DTYPE_NAMES[out_dtype]
+    high = accumulator(weight_flipped.dtype)
     w = weight_flipped.to(high).flip(1).view(slot_count, kernel, kernel, out_channels, in_channels)
     w = w.permute(0, 3, 4, 1, 2)[slots.long()].flatten(0, 1)
     u = nn_grad.conv2d_input(
@@ -87,25 +85,13 @@ def conv_data_gradient_reference(
         groups=groups,
     )
     u = u.unflatten(1, (groups, in_channels)).permute(1, 0, 3, 4, 2)
-    added = torch.zeros_like(u)
-    if residual is not None:
-        r = residual[..., :in_channels].to(high)
-        added[:, :, ::residual_stride, ::residual_stride] = F.pad(r, (0, in_channels - r.shape[-1]))
-    if residual_first:
-        u = u + added
-    if mask is not None:
-        u = u * unpack_mask(mask, in_channels)
-    if scale is not None:
-        u = u * pick(scale, slots)
-    if not residual_first:
-        u = u + added
-    out, statistics = u.to(dtype).contiguous(), absent(d.new_empty(0, dtype=high))
-    if z is not None and mean is not None and inv_std is not None:
-        stored = out.to(high)
-        product = stored * ((z.to(high) - pick(mean, slots)) * pick(inv_std, slots))
-        block = _tile(d, weight_flipped).BLOCK_M
-        statistics = torch.stack([class_rows(v, stride, block) for v in (stored, product)], 2)
-    return out, statistics
+    u = gradient_epilogue(u, slots, residual, residual_stride, residual_first, mask, scale)
+    out = u.to(DTYPE_NAMES[out_dtype]).contiguous()
+
+    def rows(values: Tensor) -> Tensor:
+        return class_rows(values, stride, _tile(d, weight_flipped).BLOCK_M)
+
+    return out, gradient_sums(out.to(high), slots, z, mean, inv_std, rows)
 
 
 def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
@@ -213,10 +199,7 @@ def conv_data_gradient_kernel(
     m_out = m_m[:, None] & m_n[None, :]
     if p_residual is not None:
         p_residual += i_g * N * (HR * WR * CR)
-        on_grid = m_m & (i_h % RESIDUAL_STRIDE == 0) & (i_w % RESIDUAL_STRIDE == 0)
-        o_r = ((image * HR + i_h // RESIDUAL_STRIDE) * WR + i_w // RESIDUAL_STRIDE) * CR
-        m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
-        b_residual = tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
+        b_residual = load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
         if RESIDUAL_FIRST:
             acc += b_residual
     if p_mask is not None:
@@ -273,9 +256,7 @@ def _launch(
         HO=d.shape[2],
         WO=d.shape[3],
         CO=d.shape[4],
-        HR=residual.shape[2] if residual is not None else 0,
-        WR=residual.shape[3] if residual is not None else 0,
-        CR=residual.shape[4] if residual is not None else 0,
+        **residual_sizes(residual),
         RESIDUAL_STRIDE=residual_stride,
         RESIDUAL_FIRST=residual_first,
         KERNEL=kernel,
@@ -353,25 +334,9 @@ def conv_data_gradient(
     )
     require(d.shape[0] == slots.shape[0], f"d has {d.shape[0]} groups, expected {slots.shape[0]} as slots has")
     require(d.dtype == weight_flipped.dtype, f"d is {d.dtype}, expected the weight's {weight_flipped.dtype}")
-    out = tuple((size + 2 * padding - kernel) // stride + 1 for size in in_size)
+    out = tuple(out_size(size, kernel, stride, padding) for size in in_size)
     require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
-    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
-    check_pair("mean and inv_std", mean, inv_std, slot_count, channels)
-    check_rows("scale", scale, slot_count, channels)
-    if z is not None:
-        require(z.shape == shape and z.is_contiguous(), f"z has shape {tuple(z.shape)}, expected {shape}, contiguous")
-    if mask is not None:
-        wanted = (*shape[:4], -(-channels // 8))
-        require(
-            mask.shape == wanted and mask.is_contiguous() and mask.dtype == torch.uint8,
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected uint8 {wanted}, contiguous",
-        )
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        small = (*shape[:2], -(-height // residual_stride), -(-width // residual_stride))
-        require(
-            residual.shape[:4] == small, f"residual has shape {tuple(residual.shape)}, expected {small} and channels"
-        )
+    check_epilogue(shape, slot_count, residual, residual_stride, mask, scale, z, mean, inv_std)
     name = str(out_dtype or d.dtype).removeprefix("torch.")
     if name not in DTYPE_NAMES:
         raise unknown("out_dtype", name, DTYPE_NAMES)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
+from fastensdistill.kernels.grouped_conv import conv_input
 from fastensdistill.kernels.tiles import SUM_TILE, device_arch, split_steps, weight_gradient_tile
 from fastensdistill.kernels.triton_utils import (
     accumulator,
@@ -18,6 +19,7 @@ from fastensdistill.kernels.triton_utils import (
     check_tensor,
     define,
     launch,
+    out_size,
     require,
     row_stride,
     tl,
@@ -38,12 +40,8 @@ def conv_weight_gradient_reference(
 ) -> Tensor:
     groups, out_channels, in_channels = d.shape[0], d.shape[4], x.shape[4]
     high = accumulator(d.dtype)
-    u = x.expand(groups, -1, -1, -1, -1).to(high)
-    if in_scale is not None and in_shift is not None:
-        u = u * in_scale[:, None, None, None, :].to(high) + in_shift[:, None, None, None, :].to(high)
-    if in_relu:
-        u = u.relu()
-    u = u.to(d.dtype).to(high).permute(1, 0, 4, 2, 3).flatten(1, 2)
+    u = conv_input(x, None, None, in_scale, in_shift, in_relu, d.dtype).expand(groups, -1, -1, -1, -1)
+    u = u.to(high).permute(1, 0, 4, 2, 3).flatten(1, 2)
     dw = nn_grad.conv2d_weight(
         u,
         [groups * out_channels, in_channels, kernel, kernel],
@@ -248,7 +246,7 @@ def conv_weight_gradient(
     check_tensor("d", d, 5)
     check_precision(precision)
     groups = d.shape[0]
-    out = tuple((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:4])
+    out = tuple(out_size(size, kernel, stride, padding) for size in x.shape[2:4])
     require(
         x.shape[0] in (1, groups) and x.shape[1] == d.shape[1],
         f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups of {d.shape[1]} images",

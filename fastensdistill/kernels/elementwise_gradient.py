@@ -3,19 +3,20 @@
     u = d;   u += residual (residual_first);   u = mask · u;   u = scale · u;   u += residual (otherwise)
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
-Here scale, mean and inv_std are by group: (Q, C), Q = G or 1.
+Here scale, mean and inv_std are by group: (Q, C), Q = G or 1. ``gradient_epilogue``, ``gradient_sums`` and
+``check_epilogue`` serve the data gradients of convolutions too, where they are by weight slot.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastensdistill.kernels.batch_norm import wide
-from fastensdistill.kernels.gather import load_bits
+from fastensdistill.kernels.gather import load_bits, load_spread
 from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
+    absent,
     accumulator,
     check_pair,
     check_rows,
@@ -23,8 +24,10 @@ from fastensdistill.kernels.triton_utils import (
     define,
     launch,
     partial_rows,
+    pick,
     present,
     require,
+    residual_sizes,
     row_stride,
     tl,
     triton,
@@ -39,6 +42,50 @@ class ElementwiseGradient(NamedTuple):
     statistics: Tensor | None  # (G, P, 2, C) float32
 
 
+def gradient_epilogue(
+    u: Tensor,
+    slots: Tensor | None,
+    residual: Tensor | None,
+    residual_stride: int,
+    residual_first: bool,
+    mask: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """u of the equations (G, N, H, W, C) from its first value; without ``slots`` the scale is by group."""
+
+    def with_residual(u: Tensor) -> Tensor:
+        if residual is not None:
+            u = u.clone()
+            u[:, :, ::residual_stride, ::residual_stride, : residual.shape[4]] += residual[..., : u.shape[4]]
+        return u
+
+    u = with_residual(u) if residual_first else u
+    if mask is not None:
+        u = u * unpack_mask(mask, u.shape[4])
+    if scale is not None:
+        u = u * pick(scale, slots)
+    return u if residual_first else with_residual(u)
+
+
+def gradient_sums(
+    u: Tensor,
+    slots: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+    rows: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The statistics of the equations, of ``u`` as stored; without z, mean and inv_std nothing.
+
+    ``rows`` makes the rows of partial sums, (G, N, H, W, C) → (G, P, C).
+    """
+    u = u.to(accumulator(u.dtype))
+    if z is None or mean is None or inv_std is None:
+        return absent(u)
+    standard = (z.to(u.dtype) - pick(mean, slots)) * pick(inv_std, slots)
+    return torch.stack([rows(u), rows(u * standard)], 2)
+
+
 def elementwise_gradient_reference(
     d: Tensor,
     residual: Tensor | None,
@@ -50,23 +97,9 @@ def elementwise_gradient_reference(
     mean: Tensor | None,
     inv_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    high, channels = accumulator(d.dtype), d.shape[4]
-    u = d.to(high)
-    added = torch.zeros_like(u)
-    if residual is not None:
-        r = residual[..., :channels].to(high)
-        added[:, :, ::residual_stride, ::residual_stride] = F.pad(r, (0, channels - r.shape[-1]))
-    u = u + added if residual_first else u
-    if mask is not None:
-        u = u * unpack_mask(mask, channels)
-    if scale is not None:
-        u = u * wide(scale)
-    out = (u if residual_first else u + added).to(d.dtype)
-    sums = d.new_empty(0, dtype=high)
-    if z is not None and mean is not None and inv_std is not None:
-        stored = out.to(high)
-        product = stored * ((z.to(high) - wide(mean)) * wide(inv_std))
-        sums = torch.stack([partial_rows(v.flatten(1, 3), ROWS_BLOCK) for v in (stored, product)], 2)
+    u = d.to(accumulator(d.dtype))
+    out = gradient_epilogue(u, None, residual, residual_stride, residual_first, mask, scale).to(d.dtype)
+    sums = gradient_sums(out, None, z, mean, inv_std, lambda v: partial_rows(v.flatten(1, 3), ROWS_BLOCK))
     return out.clone() if out is d else out, sums
 
 
@@ -117,13 +150,9 @@ def elementwise_gradient_kernel(
         o_d = o_m[:, None] * C + o_n[None, :]
         b_d = tl.load(p_d + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
         if p_residual is not None:
-            i_h = (o_m % (H * W)) // W
-            i_w = o_m % W
-            on_grid = m_m & (i_h % RESIDUAL_STRIDE == 0) & (i_w % RESIDUAL_STRIDE == 0)
-            o_r = ((o_m // (H * W) * HR + i_h // RESIDUAL_STRIDE) * WR + i_w // RESIDUAL_STRIDE) * CR
-            m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
-            p_r = p_residual + i_g * s_residual + (o_r[:, None] + o_n[None, :])
-            b_residual = tl.load(p_r, mask=m_r, other=0.0).to(tl.float32)
+            p_r = p_residual + i_g * s_residual
+            image, i_h, i_w = o_m // (H * W), (o_m % (H * W)) // W, o_m % W
+            b_residual = load_spread(p_r, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
             if RESIDUAL_FIRST:
                 b_d += b_residual
         if p_mask is not None:
@@ -173,9 +202,7 @@ def _launch(d, residual, residual_stride, residual_first, mask, scale, z, mean, 
         H=height,
         W=width,
         C=channels,
-        HR=residual.shape[2] if residual is not None else 0,
-        WR=residual.shape[3] if residual is not None else 0,
-        CR=residual.shape[4] if residual is not None else 0,
+        **residual_sizes(residual),
         RESIDUAL_STRIDE=residual_stride,
         RESIDUAL_FIRST=residual_first,
         ROWS=ROWS_BLOCK,
@@ -199,6 +226,37 @@ _elementwise_gradient = define(
 )
 
 
+def check_epilogue(
+    shape: tuple[int, ...],
+    count: int,
+    residual: Tensor | None,
+    residual_stride: int,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+) -> None:
+    """Refuse operands that do not go with a gradient of ``shape`` (G, N, H, W, C) and ``count`` slots or groups."""
+    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
+    if z is not None:
+        require(z.shape == shape and z.is_contiguous(), f"z has shape {tuple(z.shape)}, expected {shape}, contiguous")
+    check_pair("mean and inv_std", mean, inv_std, count, shape[4])
+    check_rows("scale", scale, count, shape[4])
+    if mask is not None:
+        wanted = (*shape[:4], -(-shape[4] // 8))
+        require(
+            mask.shape == wanted and mask.is_contiguous() and mask.dtype == torch.uint8,
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected uint8 {wanted}, contiguous",
+        )
+    if residual is not None:
+        check_tensor("residual", residual, 5)
+        small = (*shape[:2], *(-(-size // residual_stride) for size in shape[2:4]))
+        require(
+            residual.shape[:4] == small, f"residual has shape {tuple(residual.shape)}, expected {small} and channels"
+        )
+
+
 def elementwise_gradient(
     d: Tensor,
     *,
@@ -219,25 +277,6 @@ def elementwise_gradient(
     inv_std`` together ask for ``statistics``. Raises InputError for shapes that disagree.
     """
     check_tensor("d", d, 5)
-    groups, images, height, width, channels = d.shape
-    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
-    require(
-        z is None or (z.shape == d.shape and z.is_contiguous()),
-        f"z has shape {None if z is None else tuple(z.shape)}, expected {tuple(d.shape)}, contiguous",
-    )
-    check_pair("mean and inv_std", mean, inv_std, groups, channels)
-    check_rows("scale", scale, groups, channels)
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        small = (groups, images, -(-height // residual_stride), -(-width // residual_stride))
-        require(
-            residual.shape[:4] == small, f"residual has shape {tuple(residual.shape)}, expected {small} and channels"
-        )
-    if mask is not None:
-        wanted = (*d.shape[:4], -(-channels // 8))
-        require(
-            mask.shape == wanted and mask.is_contiguous() and mask.dtype == torch.uint8,
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected uint8 {wanted}, contiguous",
-        )
+    check_epilogue(tuple(d.shape), d.shape[0], residual, residual_stride, mask, scale, z, mean, inv_std)
     out, sums = _elementwise_gradient(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
     return ElementwiseGradient(out, present(sums))

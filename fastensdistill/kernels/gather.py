@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: a convolution's inner loop, 1-bit masks, sums over rows of partials."""
+"""Device functions that several kernels share: a convolution's inner loop, residuals, 1-bit masks, sums of partials."""
 
 from fastensdistill.kernels.triton_utils import tl, triton
 
@@ -119,6 +119,46 @@ def load_bits(p_mask, o_m, m_m, i_first, C: tl.constexpr, BLOCK_M: tl.constexpr,
     b_bytes = tl.load(p_mask + (o_m * CB)[:, None] + o_b[None, :], mask=m_b, other=0).to(tl.int32)
     b_bits = (b_bytes[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(b_bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def load_shortcut(
+    p_residual,
+    image,
+    i_h,
+    i_w,
+    m_m,
+    o_n,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """A group's residual (N, HR, WR, CR) at every STRIDE-th position, 0 for channels that it has not, in float32."""
+    o_r = ((image * HR + i_h * STRIDE) * WR + i_w * STRIDE) * CR
+    m_r = m_m[:, None] & (o_n < CR)[None, :]
+    return tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_spread(
+    p_residual,
+    image,
+    i_h,
+    i_w,
+    m_m,
+    o_n,
+    m_n,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """The gradient of what ``load_shortcut`` reads: a residual at every STRIDE-th position, 0 at the others."""
+    on_grid = m_m & (i_h % STRIDE == 0) & (i_w % STRIDE == 0)
+    o_r = ((image * HR + i_h // STRIDE) * WR + i_w // STRIDE) * CR
+    m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
+    return tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -9,13 +9,14 @@
 Layouts: activations (G, N, H, W, C), weights (S, taps, Ci, Co), both contiguous. Accumulation in float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastensdistill.kernels.gather import gather_product, store_bits
+from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
     absent,
@@ -23,14 +24,17 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     check_precision,
     check_rows,
+    check_shortcut,
     check_tensor,
     define,
     launch,
+    out_size,
     pack_mask,
     partial_rows,
     pick,
     present,
     require,
+    residual_sizes,
     row_stride,
     shortcut,
     tl,
@@ -45,12 +49,61 @@ class ConvOutput(NamedTuple):
     statistics: Tensor | None  # (G, P, 2, Co) float32: rows of partial sums
 
 
-def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
-
-
 def _tile(x: Tensor, weight: Tensor) -> Tile:
     return conv_tile(device_arch(x), weight.shape[2], weight.shape[3], weight.element_size())
+
+
+def conv_input(
+    x: Tensor,
+    slots: Tensor | None,
+    inputs: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    in_relu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """u of the equations in ``dtype``, in plain PyTorch; without ``slots`` scale and shift are by group."""
+    if inputs is not None:
+        x = x[inputs.long()]
+    if in_scale is not None and in_shift is not None:
+        high = accumulator(dtype)
+        x = x.to(high) * pick(in_scale, slots).to(high) + pick(in_shift, slots).to(high)
+    return (x.relu() if in_relu else x).to(dtype)
+
+
+def conv_epilogue(
+    y: Tensor,
+    slots: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_stride: int,
+    relu: bool,
+    next_scale: Tensor | None,
+    next_shift: Tensor | None,
+    center: Tensor | None,
+    mask: bool,
+    dtype: torch.dtype,
+    rows: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What follows the product ``y`` (G, N, Ho, Wo, Co), in plain PyTorch: z in ``dtype``, activated, mask, statistics.
+
+    ``rows`` makes the rows of partial sums, (G, N, Ho, Wo, Co) → (G, P, Co).
+    """
+    high = accumulator(dtype)
+    if bias is not None:
+        y = y + pick(bias, slots)
+    if residual is not None:
+        y = y + shortcut(residual, residual_stride, *y.shape[2:])
+    z = (y.relu() if relu else y).to(dtype).contiguous()
+    activated, bits, statistics = absent(z), z.new_empty(0, dtype=torch.uint8), z.new_empty(0, dtype=high)
+    if next_scale is not None and next_shift is not None:
+        activated = (z.to(high) * pick(next_scale, slots) + pick(next_shift, slots)).relu().to(dtype)
+    if mask:
+        bits = pack_mask((activated if next_scale is not None else z) > 0)
+    if center is not None:
+        rest = z.to(high) - pick(center, slots)
+        statistics = torch.stack([rows(rest), rows(rest.square())], 2)
+    return z, activated, bits, statistics
 
 
 def grouped_conv_reference(
@@ -75,33 +128,16 @@ def grouped_conv_reference(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, (slot_count, _, in_channels, out_channels) = slots.shape[0], weight.shape
-    dtype, high = weight.dtype, accumulator(weight.dtype)
-    if inputs is not None:
-        x = x[inputs.long()]
-    u = x.expand(groups, -1, -1, -1, -1).to(high)
-    if in_scale is not None and in_shift is not None:
-        u = u * pick(in_scale, slots).to(high) + pick(in_shift, slots).to(high)
-    if in_relu:
-        u = u.relu()
-    u = u.to(dtype).to(high).permute(1, 0, 4, 2, 3).flatten(1, 2)
+    high = accumulator(weight.dtype)
+    u = conv_input(x, slots, inputs, in_scale, in_shift, in_relu, weight.dtype).expand(groups, -1, -1, -1, -1)
+    u = u.to(high).permute(1, 0, 4, 2, 3).flatten(1, 2)
     w = weight.to(high).view(slot_count, kernel, kernel, in_channels, out_channels).permute(0, 4, 3, 1, 2)
     y = F.conv2d(u, w[slots.long()].flatten(0, 1), stride=stride, padding=padding, groups=groups)
     y = y.unflatten(1, (groups, out_channels)).permute(1, 0, 3, 4, 2)
-    if bias is not None:
-        y = y + pick(bias, slots)
-    if residual is not None:
-        y = y + shortcut(residual, residual_stride, y.shape[2], y.shape[3], out_channels).to(high)
-    z = (y.relu() if relu else y).to(dtype).contiguous()
-    activated, bits, statistics = absent(z), z.new_empty(0, dtype=torch.uint8), z.new_empty(0, dtype=high)
-    if next_scale is not None and next_shift is not None:
-        activated = (z.to(high) * pick(next_scale, slots) + pick(next_shift, slots)).relu().to(dtype)
-    if mask:
-        bits = pack_mask((activated if next_scale is not None else z) > 0)
-    if center is not None:
-        rest = (z.to(high) - pick(center, slots)).flatten(1, 3)
-        block = _tile(x, weight).BLOCK_M
-        statistics = torch.stack([partial_rows(rest, block), partial_rows(rest.square(), block)], 2)
-    return z, activated, bits, statistics
+    return conv_epilogue(
+        y, slots, bias, residual, residual_stride, relu, next_scale, next_shift, center, mask, weight.dtype,
+        lambda values: partial_rows(values.flatten(1, 3), _tile(x, weight).BLOCK_M),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -205,9 +241,7 @@ def grouped_conv_kernel(
         acc += tl.load(p_bias + i_slot * s_bias + o_n, mask=m_n, other=0.0)[None, :]
     if p_residual is not None:
         p_residual += i_g * N * (HR * WR * CR)
-        o_r = ((image * HR + i_oh * RESIDUAL_STRIDE) * WR + i_ow * RESIDUAL_STRIDE) * CR
-        m_r = m_m[:, None] & (o_n < CR)[None, :]
-        acc += tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
+        acc += load_shortcut(p_residual, image, i_oh, i_ow, m_m, o_n, HR, WR, CR, RESIDUAL_STRIDE)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     o_group = i_g * N * (HO * WO)
@@ -275,9 +309,7 @@ def _launch(
         HO=z.shape[2],
         WO=z.shape[3],
         CO=z.shape[4],
-        HR=residual.shape[2] if residual is not None else 0,
-        WR=residual.shape[3] if residual is not None else 0,
-        CR=residual.shape[4] if residual is not None else 0,
+        **residual_sizes(residual),
         RESIDUAL_STRIDE=residual_stride,
         KERNEL=kernel,
         STRIDE=stride,
@@ -369,17 +401,9 @@ def grouped_conv(
     check_rows("bias", bias, slot_count, out_channels)
     check_rows("center", center, slot_count, out_channels)
     height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
-    check_tensor("the result", torch.empty(groups, x.shape[1], height, width, out_channels, device="meta"), 5)
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        expected = (groups, x.shape[1], *(-(-s // residual_stride) for s in residual.shape[2:4]))
-        require(
-            expected == (groups, x.shape[1], height, width)
-            and residual.shape[:2] == expected[:2]
-            and residual.shape[4] <= out_channels,
-            f"residual has shape {tuple(residual.shape)}, expected every {residual_stride}-th position of it to be "
-            f"({groups}, {x.shape[1]}, {height}, {width}, at most {out_channels})",
-        )
+    shape = (groups, x.shape[1], height, width, out_channels)
+    check_tensor("the result", torch.empty(shape, device="meta"), 5)
+    check_shortcut(residual, residual_stride, shape)
     z, activated, bits, statistics = _grouped_conv(
         x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
         next_scale, next_shift, center, mask, kernel, stride, padding, precision,

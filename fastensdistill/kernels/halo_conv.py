@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gradient, conv_data_gradient_reference
+from fastensdistill.kernels.elementwise_gradient import gradient_sums
 from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv, grouped_conv_reference
 from fastensdistill.kernels.triton_utils import absent, pick, present
 
@@ -162,15 +163,11 @@ def halo_data_gradient_reference(
     inv_std: Tensor | None,
     tile: list[int],
 ) -> tuple[Tensor, Tensor]:
-    out, statistics = conv_data_gradient_reference(
+    out, _ = conv_data_gradient_reference(
         d, weight_flipped, slots, d.shape[2], d.shape[3], residual, residual_stride, residual_first, mask, scale,
         None, None, None, 3, 1, 1, str(d.dtype).removeprefix("torch."), "ieee",
     )  # fmt: skip
-    if z is not None and mean is not None and inv_std is not None:
-        wide = out.to(statistics.dtype)
-        standard = (z.to(statistics.dtype) - pick(mean, slots)) * pick(inv_std, slots)
-        statistics = torch.stack([_tile_sums(wide, tile), _tile_sums(wide * standard, tile)], 2)
-    return out, statistics
+    return out, gradient_sums(out, slots, z, mean, inv_std, lambda values: _tile_sums(values, tile))
 
 
 # ---- registration: CUDA kernels are the extension's

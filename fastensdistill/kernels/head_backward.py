@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.kernels.elementwise_gradient import gradient_sums
 from fastensdistill.kernels.head import (
     CHANNELS_BLOCK,
     HEAD_TILE,
@@ -25,6 +26,7 @@ from fastensdistill.kernels.triton_utils import (
     check_pair,
     define,
     launch,
+    partial_rows,
     pick,
     present,
     require,
@@ -62,13 +64,8 @@ def head_backward_reference(
     if scale is not None and mean is None:
         d = d * pick(scale, slots)
     out = d.to(z.dtype)
-    d_weight, d_bias, statistics = absent(d_logits), absent(d_logits), absent(d_logits)
-    if mean is not None and inv_std is not None:
-        stored = out.to(high)
-        product = stored * ((z.to(high) - pick(mean, slots)) * pick(inv_std, slots))
-        sums = torch.stack([stored.sum((2, 3)), product.sum((2, 3))], 2)
-        padded = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, -z.shape[1] % IMAGES_BLOCK))
-        statistics = padded.unflatten(1, (-1, IMAGES_BLOCK)).sum(2)
+    d_weight, d_bias = absent(d_logits), absent(d_logits)
+    statistics = gradient_sums(out, slots, z, mean, inv_std, lambda v: partial_rows(v.sum((2, 3)), IMAGES_BLOCK))
     if pooled is not None:
         d_weight = pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide
         d_bias = d_logits.sum(1)

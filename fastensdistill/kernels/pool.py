@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import accumulator, check_tensor, define, launch, require, tl, triton
+from fastensdistill.kernels.triton_utils import accumulator, check_tensor, define, launch, out_size, require, tl, triton
 
 
 class MaxPoolOutput(NamedTuple):
     y: Tensor  # (G, N, Ho, Wo, C)
     taps: Tensor  # like y, uint8: row · kernel + column of the maximum in its window
-
-
-def pool_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
 
 
 def _windows(x: Tensor, kernel: int, stride: int, padding: int, fill: float) -> Tensor:
@@ -224,7 +220,7 @@ def _launch_mean_pool(x):
 
 
 def _max_pool_fake(x, kernel, stride, padding):
-    height, width = (pool_size(size, kernel, stride, padding) for size in x.shape[2:4])
+    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
     y = x.new_empty(x.shape[0], x.shape[1], height, width, x.shape[4])
     return y, torch.empty_like(y, dtype=torch.uint8)
 
@@ -258,7 +254,7 @@ def max_pool_backward(
         taps.shape == d.shape and taps.dtype == torch.uint8,
         f"taps is {taps.dtype} of shape {tuple(taps.shape)}, expected uint8 {tuple(d.shape)}",
     )
-    size = tuple(pool_size(s, kernel, stride, padding) for s in in_size)
+    size = tuple(out_size(s, kernel, stride, padding) for s in in_size)
     require(size == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {size} for input {in_size}")
     return _max_pool_backward(d, taps, *in_size, kernel, stride, padding)
 

@@ -165,6 +165,18 @@ def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: i
         require(first.shape == second.shape and second.is_contiguous(), f"{names} have shapes {shapes}, expected equal")
 
 
+def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...]) -> None:
+    """A residual whose every ``stride``-th position fits ``shape`` (G, N, H, W, C), with at most C channels."""
+    if residual is not None:
+        check_tensor("residual", residual, 5)
+        size = (*residual.shape[:2], *(-(-s // stride) for s in residual.shape[2:4]))
+        require(
+            size == tuple(shape[:4]) and residual.shape[4] <= shape[4],
+            f"residual has shape {tuple(residual.shape)}, expected every {stride}-th position of it to fit "
+            f"{tuple(shape)}",
+        )
+
+
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
@@ -184,15 +196,30 @@ def present(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of a per-slot parameter (slots or 1, C) for each group, shaped (G, 1, 1, 1, C)."""
-    chosen = rows.expand(index.shape[0], -1) if rows.shape[0] == 1 else rows[index.long()]
-    return chosen[:, None, None, None, :]
+def wide(rows: Tensor) -> Tensor:
+    """Rows (G or 1, C) of a per-group parameter, shaped to go with (G, N, H, W, C)."""
+    return rows[:, None, None, None, :]
+
+
+def pick(rows: Tensor, slots: Tensor | None) -> Tensor:
+    """Rows of a per-slot parameter (slots or 1, C) for each group, as ``wide``; without slots they are by group."""
+    return wide(rows if slots is None or rows.shape[0] == 1 else rows[slots.long()])
 
 
 def row_stride(rows: Tensor | None) -> int:
     """Elements from one slot's row to the next; 0 where all slots share one row."""
     return 0 if rows is None or rows.shape[0] == 1 else int(rows.shape[1])
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Positions along one side after a convolution or pooling."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def residual_sizes(residual: Tensor | None) -> dict[str, int]:
+    """The sizes of a residual (G, N, HR, WR, CR) as kernels take them."""
+    height, width, channels = residual.shape[2:] if residual is not None else (0, 0, 0)
+    return {"HR": height, "WR": width, "CR": channels}
 
 
 def shortcut(x: Tensor, stride: int, height: int, width: int, channels: int) -> Tensor:
