@@ -24,9 +24,10 @@ from torch.nn import grad as nn_grad
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, grouped_conv, halo_conv
 from fastensdistill.kernels.conv_data_gradient import DataGradient
-from fastensdistill.kernels.grouped_conv import ConvOutput
+from fastensdistill.kernels.elementwise_gradient import gradient_epilogue, gradient_sums
+from fastensdistill.kernels.grouped_conv import ConvOutput, conv_epilogue, conv_input
 from fastensdistill.kernels.tiles import device_arch
-from fastensdistill.kernels.triton_utils import accumulator, pack_mask, pick, shortcut, unpack_mask
+from fastensdistill.kernels.triton_utils import accumulator, present
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network
 
@@ -150,42 +151,30 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def sums(first: Tensor, second: Tensor) -> Tensor:
-    """One row of the two per-channel sums, (G, 1, 2, C)."""
-    return torch.stack([first.sum((1, 2, 3)), second.sum((1, 2, 3))], 1)[:, None]
+def one_row(values: Tensor) -> Tensor:
+    """(G, N, H, W, C) → (G, 1, C): the sums over all positions as the one row of partials."""
+    return values.sum((1, 2, 3))[:, None]
 
 
 def vendor_conv(
     x: Tensor, weight: Tensor, slots: Tensor, *, kernel: int, stride: int = 1, padding: int = 0,
-    in_scale: Tensor | None = None, in_shift: Tensor | None = None, in_relu: bool = False, bias: Tensor | None = None,
-    residual: Tensor | None = None, residual_stride: int = 1, relu: bool = False, next_scale: Tensor | None = None,
-    next_shift: Tensor | None = None, center: Tensor | None = None, mask: bool = False, precision: str = "ieee",
+    inputs: Tensor | None = None, in_scale: Tensor | None = None, in_shift: Tensor | None = None,
+    in_relu: bool = False, bias: Tensor | None = None, residual: Tensor | None = None, residual_stride: int = 1,
+    relu: bool = False, next_scale: Tensor | None = None, next_shift: Tensor | None = None,
+    center: Tensor | None = None, mask: bool = False, precision: str = "ieee",
 ) -> ConvOutput:  # fmt: skip
     """``kernels.grouped_conv`` (same arguments and results) by PyTorch's convolution; how float32 is multiplied is
     PyTorch's own setting."""
-    G, dtype, high = len(slots), weight.dtype, accumulator(weight.dtype)
-    u = x.expand(G, -1, -1, -1, -1)
-    if in_scale is not None and in_shift is not None:
-        u = u.to(high) * pick(in_scale, slots) + pick(in_shift, slots)
-    u = (u.relu() if in_relu else u).to(dtype)
+    G, dtype = len(slots), weight.dtype
+    u = conv_input(x, slots, inputs, in_scale, in_shift, in_relu, dtype).expand(G, -1, -1, -1, -1)
     w = weight.index_select(0, slots).unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2)
     y = torch.stack(
         [F.conv2d(channels_last(u[g]), w[g], stride=stride, padding=padding).permute(0, 2, 3, 1) for g in range(G)]
-    ).to(high)
-    if bias is not None:
-        y = y + pick(bias, slots)
-    if residual is not None:
-        y = y + shortcut(residual, residual_stride, y.shape[2], y.shape[3], y.shape[4])
-    z = (y.relu() if relu else y).to(dtype).contiguous()
-    activated = bits = statistics = None
-    if next_scale is not None and next_shift is not None:
-        activated = (z.to(high) * pick(next_scale, slots) + pick(next_shift, slots)).relu().to(dtype)
-    if mask:
-        bits = pack_mask((z if activated is None else activated) > 0)
-    if center is not None:
-        rest = z.to(high) - pick(center, slots)
-        statistics = sums(rest, rest.square())
-    return ConvOutput(z, activated, bits, statistics)
+    ).to(accumulator(dtype))
+    z, activated, bits, statistics = conv_epilogue(
+        y, slots, bias, residual, residual_stride, relu, next_scale, next_shift, center, mask, dtype, one_row
+    )
+    return ConvOutput(z, present(activated), present(bits), present(statistics))
 
 
 def vendor_data_gradient(
@@ -202,27 +191,9 @@ def vendor_data_gradient(
         nn_grad.conv2d_input(size, w[g], channels_last(d[g]), stride, padding).permute(0, 2, 3, 1)
         for g in range(len(slots))
     ]).to(high)  # fmt: skip
-
-    def with_residual(u: Tensor) -> Tensor:
-        if residual is None:
-            return u
-        u = u.clone()
-        u[:, :, ::residual_stride, ::residual_stride, : residual.shape[-1]] += residual[..., :C]
-        return u
-
-    u = with_residual(u) if residual_first else u
-    if mask is not None:
-        u = u * unpack_mask(mask, C)
-    if scale is not None:
-        u = u * pick(scale, slots)
-    u = u if residual_first else with_residual(u)
+    u = gradient_epilogue(u, slots, residual, residual_stride, residual_first, mask, scale)
     u = u.to(out_dtype or d.dtype).contiguous()
-    statistics = None
-    if z is not None and mean is not None and inv_std is not None:
-        wide = u.to(high)
-        standard = (z.to(high) - mean[:, None, None, None]) * inv_std[:, None, None, None]
-        statistics = sums(wide, wide * standard)
-    return DataGradient(u, statistics)
+    return DataGradient(u, present(gradient_sums(u.to(high), slots, z, mean, inv_std, one_row)))
 
 
 def vendor_weight_gradient(
@@ -231,10 +202,7 @@ def vendor_weight_gradient(
 ) -> Tensor:  # fmt: skip
     """``kernels.conv_weight_gradient`` (same arguments and results) by PyTorch's convolution."""
     G, high = len(d), accumulator(d.dtype)
-    u = x.expand(G, -1, -1, -1, -1)
-    if in_scale is not None and in_shift is not None:
-        u = u.to(high) * in_scale[:, None, None, None] + in_shift[:, None, None, None]
-    u = (u.relu() if in_relu else u).to(d.dtype)
+    u = conv_input(x, None, None, in_scale, in_shift, in_relu, d.dtype).expand(G, -1, -1, -1, -1)
     size = (d.shape[4], x.shape[4], kernel, kernel)
     dw = torch.stack([
         nn_grad.conv2d_weight(channels_last(u[g]), size, channels_last(d[g]), stride, padding) for g in range(G)

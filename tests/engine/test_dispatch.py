@@ -12,12 +12,15 @@ from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, Shape, hal
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
+from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.triton_utils import partial_rows
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 from fastensdistill.network.trace import trace
 from tests.compare import check_close, relative_error
 from tests.engine.cases import CLASSES, check_equal, network, setting, steps
+from tests.kernels.both import values
 from tests.network import models
 
 VENDOR_ONLY = [Row(op, "cudnn", "for the test") for op in OPS]
@@ -56,6 +59,25 @@ def test_vendor_convolutions_in_bf16_err_as_the_kernels_do():
     states = [torch.cat([v.double().flatten() for v in s.state_dict().values()]) for s in (exact, *students)]
     kernels, vendor = (relative_error(state, states[0]) for state in states[1:])
     assert 0 < vendor <= 2 * kernels
+
+
+def test_vendor_convolutions_read_inputs_and_slots_as_the_kernels_do():
+    """No group reads the input or the row of its own number: what is by slot and taken by group shows."""
+    i32 = {"dtype": torch.int32}
+    slots, inputs = torch.tensor([2, 0, 2, 1], **i32), torch.tensor([1, 1, 0, 0], **i32)
+    x, d, weight = values(2, 3, 5, 4, 6), values(4, 3, 5, 4, 10), values(3, 9, 6, 10)
+    rows = [values(3, 6, seed=seed) for seed in range(3)]
+    center = values(3, 10)
+    size = {"kernel": 3, "padding": 1}
+    options = size | {"inputs": inputs, "in_scale": rows[0], "in_shift": rows[1], "center": center}
+    actual, expected = (conv(x, weight, slots, **options) for conv in (dispatch.vendor_conv, grouped_conv))
+    check_close("z", actual.z, expected.z, 1e-5)
+    check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
+    options = size | {"scale": rows[0], "z": values(4, 3, 5, 4, 6, seed=1), "mean": rows[1], "inv_std": rows[2]}
+    gradients = (dispatch.vendor_data_gradient, conv_data_gradient)
+    actual, expected = (op(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
+    check_close("d", actual.d, expected.d, 1e-5)
+    check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
 
 
 def test_one_layer_can_be_named():
