@@ -504,3 +504,30 @@ def test_students_losses_are_not_drawn_on_the_scale_of_their_teachers():
     drawn = [float(y) for line in panel.lines for y in line.get_ydata()]
     assert drawn
     assert min(drawn) >= 28.0
+
+
+def validation(accuracy: list, nll: list) -> list[dict]:
+    return [
+        {"event": "validation", "step": i, "epoch": i, "accuracy": a, "nll": n}
+        for i, (a, n) in enumerate(zip(accuracy, nll, strict=True), 1)
+    ]
+
+
+def test_a_curve_that_never_moves_has_an_axis_with_plain_numbers() -> None:
+    """A small validation split gives the same accuracy again and again; its axis read ±0.01 around an offset."""
+    figure = learning_curves({"KD": validation([0.5] * 3, [1.0] * 3)})
+    figure.canvas.draw()
+    panel = figure.axes[1]
+    low, high = panel.get_ylim()
+    assert (low, high) == pytest.approx((47.5, 52.5))
+    assert panel.yaxis.get_offset_text().get_text() == ""
+    shown = [label.get_text() for label in panel.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert "50" in [text.removesuffix(".0") for text in shown]
+    epochs = [x for x in panel.get_xticks() if 1 <= x <= 3]
+    assert epochs == [1, 2, 3]
+
+
+def test_the_best_member_is_in_view() -> None:
+    figure = learning_curves({"teachers": validation([[0.1, 0.3], [0.4, 0.9]], [[3.0, 2.0], [1.5, 0.2]])})
+    assert figure.axes[1].get_ylim()[1] > 90
+    assert figure.axes[2].get_ylim()[0] < 0.2

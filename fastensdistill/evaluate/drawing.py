@@ -33,6 +33,7 @@ _LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold dollars
     "axes.facecolor": "white",
     "axes.titlesize": 11,
+    "axes.formatter.useoffset": False,
     "axes.titlelocation": "left",
     "axes.labelsize": 10,
     "axes.labelcolor": "#222222",
@@ -225,6 +226,13 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def whole_epochs(axes: Axes) -> None:
+    """No ticks between epochs, where nothing is measured."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
 def show_where_runs_end(axes: Axes, higher_is_better: bool) -> None:
     """Cut off the first epochs, where all runs look alike, so that the differences they end with can be seen.
 
@@ -234,12 +242,13 @@ def show_where_runs_end(axes: Axes, higher_is_better: bool) -> None:
     if not lines:
         return
     last = [float(line[-1]) for line in lines]
-    low, high = min(float(line.min()) for line in lines), max(float(line.max()) for line in lines)
+    bands = [np.asarray(path.vertices)[:, 1] for band in axes.collections for path in band.get_paths()]
+    low, high = (float(f([f(values) for values in lines + bands])) for f in (np.min, np.max))
     if higher_is_better:
         low = max(low, 0.75 * min(last))
     else:
         high = min(high, 2.5 * max(last))
-    margin = 0.05 * (high - low) or 0.01
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.01
     axes.set_ylim(low - margin, high + margin)
 
 

@@ -36,6 +36,7 @@ from fastensdistill.evaluate.drawing import (
     show_where_runs_end,
     style_of,
     styled,
+    whole_epochs,
 )
 from fastensdistill.evaluate.metrics import accuracy, calibration_bins, ece
 
@@ -151,6 +152,7 @@ def learning_curves(runs: Mapping[str, Records], *, styles: Mapping[str, LineSty
     for panel, (event, key, title, label, factor) in zip(axes, panels, strict=False):
         draw_runs(panel, students if mixed and event == "train" else runs, styles, event, key, factor)
         panel.set(xlabel="epoch", ylabel=label)
+        whole_epochs(panel)
         panel.set_title(title)
         panel.grid(True, axis="y")
     if not mixed and any(largest(line) > 0 for line in axes[0].lines):
@@ -197,6 +199,7 @@ def diversity_over_training(runs: Mapping[str, Records], *, styles: Mapping[str,
             handles[-1].set_color(QUIET)
             handles[-1].set_label("its teachers (dotted, in the run's colour)")
         panel.set(xlabel="epoch", ylabel=label)
+        whole_epochs(panel)
         panel.set_title(title)
         panel.grid(True, axis="y")
     # Branches start equal and may stay a hundred times closer than the teachers: then only a log scale shows both.
