@@ -7,6 +7,8 @@ override it. Bad input prints one line and exits with code 2. ``teach`` and ``di
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -328,6 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if parallel.rank() == 0:
             print(stop, file=sys.stderr)
         return 128 + stop.signum
+    except BrokenPipeError:  # a reader that has seen enough, as in ``plan | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing fails again at the exit
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'input or output'}", file=sys.stderr)
         return 2

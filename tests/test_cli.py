@@ -350,3 +350,14 @@ def test_help_explains_every_flag_and_the_file_of_settings(name, capsys):
     text = capsys.readouterr().out
     assert "--config FILE" in text
     assert not re.search(r"--[\w-]+ \w+ +\(default", text), "a flag without a word on it"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """``fastensdistill plan | head -1``: the plan is longer than a pipe holds."""
+    command = [sys.executable, "-m", "fastensdistill", "plan", "wrn28_1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait() == 128 + 13
