@@ -45,7 +45,7 @@ def export_network(
     """Export ``network`` to ``folder`` and check every file on ``images`` (N ≥ 2, channels, H, W) in [0, 1].
 
     The exported network takes any batch size. Raises InputError for an unknown format, a student that is not averaged,
-    fewer than two images, a missing extra, and an export that does not give the same logits.
+    fewer than two images, a missing extra, and an export that cannot be made or does not give the same logits.
     """
     formats = [formats] if isinstance(formats, str) else list(formats)
     for f in formats:
@@ -71,7 +71,11 @@ def export_network(
         for f in formats:
             write, read, suffix = _WAYS[f]
             path = Path(temporary) / f"{name}{suffix}"
-            write(network, path, images, card or {})
+            try:
+                write(network, path, images, card or {})
+            except (OSError, RuntimeError) as failure:  # a full disk, or a network that the exporter cannot follow
+                first = next(iter(str(failure).splitlines()), type(failure).__name__)
+                raise InputError(f"the {f} export could not be made in {folder}: {first}") from failure
             error = _error(read(path, network, images).detach(), expected)
             if not error <= TOLERANCE[f]:
                 raise InputError(

@@ -74,3 +74,22 @@ def test_one_format_may_be_a_name_and_the_exporters_warnings_are_not_the_users(t
     (done,) = export_network(network, tmp_path, images=torch.rand(4, 3, 8, 8), formats="torch")
     assert (done.format, done.path.name) == ("torch", "network.pt2")
     assert not [str(w.message) for w in recwarn]
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if float(x.sum()) > 0 else x.amax((2, 3))
+
+
+def test_what_cannot_be_exported_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    images = torch.rand(4, 3, 8, 8)
+    with pytest.raises(InputError, match="the torch export could not be made"):
+        export_network(Branching(), tmp_path, images=images, formats=("safetensors", "torch"))
+
+    def full(*_arguments, **_more):
+        raise RuntimeError("PytorchStreamWriter failed writing file data.pkl: file write failed\nframe #0: ...")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(InputError, match=r"file write failed$"):
+        export_network(scatter(tiny()).eval(), tmp_path, images=images, formats=("safetensors", "torch"))
+    assert not list(tmp_path.iterdir())
