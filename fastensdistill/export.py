@@ -6,6 +6,7 @@ Files appear under their final names only after they passed, so a folder never h
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import tempfile
@@ -74,7 +75,7 @@ def export_network(
             try:
                 write(network, path, images, card or {})
             except (OSError, RuntimeError) as failure:  # a full disk, or a network that the exporter cannot follow
-                first = next(iter(str(failure).splitlines()), type(failure).__name__)
+                first = next(iter(str(getattr(failure, "strerror", None) or failure).splitlines()), "no reason given")
                 raise InputError(f"the {f} export could not be made in {folder}: {first}") from failure
             error = _error(read(path, network, images).detach(), expected)
             if not error <= TOLERANCE[f]:
@@ -123,7 +124,9 @@ def _read_safetensors(path: Path, network: nn.Module, images: Tensor) -> Tensor:
 
 def _write_torch(network: nn.Module, path: Path, images: Tensor, card: dict[str, Any]) -> None:
     program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, path, extra_files={"card.json": json.dumps(full_card(network, images, card))})
+    buffer = io.BytesIO()  # onto a full disk PyTorch's own writer ends the whole process
+    torch.export.save(program, buffer, extra_files={"card.json": json.dumps(full_card(network, images, card))})
+    path.write_bytes(buffer.getvalue())
 
 
 def _read_torch(path: Path, network: nn.Module, images: Tensor) -> Tensor:
