@@ -33,7 +33,7 @@ from fastensdistill.engine.graph import Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
-from fastensdistill.engine.reference import check_parts, precision_on
+from fastensdistill.engine.reference import check_images, check_labels, check_parts, precision_on
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -268,6 +268,9 @@ class FusedStep:
         return scalars | {name: value for name, value in given.items() if value is not None}
 
     def _load(self, images: Tensor, labels: Tensor | None) -> None:
+        check_images(images)
+        if labels is not None:
+            check_labels(labels, len(images))
         if self.images is None:
             self._build(tuple(images.shape))
         self._check(tuple(images.shape))

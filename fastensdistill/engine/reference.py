@@ -58,12 +58,14 @@ class ReferenceStep:
         return self.distil(self.perturb(images), labels)
 
     def perturb(self, images: Tensor) -> Perturbed:
+        check_images(images)
         check_parts(self.config, len(images))
         with float32_products(self.config, self.device), autocast(self.config, self.device):
             return self.perturbation(images, self.teachers, self.student, self.num_classes, self.config.micro_batches)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""
+        check_labels(labels, len(perturbed.images))
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         n = self.config.micro_batches
@@ -127,6 +129,8 @@ class TeachStep:
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         n, losses = self.config.micro_batches, []
         for network, optimizer, (images, labels) in zip(self.networks, self.optimizers, batches, strict=True):
+            check_images(images)
+            check_labels(labels, len(images))
             check_parts(self.config, len(images))
             network.train()
             optimizer.zero_grad(set_to_none=True)
@@ -199,6 +203,23 @@ def average_gradients(network: nn.Module) -> None:
         average(flat)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
+
+
+def check_images(images: Tensor) -> None:
+    """Raise InputError for what is no batch of images (B, channels, H, W) of floating type."""
+    if not isinstance(images, Tensor):
+        raise InputError(f"images are a {type(images).__name__}; expected a tensor (B, channels, H, W)")
+    if not images.is_floating_point() or images.ndim != 4:
+        what = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise InputError(f"images are {what}; expected floating values in [0, 1], (B, channels, H, W)")
+
+
+def check_labels(labels: Tensor, images: int) -> None:
+    """Raise InputError for what is not a label, int64, for each of so many images."""
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels are a {type(labels).__name__}; expected a tensor of int64")
+    if labels.dtype != torch.int64 or labels.shape != (images,):
+        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 ({images},)")
 
 
 def check_parts(config: TrainConfig, images: int) -> None:

@@ -58,7 +58,7 @@ def _obstacle(
             common_architecture(trained, image_shape)
     except InputError as error:
         if config.engine == "fused":
-            raise InputError(f"engine='fused' cannot train this: {error}") from error
+            raise InputError(f"engine='fused' cannot train this: {error}; engine='reference' can") from error
         return str(error)
     return None
 

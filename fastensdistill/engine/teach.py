@@ -19,7 +19,7 @@ from fastensdistill.engine.fused import ImageShape, State, arithmetic
 from fastensdistill.engine.graph import Graphs
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
-from fastensdistill.engine.reference import check_parts
+from fastensdistill.engine.reference import check_images, check_labels, check_parts
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
@@ -113,6 +113,9 @@ class FusedTeachStep:
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         if len(batches) != len(self.networks):
             raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
+        for images, labels in batches:
+            check_images(images)
+            check_labels(labels, len(images))
         if self.images is None:
             self._build(tuple(batches[0][0].shape))
         assert self.images is not None

@@ -81,7 +81,8 @@ class Meter:
             context[name] = mine[0] if size == 1 else mine
         if bad < math.inf:
             raise DivergedError(
-                f"the loss is not finite since step {int(bad)}; stopped. Lower learning_rate or use precision fp32"
+                f"the loss is not finite since step {int(bad)}; stopped. Lower learning_rate, or use precision fp32 if "
+                "it is another"
             )
         return context
 

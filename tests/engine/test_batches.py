@@ -155,3 +155,29 @@ def test_unequal_parts_are_refused():
             step(*batch(0))
     with pytest.raises(InputError, match="batch_size=4 in micro_batches=3: expected equal parts"):
         setting(micro_batches=3, batch_size=4)
+
+
+REFUSED = {
+    "bytes": (lambda x, y: ((255 * x).byte(), y), r"images are torch.uint8 of shape \(3, 3, 6, 6\); expected floating"),
+    "one image": (lambda x, y: (x[0], y), r"images are torch.float64 of shape \(3, 6, 6\); expected floating"),
+    "an array": (lambda x, y: (x.numpy(), y), "images are a ndarray; expected a tensor"),
+    "too few labels": (lambda x, y: (x, y[:2]), r"labels are torch.int64 of shape \(2,\); expected torch.int64 \(3,\)"),
+    "short labels": (lambda x, y: (x, y.int()), r"labels are torch.int32 of shape \(3,\); expected torch.int64"),
+    "a list of labels": (lambda x, y: (x, y.tolist()), "labels are a list; expected a tensor of int64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_batch_is_refused(case):
+    change, words = REFUSED[case]
+    student, teachers, config = setting()
+    networks, own = teach_setting(1)
+    for step in (
+        ReferenceStep(copy.deepcopy(student), teachers, config, num_classes=CLASSES),
+        FusedStep(student, teachers, config),
+    ):
+        with pytest.raises(InputError, match=words):
+            step(*change(*batch(0)))
+    for step in (TeachStep(copy.deepcopy(networks), own), FusedTeachStep(networks, own, image_shape=(3, 6, 6))):
+        with pytest.raises(InputError, match=words):
+            step([change(*batch(0))])
