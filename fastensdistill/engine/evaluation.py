@@ -213,20 +213,13 @@ Pair = tuple[int, int]
 def by_architecture(perturbation: Perturbation, slots: Slots) -> tuple[list[list[Pair]], list[Pair]]:
     """What can be drawn, sorted by the architectures of its teachers: lists of choices that share their launches.
 
-    And for the i-th of ``drawn_choices``, in which list it is, and where in it.
+    And for the i-th of the perturbation's pairs, in which list it is, and where in it.
     """
     lists: dict[tuple[Network, ...], list[Pair]] = {}
     places = []
-    for choice in drawn_choices(perturbation):
+    for choice in perturbation.pairs:
         key = tuple(slots.networks[member % perturbation.teachers] for member in choice)
         own = lists.setdefault(key, [])
         places.append((list(lists).index(key), len(own)))
         own.append(choice)
     return list(lists.values()) or [[]], places
-
-
-def drawn_choices(perturbation: Perturbation) -> list[Pair]:
-    """In the order of ``Perturbation.choose``; a teacher drawn alone is a pair with itself."""
-    if perturbation.name in ("ods", "confods"):
-        return [(m, m) for m in range(perturbation.teachers)]
-    return perturbation.pairs if perturbation.name in ("tdiv", "tdiv-sdiv") else []

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture, drawn_choices
+from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture
 from fastensdistill.engine.graph import Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
@@ -290,7 +290,7 @@ class FusedStep:
 
         Where teachers differ in architecture, the choice also decides which launches run: one graph per pair of these.
         """
-        choices = drawn_choices(self.perturbation)
+        choices = self.perturbation.pairs
         if pair is not None and pair not in choices:
             raise InputError(f"pair {pair} is not among those that can be drawn, {choices}")
         number = self.perturbation.choose() if pair is None else choices.index(pair)

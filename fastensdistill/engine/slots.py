@@ -24,30 +24,9 @@ from fastensdistill.engine.weights import LayerWeights, Weights
 from fastensdistill.kernels.branch_rows import branch_rows
 from fastensdistill.kernels.layout import RankOneLayout
 from fastensdistill.kernels.pack import pack_weights
-from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.network.fold import image_scale_shift
 from fastensdistill.network.launch import Part
-from fastensdistill.network.nodes import Affine, Conv, Linear, Network, Norm
-
-
-def write_layers(weights: Weights, network: Network, first: int, source: Callable[[str], Tensor]) -> None:
-    """Both packings of every layer, two copies each; ``source`` gives a layer's (K, Co, Ci, …).
-
-    What ``pack_weights`` does at once, from views alone: writers with ``at_once`` set to False run it instead.
-    """
-    for name, layer in weights.layers.items():
-        node, W = network.by_name[name], source(name)
-        assert isinstance(node, Conv | Linear)
-        slots = slice(first, first + len(W))
-        W = W.unflatten(2, node.in_shape) if isinstance(node, Linear) else W
-        packed = W.permute(0, 3, 4, 2, 1)  # taps or positions, channels in, channels out
-        size = packed.shape[1:3]
-        if isinstance(node, Conv):
-            layer.forward[slots].unflatten(1, size).copy_(packed)
-            layer.gradient[slots].unflatten(1, size).copy_(packed.flip(1, 2).transpose(3, 4))
-        else:
-            layer.forward[slots, 0].unflatten(1, packed.shape[1:4]).copy_(packed)
-            layer.gradient[slots, 0].unflatten(2, packed.shape[1:4]).copy_(packed.permute(0, 4, 1, 2, 3))
+from fastensdistill.network.nodes import Affine, Linear, Norm
 
 
 @torch.no_grad()
@@ -92,7 +71,7 @@ class PlainSlots:
 
     def __init__(self, part: Part, master: Master, dtype: torch.dtype):
         self.master, self.weights = master, Weights(part, len(part.groups), dtype, master.device)
-        self.at_once, self.layers = True, PackedLayers(self.weights, master, len(part.groups))
+        self.layers = PackedLayers(self.weights, master, len(part.groups))
         for node in master.layers:
             if node.bias:
                 self.weights.layers[node.name].bias = master.view(master.parameters, f"{node.name}.bias")
@@ -102,11 +81,7 @@ class PlainSlots:
 
     @torch.no_grad()
     def write(self) -> None:
-        view, parameters = self.master.view, self.master.parameters
-        if self.at_once:
-            self.layers.write(parameters, None)
-        else:
-            write_layers(self.weights, self.master.network, 0, lambda name: view(parameters, f"{name}.weight"))
+        self.layers.write(self.master.parameters, None)
 
 
 class Rows:
@@ -154,7 +129,7 @@ class BranchSlots:
         for norm in [] if self.evaluation else master.norms:
             self.weights.norms[norm.name] = master.norm_weights(norm)
         write_images(self.weights, master, [first + k for k in range(self.K)])
-        self.at_once, self.layers = True, PackedLayers(self.weights, master, slots)
+        self.layers = PackedLayers(self.weights, master, slots)
         self.deviations = master.deviations
         self._plan_rows(slots)
 
@@ -198,15 +173,4 @@ class BranchSlots:
             self.rows.values, self.rows.table, master.parameters, master.deviations, master.running_mean,
             master.running_var, self.eps, master.layout.ranked,
         )  # fmt: skip
-        if self.at_once:
-            self.layers.write(master.parameters, self.deviations, self.first)
-            return
-        folded = fold_rank_one(master.parameters, self.deviations, master.layout)
-        places = {layer.name: layer for layer in master.layout.layers}
-
-        def of(name: str) -> Tensor:
-            start = places[name].weight
-            shape = master.entries[f"{name}.weight"].shape
-            return folded[:, start : start + places[name].weight_size].unflatten(1, shape)
-
-        write_layers(self.weights, master.network, self.first, of)
+        self.layers.write(master.parameters, self.deviations, self.first)

@@ -99,30 +99,32 @@ class Perturbation:
             )
         self.name, self.teachers, self.branches = name, teachers, branches
         self.size, self.temperature, self.pick, self.noise = size, temperature, pick, noise
-        count = branches if name == "tdiv-sdiv" else teachers
-        self.pairs = [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
+        if name in ("ods", "confods"):
+            self.pairs = [(m, m) for m in range(teachers)]  # a teacher drawn alone
+        else:
+            count = {"tdiv": teachers, "tdiv-sdiv": branches}.get(name, 0)
+            self.pairs = [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
 
     def __call__(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, parts: int = 1) -> Perturbed:
         """``x`` perturbed as one batch: one pair or teacher for all images, taken in ``parts`` after one another."""
-        member = self.choose()
-        found = [self._part(chunk, teachers, student, num_classes, member) for chunk in x.chunk(parts)]
+        number = self.choose()
+        found = [self._part(chunk, teachers, student, num_classes, number) for chunk in x.chunk(parts)]
         return found[0] if len(found) == 1 else join(found)
 
     def choose(self) -> int:
-        """Draws what is drawn once for a batch: an index into the pairs, or a teacher; 0, undrawn, if neither."""
-        count = {"ods": self.teachers, "confods": self.teachers, "tdiv": len(self.pairs), "tdiv-sdiv": len(self.pairs)}
-        return int(torch.randint(count[self.name], (), generator=self.pick)) if self.name in count else 0
+        """Draws what is drawn once for a batch, an index into ``pairs``; 0, undrawn, where there are none."""
+        return int(torch.randint(len(self.pairs), (), generator=self.pick)) if self.pairs else 0
 
-    def _part(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, member: int) -> Perturbed:
+    def _part(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, number: int) -> Perturbed:
         if self.name == "none":
             return Perturbed(x)
         if self.name == "gaussian":
             return gaussian(x, self.size, self.noise)
+        a, b = self.pairs[number]
         if self.name in ("ods", "confods"):
             weights = torch.empty(len(x), num_classes, dtype=x.dtype, device=x.device)
             weights.uniform_(-1, 1, generator=self.noise)
-            return ods(x, teachers, member, weights, self.temperature, self.size, self.name == "confods")
-        a, b = self.pairs[member]
+            return ods(x, teachers, a, weights, self.temperature, self.size, self.name == "confods")
         if self.name == "tdiv":
             return tdiv(x, teachers, (a, b), self.size)
         with evaluating(student):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from fastensdistill.engine.weights import pack
 from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.branch_rows import branch_rows_kernel
 from fastensdistill.kernels.pack import pack_kernel
+from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.kernels.sgd import sgd_kernel
+from fastensdistill.network.nodes import Linear
 from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.trace import trace
 from tests.compare import check_close
@@ -49,6 +52,31 @@ def plain_slots(dtype: torch.dtype) -> PlainSlots:
     return PlainSlots(part, Master(networks, network, ranked=False), dtype)
 
 
+def write_layers(slots: BranchSlots | PlainSlots) -> None:
+    """Both packings of every layer, one layer after the other, from views alone."""
+    master = slots.master
+    if isinstance(slots, BranchSlots):
+        first, folded = slots.first, fold_rank_one(master.parameters, slots.deviations, master.layout)
+        offsets = {layer.name: layer.weight for layer in master.layout.layers}
+    else:
+        first = 0
+    for name, layer in slots.weights.layers.items():
+        node, entry = master.network.by_name[name], master.entries[f"{name}.weight"]
+        if isinstance(slots, BranchSlots):
+            W = folded[:, offsets[name] : offsets[name] + prod(entry.shape)].unflatten(1, entry.shape)
+        else:
+            W = master.view(master.parameters, f"{name}.weight")
+        own = slice(first, first + len(W))
+        W = W.unflatten(2, node.in_shape) if isinstance(node, Linear) else W
+        packed = W.permute(0, 3, 4, 2, 1)  # taps or positions, channels in, channels out
+        if isinstance(node, Linear):
+            layer.forward[own, 0].unflatten(1, packed.shape[1:4]).copy_(packed)
+            layer.gradient[own, 0].unflatten(2, packed.shape[1:4]).copy_(packed.permute(0, 4, 1, 2, 3))
+        else:
+            layer.forward[own].unflatten(1, packed.shape[1:3]).copy_(packed)
+            layer.gradient[own].unflatten(1, packed.shape[1:3]).copy_(packed.flip(1, 2).transpose(3, 4))
+
+
 WRITERS = {
     "training branches": lambda dtype: branch_slots(True, dtype, 0),
     "evaluated branches": lambda dtype: branch_slots(False, dtype, 0),
@@ -63,12 +91,13 @@ def test_at_once_is_layer_by_layer(writer, dtype):
     """Bit by bit, where neither the kernels nor a compiled extension run."""
     slots = WRITERS[writer](dtype)
     results = []
-    for at_once in (True, False):
-        slots.at_once = at_once
+    slots.write()  # in evaluation mode the branches' factors too
+    for write in (slots.write, lambda: write_layers(slots)):
         for layer in slots.weights.layers.values():
             layer.forward.fill_(torch.nan)
             layer.gradient.fill_(torch.nan)
-        slots.write()
+        with torch.no_grad():
+            write()
         results.append({name: (w.forward.clone(), w.gradient.clone()) for name, w in slots.weights.layers.items()})
     assert slots.weights.layers["hidden"].forward.shape[1:] == (1, 90, 12)
     for name, (forward, gradient) in results[0].items():
