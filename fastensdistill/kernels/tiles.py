@@ -7,13 +7,14 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _assumed: int | None = None
+_changes: list["Change"] = []
 
 
 class Tile(NamedTuple):
@@ -36,7 +37,22 @@ def _announce(kernel: str, arch: int, shape: tuple[int, ...], tile: Tile) -> Non
     print(f"tile {kernel} sm_{arch} {shape}: {tuple(tile[:5])}  {tile.reason}", file=sys.stderr)
 
 
+Change = Callable[[str, tuple[int, ...], Tile], Tile]
+
+
+@contextlib.contextmanager
+def changed_tiles(change: Change) -> Iterator[None]:
+    """Within, a matrix product's tile is ``change(kernel, shape, tile)``, for a diagnosis on a device."""
+    _changes.append(change)
+    try:
+        yield
+    finally:
+        _changes.remove(change)
+
+
 def _chosen(kernel: str, arch: int, shape: tuple[int, ...], tile: Tile) -> Tile:
+    for change in _changes:
+        tile = change(kernel, shape, tile)
     if os.environ.get("FASTENSDISTILL_PRINT_TILES") == "1":
         _announce(kernel, arch, shape, tile)
     return tile

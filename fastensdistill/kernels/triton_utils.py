@@ -5,6 +5,7 @@ run on CPU tensors too: inside ``use_kernels()``, or everywhere with ``FASTENSDI
 """
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ _LIMIT = 2**31
 
 _forced = False
 _recorded: list["Launch"] | None = None
+_arounds: list["Around"] = []
+_references: list[tuple[str, ...]] = []  # names of ops per ``references_only`` in force, () for all
 
 
 class Launch(NamedTuple):
@@ -53,6 +56,9 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+
+
+Around = Callable[[Launch, Callable[[Launch], None]], None]
 
 
 @contextlib.contextmanager
@@ -66,18 +72,54 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+@contextlib.contextmanager
+def around_launches(around: Around) -> Iterator[None]:
+    """Within, ``around(launch, do)`` stands in the place of every launch.
+
+    It calls ``do`` with the launch, or with one of other warps or stages; what was entered last is called first. This
+    is how a diagnosis on a device logs, varies and repeats launches.
+    """
+    _arounds.append(around)
+    try:
+        yield
+    finally:
+        _arounds.remove(around)
+
+
+@contextlib.contextmanager
+def references_only(*ops: str) -> Iterator[None]:
+    """Within, the ops of these names (without any: all) run their references, on a GPU too."""
+    _references.append(ops)
+    try:
+        yield
+    finally:
+        _references.remove(ops)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> None:
     """Launch ``kernel`` with a ``Tile``'s warps and stages, and its block sizes where the kernel has them."""
     for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
         if block in kernel.arg_names:
             arguments.setdefault(block, getattr(tile, block))
+    one = Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages))
+        _recorded.append(one)
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    do = _launch
+    for around in _arounds:
+        do = functools.partial(_wrapped, around, do)
+    do(one)
+
+
+def _wrapped(around: Around, do: Callable[[Launch], None], one: Launch) -> None:
+    around(one, do)
+
+
+def _launch(one: Launch) -> None:
+    device = next(value.device for value in one.arguments.values() if isinstance(value, Tensor))
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        one.kernel[one.grid](**one.arguments, num_warps=one.num_warps, num_stages=one.num_stages)
 
 
 @contextlib.contextmanager
@@ -93,7 +135,7 @@ def use_kernels() -> Iterator[None]:
 
 def runs_kernel(x: Tensor) -> bool:
     """Whether an op with input ``x`` runs its Triton kernel (True) or its reference."""
-    if not HAS_TRITON or x.dtype == torch.float64:
+    if not HAS_TRITON or x.dtype == torch.float64 or () in _references:
         return False
     if x.is_cuda or _recorded is not None:
         return True
@@ -121,7 +163,8 @@ def define(
     position = list(inspect.signature(reference).parameters).index(decided_by)
 
     def run(*arguments: Any) -> Any:
-        return (launcher if runs_kernel(arguments[position]) else reference)(*arguments)
+        kernel = runs_kernel(arguments[position]) and not any(name in ops for ops in _references)
+        return (launcher if kernel else reference)(*arguments)
 
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     op = torch.library.custom_op(f"fastensdistill::{name}", run, mutates_args=mutates, schema=schema)

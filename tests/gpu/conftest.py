@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastensdistill.kernels.triton_utils import around_launches
 
 HERE = Path(__file__).parent
 
@@ -20,15 +21,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(params=[None, 4, 8], ids=["own-warps", "4-warps", "8-warps"])
-def warps(request, monkeypatch):
+def warps(request):
     """Every kernel with so many warps: compilers have been wrong at one count and right at another."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("fastensdistill.kernels.")]
-    for module in modules:
-        launch = getattr(module, "launch", None)
-        if request.param and launch is not None and not module.__name__.endswith("triton_utils"):
-
-            def forced(kernel, grid, tile, launch=launch, **arguments):
-                return launch(kernel, grid, tile._replace(num_warps=request.param), **arguments)
-
-            monkeypatch.setattr(module, "launch", forced)
-    return request.param
+    if request.param is None:
+        yield None
+        return
+    with around_launches(lambda launch, do: do(launch._replace(num_warps=request.param))):
+        yield request.param
