@@ -63,31 +63,57 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, least: float = 0.0
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    least: float = 0.0,
+    *,
+    after: Callable[[dict[str, list[float]]], object] = lambda times: None,
+    lost: dict[str, str] | None = None,
+    deadline: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds per call, one value per round: in a round everybody has a turn, so a drift of the clocks hits all alike.
 
     Every other round goes backwards, so that nobody always follows the same one (a library's threads may still spin).
     A turn repeats its call until ``least`` seconds have passed by the estimate of an untimed first turn. The device is
-    waited for only at a turn's ends, as a training loop would.
+    waited for only at a turn's ends, as a training loop would. ``after`` is called with the times after every round.
+    With ``lost``, a call that raises is left out from then on, and its error is put there; without, it ends all. After
+    ``deadline`` (of ``time.monotonic``) no further round begins, but there are two at least.
     """
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        repeats[name] = max(1, round(least / max(time.perf_counter() - began, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        for name, call in list(calls.items())[:: -1 if i % 2 else 1]:
-            began = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
+    repeats: dict[str, int] = {}
+
+    def turn(name: str, count: int) -> float | None:
+        """Seconds of one call of ``count``; None where it raised."""
+        began = time.perf_counter()
+        try:
+            for _ in range(count):
+                calls[name]()
             synchronize(device)
-            times[name].append((time.perf_counter() - began) / repeats[name])
+        except Exception as error:
+            if lost is None:
+                raise
+            lost[name] = brief(error)
+            return None
+        return (time.perf_counter() - began) / count
+
+    for name in calls:
+        if turn(name, 1) is not None and (estimate := turn(name, 1)) is not None:
+            repeats[name] = max(1, round(least / max(estimate, 1e-6)))
+    for i in range(rounds):
+        if i >= 2 and time.monotonic() > deadline:
+            break
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            if name in repeats and name not in (lost or {}) and (seconds := turn(name, repeats[name])) is not None:
+                times[name].append(seconds)
+        after(times)
     return times
+
+
+def brief(error: BaseException) -> str:
+    """An exception in one line."""
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 class Meter:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.peers.captured import CAPTURED, OWN_GRAPHS, CapturedStep, CapturedTeach, CompiledStep
+from bench.peers.captured import AUTOTUNED, CAPTURED, OWN_GRAPHS, CapturedStep, CapturedTeach, CompiledStep
 from bench.peers.eager import EagerStep, EagerTeach, statistics
 from bench.peers.grouped import GroupedStep, GroupedTeach
 from bench.peers.torch_uncertainty import LibraryStep
@@ -63,18 +63,27 @@ def reference_engine(problem: Problem) -> Step:
 
 
 tuned: Dispatch | None = None  # of ``bench.throughput --dispatch``
+own: Dispatch | None = None  # for the fused engine: what a diagnosis found to be right, where its kernels were not
 
 
-def fused_engine(problem: Problem, implementations: Dispatch | None = None) -> Step:
+def fused_engine(problem: Problem, implementations: Dispatch | None = None, capture: bool = True) -> Step:
     for module in problem.modules:
         module.to(memory_format=torch.contiguous_format)
+    options: dict[str, Any] = {"implementations": implementations or own, "capture": capture}
     if problem.networks is not None:
         shape = (3, problem.setting.size, problem.setting.size)
-        step = FusedTeachStep(problem.networks, problem.config, image_shape=shape, implementations=implementations)
-        return Engine(step, problem)
-    return Engine(
-        FusedStep(problem.student, problem.teachers, problem.config, implementations=implementations), problem
-    )
+        return Engine(FusedTeachStep(problem.networks, problem.config, image_shape=shape, **options), problem)
+    return Engine(FusedStep(problem.student, problem.teachers, problem.config, **options), problem)
+
+
+def how(step: Any) -> dict[str, Any]:
+    """How a step that has run is executed: ``captured``, and the same in words with the reason where it is not."""
+    inner = getattr(step, "step", step)
+    replay = getattr(inner, "run", None)
+    captured = inner.captured if hasattr(inner, "captured") else getattr(replay, "graph", None) is not None
+    reason = getattr(inner, "capture_error", None)
+    words = "one CUDA graph" if captured else "launched from Python" + (f" ({reason})" if reason else "")
+    return {"captured": bool(captured), "how": words}
 
 
 def jax_step(problem: Problem) -> Step:
@@ -87,7 +96,8 @@ def jax_step(problem: Problem) -> Step:
 class Contender:
     """``needs`` is a module that must be installed; ``precision`` is asked for on a GPU, on a CPU all use float32.
 
-    ``slack`` times the allowed error in bf16: a compiler of its own may round in more places than PyTorch.
+    ``slack`` times the allowed error in bf16: a compiler of its own may round in more places than PyTorch. ``apart``:
+    it may run out of time or memory, so it is built when everybody else has been timed, and timed beside ours alone.
     """
 
     name: str
@@ -98,6 +108,7 @@ class Contender:
     precision: str = "bf16"
     needs: str = ""
     slack: float = 1.0
+    apart: bool = False
 
     def absent(self, method: str, device: str) -> str | None:
         """Why it cannot take part."""
@@ -120,21 +131,25 @@ CONTENDERS = {
     for c in (
         Contender("fused", "fused engine", fused_engine, devices=("cuda",)),
         Contender("tuned", "fused engine, other table", lambda p: fused_engine(p, tuned), devices=("cuda",)),
+        Contender("fused-launched", "fused engine, launched from Python",
+                  lambda p: fused_engine(p, capture=False), devices=("cuda",)),
         Contender("reference", "reference engine", reference_engine),
         Contender("eager", "least work, eager", _teach(EagerStep, EagerTeach)),
         Contender("captured", "least work, eager, one CUDA graph", _teach(CapturedStep, CapturedTeach),
                   devices=("cuda",)),
         Contender("compiled", "torch.compile, one CUDA graph", _teach(CapturedStep, CapturedTeach, CAPTURED),
-                  devices=("cuda",)),
+                  devices=("cuda",), apart=True),
+        Contender("max-autotune", "torch.compile with its search, one CUDA graph",
+                  _teach(CapturedStep, CapturedTeach, AUTOTUNED), devices=("cuda",), apart=True),
         Contender("as-written", "as the authors run it, eager", lambda p: EagerStep(p, as_written=True),
                   methods=DISTIL, precision="tf32"),
         Contender("vmap", "teachers by vmap", VmapStep, methods=DISTIL),
         Contender("grouped", "convolutions with groups=", _teach(GroupedStep, GroupedTeach)),
         Contender("compiled-own", "torch.compile with its own graphs", lambda p: CompiledStep(p, OWN_GRAPHS),
-                  methods=DISTIL, devices=("cuda",)),
+                  methods=DISTIL, devices=("cuda",), apart=True),
         Contender("torch-uncertainty", "layers of torch-uncertainty", LibraryStep, methods=("latentbe", "tdiv-sdiv"),
                   needs="torch_uncertainty"),
-        Contender("jax", "JAX under jit", jax_step, methods=DISTIL, needs="jax", slack=2.0),
+        Contender("jax", "JAX under jit", jax_step, methods=DISTIL, needs="jax", slack=2.0, apart=True),
     )
 }  # fmt: skip
 

@@ -25,8 +25,19 @@ from typing import Any
 import torch
 
 from bench import contenders, roof
-from bench.common import Meter, arguments, describe_host, interleave, quantile, save, start, synchronize, table
-from bench.contenders import CONTENDERS, Contender, Gate, Step
+from bench.common import (
+    Meter,
+    arguments,
+    brief,
+    describe_host,
+    interleave,
+    quantile,
+    save,
+    start,
+    synchronize,
+    table,
+)
+from bench.contenders import CONTENDERS, Contender, Gate, Step, how
 from bench.setting import METHODS, NETWORKS, TITLES, Batch, Setting, batches, drawn_pairs, make
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.network.gpu import Gpu
@@ -35,7 +46,8 @@ COLUMNS = {
     "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by",
     "tflops": "TFLOP/s", "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000", "status": "",
 }  # fmt: skip
-OURS = ("fused", "tuned", "reference")
+FUSED = ("fused", "tuned", "fused-launched")
+OURS = (*FUSED, "reference")
 
 
 @dataclass
@@ -79,6 +91,9 @@ def build(contender: Contender, gate: Gate, setting: Setting, device: torch.devi
     if passed:
         call()
         synchronize(device)
+    row |= how(step)
+    if contender.name in FUSED and row["how"] not in row["title"]:
+        row["title"] += f", {row['how']}"
     row["build_seconds"] = time.perf_counter() - began
     return Built(step, call, row, memory(device) - before)
 
@@ -94,60 +109,119 @@ def peak(built: Built, device: torch.device) -> float | None:
     return (built.held + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def measure(setting: Setting, options: Any, device: torch.device, gpu: Gpu, deadline: float) -> list[dict[str, Any]]:
-    """One row per contender."""
-    rows: list[dict[str, Any]] = []
-    running: list[Built] = []
+Note = Callable[[list[dict[str, Any]]], object]
+
+
+class Table:
+    """The rows of one setting, and who is timed. ``note`` is given all rows whenever one of them has changed."""
+
+    def __init__(self, setting: Setting, options: Any, device: torch.device, gpu: Gpu, deadline: float, note: Note):
+        self.setting, self.options, self.device, self.gpu = setting, options, device, gpu
+        self.deadline, self.note = deadline, note
+        self.rows: list[dict[str, Any]] = []
+        self.running: dict[str, Built] = {}
+        self.meter = Meter(device)
+
+    def add(self, contender: Contender, gate: Gate) -> None:
+        """Build and check one; whatever it raises is its row's status."""
+        row = {**self.setting.describe(), "contender": contender.name, "title": contender.title}
+        reason = contender.absent(self.setting.method, self.device.type)
+        if reason is None and time.monotonic() > self.deadline:
+            reason = "no time left"
+        if reason is None:
+            try:
+                built = build(contender, gate, self.setting, self.device)
+                row = built.row
+                if row["status"] == "timed":
+                    self.time_alone(built)
+                    self.running[contender.name] = built
+            except torch.OutOfMemoryError:
+                reason = "out of memory"
+            except Exception as error:  # a peer that fails here is a row of the table, not the end of the run
+                reason = brief(error)
+        if reason is not None:
+            row["status"] = f"not timed: {reason}"
+        self.rows.append(row)
+        self.note(self.rows)
+        memory(self.device)
+
+    def time_alone(self, built: Built) -> None:
+        """A first number, which stands if nothing later is reached."""
+        times = interleave({"it": built.calls}, 3, self.device, 0.05 if self.device.type == "cuda" else 0.0)["it"]
+        self.fill(built.row, times)
+
+    def fill(self, row: dict[str, Any], times: list[float]) -> None:
+        median, images = statistics.median(times), self.setting.images
+        row |= {
+            "seconds": median, "rounds": len(times), "images_per_second": images / median,
+            "p20": images / quantile(times, 0.8), "p80": images / quantile(times, 0.2),
+            "tflops": self.setting.flops / median / 1e12,
+            "share_of_roof": self.setting.least_time(self.gpu) / median if self.device.type == "cuda" else None,
+        }  # fmt: skip
+
+    def time(self, names: Sequence[str]) -> None:
+        """Time these, interleaved, and fill their rows after every round."""
+        names = [name for name in names if name in self.running]
+        if not names or not self.options.rounds:
+            return
+        for name in names:
+            self.running[name].row["peak_mib"] = peak(self.running[name], self.device)
+        lost: dict[str, str] = {}
+        fresh = [name for name in names if "ratio" not in self.running[name].row]  # others keep their earlier rounds
+
+        def after(times: dict[str, list[float]]) -> None:
+            ours = [statistics.median(t) for name, t in times.items() if name in OURS and t]
+            for name in fresh:
+                if times[name]:
+                    self.fill(self.running[name].row, times[name])
+                    ratio = statistics.median(times[name]) / min(ours) if ours else None
+                    self.running[name].row |= {"ratio": ratio, "beside": names}
+            self.note(self.rows)
+
+        turn = getattr(self.options, "turn", 0.2) if self.device.type == "cuda" else 0.0
+        calls = {name: self.running[name].calls for name in names}
+        interleave(calls, self.options.rounds, self.device, turn, after=after, lost=lost, deadline=self.deadline)
+        clocks = self.meter.clocks()  # right after the load, before they fall
+        idle = self.meter.idle_watts() if self.options.energy else None
+        for name in fresh:
+            row = self.running[name].row
+            row["clocks"], row["idle_watts"] = clocks, idle
+            if name in lost:
+                row["status"] = f"not timed to the end: {lost[name]}"
+            elif (joules := self.meter.joules_per_call(calls[name], self.device, idle)) is not None:
+                row["joules_per_1000"] = 1000 * joules / self.setting.images
+        self.note(self.rows)
+
+
+def measure(
+    setting: Setting, options: Any, device: torch.device, gpu: Gpu, deadline: float, note: Note = lambda rows: None
+) -> list[dict[str, Any]]:
+    """One row per contender, ours first; ``note`` gets the rows after every build and every round.
+
+    Who may run out of time or memory comes when the others have their numbers, one at a time, beside ours.
+    """
+    table = Table(setting, options, device, gpu, deadline, note)
     try:
         gate = Gate(setting, device)
-    except torch.OutOfMemoryError:
-        return [{**setting.describe(), "title": "everything", "contender": "", "status": "not timed: out of memory"}]
-    for name in options.contenders:
-        contender = CONTENDERS[name]
-        row = {**setting.describe(), "contender": name, "title": contender.title}
-        reason = contender.absent(setting.method, device.type)
-        if reason is None and time.monotonic() > deadline:
-            reason = "no time left"
-        if reason is not None:
-            rows.append(row | {"status": f"not timed: {reason}"})
-            continue
-        try:
-            built = build(contender, gate, setting, device)
-        except torch.OutOfMemoryError:
-            rows.append(row | {"status": "not timed: out of memory"})
-        except Exception as error:  # a peer that fails here is a row of the table, not the end of the run
-            rows.append(row | {"status": f"not timed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"})
-        else:
-            rows.append(built.row)
-            if built.row["status"] == "timed":
-                running.append(built)
-        memory(device)
-    if running and options.rounds:
-        finish(running, setting, options, device, gpu)
-    return rows
-
-
-def finish(running: list[Built], setting: Setting, options: Any, device: torch.device, gpu: Gpu) -> None:
-    """Time who passed, interleaved, and fill their rows."""
-    meter = Meter(device)
-    for built in running:
-        built.row["peak_mib"] = peak(built, device)
-    names = {built.row["contender"]: built for built in running}
-    least = 0.2 if device.type == "cuda" else 0.0
-    times = interleave({name: built.calls for name, built in names.items()}, options.rounds, device, least)
-    clocks = meter.clocks()  # right after the load, before they fall
-    ours = [statistics.median(t) for name, t in times.items() if name in OURS]
-    idle = meter.idle_watts() if options.energy else None
-    for name, t in times.items():
-        median, row, images = statistics.median(t), names[name].row, setting.images
-        joules = meter.joules_per_call(names[name].calls, device, idle)
-        row |= {
-            "seconds": median, "images_per_second": images / median, "p20": images / quantile(t, 0.8),
-            "p80": images / quantile(t, 0.2), "tflops": setting.flops / median / 1e12,
-            "ratio": median / min(ours) if ours else None,
-            "share_of_roof": setting.least_time(gpu) / median if device.type == "cuda" else None,
-            "joules_per_1000": None if joules is None else 1000 * joules / images, "idle_watts": idle, "clocks": clocks,
-        }  # fmt: skip
+    except Exception as error:
+        reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else brief(error)
+        row = {**setting.describe(), "title": "everything", "contender": "", "status": f"not timed: the gate: {reason}"}
+        note([row])
+        return [row]
+    chosen = [CONTENDERS[name] for name in sorted(options.contenders, key=lambda name: name not in OURS)]
+    for contender in chosen:
+        if not contender.apart:
+            table.add(contender, gate)
+    table.time(list(table.running))
+    for contender in chosen:
+        if contender.apart:
+            for name in [name for name in table.running if name not in OURS]:
+                del table.running[name]
+            memory(device)
+            table.add(contender, gate)
+            if contender.name in table.running:
+                table.time(list(table.running))
+    return table.rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,12 +249,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.networks, options.methods, options.batches, options.members
     ):
         setting = Setting(network, method, batch, members)
-        rows = measure(setting, options, device, gpu, deadline)
-        every += rows
+
+        def note(rows: list[dict[str, Any]]) -> None:
+            rows = every + rows  # noqa: B023  (called before the next setting begins)
+            save(options.json, "throughput", host, options.smoke, roof=found, rounds=options.rounds, rows=rows)
+
+        every += (rows := measure(setting, options, device, gpu, deadline, note))
         print(f"\n{network}, {TITLES[method]}, batch {batch}, M = {members}, K = {setting.k}; "
               f"{setting.flops / setting.images / 1e9:.3g} GFLOP an image")  # fmt: skip
         print(table([row | {"status": row["status"].removeprefix("timed")} for row in rows], COLUMNS), flush=True)
-        save(options.json, "throughput", host, options.smoke, roof=found, rounds=options.rounds, rows=every)
+        note([])
         gc.collect()
     failed = [row for row in every if "does not compute" in row["status"]]
     for row in failed:

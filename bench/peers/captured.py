@@ -16,9 +16,11 @@ from bench.peers.eager import EagerStep, EagerTeach
 from bench.setting import Batch, Problem
 
 Compile = dict[str, Any] | None
-# Inductor's search among its kernels; the whole step is captured here, so without its own graphs
-CAPTURED: Compile = {"mode": "max-autotune-no-cudagraphs"}
-OWN_GRAPHS: Compile = {"mode": "max-autotune"}
+# The whole step is captured here, so without Inductor's own graphs. Its search among kernels (minutes for a network)
+# is a contender of its own.
+CAPTURED: Compile = {}
+AUTOTUNED: Compile = {"mode": "max-autotune-no-cudagraphs"}
+OWN_GRAPHS: Compile = {"mode": "reduce-overhead"}
 
 
 def compiled(function: Any, options: Compile) -> Any:
