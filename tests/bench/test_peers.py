@@ -20,7 +20,7 @@ EXTRA = {
     "teach, traced": Contender("", "", lambda p: CapturedTeach(p, TRACED), methods=("teach",)),
     "compiled-own, traced": Contender("", "", lambda p: CompiledStep(p, {"backend": "eager"}), methods=("tdiv-sdiv",)),
 }
-PEERS = {name: c for name, c in CONTENDERS.items() if "compiled" not in name} | EXTRA
+PEERS = {name: c for name, c in CONTENDERS.items() if name not in ("compiled", "compiled-own", "max-autotune")} | EXTRA
 
 
 @pytest.fixture(scope="module")
