@@ -1,117 +1,243 @@
-"""What each change to the engine should give, written down before it is measured. No number here is a measurement.
+"""What a step of today's engine should take on a GPU, and what each change to it should give, before it is measured.
 
-    python -m bench.predictions [--networks wrn28_4 resnet32] [--batch 512] [--members 4] [--gpu h200]
+    python -m bench.predictions [--networks wrn28_4 resnet32] [--batch 512] [--members 4] [--gpu h100 h200]
+                                [--by op|layer]
 
-A launch takes the larger of its arithmetic at the rate assumed for its kernel and width (TFLOP/s, below) and its
-traffic at 85% of the memory's rate; arithmetic and traffic are the plan's. ``bench.throughput`` gives the outcome, and
-``bench.kernels`` says per launch which assumption was wrong.
+No time here is a measurement. "As it stands" is the model of ``bench.recorded``, which follows the engine by itself; a
+change alters its kernels. With ``--by`` the table says instead where the time goes as it stands. ``bench.throughput``
+gives the outcome, and ``bench.kernels`` says per launch which assumption was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from bench.common import table
+from bench.recorded import COPIES, GAP, MULTIPROCESSORS, REDUCTIONS, WEIGHTS, Kernel, Kernels, beside, kernels
 from bench.setting import NETWORKS, Setting
 from fastensdistill.network.gpu import GPUS, Gpu
-from fastensdistill.network.launch import Launch
-from fastensdistill.network.nodes import Conv, Network
+from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.nodes import Conv
 
-HELD = 0.85  # of the memory's rate, by kernels that do little else
-# Channels → TFLOP/s on an H200: a gather, which reads every input nine times through L2; an input tile with its border,
-# by mma.sync (csrc/halo_conv.h says why) and by wgmma; cuDNN. Every one of them an estimate.
-GATHER = {4: 50, 16: 100, 32: 180, 64: 320, 128: 500}
-HALO = {4: 50, 16: 200, 32: 350, 64: 450, 128: 500}
-HALO_WGMMA = {4: 50, 16: 320, 32: 480, 64: 620, 128: 700, 256: 740}
-VENDOR = {4: 50, 16: 100, 32: 200, 64: 400, 128: 620}
-COLUMNS = {"network": "network", "change": "change", "images_per_second": "images/s", "ms": "ms", "ratio": "gain"}
+# Channels → TFLOP/s of kernels that the engine does not launch today, every one an estimate, from here up to the next.
+# An input tile with its border in shared memory, by mma.sync: issue slots bound it below 64 channels, and it should
+# reach 75-100, 180-220, 390-460 and 450-480. The same by wgmma: 250-400 if narrow, then 540-700, 560-690 and 580-710.
+HALO = {16: 88, 32: 200, 64: 425, 128: 465}
+HALO_WGMMA = {16: 275, 32: 375, 64: 620, 128: 625, 256: 645}
+GRADIENT_WGMMA = {64: 640}  # 580-700
+VENDOR = {128: 620}  # cuDNN, one group
+ANY = 1 << 20  # channels
+COLUMNS = {"network": "network", "gpu": "GPU", "change": "change", "images_per_second": "images/s", "ms": "ms",
+           "ratio": "gain"}  # fmt: skip
+
+Alteration = Callable[[Kernels], Kernels]  # of one launch; none are left of a launch that is no longer needed
+
+
+def first(op: str, alter: Callable[[Kernel], Kernel]) -> Alteration:
+    """Of launches of ``op``, the kernel that the plan describes."""
+    return lambda found: (alter(found[0]), *found[1:]) if found[0].op == op else found
+
+
+def images(k: Kernel) -> float:
+    """How many a convolution's launch computes, all groups together: the plan counts two FLOPs a multiplication."""
+    assert isinstance(k.node, Conv)
+    return k.launch.flops / (2 * k.node.macs)
+
+
+# ---- changes without new kernels
+
+
+def two_taps(k: Kernel) -> Kernel:
+    """128 rows, two taps of 64 channels: 110 registers and 73.7 KB, three programs a multiprocessor."""
+    if k.tile != (64, 64):
+        return k
+    programs = -(-k.programs // 2)
+    return replace(k, tile=(128, 64), programs=programs, occupancy=3, steps=k.steps / 2, l2=0.75 * k.l2)
+
+
+def whole_waves(found: Kernels) -> Kernels:
+    """Splits of a weight gradient that fill all slots of the machine, with 8 steps at least to a program."""
+    k, *rest = found
+    if k.op != "weight gradient" or not k.steps:
+        return found
+    slots = MULTIPROCESSORS * k.occupancy
+    waves = min(max(1, round(k.programs / slots)), int(k.steps / 8 / slots))
+    if not waves:
+        return found
+    programs = slots * waves
+    sums = [replace(r, nbytes=r.nbytes * programs / k.programs) if r.name == "sum_splits_kernel" else r for r in rest]
+    more = sum(s.nbytes - r.nbytes for s, r in zip(sums, rest, strict=True))
+    return replace(k, programs=programs, nbytes=k.nbytes + more), *sums
+
+
+def two_programs(k: Kernel) -> Kernel:
+    """128 registers, or the epilogue by halves of the columns."""
+    return replace(k, occupancy=max(2, k.occupancy))
+
+
+def row_of_taps(k: Kernel) -> Kernel:
+    """Three taps of 16 channels in one step of 64: a third of the steps, the same loads."""
+    assert isinstance(k.node, Conv)
+    return replace(k, steps=k.steps / 3) if (k.node.kernel, k.node.in_shape[0]) == (3, 16) else k
+
+
+def more_programs(found: Kernels) -> Kernels:
+    return tuple(replace(k, programs=8 * k.programs) if k.name in REDUCTIONS else k for k in found)
+
+
+def not_copied(found: Kernels) -> Kernels:
+    return tuple(k for k in found if k.op != COPIES)
+
+
+def no_zeros(k: Kernel) -> Kernel:
+    """Neither stored nor read again as a residual."""
+    assert isinstance(k.node, Conv)
+    if k.node.kernel > 1:
+        return k
+    return replace(k, nbytes=k.nbytes - 2 * (1 - 1 / k.node.stride**2) * 2 * prod(k.node.in_shape) * images(k))
+
+
+# ---- other kernels
+
+
+def assumed(rates: dict[int, int], channels: int) -> float:
+    return 1e12 * rates[max(width for width in rates if width <= channels)]
+
+
+def vendor(found: Kernels) -> Kernels:
+    """cuDNN from 128 channels on, a call per group; what it cannot fuse is a pass that reads its result."""
+    k, *rest = found
+    if k.op not in ("conv", "conv gradient", "weight gradient") or k.width < 128:
+        return found
+    assert isinstance(k.node, Conv)
+    moved = replace(k, flops=0.0, l2=0.0, steps=0.0, nbytes=0.0, programs=MULTIPROCESSORS)
+    calls = [replace(k, rate=assumed(VENDOR, k.width)), *[moved] * (k.groups - 1)]
+    if k.op != "weight gradient" and len(k.launch.epilogue) > 1:
+        read, written = (2 * prod(shape) * images(k) for shape in (k.node.in_shape, k.node.shape))
+        if k.op == "conv gradient":
+            read, written = written, read
+        calls[0] = replace(calls[0], nbytes=read + written)
+        calls.append(replace(moved, nbytes=k.nbytes - read + written))
+    return *calls, *rest
+
+
+def halo(rates: dict[int, int], widest: int, strides: tuple[int, ...] = (1,)) -> Alteration:
+    """The input tile with its border, up to ``widest`` channels, where that is faster."""
+
+    def alter(found: Kernels) -> Kernels:
+        k, node = found[0], found[0].node
+        if k.op not in ("conv", "conv gradient") or not isinstance(node, Conv) or not 16 <= k.width <= widest:
+            return found
+        fits = node.kernel == 3 and node.stride in strides
+        return (replace(k, rate=assumed(rates, k.width)), *found[1:]) if fits else found
+
+    return alter
+
+
+def wgmma_gradient(found: Kernels) -> Kernels:
+    """The un-fold sums the partial results as they lie: no launch for that, and no copies."""
+    k, node = found[0], found[0].node
+    if k.op != "weight gradient" or not isinstance(node, Conv) or k.width < 64 or (node.kernel, node.stride) != (3, 1):
+        return found
+    return (replace(k, rate=assumed(GRADIENT_WGMMA, k.width)),)
+
+
+def norm_on_load(found: Kernels) -> Kernels:
+    """BatchNorm-ReLU of a training group as the prologue of the convolution."""
+    return () if found[0].op == "norm" and not found[0].launch.steps("add") else found
+
+
+def norm_gradient_on_load(found: Kernels) -> Kernels:
+    """A·d + B·z + C in the gradients that read it, where no shortcut joins; the coefficients stay."""
+    joined = any(k.launch.op != "norm gradient" or k.launch.steps("add") for k in found)
+    return found if joined else tuple(k for k in found if k.op != "norm gradient")
 
 
 @dataclass(frozen=True)
 class Change:
-    """``rate`` gives a convolution's TFLOP/s; ``extra`` bytes that a launch moves beside the plan's (or less)."""
-
     title: str
-    rate: Callable[[Launch, Conv], float]
-    extra: Callable[[Launch, Network], float] = lambda launch, network: 0.0
+    alterations: tuple[Alteration, ...] = ()
 
 
-def assumed(rates: dict[int, int], node: Conv) -> float:
-    """For the narrower side of a convolution."""
-    channels = min(node.in_shape[0], node.shape[0])
-    return rates[max(width for width in rates if width <= max(4, channels))]
-
-
-def covered(launch: Launch, node: Conv) -> bool:
-    """Whether the kernel that keeps its input tile with the border can run this launch."""
-    return launch.op in ("conv", "conv gradient") and (node.kernel, node.stride) == (3, 1) and node.in_shape[0] >= 16
-
-
-def halo(rates: dict[int, int], widest: int) -> Callable[[Launch, Conv], float]:
-    """The faster of both kernels up to ``widest`` channels, the gather beyond and where nothing else can run."""
-
-    def rate(launch: Launch, node: Conv) -> float:
-        fits = covered(launch, node) and min(node.in_shape[0], node.shape[0]) <= widest
-        return max(assumed(GATHER, node), assumed(rates, node) if fits else 0)
-
-    return rate
-
-
-def vendor(launch: Launch, node: Conv) -> float:
-    wide = min(node.in_shape[0], node.shape[0]) >= 128
-    return assumed(VENDOR if wide else GATHER, node)
-
-
-def unfused(launch: Launch, network: Network) -> float:
-    """The result of a vendor's convolution is read and written once more, by what follows it."""
-    node = network.by_name[launch.node]
-    if not isinstance(node, Conv) or min(node.in_shape[0], node.shape[0]) < 128 or launch.op == "weight gradient":
-        return 0.0
-    macs = node.shape[0] * node.shape[1] * node.shape[2] * node.in_shape[0] * node.kernel**2
-    C, H, W = node.shape if launch.op == "conv" else node.in_shape
-    return 2 * 2.0 * C * H * W * launch.flops / (2 * macs)  # two passes of bf16, over as many images as the FLOPs say
-
-
-def applied_on_load(launch: Launch, network: Network) -> float:
-    """BatchNorm-ReLU of a training group as the prologue of the convolution: its own pass is not launched."""
-    return -launch.nbytes if launch.op == "norm" and not any(s.kind == "add" for s in launch.epilogue) else 0.0
-
-
-CHANGES = (
-    Change("Triton kernels everywhere (as the table of dispatch stands)", lambda _, node: assumed(GATHER, node)),
-    Change("cuDNN from 128 channels on, what it cannot fuse as passes", vendor, unfused),
-    Change("halo kernel (mma.sync) up to 32 channels", halo(HALO, 32)),
-    Change("halo kernel (mma.sync) up to 64 channels", halo(HALO, 64)),
-    Change("halo kernel (mma.sync), all widths", halo(HALO, 1 << 20)),
-    Change("the same, BatchNorm and ReLU applied as it loads", halo(HALO, 1 << 20), applied_on_load),
-    Change("halo kernel with wgmma", halo(HALO_WGMMA, 1 << 20)),
-    Change("the same, BatchNorm and ReLU applied as it loads", halo(HALO_WGMMA, 1 << 20), applied_on_load),
-    Change("every launch at its roof", lambda *_: float("inf")),
+TODAY = Change("as it stands")
+CHEAP = (
+    Change("weight gradient: two taps a program at 64 channels", (first("weight gradient", two_taps),)),
+    Change("weight gradient: splits that fill all slots", (whole_waves,)),
+    Change("data gradients: two programs a multiprocessor", (first("conv gradient", two_programs),)),
+    Change("rows of taps up to 64 values", (first("conv", row_of_taps),)),
+    Change("BatchNorm's sums by eight times the programs", (more_programs,)),
+    Change("gradients without copies", (not_copied,)),
+    Change("stride-2 shortcut's gradient without zeros", (first("conv gradient", no_zeros),)),
 )
+WGMMA = halo(HALO_WGMMA, ANY), wgmma_gradient
+CHANGES = (
+    TODAY,
+    *CHEAP,
+    Change("all of these", tuple(alteration for change in CHEAP for alteration in change.alterations)),
+    Change("cuDNN from 128 channels on, what it cannot fuse as passes", (vendor,)),
+    Change("halo kernel (mma.sync) up to 32 channels", (halo(HALO, 32),)),
+    Change("halo kernel (mma.sync) up to 64 channels", (halo(HALO, 64),)),
+    Change("halo kernel (mma.sync), all widths", (halo(HALO, ANY),)),
+    Change("the same, BatchNorm and ReLU applied as it loads", (halo(HALO, ANY), norm_on_load)),
+    Change("weight gradient with wgmma", (wgmma_gradient,)),
+    Change("halo kernel and weight gradient with wgmma", WGMMA),
+    Change("the same, BatchNorm and ReLU applied as it loads", (*WGMMA, norm_on_load)),
+    Change("the same, the gradient of a block's inner BatchNorm too", (*WGMMA, norm_on_load, norm_gradient_on_load)),
+)
+ROOF = "every planned launch at its roof, nothing beside"
+
+
+# ---- what they give
+
+
+def costs(setting: Setting, change: Change, gpu: Gpu) -> list[tuple[Kernel, float]]:
+    """Every node of a step's graph with its seconds, to which each adds a gap."""
+    found: list[Kernel] = []
+    for one in (*(launch for part in setting.parts for launch in kernels(part)), beside(setting)):
+        for alter in change.alterations:
+            one = alter(one) if one else one
+        found += one
+    return [(k, k.seconds(gpu)) for k in found]
 
 
 def seconds(setting: Setting, change: Change, gpu: Gpu) -> float:
-    """Of a step. At best a launch computes at the device's rate."""
-    total = 0.0
-    for part in setting.parts:
-        for launch in part.launches:
-            node = part.network.by_name[launch.node]
-            rate = min(gpu.flops, 1e12 * change.rate(launch, node)) if isinstance(node, Conv) else gpu.flops
-            traffic = max(0.0, launch.nbytes + change.extra(launch, part.network)) / (HELD * gpu.bandwidth)
-            total += max(launch.flops / rate, traffic)
-    return total
+    """Of a step."""
+    return sum(time + GAP for _, time in costs(setting, change, gpu))
+
+
+def predicted(network: str, batch: int, members: int, gpu_name: str) -> float:
+    """Milliseconds of a TDiv−SDiv step as the engine stands, M = K = ``members``; ``gpu_name`` is "h100" or "h200"."""
+    return 1e3 * seconds(Setting(network, "tdiv-sdiv", batch, members), TODAY, GPUS[gpu_name])
+
+
+def predicted_launch(launch: Launch, part: Part, gpu: Gpu) -> float:
+    """Microseconds of one of ``part.launches``, with a gap per node; copies of what it wrote are not part of it."""
+    return 1e6 * sum(k.seconds(gpu) + GAP for k in not_copied(kernels(part)[part.launches.index(launch)]))
+
+
+def breakdown(setting: Setting, gpu: Gpu, by: str) -> list[dict[str, object]]:
+    """Where a step spends its time as it stands: a row per "op", or per op and "layer", and one for all gaps."""
+    found = costs(setting, TODAY, gpu)
+    times: dict[str, list[float]] = {}
+    for k, time in found:
+        plain = by == "op" or k.op in (COPIES, WEIGHTS)
+        times.setdefault(k.op if plain else f"{k.op} {k.layer}", []).append(time)
+    rows = [*sorted(times.items(), key=lambda row: -sum(row[1])), ("gaps", [GAP] * len(found))]
+    total = sum(sum(row) for _, row in rows)
+    return [{"name": n, "nodes": len(row), "ms": 1e3 * sum(row), "share": sum(row) / total} for n, row in rows]
 
 
 def predictions(network: str, batch: int, members: int, gpu: Gpu) -> list[dict[str, object]]:
-    """A row per change; ``ratio`` is to the first."""
+    """A row per change, and the roof; ``ratio`` is to the engine as it stands."""
     setting = Setting(network, "tdiv-sdiv", batch, members)
-    times = [seconds(setting, change, gpu) for change in CHANGES]
+    times = [(change.title, seconds(setting, change, gpu)) for change in CHANGES]
     return [
-        {"network": network, "change": change.title, "images_per_second": batch / t, "ms": 1e3 * t,
-         "ratio": times[0] / t}
-        for change, t in zip(CHANGES, times, strict=True)
+        {"network": network, "gpu": gpu.name, "change": title, "images_per_second": batch / t, "ms": 1e3 * t,
+         "ratio": times[0][1] / t}
+        for title, t in (*times, (ROOF, setting.least_time(gpu)))
     ]  # fmt: skip
 
 
@@ -120,12 +246,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", nargs="+", default=["wrn28_4", "resnet32"], choices=NETWORKS)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--members", type=int, default=4, help="M = K")
-    parser.add_argument("--gpu", default="h200", choices=GPUS)
+    parser.add_argument("--gpu", nargs="+", default=["h100", "h200"], choices=["h100", "h200"])
+    parser.add_argument("--by", choices=["op", "layer"], help="where the time goes as it stands, instead of changes")
     options = parser.parse_args(argv)
-    gpu = GPUS[options.gpu]
-    print(f"TDiv−SDiv, batch {options.batch}, M = K = {options.members}, {gpu.name}: predicted, not measured")
-    rows = [row for name in options.networks for row in predictions(name, options.batch, options.members, gpu)]
-    print(table(rows, COLUMNS))
+    print(f"TDiv−SDiv, batch {options.batch}, M = K = {options.members}: predicted, not measured")
+    for network in options.networks:
+        setting = Setting(network, "tdiv-sdiv", options.batch, options.members)
+        for gpu in (GPUS[name] for name in options.gpu):
+            if options.by:
+                print(f"{network}, {gpu.name}: {1e3 * seconds(setting, TODAY, gpu):.1f} ms")
+                columns = {"name": options.by, "nodes": "nodes", "ms": "ms", "share": "share"}
+                print(table(breakdown(setting, gpu, options.by), columns))
+            else:
+                print(table(predictions(network, options.batch, options.members, gpu), COLUMNS))
     return 0
 
 

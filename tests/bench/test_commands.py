@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, loader, predictions, report, roof, scaling, startup, summary, throughput
+from bench import kernels, loader, report, roof, scaling, startup, summary, throughput
 from bench.common import ROOT, Meter, interleave, quantile, table
 from fastensdistill.engine.dispatch import Dispatch, Row, Shape
-from fastensdistill.network.gpu import GPUS
 
 CPU = torch.device("cpu")
 COMMANDS = {
@@ -192,21 +191,6 @@ def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path):
     rows = json.loads((out / "report" / "results.json").read_text())
     assert all(name in json.dumps(rows) for name in ("teachers", "ensemble of 2", "kd", "latentbe", "tdiv-sdiv"))
     assert len(list(out.glob("*/student.safetensors"))) == 3
-
-
-def test_predictions_lie_under_the_roof_and_follow_the_plan(monkeypatch, capsys):
-    gpu = GPUS["h200"]
-    setting = throughput.Setting("wrn28_1", "tdiv-sdiv", 128, 4)
-    rows = predictions.predictions("wrn28_1", 128, 4, gpu)
-    assert [row["change"] for row in rows] == [change.title for change in predictions.CHANGES]
-    times = [row["ms"] / 1e3 for row in rows]
-    assert all(time >= 0.8 * setting.least_time(gpu) for time in times)
-    assert times[2] < times[0], "16 channels are what the tile with its border is for"
-    assert times[-1] <= min(times[:4])
-    monkeypatch.setattr(predictions, "HELD", 1.0)
-    assert predictions.seconds(setting, predictions.CHANGES[-1], gpu) == pytest.approx(setting.least_time(gpu))
-    assert predictions.main(["--networks", "wrn28_1", "--batch", "128"]) == 0
-    assert "predicted, not measured" in capsys.readouterr().out
 
 
 def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shape():
