@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -183,7 +184,12 @@ class Meter:
 
 
 def commit() -> str:
-    """The commit measured, "+" where tracked files differ from it, "unknown" outside a checkout."""
+    """The commit measured, "+" where tracked files differ from it, "unknown" outside a checkout.
+
+    Where the history does not travel with the files, the environment says it: ``BENCH_COMMIT``.
+    """
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
 
     def git(*words: str) -> str | None:
         try:

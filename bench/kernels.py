@@ -163,7 +163,10 @@ def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
     return found
 
 
-def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) -> dict[str, Any]:
+def row(
+    prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool = False, alone: bool = True
+) -> dict[str, Any]:
+    """One launch's check and times; ``alone``: beside cuDNN's bare convolution too."""
     launch = prepared.launch
     found: dict[str, Any] = {
         "launch": f"{prepared.title}, {len(prepared.part.groups)} groups", "pass": prepared.where, "op": launch.op,
@@ -183,7 +186,7 @@ def row(prepared: Prepared, count: int, measure: Any, gpu: Gpu, compiled: bool) 
     }  # fmt: skip
     found |= by_halo(prepared, measure)
     if launch.op in CONVS:
-        for name, grouped in (("dense", False), ("grouped", True)):
+        for name, grouped in (("dense", False), ("grouped", True)) if alone else ():
             call = bare(prepared, grouped)
             found[name] = None if call is None else 1e6 * spread(measure(call))["median"]
         whole = ByVendor(**vars(prepared))

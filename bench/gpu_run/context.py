@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,15 @@ class Context:
     record: Record
     rehearse: bool = False
     plants: tuple[str, ...] = ()
+    call: str = "A"
     seconds: float = 600.0  # what the stage may take
     sizes: Sizes = field(default_factory=Sizes)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """Of ``time.monotonic``: nothing further is begun after it, so that the stage ends by itself."""
+        return self.began + 0.85 * self.seconds
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,113 @@
+"""What the results of a run say: which further stages they call for, and the short table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.gpu_run.record import Row
+
+STEPS = {
+    "contender": "step", "network": "network", "batch": "batch", "images_per_second": "images/s", "ms": "ms",
+    "predicted_ms": "predicted ms", "ratio": "ours faster by", "share_of_roof": "of roof", "how": "run as", "note": "",
+}  # fmt: skip
+
+
+def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def findings(rows: Sequence[Row]) -> set[str]:
+    """The names that a stage's ``when`` may have."""
+    found = set()
+    if any(not row["ok"] for row in of_kind(rows, "step")):
+        found.add("step wrong")
+    if any(row.get("same") is False or row.get("twice_same") is False
+           for row in [*of_kind(rows, "replay"), *of_kind(rows, "smoke")]):  # fmt: skip
+        found.add("capture differs")
+    return found
+
+
+def newest(rows: Sequence[Row], *keys: str) -> list[Row]:
+    """The last of the rows that agree in ``keys``, in the order in which they first appeared."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        found[tuple(row.get(key) for key in keys)] = row
+    return list(found.values())
+
+
+def steps(rows: Sequence[Row]) -> list[Row]:
+    """The table's rows: every contender by its newest record of each stage."""
+    table = []
+    for row in newest(of_kind(rows, "throughput"), "stage", "contender", "network", "batch"):
+        status = row.get("status", "")
+        table.append(row | {
+            "ms": 1e3 * row["seconds"] if row.get("seconds") else None,
+            "note": ", ".join(w for w in (row["stage"], status.removeprefix("timed").strip(" :")) if w)[:70],
+        })  # fmt: skip
+    return table
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "–" if value is None else str(value)
+
+
+def text_table(rows: Sequence[Row], columns: dict[str, str]) -> list[str]:
+    cells = [list(columns.values())] + [[cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """At most some fifty lines: what ran, what is right, how fast."""
+    lines: list[str] = []
+    for row in of_kind(rows, "device")[-1:]:
+        lines.append(f"{row['device']}, driver {row.get('driver')}, torch {row['torch']}, Triton {row.get('triton')}, "
+                     f"commit {row['commit']}")  # fmt: skip
+    for row in of_kind(rows, "roof")[-1:]:
+        lines.append(f"roof: {row['flops_per_second'] / 1e12:.3g} TFLOP/s ({row['dtype']}), "
+                     f"{row['bytes_per_second'] / 1e12:.3g} TB/s copied")  # fmt: skip
+    for row in newest(of_kind(rows, "warm"), "stage"):
+        if "seconds" in row:
+            lines.append(f"{row['kernels']} kernels compiled in {row['seconds']:.0f} s on {row['workers']} processes"
+                         + (f", {len(row['errors'])} failed: {row['errors'][0]}" if row["errors"] else ""))  # fmt: skip
+    for row in newest(of_kind(rows, "launches"), "stage"):
+        lines.append(f"{row['stage']}: {row['checked']} launches by {row.get('by', 'kernels')}: {len_of(row['wrong'])} "
+                     f"wrong, {len_of(row['crashed'])} crashed, {len_of(row['no_remedy'])} without remedy")  # fmt: skip
+    for row in of_kind(rows, "remedy"):
+        lines.append(f"remedy: {row.get('launch')}: {row.get('variant')}")
+    for row in newest(of_kind(rows, "step"), "method"):
+        lines.append(f"step {row['method']}: {'right' if row['ok'] else 'WRONG ' + str(row.get('errors'))}")
+    for row in newest(of_kind(rows, "replay"), "method"):
+        same = "captured is launched, twice the same" if row["same"] and row["twice_same"] else "DIFFERS"
+        lines.append(f"replay {row['method']}: {same}{'' if row['captured'] else ', NOT CAPTURED'}")
+    for kind in ("walk", "capture"):
+        lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]
+    if table := steps(rows):
+        lines += ["", *text_table(table, STEPS)]
+    for row in of_kind(rows, "kernels")[-1:]:
+        lines += ["", f"{row['timed']} distinct launches timed: {row['sum_ms']:.3g} ms a step one after the other, "
+                  f"{row['predicted_ms']:.3g} predicted; {len(row['dispatch'])} shapes faster otherwise"]  # fmt: skip
+    timed = [row for row in of_kind(rows, "kernel") if "us" in row]
+    worst = sorted(newest(timed, "index"), key=lambda row: -row["us"] * row["count"])[:8]
+    if worst:
+        columns = {"launch": "slowest launches", "count": "a step", "us": "us", "predicted_us": "predicted us",
+                   "tflops": "TFLOP/s", "gbs": "GB/s", "cuda": "CUDA us", "vendor": "cuDNN us"}  # fmt: skip
+        lines += text_table(worst, columns)
+    for kind in ("csrc", "tests", "counters"):
+        lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]
+    lines += ["", *text_table(of_kind(rows, "stage"), {"name": "stage", "seconds": "s", "status": "status"})]
+    return lines
+
+
+def len_of(value: Any) -> int:
+    """A count, or how many a list has."""
+    return value if isinstance(value, int) else len(value)
+
+
+def short(row: Row) -> str:
+    """A record's own facts in one line."""
+    own = {k: v for k, v in row.items() if k not in ("stage", "kind", "at") and v not in (None, [], {}, "")}
+    return ", ".join(f"{k} {v}" for k, v in own.items())[:300]

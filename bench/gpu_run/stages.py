@@ -1,0 +1,105 @@
+"""The stages of a run: what each does, how long it is expected to take, and when it is ended.
+
+Expected seconds are for an H100 with 16 CPU cores. They are added up from compile times measured on a CPU (below) and
+from the windows that the timings are given; none was measured on a GPU. What a stage does is in ``stage.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Process-seconds of ``python -m bench.gpu_run.warm`` (CPU: AMD EPYC, two processes, torch 2.11, Triton 3.6) per network
+COMPILING = {"wrn28_4": 110.0, "resnet32": 80.0}
+WORKERS = 14
+IMPORT = 5.0  # of torch and the package, with the CUDA context: once a stage
+
+
+def compiling(*networks: str) -> float:
+    return IMPORT + sum(COMPILING[name] for name in networks) / WORKERS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process. ``limit`` seconds after its start it is ended.
+
+    ``background`` goes on while others run; ``after`` names such stages which have to have ended before this one
+    starts, so that nothing disturbs a timing. ``needs`` names stages without whose success this one is left out.
+    ``restarts``: it knows from the results what it has done, and is started so often again after it died; ``stall``
+    seconds without a record count as dead. ``when`` names the finding (``findings``) that calls for it. ``module`` is a
+    command of its own, run with ``--json``.
+    """
+
+    name: str
+    call: str
+    does: str
+    limit: int
+    expected: float
+    background: bool = False
+    after: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    restarts: int = 0
+    stall: int = 0
+    when: str = ""
+    module: tuple[str, ...] = ()
+
+
+PROOF = {"restarts": 5, "stall": 30}
+STAGES = (
+    Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 45, 12),
+    Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
+    Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75, compiling("wrn28_4")),
+    Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
+    Stage("smoke", "A", "one tiny step, launched, then captured", 40, 12),
+    Stage("launches-odd", "A", "launches of odd sizes against float64", 75, 30, background=True, **PROOF),
+    Stage("launches", "A", "every launch of WRN-28-4 against float64", 75, 30, **PROOF),
+    Stage("step", "A", "tiny steps against float64; replayed is launched, and twice is the same", 60, 28,
+          after=("launches-odd",)),
+    Stage("walk", "A", "the step beside float64, launch by launch: the first buffer that parts", 60, 0,
+          when="step wrong"),
+    Stage("captures", "A", "which captured launch differs, and what cures it", 60, 0, when="capture differs"),
+    Stage("first", "A", "the fused engine alone: first numbers", 45, 22),
+    Stage("table", "A", "fused, launched from Python, captured peer: gated, interleaved", 80, 42,
+          after=("compile-peer",)),
+    Stage("compiled", "A", "fused beside torch.compile: gated, interleaved", 100, 55, after=("compile-peer",)),
+    Stage("kernels", "A", "every launch at full size timed: Triton, CUDA, cuDNN", 110, 85),
+    Stage("tuned", "A", "the step by the table of the fastest, beside the present one", 70, 35, needs=("kernels",)),
+    Stage("warm-other", "B", "compiles the kernels of both networks, or finds them carried", 75,
+          compiling("wrn28_4", "resnet32")),
+    Stage("other-first", "B", "the fused engine alone on ResNet-32", 40, 15),
+    Stage("other", "B", "ResNet-32 beside its peers, torch.compile last", 130, 95),
+    Stage("small", "B", "WRN-28-4 at batch 128 beside the captured peer", 60, 30),
+    Stage("csrc", "B", "the extension's ops and the CUDA convolution against their references", 75, 30),
+    Stage("warps-4", "B", "every launch at 4 warps against float64", 60, 25, **PROOF),
+    Stage("warps-8", "B", "every launch at 8 warps against float64", 60, 25, **PROOF),
+    Stage("counters", "B", "hardware counters of the slowest launches", 60, 25),
+    Stage("tests", "long", "the tests that need a GPU", 580, 480),
+    Stage("methods", "long", "KD, LatentBE, teachers in training", 560, 420, module=(
+        "throughput", "--methods", "kd", "latentbe", "teach", "--batches", "512", "--contenders", "fused", "reference",
+        "eager", "captured", "--minutes", "7")),
+    Stage("search", "long", "torch.compile with its search among kernels, JAX", 3000, 1800, module=(
+        "throughput", "--batches", "512", "--contenders", "fused", "max-autotune", "compiled-own", "jax",
+        "--minutes", "40")),
+    Stage("loader", "long", "loaders", 300, 120, module=("loader",)),
+    Stage("scaling", "long", "time against K, M, batch, depth, width", 560, 300, module=("scaling", "--rounds", "5")),
+    Stage("startup", "long", "import, build, first step", 300, 120, module=("startup", "--rounds", "3")),
+    Stage("pack", "AB", "caches and extension, to be carried in again", 20, 6),
+)  # fmt: skip
+CALLS = {"A": 420, "B": 300, "long": 0}  # seconds, 0 for as long as it takes
+
+
+def of_call(call: str) -> tuple[Stage, ...]:
+    return tuple(stage for stage in STAGES if stage.call == call or (len(call) == 1 and call in stage.call))
+
+
+def stated(stages: Sequence[Stage]) -> float:
+    """Expected seconds of these stages, one after the other but for those in the background, which are waited for."""
+    now, ends = 0.0, 0.0
+    ending: dict[str, float] = {}
+    for stage in stages:
+        if stage.background:
+            ending[stage.name] = now + stage.expected
+        else:
+            now = max([now, *(ending.get(name, 0.0) for name in stage.after)]) + stage.expected
+        ends = max([now, *ending.values()])
+    return ends
