@@ -29,7 +29,7 @@ from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture
-from fastensdistill.engine.graph import Graphs
+from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
@@ -94,14 +94,14 @@ def distillation_groups(networks: list[Network], student: Student) -> list[Group
     return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(copies)]
 
 
-class FusedStep:
+class FusedStep(Capturing):
     """One step of distillation as a fixed list of launches; the interface of ``ReferenceStep``.
 
     ``step = FusedStep(student, teachers, config)``, then ``step(images, labels)`` for images (B, channels, H, W) in
     [0, 1], float32, and labels int64 (B,), always of one shape. Set the learning rate with :meth:`set_learning_rate`
     before a step. Returns scalars on the device: loss (without weight decay), loss_kd, loss_ce and, where the
     perturbation ascends them, tdiv and sdiv. On a CUDA device the first call captures the graph (``capture=False``
-    launches every op from Python instead).
+    launches every op from Python instead); ``captured`` says whether that worked, ``capture_error`` why not.
 
     From the first step (or from the start, with ``image_shape`` (channels, H, W) given) the student's parameters and
     running statistics live in this object's buffers: do not move or cast the student any more.
@@ -110,6 +110,8 @@ class FusedStep:
     layer and direction).
     Raises InputError for networks and students that only the reference engine can train.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(
         self,

@@ -6,8 +6,10 @@ the device. Warm-up runs (which compile kernels) change weights and generators; 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from fastensdistill.engine.parallel import processes, released_before_leaving
 
 WARM_UP = 2
 Results = dict[str, Tensor]
+# Graphs whose capture failed, kept for good: the allocators, of pinned memory too, may go on asking whether they record
+_abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 def warm_up(
@@ -32,6 +36,20 @@ def warm_up(
         tensor.copy_(value)
     for generator, seed in zip(generators, seeds, strict=True):
         generator.set_state(seed)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect garbage now and none within: a collection may free another graph, a block of memory or an event, and
+    what the driver is asked for that spoils a capture."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs:
@@ -59,6 +77,37 @@ class Graphs:
         """One run of ``body``."""
         return self.prepare(key, body, generators)()
 
+    @property
+    def captured(self) -> bool | None:
+        """Whether all are replayed; None before their first capture has ended."""
+        found = [made.captured for made in self.made.values()]
+        return False if False in found else True if found and all(found) else None
+
+    @property
+    def error(self) -> str:
+        """Why a capture failed; "" where none did."""
+        return next((made.error for made in self.made.values() if made.error), "")
+
+
+class Capturing:
+    """What a step says about its graphs; ``capture`` is whether it is to be captured at all."""
+
+    capture: bool
+    graphs: Any = None  # Graphs or Captured; None as long as there are none
+
+    @property
+    def captured(self) -> bool | None:
+        """True where steps are replayed from a graph, False where every op is launched from Python (on a CPU, with
+        ``capture=False``, or because a capture failed), None as long as no step has shown it."""
+        if not self.capture:
+            return False
+        return None if self.graphs is None else self.graphs.captured
+
+    @property
+    def capture_error(self) -> str:
+        """Why the capture failed, in a line; "" where none has."""
+        return "" if self.graphs is None else self.graphs.error
+
 
 class Captured:
     """``captured()`` does what ``body()`` does: the first call captures it, later ones replay.
@@ -83,7 +132,7 @@ class Captured:
         self.names: list[str] = []
         self.results = torch.empty(0)
         self.failed = False
-        self.abandoned: torch.cuda.CUDAGraph | None = None
+        self.error = ""  # why the capture failed
 
     def __call__(self) -> Results:
         self.prepare()
@@ -96,6 +145,11 @@ class Captured:
         """Warm up and capture, unless that has been done."""
         if self.graph is None and not self.failed:
             self._capture()
+
+    @property
+    def captured(self) -> bool | None:
+        """Whether it is replayed; None before a capture."""
+        return False if self.failed else None if self.graph is None else True
 
     def give_up(self) -> None:
         """Launch from Python from now on."""
@@ -112,10 +166,15 @@ class Captured:
             stream = self.stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             # Around the capture too: one that fails leaves its stream the current one
-            with torch.cuda.stream(stream):
-                warm_up(self.body, self.state, self.generators)
+            with torch.cuda.stream(stream), uncollected():
+                warm_up(self.body, self.state, self._all_generators())
+                gc.collect()  # what the warm-up left, so that its memory is there for the graph
                 self._record(stream)
             torch.cuda.current_stream().wait_stream(stream)
+
+    def _all_generators(self) -> list[torch.Generator]:
+        """The given ones and the device's own, which PyTorch registers with every graph."""
+        return [*self.generators, torch.cuda.default_generators[torch.cuda.current_device()]]
 
     def _record(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -129,9 +188,9 @@ class Captured:
                 self.results = torch.stack([value.float() for value in results.values()])
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a spoiled capture raises too, without saying why
-            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-            warnings.warn(f"the step could not be captured and is launched from Python: {reason}", stacklevel=5)
+            self.error = next(iter(str(cause).splitlines()), type(cause).__name__)
             self._put_right(graph)
+            warnings.warn(f"the step could not be captured and is launched from Python: {self.error}", stacklevel=5)
             return
         self.names, self.graph = list(results), graph
         if processes() > 1:
@@ -139,11 +198,12 @@ class Captured:
 
     def _put_right(self, graph: torch.cuda.CUDAGraph) -> None:
         """What PyTorch leaves as it is when a capture fails: generators and allocator still serve the capture."""
-        self.failed, self.abandoned = True, graph  # kept: the allocator may go on asking it
-        for generator in self.generators:
+        self.failed = True
+        _abandoned.append(graph)
+        for generator in self._all_generators():
             generator.graphsafe_set_state(generator.clone_state())
         try:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
         except RuntimeError:
-            pass  # the capture had been ended: it had recorded everything up to an error in Python
+            graph.reset()  # the capture had been ended: it had recorded everything up to an error in Python

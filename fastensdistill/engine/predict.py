@@ -19,7 +19,7 @@ from fastensdistill.config import TrainConfig
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, arithmetic, plain
-from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.graph import Captured, Capturing
 from fastensdistill.engine.passes import Buffers
 from fastensdistill.engine.trained import Runner, dead_after
 from fastensdistill.engine.weights import Weights
@@ -77,7 +77,7 @@ def read_shapes(network: Network, module: nn.Module) -> dict[str, tuple[int, ...
     return {name: tuple(state[name].shape) for name in names}
 
 
-class GroupedPredictor:
+class GroupedPredictor(Capturing):
     """``predictor(images)`` gives what ``evaluate.predict.predict`` gives for each of E networks, all of them at once.
 
     ``networks`` are plain modules (B, channels, H, W) in [0, 1] → (B, classes), all on one device; they are left as
@@ -87,10 +87,13 @@ class GroupedPredictor:
         image_shape: (channels, H, W).
         precision: as in ``TrainConfig``; all but bf16 compute in the dtype of the first network.
         capture: a batch is one CUDA graph on a CUDA device; its memory is held as long as this object lives.
+            ``captured`` and ``capture_error`` as of a ``FusedStep``.
         implementations: what computes each convolution (``engine.dispatch``).
 
     Raises InputError as :func:`architectures`, and for an unknown precision.
     """
+
+    graphs: Captured | None = None
 
     def __init__(self, networks: Sequence[nn.Module], image_shape: ImageShape, *, precision: str = "auto",
                  capture: bool = True, implementations: Dispatch | None = None):  # fmt: skip
@@ -114,12 +117,12 @@ class GroupedPredictor:
     def _build(self, batch: int) -> None:
         """Plan and static input for ``batch`` images at a time."""
         C, H, W = self.image_shape
-        self.captured: Captured | None = None  # frees the memory of the graph before
+        self.graphs = None  # frees the memory of the graph before
         self.plan = plan(self.networks, [Group(str(i), i) for i in range(len(self.networks))], "forward", batch)
         self.dead = [dead_after([part], ["input", part.network.output])[0] for part in self.plan.parts]
         self.images = torch.zeros(batch, H, W, C, dtype=self.image_dtype, device=self.device)
         if self.capture:
-            self.captured = Captured(self._body, list, [], self.device)
+            self.graphs = Captured(self._body, list, [], self.device)
 
     def _body(self) -> dict[str, Tensor]:
         """Probabilities (E, B, classes) of ``images``: what is captured."""
@@ -173,7 +176,7 @@ class GroupedPredictor:
                 raise InputError(f"images have shape {tuple(batch.shape[1:])}; expected {self.image_shape}")
             # After a smaller last batch stand images of the one before: in evaluation mode they do not meet
             self.images[: len(batch)].copy_(batch.permute(0, 2, 3, 1))
-            found = self.captured() if self.captured else self._body()
+            found = self.graphs() if self.graphs else self._body()
             result[:, start : start + len(batch)] = found["probabilities"][:, : len(batch)]
         return result
 

@@ -16,7 +16,7 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic
-from fastensdistill.engine.graph import Graphs
+from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.reference import check_images, check_labels, check_parts
@@ -39,14 +39,16 @@ def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Net
     return first
 
 
-class FusedTeachStep:
+class FusedTeachStep(Capturing):
     """One step of M networks of one architecture at once; the interface of ``TeachStep``.
 
     ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,), always of
     one shape, and returns the losses (M,). The networks' parameters live in this object's buffers from the start: do
-    not move or cast them any more. ``implementations`` as for ``FusedStep``.
+    not move or cast them any more. ``implementations``, ``captured`` and ``capture_error`` as for ``FusedStep``.
     Raises InputError for networks that only the reference engine can train.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(
         self,

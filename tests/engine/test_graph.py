@@ -2,19 +2,25 @@
 
 import contextlib
 import copy
+import gc
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from fastensdistill.config import TeachConfig
+from fastensdistill.data import Split
+from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.engine import graph, parallel, trained
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import Captured, Graphs, warm_up
+from fastensdistill.engine.predict import GroupedPredictor
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.models import create_model
 from tests.compare import check_close
-from tests.engine.cases import CLASSES, batch, check_equal, network, setting
+from tests.engine.cases import CLASSES, batch, check_equal, network, setting, teach_setting
 from tests.engine.meta import build, watched
 
 BODIES = {
@@ -133,8 +139,10 @@ def fake_cuda(monkeypatch):
     for name, value in {
         "Stream": Stream, "stream": nothing, "device": nothing, "graph": nothing, "CUDAGraph": FakeGraph,
         "current_stream": Stream, "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
+        "default_generators": (CapturedGenerator(),),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graph, "_abandoned", [])
     return monkeypatch
 
 
@@ -176,11 +184,50 @@ def test_a_capture_that_fails_is_loud_and_every_step_still_runs(fake_cuda):
         return {"loss": count.clone()}
 
     captured = Captured(body, lambda: [count], [generator], torch.device("cpu"))
+    assert (captured.captured, captured.error) == (None, "")
     with pytest.warns(UserWarning, match="could not be captured and is launched from Python: operation not permitted"):
         assert float(captured()["loss"]) == 1.0
     assert float(captured()["loss"]) == 2.0
+    assert (captured.captured, captured.error) == (False, "operation not permitted when stream is capturing")
     assert generator.state == "clone"
+    assert torch.cuda.default_generators[0].state == "clone", "PyTorch registers it with every graph"
     assert ended == [(0, (0, 1)), (0, (0, 1))]
+    del captured
+    assert len(graph._abandoned) == 1, "the allocators may ask it for as long as the process lives"
+
+
+def test_a_capture_that_had_ended_gives_its_memory_back(fake_cuda):
+    """An error in Python: PyTorch ends the capture in good order, and the graph holds what was recorded up to it."""
+    reset = []
+    fake_cuda.setattr(FakeGraph, "reset", lambda self: reset.append(self), raising=False)
+
+    def ended(*pool):
+        raise RuntimeError("not currently recording to mempool_id")
+
+    fake_cuda.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    ran = []
+
+    def body():
+        ran.append(1)
+        if len(ran) == 3:
+            raise RuntimeError("in Python")
+        return {"loss": torch.zeros(())}
+
+    captured = Captured(body, list, [], torch.device("cpu"))
+    with pytest.warns(UserWarning, match="launched from Python: in Python"):
+        captured()
+    assert reset == graph._abandoned
+
+
+def test_warm_up_restores_the_devices_own_generator(fake_cuda):
+    (own,) = torch.cuda.default_generators
+
+    def body():
+        own.state += 1
+        return {"loss": torch.zeros(())}
+
+    Captured(body, list, [], torch.device("cpu")).prepare()
+    assert own.state == 1  # the capture alone: with a device it counts for the graph
 
 
 class CapturedGenerator:
@@ -229,10 +276,102 @@ def test_where_one_capture_fails_none_of_those_that_share_generators_is_replayed
     first = graphs.prepare("first", body, [])
     assert first.graph is not None
     refuse_captures(fake_cuda, 1)
+    assert (graphs.captured, graphs.error) == (True, "")
     with pytest.warns(UserWarning, match="could not be captured"):
         graphs("second", body, [])
     assert first.graph is None
     assert float(first()["loss"]) == 0
+    assert (graphs.captured, graphs.error) == (False, "operation not permitted when stream is capturing")
+
+
+class Cycle:
+    """Garbage that only a collection finds."""
+
+    collected = 0
+
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        Cycle.collected += 1
+
+
+def test_no_garbage_is_collected_between_the_warm_up_and_the_end_of_a_capture(fake_cuda):
+    """A collection there may free another graph, or memory and its events: calls that spoil a capture."""
+    fake_cuda.setattr(Cycle, "collected", 0)
+    found = []
+
+    def body():
+        found.append(Cycle.collected)
+        for _ in range(100):
+            Cycle()
+        found.append(Cycle.collected)
+        return {"loss": torch.zeros(())}
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1000000)
+    for _ in range(10):
+        Cycle()
+    gc.set_threshold(10)  # one every few objects
+    try:
+        Captured(body, list, [], torch.device("cpu")).prepare()
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+    # at once; nothing in two runs of warm-up; what these left; nothing in the capture
+    assert found == [10, 10, 10, 10, 210, 210]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_is_as_it_was_after_an_error(fake_cuda, enabled):
+    def body():
+        assert not gc.isenabled()
+        raise ValueError("in the warm-up")
+
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(ValueError, match="in the warm-up"):
+            Captured(body, list, [], torch.device("cpu")).prepare()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["distil", "teach", "predict"])
+def test_a_step_says_whether_it_is_captured_and_why_not(fake_cuda, kind):
+    fake_cuda.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: None)
+    fake_cuda.setattr(torch._C, "_cuda_releasePool", lambda *pool: None)
+    fake_cuda.setattr(Captured, "__call__", lambda self: self.prepare() or self.body())
+    found = []
+    for capture, spoiled in ((False, 0), (True, 0), (True, 100)):
+        refuse_captures(fake_cuda, spoiled)
+        step, run = capturing(kind)
+        assert (step.captured, step.capture_error) == (False, ""), "on a CPU"
+        step.capture = capture
+        before = step.captured
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the step could not be captured")
+            run()
+        found.append((before, step.captured, step.capture_error))
+    told = "operation not permitted when stream is capturing"
+    assert found == [(False, False, ""), (None, True, ""), (None, False, told)]
+
+
+def capturing(kind):
+    """A step that has not run, and what runs it."""
+    if kind == "predict":
+        predictor = GroupedPredictor([network(0)], (3, 6, 6))
+        images = Split(np.zeros((2, 6, 6, 3), dtype=np.uint8), np.zeros(2, dtype=np.int64))
+        return predictor, lambda: predictor(EvaluationSet(images, "cpu"), 2)
+    if kind == "teach":
+        networks, config = teach_setting(2)
+        teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
+        return teach, lambda: teach([batch(0), batch(1)])
+    student, teachers, config = setting()
+    step = FusedStep(student, teachers, config)
+    step.noise = CapturedGenerator()
+    return step, lambda: step(*batch(0))
 
 
 def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):

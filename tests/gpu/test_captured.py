@@ -76,8 +76,9 @@ def test_replayed_on_a_loader_is_launched_on_a_loader(case):
         for _ in range(STEPS):
             scalars = step.train_on(batches)
         ended.append({**state(student, step, batches), **{k: v.float() for k, v in scalars.items()}})
+        assert step.captured is capture, step.capture_error
         if capture:
-            assert [made.failed for made in step.graphs.made.values()] == [False] * len(step.ascends)
+            assert len(step.graphs.made) == len(step.ascends)
     check_same(*ended)
 
 
@@ -112,6 +113,7 @@ def test_teachers_replayed_on_loaders_are_launched_on_loaders():
         batches = [loader(m) for m in range(2)]
         for _ in range(STEPS):
             loss = step.train_on(batches)["loss"]
+        assert step.captured is capture, step.capture_error
         ended.append({**state(*networks, step, *batches), "loss": loss})
     check_same(*ended)
 
@@ -134,8 +136,7 @@ def test_a_captured_predictor_follows_its_networks():
         for one in networks:
             one.float()
         check_close("probabilities", predictor(images, batch_size=5).double(), exact, 1e-4)
-    assert predictor.captured is not None
-    assert not predictor.captured.failed
+    assert predictor.captured, predictor.capture_error
 
 
 def test_after_a_capture_that_fails_all_goes_on():
@@ -151,13 +152,22 @@ def test_after_a_capture_that_fails_all_goes_on():
 
     expected = torch.Generator(CUDA).manual_seed(0)
     sums = [torch.rand(3, device=CUDA, generator=expected).sum() for _ in range(2)]
+    torch.cuda.manual_seed(7)
+    unseen = torch.rand(2, 3, device=CUDA)
+    torch.cuda.manual_seed(7)
+    earlier = Captured(lambda: {"total": total + 1}, list, [], CUDA)
+    earlier.prepare()
     captured = Captured(body, lambda: [total], [generator], CUDA)
     before = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="could not be captured and is launched from Python"):
         assert torch.equal(captured()["total"], sums[0])
     assert torch.equal(captured()["total"], sums[0] + sums[1])
+    assert (captured.captured, "captur" in captured.error) == (False, True)
     assert torch.cuda.current_stream() == before
+    assert torch.equal(torch.rand(2, 3, device=CUDA), unseen)  # by the device's own generator
+    assert torch.equal(earlier()["total"], total + 1)
+    torch.ones(3, pin_memory=True)
     torch.cuda.empty_cache()
     other = Captured(lambda: {"drawn": drawn()}, list, [generator], CUDA)
     assert torch.equal(other()["drawn"], torch.rand(3, device=CUDA, generator=expected))
-    assert not other.failed
+    assert other.captured, other.error
