@@ -151,6 +151,16 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def weights_channels_last(weight: Tensor, kernel: int) -> list[Tensor]:
+    """(G, kernel², Cin, Cout) → G times (Cout, Cin, kernel, kernel), channels-last down to the strides of a 1x1.
+
+    cuDNN's data gradient takes its memory format from the weight: the input, which it has not, stands there without
+    one. With a weight in no format it copies ``d`` to channels-first and computes there.
+    """
+    weight = weight.unflatten(1, (kernel, kernel)).permute(0, 4, 1, 2, 3).contiguous()
+    return [channels_last(one) for one in weight]
+
+
 def one_row(values: Tensor) -> Tensor:
     """(G, N, H, W, C) → (G, 1, C): the sums over all positions as the one row of partials."""
     return values.sum((1, 2, 3))[:, None]
@@ -167,7 +177,7 @@ def vendor_conv(
     PyTorch's own setting."""
     G, dtype = len(slots), weight.dtype
     u = conv_input(x, slots, inputs, in_scale, in_shift, in_relu, dtype).expand(G, -1, -1, -1, -1)
-    w = weight.index_select(0, slots).unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2)
+    w = weights_channels_last(weight.index_select(0, slots), kernel)
     y = torch.stack(
         [F.conv2d(channels_last(u[g]), w[g], stride=stride, padding=padding).permute(0, 2, 3, 1) for g in range(G)]
     ).to(accumulator(dtype))
@@ -185,7 +195,7 @@ def vendor_data_gradient(
 ) -> DataGradient:  # fmt: skip
     """``kernels.conv_data_gradient`` (same arguments and results) by PyTorch's convolution."""
     high, C = accumulator(d.dtype), weight_flipped.shape[3]
-    w = weight_flipped.index_select(0, slots).flip(1).unflatten(1, (kernel, kernel)).permute(0, 3, 4, 1, 2)
+    w = weights_channels_last(weight_flipped.index_select(0, slots).flip(1).transpose(2, 3), kernel)
     size = (d.shape[1], C, *in_size)
     u = torch.stack([
         nn_grad.conv2d_input(size, w[g], channels_last(d[g]), stride, padding).permute(0, 2, 3, 1)

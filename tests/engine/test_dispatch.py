@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.engine import dispatch
 from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, Shape, halo_rows
@@ -78,6 +79,47 @@ def test_vendor_convolutions_read_inputs_and_slots_as_the_kernels_do():
     actual, expected = (op(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
     check_close("d", actual.d, expected.d, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
+
+
+class Convolutions(TorchDispatchMode):
+    """The operands of PyTorch's convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            self.operands.append([arg for arg in args if isinstance(arg, torch.Tensor)])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [((5, 4), 3, 1), ((5, 4), 3, 2), ((5, 4), 1, 2), ((1, 1), 1, 1)], ids=str
+)
+def test_vendor_convolutions_are_given_channels_last_and_copy_no_activation(size, kernel, stride):
+    """In another format cuDNN copies what it is given and computes in that: a peer that is timed unfairly. What has no
+    memory of its own (the shape of the tensor that a gradient is of) has no say."""
+    slots, padding = torch.tensor([1, 0], dtype=torch.int32), kernel // 2
+    x, weight = values(2, 3, *size, 6), values(2, kernel**2, 6, 10)
+    options = {"kernel": kernel, "stride": stride, "padding": padding}
+    d = values(*dispatch.vendor_conv(x, weight, slots, **options).z.shape, seed=1)
+    flipped = flip_weight(weight)
+    for activations, run in {
+        (x,): lambda: dispatch.vendor_conv(x, weight, slots, **options),
+        (d,): lambda: dispatch.vendor_data_gradient(d, flipped, slots, in_size=size, **options),
+        (x, d): lambda: dispatch.vendor_weight_gradient(x, d, **options),
+    }.items():
+        with Convolutions() as seen:
+            run()
+        assert len(seen.operands) == 2
+        read = set()
+        for operand in (operand for operands in seen.operands for operand in operands):
+            if operand.untyped_storage().nbytes() > operand.element_size():
+                _, C, H, W = operand.shape
+                assert operand.stride() == (H * W * C, 1, W * C, C)
+                read.add(operand.untyped_storage().data_ptr())
+        assert read >= {activation.untyped_storage().data_ptr() for activation in activations}
 
 
 def test_one_layer_can_be_named():
