@@ -1,6 +1,7 @@
 // distillation_loss and distill_and_diversify for CPU and CUDA tensors: operands, outputs, registration.
 #include "distillation_loss.h"
 
+#include "operands.h"
 #include "pairs.h"
 
 namespace fed {
@@ -148,8 +149,24 @@ Outputs run_loss(
 }
 
 template <bool CUDA>
+void check_operands(
+    const char* op, const Tensor& teacher, const Tensor& branch, const Tensor& labels, const Tensor* pair) {
+  const Operands operands{op, branch};
+  const ScalarType type = branch.scalar_type();
+  operands.check_floating("branch_logits", branch);
+  operands.check("branch_logits", branch, type, {ANY, ANY, ANY});
+  operands.check_counts("branch_logits", branch, "[K, B, C]");
+  operands.check("teacher_logits", teacher, type, {ANY, branch.size(1), branch.size(2)});
+  operands.check_counts("teacher_logits", teacher, "[M, B, C]");
+  operands.check("labels", labels, ScalarType::Long, {branch.size(1)});
+  if (pair != nullptr) operands.check("pair", *pair, ScalarType::Long, {2});
+  operands.check_device<CUDA>("branch_logits");
+}
+
+template <bool CUDA>
 std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
     Tensor teacher_logits, Tensor branch_logits, Tensor labels, double temperature, double alpha, bool mean_target) {
+  check_operands<CUDA>("distillation_loss", teacher_logits, branch_logits, labels, nullptr);
   const Tensor teacher = packed_copy(teacher_logits), branch = packed_copy(branch_logits);
   const Outputs out =
       run_loss<CUDA>(teacher, branch, packed_copy(labels), temperature, alpha, mean_target, nullptr, nullptr);
@@ -160,6 +177,7 @@ template <bool CUDA>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_and_diversify(
     Tensor teacher_logits, Tensor branch_logits, Tensor labels, Tensor pair, double temperature, double alpha,
     bool mean_target) {
+  check_operands<CUDA>("distill_and_diversify", teacher_logits, branch_logits, labels, &pair);
   const Tensor teacher = packed_copy(teacher_logits), branch = packed_copy(branch_logits), ab = packed_copy(pair);
   const int64_t B = branch.size(1), C = branch.size(2);
   const ScalarType type = branch.scalar_type(), scalar = arithmetic(type);

@@ -1,4 +1,5 @@
 // teacher_diversity_seed, diversity_seed and ods_seed for CPU and CUDA tensors: operands, outputs, registration.
+#include "operands.h"
 #include "pairs.h"
 
 namespace fed {
@@ -49,7 +50,19 @@ void run_pairs(
 }
 
 template <bool CUDA>
+void check_pairs(const char* op, const Tensor& teacher, const Tensor* branch) {
+  const Operands operands{op, teacher};
+  operands.check_floating("teacher_pair", teacher);
+  operands.check("teacher_pair", teacher, teacher.scalar_type(), {2, ANY, ANY});
+  operands.check_counts("teacher_pair", teacher, "[2, B, C]");
+  if (branch != nullptr)
+    operands.check("branch_pair", *branch, teacher.scalar_type(), {2, teacher.size(1), teacher.size(2)});
+  operands.check_device<CUDA>("teacher_pair");
+}
+
+template <bool CUDA>
 std::tuple<Tensor, Tensor> teacher_diversity_seed(Tensor teacher_pair) {
+  check_pairs<CUDA>("teacher_diversity_seed", teacher_pair, nullptr);
   const Tensor pair = packed_copy(teacher_pair);
   const PairOutput out = new_pair_output(pair);
   run_pairs<CUDA>(pair, nullptr, out, nullptr);
@@ -58,6 +71,7 @@ std::tuple<Tensor, Tensor> teacher_diversity_seed(Tensor teacher_pair) {
 
 template <bool CUDA>
 std::tuple<Tensor, Tensor, Tensor, Tensor> diversity_seed(Tensor teacher_pair, Tensor branch_pair) {
+  check_pairs<CUDA>("diversity_seed", teacher_pair, &branch_pair);
   const Tensor teacher = packed_copy(teacher_pair), branch = packed_copy(branch_pair);
   const PairOutput teacher_out = new_pair_output(teacher), branch_out = new_pair_output(branch);
   run_pairs<CUDA>(teacher, &branch, teacher_out, &branch_out);
@@ -85,6 +99,12 @@ void ods_on_cpu(const OdsArgs<T>& args) {
 
 template <bool CUDA>
 std::tuple<Tensor, Tensor> ods_seed(Tensor logits, Tensor weights, double temperature) {
+  const Operands operands{"ods_seed", logits};
+  operands.check_floating("logits", logits);
+  operands.check("logits", logits, logits.scalar_type(), {ANY, ANY});
+  operands.check_counts("logits", logits, "[B, C]");
+  operands.check("weights", weights, logits.scalar_type(), {logits.size(0), logits.size(1)});
+  operands.check_device<CUDA>("logits");
   const Tensor z = packed_copy(logits), w = packed_copy(weights);
   const int64_t B = z.size(0), C = z.size(1);
   const Tensor gradient = new_tensor(z, {B, C}, z.scalar_type());

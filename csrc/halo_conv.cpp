@@ -1,15 +1,13 @@
-// halo_conv and halo_data_gradient for CUDA tensors: what the kernels take for granted, outputs, registration. Shapes
-// were checked in Python; on a CPU the references serve.
+// halo_conv and halo_data_gradient for CUDA tensors: operands, outputs, registration; on a CPU the references serve.
 #include "halo_conv.h"
 
-#include "tensors.h"
+#include "operands.h"
 
 #ifdef FED_CUDA
 
 namespace fed {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Tile = std::vector<int64_t>;  // images, rows and columns of positions, channels
 
 template <class T>
@@ -17,38 +15,70 @@ T* pointer_or_null(const Optional& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
-void check(const Optional& tensor, const Tensor& like, ScalarType type) {
-  STD_TORCH_CHECK(
-      !tensor || (tensor->is_contiguous() && tensor->scalar_type() == type &&
-                  tensor->get_device_index() == like.get_device_index()),
-      "fastensdistill: halo convolution: expected contiguous tensors on one device, bfloat16 and per channel float32");
-}
-
 // The tensor at an address that 16-byte accesses need: itself, or a copy if it is a view at an odd offset.
-Optional aligned(const Optional& tensor, const Tensor& like) {
-  check(tensor, like, ScalarType::BFloat16);
-  if (!tensor || reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0) return tensor;
-  Tensor copy = torch::stable::empty_like(*tensor);
-  torch::stable::copy_(copy, *tensor);
+Tensor aligned(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) return tensor;
+  Tensor copy = torch::stable::empty_like(tensor);
+  torch::stable::copy_(copy, tensor);
   return copy;
 }
+Optional aligned(const Optional& tensor) { return tensor ? Optional(aligned(*tensor)) : tensor; }
 
-Rows rows(const Optional& tensor, const Tensor& like) {
-  check(tensor, like, ScalarType::Float);
+Rows rows(const Optional& tensor) {
   return {pointer_or_null<float>(tensor), tensor && tensor->size(0) > 1 ? int(tensor->size(1)) : 0};
+}
+
+// Channels of the slots: a row each, or one for all.
+void check_rows(const Operands& operands, const char* name, const Optional& rows, int64_t slots, int64_t channels) {
+  const bool shared = rows && rows->dim() == 2 && rows->size(0) == 1;
+  operands.check(name, rows, ScalarType::Float, {shared ? 1 : slots, channels}, true);
+}
+
+void check_together(const Operands& operands, const char* name, const Optional& one, const Optional& other) {
+  if (one.has_value() != other.has_value())
+    operands.refuse(name, one ? "given alone" : "missing", "both or neither");
+}
+
+// x (or d), the weights and what else both ops have. A residual whose every residual_stride-th position is added, or
+// with `spread` one that is added at every residual_stride-th.
+void check_common(
+    const Operands& operands, const char* x_name, const Tensor& x, const char* weight_name, const Tensor& weight,
+    const Tensor& slots, const Optional& residual, int64_t stride, bool spread, const Tile& tile) {
+  const auto kind = ScalarType::BFloat16;
+  operands.check(x_name, x, kind, {ANY, ANY, ANY, ANY, ANY}, true);
+  const int64_t N = x.size(1), H = x.size(2), W = x.size(3), Ci = x.size(4);
+  operands.check(weight_name, weight, kind, {ANY, 9, Ci, ANY}, true);
+  const int64_t Co = weight.size(3);
+  if (Ci < 16 || Ci % 16 != 0) operands.refuse(x_name, text_of(x), "channels in multiples of 16");
+  if (Co < 16 || Co % 16 != 0) operands.refuse(weight_name, text_of(weight), "channels in multiples of 16");
+  if (N * H * W > INT_MAX / std::max(Ci, Co) || 9 * Ci > INT_MAX / Co)
+    operands.refuse(x_name, text_of(x), "fewer than 2^31 values in a group");
+  operands.check("slots", slots, ScalarType::Int, {ANY}, true);
+  if (stride < 1) operands.refuse("residual_stride", std::to_string(stride), "at least 1");
+  if (residual) {
+    operands.check("residual", residual, kind, {slots.size(0), N, ANY, ANY, ANY}, true);
+    const auto fits = [&](int64_t own, int64_t size) {
+      return spread ? own == (size + stride - 1) / stride : (own + stride - 1) / stride == size;
+    };
+    if (!fits(residual->size(2), H) || !fits(residual->size(3), W) || residual->size(4) % 8 != 0)
+      operands.refuse("residual", text_of(*residual), "positions that fit " + text_of(x) + " at stride " +
+                                                          std::to_string(stride) + ", channels in multiples of 8");
+  }
+  bool good = tile.size() == 4 && (tile[3] == 16 || tile[3] == 32 || tile[3] == 64 || tile[3] == 128);
+  for (size_t i = 0; good && i < 3; ++i) good = tile[i] >= 1 && tile[i] <= HALO_POSITIONS;
+  good = good && tile[0] * tile[1] * tile[2] <= HALO_POSITIONS && tile[0] * (tile[1] + 2) * (tile[2] + 2) <= HALO_BORDERED;
+  if (!good)
+    operands.refuse("tile", text_of(tile), "images, rows and columns of at most 256 positions, 405 with the border, "
+                                           "and 16, 32, 64 or 128 channels");
 }
 
 template <class Epilogue>
 HaloArgs<Epilogue> common(
     const Tensor& x, const Tensor& weight, const Tensor& slots, const Optional& residual, int64_t residual_stride,
     const Tile& tile) {
-  STD_TORCH_CHECK(tile.size() == 4, "fastensdistill: halo convolution: expected a tile of four numbers");
   HaloArgs<Epilogue> args{};
   args.x = pointer<bf16>(x);
   args.weight = pointer<bf16>(weight);
-  STD_TORCH_CHECK(
-      slots.is_contiguous() && slots.scalar_type() == ScalarType::Int,
-      "fastensdistill: halo convolution: expected contiguous int32 slots");
   args.slots = pointer<int32_t>(slots);
   args.residual = pointer_or_null<bf16>(residual);
   args.x_stride = x.size(0) == 1 ? 0 : x.size(1) * x.size(2) * x.size(3) * x.size(4);
@@ -64,15 +94,7 @@ HaloArgs<Epilogue> common(
     args.WR = int(residual->size(3));
     args.CR = int(residual->size(4));
   }
-  for (int64_t size : tile)
-    STD_TORCH_CHECK(size > 0, "fastensdistill: halo convolution: expected a tile of positive sizes");
   args.tile = halo_tile(int(tile[0]), int(tile[1]), int(tile[2]), args.N, args.H, args.W);
-  STD_TORCH_CHECK(
-      weight.size(1) == 9 && weight.size(2) == args.Ci && args.Ci % 16 == 0 && args.Co % 16 == 0 && args.CR % 8 == 0,
-      "fastensdistill: halo convolution: expected weights [slots, 9, Ci, Co], channels in multiples of 16");
-  STD_TORCH_CHECK(
-      positions(args.tile) <= HALO_POSITIONS && bordered(args.tile) <= HALO_BORDERED,
-      "fastensdistill: halo convolution: expected a tile of at most 256 positions, 405 with the border");
   return args;
 }
 
@@ -89,21 +111,38 @@ Tensor new_statistics(HaloArgs<Epilogue>& args, const Tensor& like, bool wanted)
 template <class Epilogue>
 void launch(const HaloArgs<Epilogue>& args, const Tensor& x, int64_t columns) {
   if (args.G == 0 || args.tile.count == 0) return;
-  check_launch(launch_halo(args, int(columns), current_stream(x)));
+  const int status = launch_halo(args, int(columns), current_stream(x));
+  STD_TORCH_CHECK(
+      status == 0, "fastensdistill: halo convolution not launched: ", launch_error(status), "; its kernels need ",
+      "compute capability 8.0, 8.7, 9.0 or 10.x, up to ", HALO_MOST_SHARED, " bytes of shared memory a block");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
     Tensor x, Tensor weight, Tensor slots, Optional inputs, Optional in_scale, Optional in_shift, bool in_relu,
     Optional bias, Optional residual, int64_t residual_stride, bool relu, Optional next_scale, Optional next_shift,
     Optional center, bool mask, Tile tile) {
+  const Operands operands{"halo_conv", x};
+  check_common(operands, "x", x, "weight", weight, slots, residual, residual_stride, false, tile);
+  const int64_t G = slots.size(0), S = weight.size(0), Ci = weight.size(2), Co = weight.size(3);
+  if (!inputs && x.size(0) != 1) operands.check("x", x, ScalarType::BFloat16, {G, ANY, ANY, ANY, Ci});
+  operands.check("inputs", inputs, ScalarType::Int, {G}, true);
+  check_together(operands, "in_scale", in_scale, in_shift);
+  check_together(operands, "next_scale", next_scale, next_shift);
+  check_rows(operands, "in_scale", in_scale, S, Ci);
+  check_rows(operands, "in_shift", in_shift, S, Ci);
+  check_rows(operands, "bias", bias, S, Co);
+  check_rows(operands, "next_scale", next_scale, S, Co);
+  check_rows(operands, "next_shift", next_shift, S, Co);
+  check_rows(operands, "center", center, S, Co);
+  operands.check_device<true>("x");
   const auto guard = on_device(x);
-  x = *aligned(x, x);
-  weight = *aligned(weight, x);
-  residual = aligned(residual, x);
+  x = aligned(x);
+  weight = aligned(weight);
+  residual = aligned(residual);
   auto args = common<HaloForward>(x, weight, slots, residual, residual_stride, tile);
   args.inputs = pointer_or_null<int32_t>(inputs);
-  args.in_scale = rows(in_scale, x);
-  args.in_shift = rows(in_shift, x);
+  args.in_scale = rows(in_scale);
+  args.in_shift = rows(in_shift);
   args.in_relu = in_relu;
   const std::vector<int64_t> shape{args.G, args.N, args.H, args.W, args.Co};
   const Tensor z = new_tensor(x, shape, ScalarType::BFloat16);
@@ -111,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
   const Tensor bits = mask ? new_tensor(x, {args.G, args.N, args.H, args.W, args.Co / 8}, ScalarType::Byte)
                            : none(x, ScalarType::Byte);
   const Tensor statistics = new_statistics(args, x, center.has_value());
-  args.epilogue = {rows(bias, x), rows(next_scale, x), rows(next_shift, x), rows(center, x), pointer<bf16>(z),
+  args.epilogue = {rows(bias), rows(next_scale), rows(next_shift), rows(center), pointer<bf16>(z),
                    next_scale ? pointer<bf16>(activated) : nullptr, mask ? pointer<uint8_t>(bits) : nullptr, relu};
   launch(args, x, tile[3]);
   return {z, activated, bits, statistics};
@@ -120,15 +159,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
 std::tuple<Tensor, Tensor> halo_data_gradient(
     Tensor d, Tensor weight_flipped, Tensor slots, Optional residual, int64_t residual_stride, bool residual_first,
     Optional mask, Optional scale, Optional z, Optional mean, Optional inv_std, Tile tile) {
+  const Operands operands{"halo_data_gradient", d};
+  check_common(operands, "d", d, "weight_flipped", weight_flipped, slots, residual, residual_stride, true, tile);
+  const int64_t G = slots.size(0), S = weight_flipped.size(0), Co = weight_flipped.size(2), Ci = weight_flipped.size(3);
+  const int64_t N = d.size(1), H = d.size(2), W = d.size(3);
+  operands.check("d", d, ScalarType::BFloat16, {G, N, H, W, Co});
+  operands.check("mask", mask, ScalarType::Byte, {G, N, H, W, Ci / 8}, true);
+  operands.check("z", z, ScalarType::BFloat16, {G, N, H, W, Ci}, true);
+  check_together(operands, "mean", mean, z);
+  check_together(operands, "inv_std", inv_std, z);
+  check_rows(operands, "scale", scale, S, Ci);
+  check_rows(operands, "mean", mean, S, Ci);
+  check_rows(operands, "inv_std", inv_std, S, Ci);
+  operands.check_device<true>("d");
   const auto guard = on_device(d);
-  d = *aligned(d, d);
-  weight_flipped = *aligned(weight_flipped, d);
-  residual = aligned(residual, d);
-  z = aligned(z, d);
+  d = aligned(d);
+  weight_flipped = aligned(weight_flipped);
+  residual = aligned(residual);
+  z = aligned(z);
   auto args = common<HaloGradient>(d, weight_flipped, slots, residual, residual_stride, tile);
   const Tensor out = new_tensor(d, {args.G, args.N, args.H, args.W, args.Co}, ScalarType::BFloat16);
   const Tensor statistics = new_statistics(args, d, z.has_value());
-  args.epilogue = {pointer_or_null<uint8_t>(mask), rows(scale, d), rows(mean, d), rows(inv_std, d),
+  args.epilogue = {pointer_or_null<uint8_t>(mask), rows(scale), rows(mean), rows(inv_std),
                    pointer_or_null<bf16>(z), pointer<bf16>(out), residual_first};
   launch(args, d, tile[3]);
   return {out, statistics};

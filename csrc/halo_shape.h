@@ -1,6 +1,8 @@
 // Tiles and block shapes of the halo convolution, their shared memory, and what nvcc makes of them.
 #pragma once
 
+#include <climits>
+
 #include "numbers.h"
 
 namespace fed {
@@ -75,6 +77,10 @@ using Halo32 = HaloShape<32, 32, 1, 3, 3, 3>;
 using Halo64 = HaloShape<64, 64, 1, 1, 3, 2>;
 using Halo128 = HaloShape<128, 64, 2, 1, 3, 1>;
 
+// Whether the kernel has a body where it is compiled for `arch` (10 times the compute capability in two digits): without
+// one on 8.6, 8.9 and 12.x, whose shared memory is too small for most layers. Launching it there is an error.
+FED_HD constexpr bool halo_has_body(int arch) { return arch != 860 && arch != 890 && arch < 1200; }
+
 // Byte offsets into a block's shared memory: one or two buffers of the input, the ring of weights; where these were,
 // the epilogue stages accumulators; then the tables.
 struct HaloLayout {
@@ -82,18 +88,28 @@ struct HaloLayout {
 };
 
 template <class Shape>
-FED_HD HaloLayout halo_layout(const HaloTile& tile, int channels) {
-  HaloLayout at;
-  at.halo = pieces(bordered(tile) * Shape::DEPTH * 2, 128) * 128;
+FED_HD constexpr HaloLayout halo_layout(int bordered, int channels) {
+  HaloLayout at{};
+  at.halo = pieces(bordered * Shape::DEPTH * 2, 128) * 128;
   at.ring = (channels > Shape::DEPTH ? 2 : 1) * at.halo;
   const int ring_end = at.ring + Shape::STAGES * Shape::STAGE_BYTES;
   const int staged = Shape::THREADS / 32 * Shape::STAGING_BYTES;
   at.in_offset = ring_end > staged ? ring_end : staged;
-  at.out_position = at.in_offset + bordered(tile) * 4;
+  at.out_position = at.in_offset + bordered * 4;
   at.residual_position = at.out_position + HALO_POSITIONS * 4;
   at.sums = at.residual_position + HALO_POSITIONS * 4;
   at.total = at.sums + Shape::WARPS_M * 2 * Shape::COLUMNS * 4;
   return at;
 }
+template <class Shape>
+FED_HD HaloLayout halo_layout(const HaloTile& tile, int channels) {
+  return halo_layout<Shape>(bordered(tile), channels);
+}
+
+// Bytes of shared memory of the largest tile and the most channels, and of the shape that needs the most.
+template <class Shape>
+constexpr int HALO_SHARED = halo_layout<Shape>(HALO_BORDERED, INT_MAX).total;
+constexpr int HALO_MOST_SHARED = HALO_SHARED<Halo128>;
+static_assert(HALO_MOST_SHARED <= 163 * 1024, "compute capability 8.0 has no more");
 
 }  // namespace fed

@@ -1,8 +1,8 @@
 // perturb_step for CPU and CUDA tensors: memory order, outputs, registration.
 #include "perturb_step.h"
 
+#include "operands.h"
 #include "rows.h"
-#include "tensors.h"
 
 namespace fed {
 namespace {
@@ -77,8 +77,8 @@ bool images_outermost(const Tensor& images) {
 
 template <class T, class G, bool CUDA>
 void run_step(
-    const Tensor& x, const Tensor& gradients, const std::optional<Tensor>& confidence, const Tensor& out, double step,
-    double low, double high) {
+    const Tensor& x, const Tensor& gradients, const Optional& confidence, const Tensor& out, double step, double low,
+    double high) {
   using A = typename Arithmetic<T>::type;
   const int64_t B = x.size(0);
   const StepArgs<T, G> args{pointer<T>(x), pointer<G>(gradients), confidence ? pointer<A>(*confidence) : nullptr,
@@ -95,8 +95,27 @@ void run_step(
 }
 
 template <bool CUDA>
+void check_operands(const Tensor& images, const Tensor& gradients, const Optional& confidence) {
+  const Operands operands{"perturb_step", images};
+  operands.check_floating("images", images);
+  if (images.dim() < 2) operands.refuse("images", text_of(images), "[B, ...]");
+  operands.check_counts("images", images, "[B, ...]");
+  operands.check_floating("input_gradients", gradients);
+  // float64 for both or for neither; else any
+  const bool wide = images.scalar_type() == ScalarType::Double;
+  const bool same = (gradients.scalar_type() == ScalarType::Double) == wide;
+  Sizes sizes{ANY};
+  for (int64_t size : images.sizes()) sizes.push_back(size);
+  operands.check("input_gradients", gradients, same ? gradients.scalar_type() : images.scalar_type(), sizes);
+  operands.check_counts("input_gradients", gradients, "[G, B, ...]");
+  operands.check("confidence", confidence, arithmetic(images.scalar_type()), {images.size(0)});
+  operands.check_device<CUDA>("images");
+}
+
+template <bool CUDA>
 Tensor perturb_step(
-    Tensor images, Tensor input_gradients, std::optional<Tensor> confidence, double step, double low, double high) {
+    Tensor images, Tensor input_gradients, Optional confidence, double step, double low, double high) {
+  check_operands<CUDA>(images, input_gradients, confidence);
   const Tensor out = torch::stable::empty_like(images);  // dense, in the memory format of the images
   Tensor x = images, work = out;
   if (!images_outermost(out)) {  // an order in which an image is not in one piece: by way of copies

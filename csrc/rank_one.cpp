@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "tensors.h"
+#include "operands.h"
 
 namespace fed {
 namespace {
@@ -147,6 +147,55 @@ Tensor new_workspace(RankOneArgs<A>& args, const Tensor& like, const Fields& fie
   return workspace;
 }
 
+// Every layer inside the buffers: `ranked` parameters, R factors, and the packings where there is one.
+void check_layers(
+    const char* op, const Fields& fields, int64_t ranked, int64_t R, int64_t K, const Tensor* packed,
+    int64_t first_slot) {
+  STD_TORCH_CHECK(
+      !fields.empty() && fields.size() % FIELDS == 0, "fastensdistill::", op, ": fields has ", fields.size(),
+      " integers; expected ", FIELDS, " for each layer, and a layer at least");
+  const auto inside = [](int64_t from, int64_t count, int64_t size) { return from >= 0 && from <= size - count; };
+  for (size_t at = 0; at < fields.size(); at += FIELDS) {
+    const int64_t *f = fields.data() + at, Co = f[5], Ci = f[6], taps = f[7], groups = f[8];
+    bool good = Co >= 1 && Ci >= 1 && taps >= 1 && groups >= 1 && Co % groups == 0 && Ci <= ranked / taps &&
+                Co <= std::min<int64_t>(ranked, INT_MAX) / (Ci * taps);
+    good = good && inside(f[0], Co * Ci * taps, ranked) && (f[1] == -1 || inside(f[1], Co, ranked)) &&
+           inside(f[2], Ci * groups, R) && inside(f[3], Co, R);
+    if (packed != nullptr)
+      good = good && first_slot >= 0 && first_slot <= packed->numel() &&
+             inside(f[4], (first_slot + K) * Co * Ci * taps, packed->numel());
+    STD_TORCH_CHECK(
+        good, "fastensdistill::", op, ": layer ", at / FIELDS, " of fields is ", text_of(Fields(f, f + FIELDS)),
+        " with ", K, " branches from slot ", first_slot, "; expected offsets of weight, bias, r, s and packing and Co, ",
+        "Ci, taps and groups inside ", ranked, " parameters, ", R, " factors and ", packed ? packed->numel() : 0,
+        " packed weights");
+  }
+}
+
+void check_parameters(const Operands& operands, bool dense = false) {
+  const ScalarType type = operands.first.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double)
+    operands.refuse("parameters", text_of(operands.first), "float32 or float64");
+  operands.check("parameters", operands.first, type, {ANY}, dense);
+}
+
+// Deviations, packings and layers, for all four ops. `dense`: written in place.
+void check_layout(
+    const Operands& operands, const Tensor& parameters, const Tensor& deviations, const Fields& fields, int64_t ranked,
+    const Tensor* packed = nullptr, const Tensor* packed_gradient = nullptr, int64_t first_slot = 0,
+    bool dense = false) {
+  operands.check("deviations", deviations, parameters.scalar_type(), {ANY, ANY}, dense);
+  operands.check_counts("deviations", deviations, "[K, R]");
+  if (ranked < 0 || ranked > parameters.numel())
+    operands.refuse("ranked", std::to_string(ranked), "at most the " + std::to_string(parameters.numel()) +
+                                                          " parameters");
+  if (packed != nullptr) {
+    operands.check("packed", *packed, ScalarType::BFloat16, {ANY}, true);
+    operands.check("packed_gradient", *packed_gradient, ScalarType::BFloat16, {packed->numel()}, true);
+  }
+  check_layers(operands.op, fields, ranked, deviations.size(1), deviations.size(0), packed, first_slot);
+}
+
 template <class A>
 void check_tiles(const RankOneArgs<A>& args) {
   STD_TORCH_CHECK(
@@ -172,6 +221,10 @@ auto dispatch_parameters(const Tensor& parameters, F f) {
 
 template <bool CUDA>
 Tensor fold_rank_one(Tensor parameters, Tensor deviations, Fields fields, int64_t ranked) {
+  const Operands operands{"fold_rank_one", parameters};
+  check_parameters(operands);
+  check_layout(operands, parameters, deviations, fields, ranked);
+  operands.check_device<CUDA>("parameters");
   const Tensor p = packed_copy(parameters), d = packed_copy(deviations);
   const Tensor folded = new_tensor(p, {d.size(0), ranked}, p.scalar_type());
   dispatch_parameters(p, [&](auto type) {
@@ -197,6 +250,12 @@ Tensor fold_rank_one(Tensor parameters, Tensor deviations, Fields fields, int64_
 template <bool CUDA>
 std::tuple<Tensor, Tensor> unfold_rank_one(
     Tensor branch_gradients, Tensor parameters, Tensor deviations, Fields fields) {
+  const Operands operands{"unfold_rank_one", parameters};
+  check_parameters(operands);
+  operands.check("branch_gradients", branch_gradients, parameters.scalar_type(), {ANY, ANY});
+  check_layout(operands, parameters, deviations, fields, branch_gradients.size(1));
+  operands.check("branch_gradients", branch_gradients, parameters.scalar_type(), {deviations.size(0), ANY});
+  operands.check_device<CUDA>("parameters");
   const Tensor g = packed_copy(branch_gradients), p = packed_copy(parameters), d = packed_copy(deviations);
   const Tensor gradient = new_tensor(p, {g.size(1)}, p.scalar_type());
   const Tensor factors = new_tensor(p, {d.size(0), d.size(1)}, p.scalar_type());
@@ -244,6 +303,10 @@ void pack_all(RankOneArgs<A>& args, const Tensor& parameters, const Fields& fiel
 template <bool CUDA>
 void pack_rank_one(
     Tensor parameters, Tensor deviations, Tensor packed, Tensor packed_gradient, Fields fields, int64_t first_slot) {
+  const Operands operands{"pack_rank_one", parameters};
+  check_parameters(operands);
+  check_layout(operands, parameters, deviations, fields, parameters.numel(), &packed, &packed_gradient, first_slot);
+  operands.check_device<CUDA>("parameters");
   const Tensor p = packed_copy(parameters), d = packed_copy(deviations);
   dispatch_parameters(p, [&](auto type) {
     using A = typename decltype(type)::type;
@@ -260,6 +323,19 @@ void rank_one_step(
     Tensor parameters, Tensor momentum_buffer, Tensor deviations, Tensor deviation_buffer, Tensor branch_gradients,
     Tensor plain_gradients, Tensor learning_rate, Tensor packed, Tensor packed_gradient, Fields fields,
     int64_t first_slot, double momentum, double weight_decay) {
+  const Operands operands{"rank_one_step", parameters};
+  check_parameters(operands, true);
+  const ScalarType type = parameters.scalar_type();
+  operands.check("plain_gradients", plain_gradients, type, {ANY});
+  const int64_t ranked = parameters.numel() - plain_gradients.numel();
+  if (ranked < 0)
+    operands.refuse("plain_gradients", text_of(plain_gradients), "at most as many as " + text_of(parameters));
+  check_layout(operands, parameters, deviations, fields, ranked, &packed, &packed_gradient, first_slot, true);
+  operands.check("momentum_buffer", momentum_buffer, type, {parameters.numel()}, true);
+  operands.check("deviation_buffer", deviation_buffer, type, {deviations.size(0), deviations.size(1)}, true);
+  operands.check("branch_gradients", branch_gradients, type, {deviations.size(0), ranked});
+  operands.check("learning_rate", learning_rate, type, {});
+  operands.check_device<CUDA>("parameters");
   const Tensor g = packed_copy(branch_gradients), plain = packed_copy(plain_gradients);
   dispatch_parameters(parameters, [&](auto type) {
     using A = typename decltype(type)::type;

@@ -2,21 +2,17 @@
 
 #ifdef FED_CUDA
 
-#include <dlfcn.h>
+#include "loaded_symbol.h"
 
 namespace fed {
 
-const char* launch_error(int status);
-
 void* current_stream(const Tensor& tensor) {
   using Lookup = AOTITorchError (*)(int32_t, void**);
-  static const Lookup lookup = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol = library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-    return reinterpret_cast<Lookup>(symbol);
-  }();
+  static LoadedSymbol symbol{"libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"};
+  const auto lookup = reinterpret_cast<Lookup>(symbol.get());
   STD_TORCH_CHECK(
-      lookup != nullptr, "fastensdistill: this PyTorch has no aoti_torch_get_current_cuda_stream in libtorch_cuda.so");
+      lookup != nullptr, "fastensdistill: no ", symbol.name, " in a loaded ", symbol.library,
+      ": expected a PyTorch with CUDA, 2.10 or later");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(lookup(tensor.get_device_index(), &stream));
   return stream;

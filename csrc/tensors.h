@@ -87,6 +87,7 @@ void parallel(int64_t count, int64_t each, F f) {
 // looked up when first needed and its absence is an error: the default stream instead would race with PyTorch's work.
 void* current_stream(const Tensor& tensor);
 void check_launch(int status);
+const char* launch_error(int status);
 
 // Makes the tensor's device current for the launches of a scope.
 inline torch::stable::accelerator::DeviceGuard on_device(const Tensor& tensor) {

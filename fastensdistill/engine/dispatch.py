@@ -111,16 +111,17 @@ class Dispatch:
     def choice(self, part: Part, launch: Launch, arch: int = 0) -> str:
         """The implementation of a ``launch`` of ``part``, one of ``IMPLEMENTATIONS``; ``arch`` 0 is a CPU.
 
-        On a GPU "cuda" is passed over where the extension was not built with it: the next row that matches counts.
+        On a GPU "cuda" is passed over where the extension was not built with it for such a device: the next row that
+        matches counts.
         """
         rows = (row for row in self.table if row.matches(part, launch, arch))
-        usable = (row for row in rows if row.implementation != "cuda" or arch == 0 or halo_conv.built())
+        usable = (row for row in rows if row.implementation != "cuda" or arch == 0 or halo_conv.built(arch))
         return next((row.implementation for row in usable), "triton")
 
     def missing(self, arch: int) -> bool:
-        """Whether rows for this device name "cuda" and the extension was not built with it."""
+        """Whether rows for this device name "cuda", and an extension built with it would have it."""
         named = any(row.implementation == "cuda" and row.arch in (None, arch) for row in self.table)
-        return named and arch > 0 and not halo_conv.built()
+        return named and arch > 0 and not halo_conv.built() and not halo_conv.without_body(arch)
 
     def __call__(self, part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -8,7 +8,7 @@ Rows of partial statistics are one per tile of positions.
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +73,17 @@ def halo_tile(images: int, height: int, width: int, channels: int) -> HaloTile:
     return HaloTile(together, rows, columns, block_channels(channels))
 
 
-def unsupported(channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> str:
-    """What of a convolution the kernels do not cover, in a few words; "" where they cover it."""
+def without_body(arch: int) -> bool:
+    """Whether the kernels are left out on compute capability ``arch`` (86 for 8.6): ``halo_has_body`` in the C++."""
+    return arch in (86, 89) or arch >= 120
+
+
+def unsupported(
+    channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype, arch: int = 0
+) -> str:
+    """What of a convolution the kernels do not cover, in a few words; "" where they cover it. ``arch`` 0: any device"""
+    if without_body(arch):
+        return f"compute capability {arch // 10}.{arch % 10}, expected 8.0, 9.0 or 10.x"
     if (kernel, stride, padding) != (3, 1, 1):
         return f"kernel {kernel}, stride {stride}, padding {padding}, expected 3, 1, 1"
     if channels % 16 or out_channels % 16:
@@ -84,9 +93,12 @@ def unsupported(channels: int, out_channels: int, *, kernel: int, stride: int, p
     return ""
 
 
-def supports(channels: int, out_channels: int, *, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels cover a convolution from ``channels`` to ``out_channels``; for a data gradient both swap."""
-    return not unsupported(channels, out_channels, kernel=kernel, stride=stride, padding=padding, dtype=dtype)
+def supports(channels: int, out_channels: int, **sizes: Any) -> bool:
+    """Whether the kernels cover a convolution from ``channels`` to ``out_channels``; for a data gradient both swap.
+
+    ``sizes`` are the keywords of :func:`unsupported`.
+    """
+    return not unsupported(channels, out_channels, **sizes)
 
 
 def _require(name: str, reason: str) -> None:
@@ -96,7 +108,7 @@ def _require(name: str, reason: str) -> None:
 
 def _check_device(name: str, x: Tensor) -> None:
     if x.is_cuda:
-        limit = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", SHARED)
+        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         _require(name, "" if limit >= SHARED else f"a device with {limit} bytes of shared memory, expected {SHARED}")
 
 
@@ -113,9 +125,11 @@ def _tiles(x: Tensor, tile: list[int]) -> int:
     return -(-images // tile[0]) * -(-height // tile[1]) * -(-width // tile[2])
 
 
-def built() -> bool:
-    """Whether the extension has the CUDA kernels; without, the references compute on every device."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::halo_conv", "CUDA"))
+def built(arch: int = 0) -> bool:
+    """Whether the extension has the CUDA kernels, with ``arch`` (86 for 8.6) on such a device; without, the references
+    compute on every device."""
+    found = torch._C._dispatch_has_kernel_for_dispatch_key("fastensdistill::halo_conv", "CUDA")
+    return bool(found) and not without_body(arch)
 
 
 # ---- references

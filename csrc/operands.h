@@ -1,0 +1,103 @@
+// What an op takes for granted of its operands, checked here for every caller: a tensor of another device in a kernel
+// ends the CUDA context, and one of another dtype or shape is read past its end.
+#pragma once
+
+#include <climits>
+#include <cstdlib>
+#include <string>
+
+#include "tensors.h"
+
+namespace fed {
+
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+constexpr int64_t ANY = -1;  // any size
+
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "the CPU";
+  return tensor.is_cuda() ? "CUDA device " + std::to_string(tensor.get_device_index()) : "another kind of device";
+}
+
+template <class List>
+std::string text_of(const List& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i)
+    text += (i > 0 ? ", " : "") + (sizes[i] == ANY ? "any" : std::to_string(sizes[i]));
+  return text + "]";
+}
+
+inline std::string text_of(const Tensor& tensor) {
+  return name_of(tensor.scalar_type()) + " " + text_of(tensor.sizes()) + (tensor.is_contiguous() ? "" : ", strided,") +
+         " on " + device_of(tensor);
+}
+
+inline bool floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+// The operands of one call of `op`, all on the device of `first`.
+struct Operands {
+  const char* op;
+  const Tensor& first;
+
+  [[noreturn]] void refuse(const char* name, const std::string& found, const std::string& expected) const {
+    STD_TORCH_CHECK(false, "fastensdistill::", op, ": ", name, " is ", found, "; expected ", expected);
+    std::abort();  // unreachable, for compilers that cannot know
+  }
+
+  // `dense`: contiguous, as what is written in place or read without a copy has to be.
+  void check(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, bool dense = false) const {
+    const auto found = tensor.sizes();
+    bool good = tensor.scalar_type() == type && found.size() == sizes.size() && (!dense || tensor.is_contiguous()) &&
+                tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
+                tensor.get_device_index() == first.get_device_index();
+    for (size_t i = 0; good && i < sizes.size(); ++i) good = sizes[i] == ANY || sizes[i] == found[i];
+    if (!good)
+      refuse(name, text_of(tensor),
+             name_of(type) + " " + text_of(sizes) + (dense ? ", contiguous," : "") + " on " + device_of(first));
+  }
+  void check(const char* name, const Optional& tensor, ScalarType type, const Sizes& sizes, bool dense = false) const {
+    if (tensor) check(name, *tensor, type, sizes, dense);
+  }
+
+  void check_floating(const char* name, const Tensor& tensor) const {
+    if (!floating(tensor.scalar_type())) refuse(name, text_of(tensor), "float32, float64, bfloat16 or float16");
+  }
+
+  // What is empty divides by zero, or is a grid of no blocks; kernels count the values of a row in 32 bits.
+  void check_counts(const char* name, const Tensor& tensor, const char* expected) const {
+    for (int64_t size : tensor.sizes())
+      if (size < 1 || size > INT_MAX) refuse(name, text_of(tensor), std::string(expected) + ", not empty");
+  }
+
+  // Last of all, so that the rest is tested where there is no GPU.
+  template <bool CUDA>
+  void check_device(const char* name) const {
+    if (CUDA ? !first.is_cuda() : !first.is_cpu()) refuse(name, text_of(first), CUDA ? "a CUDA device" : "the CPU");
+  }
+};
+
+}  // namespace fed

@@ -1,0 +1,278 @@
+"""What the extension's ops refuse, called without the checks that the public functions make in Python.
+
+Past these stands a kernel: on a CPU a division by zero or a read past a buffer's end ends the process, on a GPU a
+tensor of another device ends the CUDA context. ``redispatch`` picks a device's kernel whatever tensors it is given; the
+CUDA kernels look at the device of their first operand last, so that all else is tested here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastensdistill.kernels import extension, halo_conv
+from tests.kernels import test_opcheck_csrc as row_ops
+from tests.kernels.test_halo_conv import CASES, epilogues, gradient_epilogues
+from tests.kernels.test_halo_conv import operands as halo_operands
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not extension.serves("perturb_step", "cpu"), reason="the extension is not built: the references have no such checks"
+)
+KEYS = {"CPU": torch._C.DispatchKey.CPU, "CUDA": torch._C.DispatchKey.CUDA}
+FIRST = {  # the operand whose device the others have to be on
+    "distillation_loss": "branch_logits", "distill_and_diversify": "branch_logits",
+    "teacher_diversity_seed": "teacher_pair", "diversity_seed": "teacher_pair", "ods_seed": "logits",
+    "perturb_step": "images", "fold_rank_one": "parameters", "unfold_rank_one": "parameters",
+    "pack_rank_one": "parameters", "rank_one_step": "parameters", "halo_conv": "x", "halo_data_gradient": "d",
+}  # fmt: skip
+ROW_OPS = [name for name in FIRST if not name.startswith("halo")]
+IN_PLACE = {
+    "pack_rank_one": {"packed", "packed_gradient"},
+    "rank_one_step": {"parameters", "momentum_buffer", "deviations", "deviation_buffer", "packed", "packed_gradient"},
+}
+
+
+def arguments(name: str) -> dict[str, object]:
+    """Every argument of an op by the name it has in the schema, all optional tensors given."""
+    names = [argument.name for argument in getattr(torch.ops.fastensdistill, name).default._schema.arguments]
+    if name in ROW_OPS:
+        values = row_ops.operands(name, torch.float32, False)
+    else:
+        x, weight, slots = halo_operands(CASES[0])
+        tile = list(halo_conv.halo_tile(*x.shape[1:4], weight.shape[3]))
+        e, g = epilogues(CASES[0]), gradient_epilogues(CASES[0])
+        given = {**e["everything"], **e["prologue"], **e["map-to-inputs"], "residual_stride": 1}
+        if name == "halo_data_gradient":
+            given = {**g["mask-scale-residual"], **g["residual-first-mask-sums"], "residual_stride": 1}
+        given |= {"x": x, "d": x, "weight": weight, "weight_flipped": weight, "slots": slots, "tile": tile}
+        values = tuple(given[key] for key in names)
+    return dict(zip(names, values, strict=True))
+
+
+def call(name: str, given: dict[str, object], device: str | None = None):
+    device = device or ("CPU" if name in ROW_OPS else "CUDA")
+    if device == "CUDA" and not halo_conv.built():
+        pytest.skip("the extension has no CUDA kernels")
+    op = getattr(torch.ops.fastensdistill, name).default
+    return op.redispatch(torch._C.DispatchKeySet(KEYS[device]), *given.values())
+
+
+def strided(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def tensors(name: str) -> list[str]:
+    return [key for key, value in arguments(name).items() if isinstance(value, torch.Tensor)]
+
+
+EACH = [
+    (device, name, operand)
+    for device in KEYS
+    for name in FIRST
+    for operand in tensors(name)
+    if name in ROW_OPS or device == "CUDA"  # on a CPU the reference serves
+]
+
+
+@pytest.mark.parametrize(("device", "name", "operand"), EACH)
+def test_an_operand_of_another_dtype_rank_or_device(device, name, operand):
+    good = arguments(name)
+    tensor = good[operand]
+    first = operand == FIRST[name]
+    told = rf"fastensdistill::{name}: {operand} is "
+    with pytest.raises(RuntimeError, match=told + r"Short \[.*; expected "):
+        call(name, good | {operand: tensor.to(torch.int16)}, device)
+    # one more dimension of the first operand can be the others' mistake
+    with pytest.raises(RuntimeError, match=rf"fastensdistill::{name}: \w+ is " if first else told):
+        call(name, good | {operand: tensor[None]}, device)
+    if not first:
+        with pytest.raises(RuntimeError, match=told + ".* on another kind of device; expected .* on the CPU"):
+            call(name, good | {operand: tensor.to("meta")}, device)
+    if operand in IN_PLACE.get(name, ()) or name not in ROW_OPS:
+        with pytest.raises(RuntimeError, match=told + r".*, strided, on the CPU; expected .*, contiguous, on"):
+            call(name, good | {operand: strided(tensor)}, device)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_all_operands_on_a_device_that_is_not_the_kernels(name):
+    good = arguments(name)
+    with pytest.raises(RuntimeError, match=rf"{name}: {FIRST[name]} is .* on the CPU; expected a CUDA device"):
+        call(name, good, "CUDA")
+    if name in ROW_OPS:
+        away = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in good.items()}
+        with pytest.raises(RuntimeError, match=rf"{name}: {FIRST[name]} is .* on another .*; expected the CPU"):
+            call(name, away, "CPU")
+
+
+def cut(name: str, **dims: tuple[int, ...]) -> dict[str, object]:
+    """The arguments with these dimensions of these operands empty."""
+    given = arguments(name)
+    for operand, empty in dims.items():
+        for dim in empty:
+            given[operand] = given[operand].narrow(dim, 0, 0)
+    return given
+
+
+LOGITS = {"no images": 1, "no classes": 2}
+EMPTY = {
+    **{f"{name} of {what}": (name, {"teacher_logits": (dim,), "branch_logits": (dim,)}
+                             | ({"labels": (0,)} if dim == 1 else {}))
+       for name in ("distillation_loss", "distill_and_diversify") for what, dim in LOGITS.items()},
+    **{f"{name} of no {who}s": (name, {f"{who}_logits": (0,)})
+       for name in ("distillation_loss", "distill_and_diversify") for who in ("teacher", "branch")},
+    **{f"teacher_diversity_seed of {what}": ("teacher_diversity_seed", {"teacher_pair": (dim,)})
+       for what, dim in LOGITS.items()},
+    **{f"diversity_seed of {what}": ("diversity_seed", {"teacher_pair": (dim,), "branch_pair": (dim,)})
+       for what, dim in LOGITS.items()},
+    **{f"ods_seed of {what}": ("ods_seed", {"logits": (dim - 1,), "weights": (dim - 1,)})
+       for what, dim in LOGITS.items()},
+    "perturb_step of no images": ("perturb_step", {"images": (0,), "input_gradients": (1,), "confidence": (0,)}),
+    "perturb_step of no values": ("perturb_step", {"images": (2,), "input_gradients": (3,)}),
+    "perturb_step of no gradients": ("perturb_step", {"input_gradients": (0,)}),
+    "fold_rank_one of no branches": ("fold_rank_one", {"deviations": (0,)}),
+    "unfold_rank_one of no branches": ("unfold_rank_one", {"deviations": (0,), "branch_gradients": (0,)}),
+    "pack_rank_one of no branches": ("pack_rank_one", {"deviations": (0,)}),
+    "rank_one_step of no branches": ("rank_one_step", dict.fromkeys(
+        ("deviations", "deviation_buffer", "branch_gradients"), (0,))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", KEYS)
+@pytest.mark.parametrize("case", EMPTY)
+def test_what_is_empty(case, device):
+    name, dims = EMPTY[case]
+    with pytest.raises(RuntimeError, match=rf"{name}: \w+ is .*\b0\b.*; expected .*, not empty"):
+        call(name, cut(name, **dims), device)
+
+
+def test_gradients_in_float64_of_images_that_are_not():
+    """What is dispatched over two dtypes has combinations without a kernel."""
+    good = arguments("perturb_step")
+    with pytest.raises(RuntimeError, match=r"input_gradients is float64 .*; expected float32"):
+        call("perturb_step", good | {"input_gradients": good["input_gradients"].double()})
+    wide = {"images": good["images"].double(), "confidence": good["confidence"].double()}
+    with pytest.raises(RuntimeError, match=r"input_gradients is float32 .*; expected float64"):
+        call("perturb_step", good | wide)
+
+
+LAYOUT_OPS = ("fold_rank_one", "unfold_rank_one", "pack_rank_one", "rank_one_step")
+# number in a layer's nine → a value that leaves the buffers, or divides by zero
+WRONG = {
+    0: (-1, 10**6, 2**62), 1: (-2, 10**6), 2: (-1, 10**6), 3: (-1, 10**6), 5: (0, 10**6, 2**40), 6: (0, 10**6, 2**40),
+    7: (0, 10**6, 2**40), 8: (0, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUT_OPS)
+def test_layers_outside_the_buffers(name):
+    good = arguments(name)
+    fields = good["fields"]
+    for number, values in WRONG.items():
+        for value in values:
+            wrong = fields[:9] + [value if i == number else field for i, field in enumerate(fields[9:])]
+            with pytest.raises(RuntimeError, match=rf"{name}: layer 1 of fields is \[.*\b{abs(value)}\b"):
+                call(name, good | {"fields": wrong})
+    for wrong in ([], fields[:-1]):
+        with pytest.raises(RuntimeError, match=rf"{name}: fields has {len(wrong)} integers; expected 9 for each layer"):
+            call(name, good | {"fields": wrong})
+
+
+@pytest.mark.parametrize("name", ["pack_rank_one", "rank_one_step"])
+def test_slots_outside_the_packings(name):
+    good = arguments(name)
+    for slot in (-1, 3, 2**62):
+        with pytest.raises(RuntimeError, match=rf"{name}: layer \d of fields .* from slot {slot}"):
+            call(name, good | {"first_slot": slot})
+    fields = good["fields"]
+    for packed in (-1, 10**6):
+        with pytest.raises(RuntimeError, match=rf"{name}: layer 1 of fields"):
+            call(name, good | {"fields": [*fields[:13], packed, *fields[14:]]})
+
+
+def test_more_folded_parameters_than_there_are():
+    good = arguments("fold_rank_one")
+    with pytest.raises(RuntimeError, match="fold_rank_one: ranked is 10000; expected at most the"):
+        call("fold_rank_one", good | {"ranked": 10000})
+    step = arguments("rank_one_step")
+    with pytest.raises(RuntimeError, match=r"plain_gradients is .*; expected at most as many"):
+        call("rank_one_step", step | {"plain_gradients": torch.zeros(10000)})
+
+
+def halo_cases():
+    f, g = arguments("halo_conv"), arguments("halo_data_gradient")
+    x, weight, slots = f["x"], f["weight"], f["slots"]
+    odd = x[..., :8].contiguous()
+    return {
+        "channels of the input": ("halo_conv", {"x": odd, "weight": weight[:, :, :8].contiguous()}, "x"),
+        "channels of the result": ("halo_conv", {"weight": weight[..., :8].contiguous()}, "weight"),
+        "taps": ("halo_conv", {"weight": weight[:, :4].contiguous()}, "weight"),
+        "groups": ("halo_conv", {"x": torch.cat([x, x]), "inputs": None}, "x"),
+        "groups of a gradient": ("halo_data_gradient", {"d": x[:1]}, "d"),
+        "a map of other length": ("halo_conv", {"inputs": slots[:1]}, "inputs"),
+        "rows of other slots": ("halo_conv", {"bias": f["bias"][:2]}, "bias"),
+        "rows of other channels": ("halo_conv", {"center": f["center"][:, :8].contiguous()}, "center"),
+        "a scale alone": ("halo_conv", {"in_shift": None}, "in_scale"),
+        "a shift alone": ("halo_conv", {"next_scale": None}, "next_scale"),
+        "sums without a mean": ("halo_data_gradient", {"mean": None}, "mean"),
+        "sums without z": ("halo_data_gradient", {"z": None}, "mean"),
+        "a residual of other size": ("halo_conv", {"residual": f["residual"][:, :, 1:].contiguous()}, "residual"),
+        "a residual's channels": ("halo_conv", {"residual": f["residual"][..., :4].contiguous()}, "residual"),
+        "a residual's stride": ("halo_conv", {"residual_stride": 2}, "residual"),
+        "no stride": ("halo_data_gradient", {"residual_stride": 0}, "residual_stride"),
+        "a mask of other size": ("halo_data_gradient", {"mask": g["mask"][..., :1].contiguous()}, "mask"),
+        "three numbers of a tile": ("halo_conv", {"tile": [1, 6, 8]}, "tile"),
+        "no rows in a tile": ("halo_conv", {"tile": [1, 0, 8, 16]}, "tile"),
+        "positions of a tile": ("halo_data_gradient", {"tile": [6, 6, 8, 16]}, "tile"),
+        "a tile past 32 bits": ("halo_conv", {"tile": [2**31, 2**31, 2**31, 16]}, "tile"),
+        "border of a tile": ("halo_conv", {"tile": [1, 1, 200, 16]}, "tile"),
+        "channels of a tile": ("halo_conv", {"tile": [1, 6, 8, 48]}, "tile"),
+    }  # fmt: skip
+
+
+HALO = halo_cases()
+
+
+@pytest.mark.parametrize("case", HALO)
+def test_halo_refusals(case):
+    name, changed, operand = HALO[case]
+    with pytest.raises(RuntimeError, match=rf"fastensdistill::{name}: {operand} is .*; expected "):
+        call(name, arguments(name) | changed)
+
+
+def test_offsets_of_32_bits():
+    """One group of more values than its kernels can count; nothing is read before that."""
+    good = arguments("halo_conv")
+    x = torch.empty(1, 1, 1, 1, 16, dtype=torch.bfloat16).expand(1, 2**15, 2**6, 2**6, 16)
+    with pytest.raises(RuntimeError, match=r"x is .*, strided"):
+        call("halo_conv", good | {"x": x})
+    meta = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in good.items()}
+    x = torch.empty(1, 2**15, 2**6, 2**6, 16, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(RuntimeError, match=r"x is .*; expected fewer than 2\^31 values in a group"):
+        call("halo_conv", meta | {"x": x})
+
+
+def test_a_library_that_comes_later_is_found(tmp_path):
+    """A failed look-up of PyTorch's stream is made again, and a successful one is kept."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    assert compiler, "needs a C++ compiler"
+    (tmp_path / "late.cpp").write_text('extern "C" int late() { return 7; }\n')
+    (tmp_path / "look.cpp").write_text(
+        '#include "loaded_symbol.h"\n'
+        'static fed::LoadedSymbol symbol{"liblate_of_the_test.so", "late"};\n'
+        'extern "C" void* look() { return symbol.get(); }\n'
+    )
+    for source, library in (("late", "liblate_of_the_test.so"), ("look", "look.so")):
+        command = [compiler, "-std=c++17", "-fPIC", "-shared", f"-Wl,-soname,{library}", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, str(tmp_path / f"{source}.cpp"), "-o", str(tmp_path / library)], check=True)
+    look = ctypes.CDLL(str(tmp_path / "look.so")).look
+    look.restype = ctypes.c_void_p
+    assert look() is None
+    late = ctypes.CDLL(str(tmp_path / "liblate_of_the_test.so"))
+    assert look() == look() == ctypes.cast(late.late, ctypes.c_void_p).value
