@@ -1,13 +1,15 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, tensor-core instructions.
 
-    python -m bench.kernel_report --arch 80 90 100 --json FILE [--networks wrn28_4 resnet32]
+    python -m bench.kernel_report --arch 80 90 100 --json FILE [--networks wrn28_4 resnet32] [--batch 512]
 
 The four passes of a training step are run over each network with launches recorded instead of done; each distinct
-launch is then compiled for the architecture and its machine code read.
+kernel is then compiled for the architecture and its machine code read. A kernel's programs are those of its largest
+launch; waves is how often they fill the device.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,6 +34,7 @@ from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.network.plan import plan_step
 from fastensdistill.network.trace import trace
 
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 SXM, B200
 # compute capability: shared memory of one block and of one multiprocessor, in bytes (CUDA programming guide)
 SHARED_LIMIT = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
 POINTERS = {
@@ -50,12 +53,14 @@ NETWORKS = {
 }
 
 
-def record(name: str, groups: int = 4) -> list[triton_utils.Launch]:
-    """The distinct launches of one training step with the paper's perturbation, M = K = ``groups``.
+def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, triton_utils.Launch]:
+    """The kernels of one training step with the paper's perturbation, M = K = ``groups``: key → its largest launch.
 
     The plan is run as the engine runs it, on tensors that are never touched. Tiles are those of the arch assumed.
+    Without ``batch`` the network's own batch size.
     """
-    size, classes, batch = NETWORKS[name]
+    size, classes, usual = NETWORKS[name]
+    batch = batch or usual
     sample = name == "sample"
     module = PreResNet(classes, blocks=(1, 1), widen=4) if sample else create_model(name, num_classes=classes)
     network = trace(module, (3, size, size))
@@ -75,7 +80,11 @@ def record(name: str, groups: int = 4) -> list[triton_utils.Launch]:
         shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)
         images, index = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
         augment(images, index, shifts, flips)
-    return list({_key(launch): _without_values(launch) for launch in launches}.values())
+    return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
+
+
+def programs(launch: triton_utils.Launch) -> int:
+    return math.prod(launch.grid)
 
 
 def _without_values(launch: triton_utils.Launch) -> triton_utils.Launch:
@@ -89,21 +98,22 @@ def _signature(launch: triton_utils.Launch) -> tuple[dict[str, str], dict[str, A
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        aligned = False
+        aligned, specialise = False, not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[name], aligned = POINTERS[value.dtype], True
-        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or value is None or (value == 1 and isinstance(value, int) and specialise):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name], aligned = "i64" if abs(value) >= 2**31 else "i32", value % 16 == 0
+            signature[name], aligned = "i64" if abs(value) >= 2**31 else "i32", specialise and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
-def _key(launch: triton_utils.Launch) -> str:
+def key(launch: triton_utils.Launch) -> str:
+    """What makes a compiled kernel another: equal keys run the same machine code."""
     return repr((launch.kernel.__name__, _signature(launch), launch.num_warps, launch.num_stages))
 
 
@@ -143,6 +153,8 @@ def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     wgmma = re.findall(r"\bHGMMA\S*\s+R\d+, (\S)", sass)
     shared = int(compiled.metadata.shared)
+    fitting = occupancy(arch, registers, shared, int(compiled.metadata.num_warps))
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
     a = launch.arguments
     return {
         "kernel": launch.kernel.__name__,
@@ -158,7 +170,11 @@ def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
         "HMMA": len(re.findall(r"\bHMMA\b", sass)),
         "UTCMMA": len(re.findall(r"\bUTC\w*MMA", sass)),
         "A from": "" if not wgmma else "registers" if "R" in wgmma else "shared memory",
-        "occupancy": occupancy(arch, registers, shared, int(compiled.metadata.num_warps)),
+        "loads": len(loads),
+        "16-byte loads": sum(".128" in load for load in loads),
+        "occupancy": fitting,
+        "programs": programs(launch),
+        "waves": round(programs(launch) / (MULTIPROCESSORS[arch] * fitting), 2) if fitting else None,
     }
 
 
@@ -184,26 +200,44 @@ def conv_depth(launch: triton_utils.Launch) -> int:
     return min(a["C"], a["CO"]) if "KERNEL" in a and "CO" in a else 0
 
 
-def report(arches: list[int], networks: list[str], every: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+COLUMNS = {
+    "arch": ("arch", 4), "regs": ("registers", 4), "spill": ("spills", 5), "shared": ("shared", 7),
+    "HGMMA": ("HGMMA", 5), "HMMA": ("HMMA", 4), "UTC": ("UTCMMA", 3), "A from": ("A from", 13), "loads": ("loads", 5),
+    "16 B": ("16-byte loads", 4), "occ": ("occupancy", 3), "programs": ("programs", 8), "waves": ("waves", 6),
+}  # fmt: skip
+
+
+def report(
+    arches: list[int], networks: list[str], every: int, say: Callable[[str], None], batch: int | None = None
+) -> list[dict[str, Any]]:
     rows = []
-    titles = ("arch", "regs", "spill", "shared", "HGMMA", "HMMA", "UTC", "A from", "occ")
-    keys = ("arch", "registers", "spills", "shared", "HGMMA", "HMMA", "UTCMMA", "A from", "occupancy")
-    widths = (4, 4, 5, 7, 5, 4, 3, 13, 3)
-    say(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)) + "  tile")
+    say(" ".join(f"{title:>{width}}" for title, (_, width) in COLUMNS.items()) + "  tile")
     for arch in arches:
         seen: dict[str, tuple[triton_utils.Launch, list[str]]] = {}
         with assume_arch(arch):
             for network in networks:
-                for launch in record(network):
-                    seen.setdefault(_key(launch), (launch, []))[1].append(network)
+                for found, launch in record(network, batch=batch).items():
+                    known, users = seen.get(found, (launch, []))
+                    seen[found] = max(known, launch, key=programs), [*users, network]
         for launch, users in list(seen.values())[::every]:
             row = compile_launch(launch, arch) | {"networks": users}
             row["fails"] = failures(row, conv_depth(launch))
             rows.append(row)
-            figures = " ".join(f"{row[key]!s:>{width}}" for key, width in zip(keys, widths, strict=True))
+            figures = " ".join(f"{row[name]!s:>{width}}" for name, width in COLUMNS.values())
             what = f"{row['tile']} w{row['warps']} s{row['stages']}  {row['kernel']} {row['launch']}"
             say(f"{figures}  {what}" + "".join(f"  ← {broken}" for broken in row["fails"]))
     return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line: how many kernels, how many fail, and which comes off worst."""
+    worst = min(rows, key=lambda row: (-row["spills"], row["occupancy"], -row["registers"]))
+    return (
+        f"{len(rows)} kernels compiled, {sum(bool(row['fails']) for row in rows)} failing, "
+        f"{sum(row['spills'] for row in rows)} spill instructions; worst: {worst['spills']} spills, "
+        f"{worst['registers']} registers, {worst['occupancy']} programs a multiprocessor, sm_{worst['arch']} "
+        f"{worst['kernel']} {worst['launch']}"
+    )
 
 
 def main() -> int:
@@ -213,18 +247,18 @@ def main() -> int:
         "--networks", nargs="+", default=[name for name in NETWORKS if name != "sample"], choices=list(NETWORKS)
     )
     parser.add_argument("--every", type=int, default=1, help="compile only every n-th launch")
+    parser.add_argument("--batch", type=int, help="images of a batch (each network's own without it)")
     parser.add_argument("--json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
-    rows = report(options.arch, options.networks, options.every, lambda line: print(line, flush=True))
-    failed = sum(bool(row["fails"]) for row in rows)
-    print(f"{len(rows)} kernels compiled, {failed} failing")
+    rows = report(options.arch, options.networks, options.every, lambda line: print(line, flush=True), options.batch)
+    print(summary(rows))
     if options.json:
         lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
         with open(options.json, "w") as file:
             file.write(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    return int(failed > 0)
+    return int(any(row["fails"] for row in rows))
 
 
 if __name__ == "__main__":
