@@ -3,7 +3,8 @@
 Compilers have turned correct kernels into wrong ones without a word, on one GPU and not on another. A step of a few
 random images costs next to nothing beside a run. What is compared are directions: faults (a sign, a mask, a miscompiled
 tile) turn them. Reduced precision may turn them four times as far as PyTorch's own in that precision does. The networks
-given are left as they are.
+given are left as they are. No kernel is compiled for a batch size (``kernels.triton_utils.BATCH_SIZES``), so those
+compared here are the run's own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.method.student import BatchEnsemble, Student
 from fastensdistill.method.teachers import Teachers
 
-IMAGES = 16  # as divisible as real batches are: the same compiled kernels
+IMAGES = 16
 PAIR_DRAWN = ("tdiv", "tdiv-sdiv")
 # 1 − cosine of the two directions that is always allowed, and how often PyTorch's own in the same precision.
 ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastensdistill.kernels.gather import load_shortcut, store_bits, sum_rows
 from fastensdistill.kernels.tiles import Tile, rows_tile
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     absent,
     accumulator,
     check_pair,
@@ -37,7 +38,8 @@ from fastensdistill.kernels.triton_utils import (
 
 # The sums over rows of partials: 8 channels are one 32-byte sector, 1024 rows of them 16 values a thread. A layer at
 # 32 x 32 has 1024 rows per group, and few programs read them: latency decides, so many loads are in flight.
-SUMS_ROWS, SUMS_CHANNELS = 1024, 8
+SUMS_CHANNELS = 8
+SUMS_BLOCKS = {"BLOCK_R": 1024, "BLOCK_C": SUMS_CHANNELS}
 SUMS_TILE = Tile(0, 0, 0, 16, 1, "one program per 8 channels")
 
 
@@ -78,7 +80,7 @@ def batch_norm_statistics_reference(
     return mean, inv_std, weight * inv_std, bias - weight * inv_std * mean
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_statistics_kernel(
     p_partials,
     p_weight,
@@ -117,11 +119,6 @@ def batch_norm_statistics_kernel(
     tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
 
 
-def sums_blocks(rows: int) -> dict[str, int]:
-    """Block sizes for ``sum_rows`` over so many rows of partials."""
-    return {"BLOCK_R": min(SUMS_ROWS, max(16, 1 << (rows - 1).bit_length())), "BLOCK_C": SUMS_CHANNELS}
-
-
 def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps):
     mean, inv_std, scale, shift = (torch.empty_like(weight) for _ in range(4))
     sets, channels = weight.shape
@@ -144,7 +141,7 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
         momentum=momentum,
         eps=eps,
         C=channels,
-        **sums_blocks(rows),
+        **SUMS_BLOCKS,
     )
     return mean, inv_std, scale, shift
 
@@ -210,7 +207,7 @@ def batch_norm_apply_reference(
     return y, pack_mask(y > 0) if mask else absent(z.new_empty(0, dtype=torch.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_apply_kernel(
     p_z,
     p_scale,
@@ -218,9 +215,8 @@ def batch_norm_apply_kernel(
     p_residual,
     p_y,
     p_mask,
-    positions,
+    N,
     s_scale,
-    s_residual,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -236,6 +232,7 @@ def batch_norm_apply_kernel(
     i_g = tl.program_id(2).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    positions = N * (H * W)
     m_m = o_m < positions
     m_n = o_n < C
     m_z = m_m[:, None] & m_n[None, :]
@@ -245,7 +242,7 @@ def batch_norm_apply_kernel(
     b_y = tl.load(p_z + i_g * positions * C + o_z, mask=m_z, other=0.0).to(tl.float32)
     b_y = b_y * b_scale[None, :] + b_shift[None, :]
     if p_residual is not None:
-        p_residual += i_g * s_residual
+        p_residual += i_g * N * (HR * WR * CR)
         image = o_m // (H * W)
         i_h = (o_m % (H * W)) // W
         i_w = o_m % W
@@ -274,9 +271,8 @@ def _launch_apply(z, scale, shift, residual, residual_stride, relu, mask):
         p_residual=residual,
         p_y=y,
         p_mask=bits if mask else None,
-        positions=positions,
+        N=images,
         s_scale=row_stride(scale),
-        s_residual=residual.stride(0) if residual is not None else 0,
         H=height,
         W=width,
         C=channels,

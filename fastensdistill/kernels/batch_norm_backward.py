@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.batch_norm import SUMS_CHANNELS, SUMS_TILE, set_sums, sums_blocks
+from fastensdistill.kernels.batch_norm import SUMS_BLOCKS, SUMS_CHANNELS, SUMS_TILE, set_sums
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
 from fastensdistill.kernels.gather import sum_rows
 from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     accumulator,
     check_rows,
     check_tensor,
@@ -72,7 +73,7 @@ def batch_norm_backward_reference(
     return out.to(d.dtype), d_weight, d_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_coefficients_kernel(
     p_partials,
     p_weight,
@@ -104,7 +105,7 @@ def batch_norm_coefficients_kernel(
     tl.store(p_abc + 2 * C + o_c, b_c, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_backward_kernel(
     p_d,
     p_z,
@@ -155,7 +156,7 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
         n_rows=rows,
         share=1.0 / count,
         C=channels,
-        **sums_blocks(rows),
+        **SUMS_BLOCKS,
     )
     tile = rows_tile(channels)
     positions = d.shape[1] * d.shape[2] * d.shape[3]

@@ -20,6 +20,7 @@ from fastensdistill.kernels.elementwise_gradient import check_epilogue, gradient
 from fastensdistill.kernels.gather import gather_product, load_bits, load_spread
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     DTYPE_NAMES,
     accumulator,
     check_precision,
@@ -101,7 +102,7 @@ def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
     return torch.cat([partial_rows(F.pad(c, (0, 0, 0, most - c.shape[1])), block) for c in classes], 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def conv_data_gradient_kernel(
     p_d,
     p_w,

@@ -13,6 +13,7 @@ from torch.nn import grad as nn_grad
 from fastensdistill.kernels.grouped_conv import conv_input
 from fastensdistill.kernels.tiles import SUM_TILE, device_arch, split_steps, weight_gradient_tile
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     accumulator,
     check_pair,
     check_precision,
@@ -54,7 +55,7 @@ def conv_weight_gradient_reference(
     return dw.permute(0, 3, 2, 1).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def conv_weight_gradient_kernel(
     p_x,
     p_d,
@@ -63,9 +64,7 @@ def conv_weight_gradient_kernel(
     p_partial,
     N,
     steps,
-    s_x_group,
     s_in,
-    s_split,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -75,6 +74,7 @@ def conv_weight_gradient_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    SHARED: tl.constexpr,
     IN_RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,7 +109,8 @@ def conv_weight_gradient_kernel(
     m_n = o_n < CO
     o_tap = (tap_row * W + tap_column) * C
 
-    p_x += i_g * s_x_group
+    if not SHARED:
+        p_x += i_g * N * (H * W * C)
     p_d += i_g * N * (HO * WO * CO)
     if p_in_scale is not None:
         b_scale = tl.load(p_in_scale + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
@@ -149,11 +150,11 @@ def conv_weight_gradient_kernel(
         wrap = i_oh >= HO
         i_oh = tl.where(wrap, i_oh - HO, i_oh)
         image += STEP_IMAGES + wrap.to(tl.int32)
-    p_partial += i_split.to(tl.int64) * s_split + i_g * (TAPS * C * CO)
+    p_partial += (i_split.to(tl.int64) * tl.num_programs(2) + i_g) * (TAPS * C * CO)
     tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def sum_splits_kernel(p_partial, p_out, n_splits, n_values, BLOCK_N: tl.constexpr):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n_values
@@ -187,9 +188,7 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
         p_partial=partial,
         N=images,
         steps=steps,
-        s_x_group=0 if x.shape[0] == 1 else images * height * width * channels,
         s_in=row_stride(in_scale),
-        s_split=groups * rows * out_channels,
         H=height,
         W=width,
         C=channels,
@@ -199,6 +198,7 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
         KERNEL=kernel,
         STRIDE=stride,
         PADDING=padding,
+        SHARED=x.shape[0] == 1,
         IN_RELU=in_relu,
         PRECISION=precision,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastensdistill.kernels.gather import load_bits, load_spread
 from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     absent,
     accumulator,
     check_pair,
@@ -103,7 +104,7 @@ def elementwise_gradient_reference(
     return out.clone() if out is d else out, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def elementwise_gradient_kernel(
     p_d,
     p_residual,
@@ -114,9 +115,8 @@ def elementwise_gradient_kernel(
     p_inv_std,
     p_out,
     p_sums,
-    positions,
+    N,
     n_partials,
-    s_residual,
     s_scale,
     s_mean,
     H: tl.constexpr,
@@ -142,6 +142,7 @@ def elementwise_gradient_kernel(
         b_inv = tl.load(p_inv_std + i_g * s_mean + o_n, mask=m_n, other=0.0)
         first = tl.zeros((BLOCK_N,), tl.float32)
         second = tl.zeros((BLOCK_N,), tl.float32)
+    positions = N * (H * W)
     o_group = i_g * positions
     for i in range(0, ROWS, BLOCK_M):
         o_m = tl.program_id(0) * ROWS + i + tl.arange(0, BLOCK_M)
@@ -150,7 +151,7 @@ def elementwise_gradient_kernel(
         o_d = o_m[:, None] * C + o_n[None, :]
         b_d = tl.load(p_d + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
         if p_residual is not None:
-            p_r = p_residual + i_g * s_residual
+            p_r = p_residual + i_g * N * (HR * WR * CR)
             image, i_h, i_w = o_m // (H * W), (o_m % (H * W)) // W, o_m % W
             b_residual = load_spread(p_r, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
             if RESIDUAL_FIRST:
@@ -194,9 +195,8 @@ def _launch(d, residual, residual_stride, residual_first, mask, scale, z, mean, 
         p_inv_std=inv_std,
         p_out=out,
         p_sums=sums if z is not None else None,
-        positions=positions,
+        N=images,
         n_partials=rows,
-        s_residual=residual.stride(0) if residual is not None else 0,
         s_scale=row_stride(scale),
         s_mean=row_stride(mean),
         H=height,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     absent,
     accumulator,
     check_pair,
@@ -140,7 +141,7 @@ def grouped_conv_reference(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def grouped_conv_kernel(
     p_x,
     p_w,
@@ -159,7 +160,6 @@ def grouped_conv_kernel(
     p_statistics,
     N,
     n_partials,
-    s_x_group,
     s_in,
     s_bias,
     s_next,
@@ -177,6 +177,7 @@ def grouped_conv_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    SHARED: tl.constexpr,
     IN_RELU: tl.constexpr,
     RELU: tl.constexpr,
     ROW_TAPS: tl.constexpr,
@@ -191,9 +192,11 @@ def grouped_conv_kernel(
     i_n = tl.program_id(0) % N_BLOCKS
     i_g = tl.program_id(1).to(tl.int64)
     i_slot = tl.load(p_slots + i_g).to(tl.int64)
-    i_input = i_g
-    if p_inputs is not None:
-        i_input = tl.load(p_inputs + i_g).to(tl.int64)
+    if not SHARED:
+        i_input = i_g
+        if p_inputs is not None:
+            i_input = tl.load(p_inputs + i_g).to(tl.int64)
+        p_x += i_input * N * (H * W * C)
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < N * (HO * WO)
@@ -210,7 +213,7 @@ def grouped_conv_kernel(
         p_in_shift += i_slot * s_in
     acc = gather_product(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-        p_x + i_input * s_x_group,
+        p_x,
         p_w + i_slot * (KERNEL * KERNEL * C * CO),
         p_in_scale,
         p_in_shift,
@@ -298,7 +301,6 @@ def _launch(
         p_statistics=statistics if center is not None else None,
         N=images,
         n_partials=rows,
-        s_x_group=0 if x.shape[0] == 1 else images * height * width * channels,
         s_in=row_stride(in_scale),
         s_bias=row_stride(bias),
         s_next=row_stride(next_scale),
@@ -314,6 +316,7 @@ def _launch(
         KERNEL=kernel,
         STRIDE=stride,
         PADDING=padding,
+        SHARED=x.shape[0] == 1,
         IN_RELU=in_relu,
         RELU=relu,
         ROW_TAPS=row_taps,

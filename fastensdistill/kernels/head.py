@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastensdistill.kernels.tiles import Tile
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     accumulator,
     check_pair,
     check_precision,
@@ -65,7 +66,7 @@ def head_reference(
     return logits, pooled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def head_kernel(
     p_z,
     p_w,

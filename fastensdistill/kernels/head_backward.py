@@ -21,6 +21,7 @@ from fastensdistill.kernels.head import (
     normalized,
 )
 from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
     absent,
     accumulator,
     check_pair,
@@ -72,7 +73,7 @@ def head_backward_reference(
     return out, d_weight, d_bias, statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def head_data_gradient_kernel(
     p_d_logits,
     p_z,
@@ -151,7 +152,7 @@ def head_data_gradient_kernel(
         tl.store(p_statistics + C + o_c, tl.sum(second, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def head_weight_gradient_kernel(
     p_d_logits,
     p_pooled,

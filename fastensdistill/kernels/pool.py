@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import accumulator, check_tensor, define, launch, out_size, require, tl, triton
+from fastensdistill.kernels.triton_utils import (
+    BATCH_SIZES,
+    accumulator,
+    check_tensor,
+    define,
+    launch,
+    out_size,
+    require,
+    tl,
+    triton,
+)
 
 
 class MaxPoolOutput(NamedTuple):
@@ -48,7 +58,7 @@ def max_pool_backward_reference(
     return dx[:, :, padding : padding + height, padding : padding + width].to(d.dtype).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def max_pool_kernel(
     p_x,
     p_y,
@@ -94,7 +104,7 @@ def max_pool_kernel(
     tl.store(p_taps + o_y, b_tap.to(tl.uint8), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def max_pool_backward_kernel(
     p_d,
     p_taps,

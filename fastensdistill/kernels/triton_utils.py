@@ -27,8 +27,8 @@ except ImportError:  # a platform without Triton: the kernels stay plain functio
         constexpr = Any
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda function: function)
 
     triton = tl = _Absent()
 
@@ -40,6 +40,9 @@ HAS_TRITON = hasattr(triton, "__version__")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {str(t).removeprefix("torch."): t for t in (*KERNEL_DTYPES, torch.float64)}
 PRECISIONS = ("ieee", "tf32")
+# Arguments that follow from the batch size. Triton would compile a kernel anew where one is 1 or no multiple of 16;
+# without that every batch size runs the same kernels, those that `engine.verify` has compared with the reference.
+BATCH_SIZES = ["N", "n_partials", "n_rows", "n_splits", "positions", "steps"]
 _LIMIT = 2**31
 
 _forced = False
