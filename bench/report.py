@@ -17,6 +17,8 @@ from typing import Any
 
 from bench import drawing
 from bench.common import RESULTS
+from bench.gpu_run.findings import as_runs
+from bench.gpu_run.record import read
 from bench.setting import TITLES
 
 Run = dict[str, Any]
@@ -48,10 +50,11 @@ KINDS: dict[str, tuple[tuple[str, ...], str, bool, dict[str, str]]] = {
 
 
 def load(paths: Iterable[Path], smoke: bool) -> list[tuple[Path, Run]]:
-    """Runs in the order of their date."""
-    files = [f for path in paths for f in ([path] if path.suffix == ".json" else sorted(path.glob("**/*.json")))]
-    runs = [(file, json.loads(file.read_text())) for file in files]
-    runs = [(file, run) for file, run in runs if isinstance(run, dict) and run.get("kind") in KINDS]
+    """Runs in the order of their date; those of ``bench.gpu_run`` lie together in one file."""
+    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.glob("**/*.json*")))]
+    found = [(file, json.loads(file.read_text())) for file in files if file.suffix == ".json"]
+    found += [(file, run) for file in files if file.suffix == ".jsonl" for run in as_runs(read(file))]
+    runs = [(file, run) for file, run in found if isinstance(run, dict) and run.get("kind") in KINDS]
     for file, run in runs:
         if run["smoke"] and not smoke:
             raise SystemExit(f"{file} is a smoke run, which measures nothing")

@@ -48,6 +48,18 @@ def steps(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
+def as_runs(rows: Sequence[Row]) -> list[Row]:
+    """The same as results files of ``bench.throughput`` and ``bench.kernels``, which ``bench.report`` draws."""
+    host = next(iter(of_kind(rows, "device")[-1:]), None)
+    if host is None:
+        return []
+    roof = next(iter(of_kind(rows, "roof")[-1:]), None)
+    shared = {"smoke": any(row["rehearsal"] for row in of_kind(rows, "run")), "host": host, "roof": roof}
+    timed = [row | {"status": row["status"].removeprefix("timed alone")} for row in steps(rows)]
+    found = {"throughput": timed, "kernels": newest(of_kind(rows, "kernel"), "index")}
+    return [{"kind": kind, **shared, "rows": own} for kind, own in found.items() if own]
+
+
 def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
