@@ -6,6 +6,7 @@ the launch's own, from the plan.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from bench.setting import METHODS, Setting
 from fastensdistill.engine.dispatch import VENDOR
 from fastensdistill.engine.passes import Implement, run_part
 from fastensdistill.engine.weights import Weights
+from fastensdistill.kernels.triton_utils import references_only
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.plan import Plan, plan_step
 from fastensdistill.network.trace import trace
@@ -109,8 +111,14 @@ def key(launch: Launch, part: Part) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def prepare(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Prepared, int]]:
-    """The distinct launches of a step, each with how often a step has it. Buffers live until the next pass."""
+def prepare(
+    setting: Setting, device: torch.device, dtype: torch.dtype, by_references: bool = False
+) -> Iterator[tuple[Prepared, int]]:
+    """The distinct launches of a step, each with how often a step has it. Buffers live until the next pass.
+
+    ``by_references``: what the launches read is made by the ops' references, so that a wrong kernel spoils its own
+    launch alone.
+    """
     torch.manual_seed(0)
     states = [setting.build().state_dict() for _ in range(max(4, setting.members, setting.k))]
     for state in states:
@@ -144,11 +152,27 @@ def prepare(setting: Setting, device: torch.device, dtype: torch.dtype) -> Itera
                 weights, buffers = left.pop(part.training)
                 logits = buffers[part.network.output][:G]
                 buffers[f"{part.network.output}.grad"] = torch.randn_like(logits) / setting.batch
-            run_part(part, weights, slots, buffers)
+            with references_only() if by_references else contextlib.nullcontext():
+                run_part(part, weights, slots, buffers)
             for launch in part.launches:
                 if key(launch, part) not in seen:
                     seen.add(key(launch, part))
                     yield Prepared(where, launch, part, weights, slots, buffers), counts[key(launch, part)]
+
+
+@dataclass
+class Expected:
+    """What a launch should write: in float64, and by PyTorch's convolution where it is one, in the launch's dtype."""
+
+    exact: dict[str, Tensor]
+    peer: dict[str, Tensor]
+
+
+def expected(prepared: Prepared) -> Expected:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # a search in float64 would take seconds a shape
+        exact = written(prepared.exact())
+    convolution = prepared.launch.op in ("conv", "conv gradient", "flat gradient", "weight gradient")
+    return Expected(exact, written(prepared, lambda part, launch, op: VENDOR[op]) if convolution else {})
 
 
 def compare(prepared: Prepared) -> Iterator[tuple[str, float, float]]:
@@ -157,19 +181,46 @@ def compare(prepared: Prepared) -> Iterator[tuple[str, float, float]]:
     Allowed is twice the error of PyTorch in the same precision: of its own convolution with the rest as separate
     operations, elsewhere of the exact result rounded. Sums of rounded values, in float32, may err by half a percent.
     """
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # a search in float64 would take seconds a shape
-        exact = named(prepared.exact().run())
-    convolution = prepared.launch.op in ("conv", "conv gradient", "flat gradient", "weight gradient")
-    peer = named(prepared.run(lambda part, launch, op: VENDOR[op])) if convolution else {}
-    for name, actual in named(prepared.run()).items():
-        e = exact[name].double()
-        scale = e.norm().clamp_min(1e-30)
-        own = (exact[name].to(actual.dtype).double() - e).norm() / scale
-        if name in peer:
-            own = torch.maximum(own, (peer[name].double() - e).norm() / scale)
-        error = float((actual.double() - e).norm() / scale)
-        least = 1e-6 if actual.dtype == prepared.weights.dtype else 5e-3
-        yield name, error if error == error else float("inf"), max(2 * float(own), least)
+    right = expected(prepared)
+    yield from errors(written(prepared), right, prepared.weights.dtype)
+
+
+def errors(
+    actual: dict[str, Tensor], right: Expected, dtype: torch.dtype
+) -> Iterator[tuple[str, float, float]]:
+    """As ``compare``, of what a launch with weights of ``dtype`` has written."""
+    for name, value in actual.items():
+        e = right.exact[name].double()
+        own = distance(right.exact[name].to(value.dtype), e)
+        if name in right.peer:
+            own = max(own, distance(right.peer[name], e))
+        least = 1e-6 if value.dtype == dtype else 5e-3
+        yield name, distance(value, e), max(2 * own if own < float("inf") else 0.0, least)
+
+
+def distance(value: Tensor, exact: Tensor) -> float:
+    """Root-mean-square difference relative to ``exact``; inf where anything is not finite."""
+    found = float((value.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+    return found if found == found else float("inf")
+
+
+def written(prepared: Prepared, implement: Implement | None = None) -> dict[str, Tensor]:
+    """What the launch writes, floating tensors by name, and the running estimates it moves, which are put back.
+
+    Rows of partial sums are added up: how many there are is the implementation's own affair.
+    """
+    norm = prepared.weights.norms.get(prepared.launch.node) if prepared.launch.op == "norm statistics" else None
+    before = [] if norm is None else [norm.running_mean.clone(), norm.running_var.clone()]
+    try:
+        found = named(prepared.run(implement) if implement else prepared.run())
+        if norm is not None:
+            found |= {f"{prepared.launch.node}.running_mean": norm.running_mean.clone()}
+            found |= {f"{prepared.launch.node}.running_var": norm.running_var.clone()}
+    finally:
+        if norm is not None:
+            norm.running_mean.copy_(before[0])
+            norm.running_var.copy_(before[1])
+    return {name: value.sum(1) if name.endswith("sums") else value for name, value in found.items()}
 
 
 def named(written: Any, name: str = "") -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[st
 class Runner:
     """Runs parts and frees every buffer after its last reader, so that a captured graph's memory is used again."""
 
+    watch: Callable[[Launch, Buffers], None] | None = None  # called after every launch, before anything is freed
+
     def __init__(self, precision: str, implement: Implement, synchronised: bool = False, parts: int = 1):
         """``parts``: how many passes a step makes over the trained networks, one per micro-batch."""
         self.precision, self.implement, self.synchronised, self.parts = precision, implement, synchronised, parts
@@ -54,6 +56,8 @@ class Runner:
         def after(launch: Launch) -> None:
             if self.synchronised:
                 share_sums(launch, buffers)
+            if self.watch:
+                self.watch(launch, buffers)
             for name in launch.writes:
                 if name in taken:
                     taken[name].add_(buffers.pop(name)) if add else taken[name].copy_(buffers.pop(name))

@@ -1,0 +1,143 @@
+"""What a rehearsal uses on a CPU: a stand-in for captured graphs, and faults planted through the seams of a diagnosis.
+
+Every fault sits in one launch of a student's backward pass, ``CULPRIT``. What finds and cures it is what a GPU runs.
+
+    launch         its kernel's numbers are wrong, unless it is launched with 8 warps
+    launch-dies    the process is killed in it, unless with 8 warps
+    launch-hangs   it never ends, unless with 8 warps
+    step           right alone, wrong inside the whole step
+    captured       right when launched, wrong in a replay
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_run.remedies import replaced
+from fastensdistill.engine import trained
+from fastensdistill.engine.graph import Captured, Graphs, Results, warm_up
+from fastensdistill.engine.passes import run_part
+from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.triton_utils import Launch, around_launches
+from fastensdistill.network import launch as plan
+from fastensdistill.network.launch import Part
+
+CULPRIT = ("conv gradient", "groups.1.0.conv1")  # of ``tiny``, in training: 3x3 at stride 2, with BatchNorm's sums
+RIGHT_WARPS = 8
+
+
+# ---- captured graphs
+
+
+class StandIn(Captured):
+    """A capture that is none: ``graph`` is set, and a replay runs the body again."""
+
+    replaying = False
+
+    def _capture(self) -> None:
+        warm_up(self.body, self.state, self.generators)
+        self.graph = self  # type: ignore[assignment]
+
+    def replay(self) -> None:
+        StandIn.replaying = True
+        try:
+            results = self.body()
+        finally:
+            StandIn.replaying = False
+        self.names = list(results)
+        self.results = torch.stack([value.float() for value in results.values()])
+
+
+class StandInGraphs(Graphs):
+    """``engine.graph.Graphs`` of stand-ins."""
+
+    def __init__(self, state: Callable[[], Sequence[Tensor]], device: torch.device):
+        self.state, self.device = state, device
+        self.pool, self.made = object(), {}
+
+    def prepare(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Captured:
+        made = self.made.setdefault(key, StandIn(body, self.state, generators, self.device, self.pool))
+        made.prepare()
+        return made
+
+
+# ---- faults
+
+
+def wrong(value: Tensor) -> Tensor:
+    """With the sign of every third element changed."""
+    flat = value.flatten().clone()
+    flat[::3].neg_()
+    return flat.view_as(value)
+
+
+def is_culprit(launch: Launch) -> bool:
+    """The kernel of ``CULPRIT``, told by what it is compiled for, as a launch does not know its node."""
+    given = launch.arguments
+    if launch.kernel.__name__ != "conv_data_gradient_kernel" or given["p_z"] is None:
+        return False
+    return (given["KERNEL"], given["STRIDE"]) == (3, 2) and launch.num_warps != RIGHT_WARPS
+
+
+def spoils(launch: Launch, do: Callable[[Launch], None]) -> None:
+    do(launch)
+    if is_culprit(launch):
+        launch.arguments["p_out"].copy_(wrong(launch.arguments["p_out"]))
+
+
+def dies(launch: Launch, do: Callable[[Launch], None]) -> None:
+    if is_culprit(launch):
+        os.kill(os.getpid(), signal.SIGKILL)
+    do(launch)
+
+
+def hangs(launch: Launch, do: Callable[[Launch], None]) -> None:
+    while is_culprit(launch):
+        time.sleep(1)
+    do(launch)
+
+
+@contextlib.contextmanager
+def in_steps(when: Callable[[], bool]) -> Iterator[None]:
+    """What ``CULPRIT`` writes first is wrong in whole steps, ``when`` that holds, but never in the references'."""
+
+    def run(part: Part, weights: Any, slots: Tensor, buffers: dict[str, Any], *rest: Any, after: Any = None,
+            **options: Any) -> None:  # fmt: skip
+        def spoiled(launch: plan.Launch) -> None:
+            oracle = () in triton_utils._references
+            if part.training and (launch.op, launch.node) == CULPRIT and when() and not oracle:
+                buffers[launch.writes[0]] = wrong(buffers[launch.writes[0]])
+            if after:
+                after(launch)
+
+        run_part(part, weights, slots, buffers, *rest, after=spoiled, **options)
+
+    with replaced(trained, "run_part", run):
+        yield
+
+
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "launch": lambda: around_launches(spoils),
+    "launch-dies": lambda: around_launches(dies),
+    "launch-hangs": lambda: around_launches(hangs),
+    "step": lambda: in_steps(lambda: True),
+    "captured": lambda: in_steps(lambda: StandIn.replaying),
+}
+
+
+@contextlib.contextmanager
+def planted(names: Sequence[str]) -> Iterator[None]:
+    """Within, the faults of these names; those that are not in ``FAULTS`` are planted elsewhere. Enter it first."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if name in FAULTS:
+                stack.enter_context(FAULTS[name]())
+        yield

@@ -1,0 +1,244 @@
+"""What a diagnosis found to help, in a file that later stages obey: so a step with a wrong launch can still be timed.
+
+    remedies = Remedies.load(context.out / NAME)
+    with remedies.in_force():
+        FusedStep(..., implementations=remedies.dispatch)
+
+Other warps or stages for a compiled kernel, half the columns for a shape, cuDNN's convolution, an op's reference, and
+other ways to capture the step. ``in_force`` must not be entered inside itself: tiles would be halved twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.gpu_run.record import plain
+from fastensdistill.engine import graph
+from fastensdistill.engine.dispatch import Dispatch, Row, Shape
+from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.trained import Runner
+from fastensdistill.kernels.tiles import Tile, changed_tiles
+from fastensdistill.kernels.triton_utils import Launch, around_launches, references_only
+
+NAME = "remedies.json"
+Match = dict[str, Any]
+LEAST_COLUMNS = 16  # of a Triton matrix product
+ROWS = ("BLOCK_R", "BLOCK_B")  # constants that follow the batch
+
+
+def match_of(launch: Launch) -> Match:
+    """What a kernel is compiled for, whatever the batch: its constants, its tensors' dtypes, its absent operands."""
+    kinds = getattr(launch.kernel, "fn", launch.kernel).__annotations__
+    found: Match = {}
+    for name, value in launch.arguments.items():
+        if isinstance(value, Tensor):
+            found[name] = str(value.dtype).removeprefix("torch.")
+        elif name not in ROWS and (value is None or "constexpr" in str(kinds.get(name, ""))):
+            found[name] = plain(value)
+    return found
+
+
+@dataclass(frozen=True)
+class Varied:
+    """A kernel, as compiled for ``match``, with other warps or stages."""
+
+    kernel: str
+    match: Match
+    warps: int | None = None
+    stages: int | None = None
+
+    def fits(self, launch: Launch) -> bool:
+        return self.kernel == launch.kernel.__name__ and self.match == match_of(launch)
+
+    def vary(self, launch: Launch) -> Launch:
+        return launch._replace(
+            num_warps=self.warps or launch.num_warps,
+            num_stages=self.stages or launch.num_stages,
+        )
+
+    @property
+    def words(self) -> str:
+        own = [f"{n} {unit}" for n, unit in ((self.warps, "warps"), (self.stages, "stages")) if n]
+        return " ".join([self.kernel, *own]).replace(" 1 stages", " 1 stage")
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Half the columns of a matrix product's tile; ``kind`` and ``shape`` as ``kernels.tiles`` names them."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def words(self) -> str:
+        return f"half the columns of {self.kind} {self.shape[0]} → {self.shape[1]}"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How a step is captured: ``on`` False launches it from Python; ``warm_up`` runs before the capture; every graph
+    with a pool of its own; no buffer freed before the same launch writes it again."""
+
+    on: bool = True
+    keep_buffers: bool = False
+    warm_up: int | None = None
+    pool_per_graph: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        if not self.on:
+            return ["not captured"]
+        warm_up = [f"{self.warm_up} warm-ups"] if self.warm_up else []
+        return ["buffers kept"] * self.keep_buffers + warm_up + ["a pool per graph"] * self.pool_per_graph
+
+
+@dataclass(frozen=True)
+class Remedies:
+    launches: tuple[Varied, ...] = ()
+    halved: tuple[Halved, ...] = ()
+    rows: tuple[Row, ...] = ()
+    references: tuple[str, ...] = ()
+    capture: Capture = field(default_factory=Capture)
+
+    # ---- the file
+
+    @staticmethod
+    def load(path: Path) -> Remedies:
+        """Those in a file; none where there is no file."""
+        if not path.exists():
+            return Remedies()
+        given = json.loads(path.read_text())
+        shape = lambda row: Shape(*row["shape"]) if row["shape"] else None  # noqa: E731
+        return Remedies(
+            tuple(Varied(**one) for one in given["launches"]),
+            tuple(Halved(one["kind"], tuple(one["shape"])) for one in given["halved"]),
+            tuple(Row(**row | {"shape": shape(row)}) for row in given["rows"]),
+            tuple(given["references"]),
+            Capture(**given["capture"]),
+        )
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        fresh.replace(path)
+
+    @staticmethod
+    def extend(path: Path, more: Remedies) -> Remedies:
+        """Add ``more`` to the file, which other processes may be doing at the same time; all that it has now."""
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            every = Remedies.load(path).plus(more)
+            every.save(path)
+        return every
+
+    def plus(self, more: Remedies) -> Remedies:
+        """Both; of two for the same thing ``more`` has the last word."""
+        same = lambda one: [new for new in more.launches if (new.kernel, new.match) == (one.kernel, one.match)]  # noqa: E731
+        kept = tuple(one for one in self.launches if not same(one))
+        capture = more.capture if more.capture != Capture() else self.capture
+        return Remedies(
+            kept + more.launches,
+            tuple(dict.fromkeys(self.halved + more.halved)),
+            tuple(dict.fromkeys(more.rows + self.rows)),  # the first row that matches counts
+            tuple(dict.fromkeys(self.references + more.references)),
+            capture,
+        )
+
+    # ---- what they do
+
+    @property
+    def dispatch(self) -> Dispatch | None:
+        """The table for ``implementations=``; None where the step may keep its own."""
+        return Dispatch(self.rows) if self.rows else None
+
+    @property
+    def words(self) -> str:
+        """All in one line, for a row of results; empty where there are none."""
+        rows = [f"{row.op} {describe(row)} by cuDNN" for row in self.rows]
+        references = [f"{op} by its reference" for op in self.references]
+        every = [*(one.words for one in (*self.launches, *self.halved)), *rows, *references, *self.capture.words]
+        return "; ".join(f"{one} ({every.count(one)} times)" if every.count(one) > 1 else one
+                         for one in dict.fromkeys(every))  # fmt: skip
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Within, every launch and capture of this process obeys them, but for ``dispatch``, which a step is given."""
+        with contextlib.ExitStack() as stack:
+            if self.launches:
+                stack.enter_context(around_launches(self._vary))
+            if self.halved:
+                stack.enter_context(changed_tiles(self._halve))
+            if self.references:  # no name at all would mean every op
+                stack.enter_context(references_only(*self.references))
+            for owner, name, value in capturing(self.capture):
+                stack.enter_context(replaced(owner, name, value))
+            yield
+
+    def _vary(self, launch: Launch, do: Callable[[Launch], None]) -> None:
+        do(next((one.vary(launch) for one in self.launches if one.fits(launch)), launch))
+
+    def _halve(self, kind: str, shape: tuple[int, ...], tile: Tile) -> Tile:
+        return halve(tile) if Halved(kind, tuple(shape)) in self.halved else tile
+
+
+def describe(row: Row) -> str:
+    if row.shape is None:
+        return row.layer or "everywhere"
+    k, stride, Ci, Co, *_ = row.shape
+    return f"{k}x{k} {Ci} → {Co}" + (f" every {stride}" if stride > 1 else "")
+
+
+def halve(tile: Tile) -> Tile:
+    """With half the columns, where a matrix product can have them."""
+    return tile._replace(BLOCK_N=max(LEAST_COLUMNS, tile.BLOCK_N // 2))
+
+
+class Keeper:
+    """A ``Runner.watch`` that keeps what a launch saw until the same launch has run again: nothing is freed between."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Any] = {}
+
+    def __call__(self, launch: Any, buffers: dict[str, Any]) -> None:
+        self.kept[id(launch)] = launch, dict(buffers)
+
+
+def capturing(capture: Capture) -> Sequence[tuple[Any, str, Any]]:
+    """What is replaced, and by what, for steps to be captured that way."""
+    prepare = Captured.prepare
+
+    def own_pool(self: Captured) -> None:
+        if self.graph is None and not self.failed:
+            self.pool = None  # it then asks for a new one
+        prepare(self)
+
+    found: list[tuple[Any, str, Any]] = []
+    if not capture.on:
+        found.append((Captured, "prepare", Captured.give_up))
+    elif capture.pool_per_graph:
+        found.append((Captured, "prepare", own_pool))
+    if capture.warm_up is not None:
+        found.append((graph, "WARM_UP", capture.warm_up))
+    if capture.keep_buffers:
+        found.append((Runner, "watch", Keeper()))
+    return found
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

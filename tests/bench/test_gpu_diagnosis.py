@@ -1,0 +1,298 @@
+"""The diagnosis of ``bench.gpu_run``: each planted fault is found, named and, where possible, cured; nothing else is.
+
+The kernels run in Triton's interpreter, a few launches of the rehearsal's network alone; whole steps by references.
+"""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from bench.gpu_run import faults, launches
+from bench.gpu_run.context import REHEARSED, Context
+from bench.gpu_run.faults import CULPRIT, planted
+from bench.gpu_run.launches import check_launches
+from bench.gpu_run.record import Record
+from bench.gpu_run.remedies import NAME, Capture, Halved, Keeper, Remedies, Varied
+from bench.launches import compare, prepare
+from bench.setting import Setting
+from fastensdistill.engine import graph
+from fastensdistill.engine.dispatch import Row, Shape
+from fastensdistill.engine.graph import Captured
+from fastensdistill.engine.trained import Runner
+from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.tiles import Tile
+from fastensdistill.kernels.triton_utils import around_launches, record_launches
+
+SETTING = Setting("tiny", "tdiv-sdiv", 2, 2)
+WRONG = f"distillation, backward: {' '.join(CULPRIT)}"
+# two before the culprit and one behind it; a head, whose other way is its reference, and a weight gradient, whose tile
+# has columns to halve
+FEW = (
+    "norm statistics groups.1.0.bn2",
+    "head gradient classifier",
+    " ".join(CULPRIT),
+    "weight gradient groups.1.0.conv1",
+)
+interpreted = pytest.mark.skipif(
+    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4) or not triton_utils.HAS_TRITON,
+    reason="Triton's interpreter needs a NumPy before 2.4",
+)
+
+
+def context(folder, stage: str = "stage") -> Context:
+    return Context(folder, Record(folder / "results.jsonl", stage), rehearse=True, sizes=REHEARSED)
+
+
+@pytest.fixture
+def here(tmp_path) -> Context:
+    return context(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    every = prepare(SETTING, torch.device("cpu"), torch.float32, by_references=True)
+    found = [one for one in every if one[0].title in FEW and one[0].where.startswith("distillation")]
+    assert [one.title for one, _ in found] == list(FEW)
+    return found
+
+
+@pytest.fixture
+def few(monkeypatch, prepared):
+    """A check goes over these launches alone."""
+    monkeypatch.setattr(launches, "prepare", lambda *_, **__: iter(prepared))
+
+
+def rows(context: Context, *kinds: str) -> list[dict]:
+    return [row for row in context.record.earlier() if row["kind"] in kinds]
+
+
+def verdicts(context: Context) -> list[tuple[str, str, bool]]:
+    return [(row["launch"], row["variant"], row["ok"]) for row in rows(context, "launch")]
+
+
+# ---- launches
+
+
+@interpreted
+def test_right_launches_need_no_remedy(here, few):
+    total = check_launches(here, SETTING)
+    counts = [total[name] for name in ("checked", "wrong", "crashed", "remedied", "no_remedy", "unjudged")]
+    assert counts == [4, 0, 0, 0, 0, 0]
+    assert total["by"] == "interpreter"
+    assert not (here.out / NAME).exists()
+    about = [row for row in rows(here, "launch about to run") if row["variant"] == "own"]
+    assert [row["kernels"][0]["kernel"] for row in about] == [
+        "batch_norm_statistics_kernel", "head_data_gradient_kernel", "conv_data_gradient_kernel",
+        "conv_weight_gradient_kernel",
+    ]  # fmt: skip
+    assert about[2]["kernels"][0] == {
+        "kernel": "conv_data_gradient_kernel", "grid": [1, 2, 4], "warps": 4, "stages": 1, "tile": [32, 16, 16],
+    }  # fmt: skip
+    assert check_launches(here, SETTING) == total, "a check that is done is not done again"
+
+
+@interpreted
+def test_a_wrong_launch_is_named_and_its_remedy_makes_it_right(here, few, tmp_path):
+    with planted(["launch"]):
+        total = check_launches(here, SETTING)
+        assert (total["wrong"], total["remedied"], total["crashed"]) == (1, 1, 0)
+        assert total["remedies"] == "conv_data_gradient_kernel 8 warps"
+        assert [row["launch"] for row in rows(here, "remedy")] == [WRONG]
+        wrong = [row for row in rows(here, "launch") if not row["ok"]]
+        assert [(row["launch"], row["variant"], row["output"]) for row in wrong] == [
+            (WRONG, "own", "groups.1.0.bn1.grad")
+        ]
+        after = check_launches(context(tmp_path, "another stage"), SETTING)
+    assert (after["checked"], after["wrong"]) == (4, 0), "later stages obey"
+
+
+CASES = {
+    "one stage": ("head_data_gradient_kernel", lambda one: one.num_stages == 1),
+    "4 warps": ("head_data_gradient_kernel", lambda one: one.num_warps == 4),
+    "8 warps": ("conv_weight_gradient_kernel", lambda one: one.num_warps == 8),
+    "half the columns": ("conv_weight_gradient_kernel", lambda one: one.arguments["BLOCK_N"] == 16),
+    "cudnn": ("conv_weight_gradient_kernel", lambda one: False),
+    "reference": ("head_data_gradient_kernel", lambda one: False),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("variant", CASES)
+def test_the_first_variant_that_is_right_is_the_remedy(here, monkeypatch, prepared, variant):
+    kernel, right = CASES[variant]
+    op = "head gradient" if kernel.startswith("head") else "weight gradient"
+    alone = [one for one in prepared if one[0].launch.op == op]
+    monkeypatch.setattr(launches, "prepare", lambda *_, **__: iter(alone))
+
+    def spoil(launch, do):
+        do(launch)
+        if launch.kernel.__name__ == kernel and not right(launch):
+            out = launch.arguments["p_d" if op == "head gradient" else "p_partial"]
+            out.copy_(faults.wrong(out))
+
+    with around_launches(spoil):
+        assert check_launches(here, SETTING)["remedied"] == 1
+        assert [row["variant"] for row in rows(here, "remedy")] == [variant]
+        tried = [name for _, name, ok in verdicts(here) if not ok]
+        assert tried == [name for name in ("own", *CASES) if name in tried], "in their order"
+        assert not any("reason" in row for row in rows(here, "launch"))
+        assert check_launches(context(here.out, "another stage"), SETTING)["wrong"] == 0
+
+
+class Died(BaseException):
+    """The process ended here."""
+
+
+@interpreted
+def test_a_launch_in_which_the_process_dies_is_passed_over(here, few, monkeypatch):
+    def die(*_):
+        raise Died
+
+    monkeypatch.setattr(faults.os, "kill", die)
+    with planted(["launch-dies"]):
+        with pytest.raises(Died):
+            check_launches(here, SETTING)
+        assert rows(here, "launch about to run")[-1]["launch"] == WRONG, "on disk before the launch"
+        total = check_launches(here, SETTING)
+    assert (total["wrong"], total["crashed"], total["remedied"]) == (1, 1, 1)
+    assert [name for name, variant, _ in verdicts(here) if variant == "own"] == [
+        f"distillation, {'forward' if i == 0 else 'backward'}: {title}" for i, title in enumerate(FEW)
+    ], "each once"
+    assert verdicts(here)[2:4] == [(WRONG, "own", False), (WRONG, "8 warps", True)]
+    assert total["remedies"] == "conv_data_gradient_kernel 8 warps"
+
+
+@interpreted
+def test_an_error_of_the_device_ends_the_process_and_one_of_the_compiler_does_not(here, few):
+    """The context is spoiled: nothing that runs after it in the same process can be judged."""
+
+    def fail(launch, do):
+        if launch.kernel.__name__ == "head_data_gradient_kernel":
+            raise ValueError("out of resource: shared memory\nmore")
+        if launch.kernel.__name__ == "conv_data_gradient_kernel":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        do(launch)
+
+    restarts = 0
+    with around_launches(fail):
+        while True:
+            try:
+                total = check_launches(here, SETTING)
+                break
+            except RuntimeError:
+                restarts += 1
+    assert restarts == 2, "with its own warps and with eight"
+    assert (total["wrong"], total["crashed"], total["remedied"]) == (2, 1, 2)
+    assert [row["variant"] for row in rows(here, "remedy")] == ["reference", "cudnn"]
+    assert {row["reason"] for row in rows(here, "launch") if not row["ok"]} == {
+        "ValueError: out of resource: shared memory",
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
+
+
+@interpreted
+def test_what_is_unwritten_or_moves_is_wrong(here, few):
+    seen = []
+
+    def spoil(launch, do):
+        if launch.kernel.__name__ == "batch_norm_statistics_kernel":
+            return
+        do(launch)
+        if launch.kernel.__name__ == "conv_data_gradient_kernel":
+            seen.append(launch)
+            launch.arguments["p_out"].mul_(1 + 2e-7 * len(seen))
+
+    with around_launches(spoil):
+        check_launches(here, SETTING)
+    unwritten, moved = (next(row for row in rows(here, "launch") if row["launch"].endswith(FEW[i])) for i in (0, 2))
+    assert (unwritten["ok"], unwritten["error"]) == (False, "inf")
+    assert (moved["ok"], moved["moving"]) == (False, True)
+    assert moved["error"] <= moved["allowed"]
+
+
+@interpreted
+def test_forced_warps_are_checked_and_not_cured(here, few):
+    def spoil(launch, do):
+        do(launch)
+        if launch.num_warps == 8 and launch.kernel.__name__ == "conv_weight_gradient_kernel":
+            launch.arguments["p_partial"].zero_()
+
+    with around_launches(spoil):
+        total = check_launches(here, SETTING, 8)
+        assert check_launches(here, SETTING)["wrong"] == 0
+    assert (total["warps"], total["checked"], total["wrong"], total["remedied"]) == (8, 4, 1, 0)
+    assert not (here.out / NAME).exists()
+    about = [row for row in rows(here, "launch about to run") if row["variant"] == "8 warps"]
+    assert all(kernel["warps"] == 8 for row in about for kernel in row["kernels"])
+
+
+def test_partial_sums_are_judged_by_their_total(prepared):
+    """PyTorch's own has one row where the kernel has many: beside each of them it would allow any error."""
+    one = next(one for one, _ in prepared if one.title == " ".join(CULPRIT))
+    allowed = {name: limit for name, _, limit in compare(one)}
+    assert allowed["groups.1.0.bn1.grad_sums"] < 1e-5
+
+
+# ---- remedies
+
+ROW = Row("conv", "cudnn", "wrong", shape=Shape(3, 2, 8, 16, 8, 8))
+
+
+def test_remedies_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / NAME
+    assert Remedies.load(path) == Remedies()
+    one = Remedies((Varied("head_kernel", {"C": 8, "p_mask": None}, stages=1),), (Halved("conv", (64, 128, 2)),))
+    two = Remedies(rows=(ROW,), references=("head",), capture=Capture(keep_buffers=True, warm_up=6))
+    Remedies.extend(path, one)
+    assert Remedies.extend(path, two) == one.plus(two)
+    found = Remedies.load(path)
+    assert found == one.plus(two)
+    assert found.dispatch.table == (ROW,)
+    assert found.words == (
+        "head_kernel 1 stage; half the columns of conv 64 → 128; conv 3x3 8 → 16 every 2 by cuDNN; "
+        "head by its reference; buffers kept; 6 warm-ups"
+    )
+    assert (Remedies().words, Remedies().dispatch) == ("", None)
+    again = found.plus(Remedies((Varied("head_kernel", {"C": 8, "p_mask": None}, warps=8),)))
+    assert [one.words for one in again.launches] == ["head_kernel 8 warps"], "the last word for one kernel"
+    assert again.capture == found.capture
+
+
+def test_a_remedy_meets_the_kernel_it_is_for_and_no_other(prepared):
+    gradients = [one for one, _ in prepared if one.launch.op in ("conv gradient", "weight gradient")]
+    with record_launches() as found:
+        for one in gradients:
+            one.run()
+    first, *others = found
+    remedy = Remedies((Varied(first.kernel.__name__, launches.match_of(first), warps=8, stages=1),))
+    seen = []
+    for one in found:
+        remedy._vary(one, lambda launch: seen.append((launch.num_warps, launch.num_stages)))
+    assert seen == [(8, 1), *((one.num_warps, one.num_stages) for one in others)]
+    assert not remedy.launches[0].fits(first._replace(arguments=first.arguments | {"p_mask": None}))
+    assert remedy.launches[0].fits(first._replace(arguments=first.arguments | {"N": 512})), "whatever the batch"
+
+
+def test_half_the_columns_are_halved_where_they_are_named():
+    tile = Tile(128, 128, 64, 8, 3, "")
+    remedies = Remedies(halved=(Halved("conv", (64, 128, 2)),))
+    assert remedies._halve("conv", (64, 128, 2), tile).BLOCK_N == 64
+    assert remedies._halve("conv", (128, 128, 2), tile) == tile
+    assert remedies._halve("weight gradient", (64, 128, 2), tile) == tile
+
+
+def test_remedies_of_the_capture_end_with_their_context():
+    before = Captured.prepare, graph.WARM_UP, Runner.watch
+    with Remedies(capture=Capture(keep_buffers=True, warm_up=6, pool_per_graph=True)).in_force():
+        assert (graph.WARM_UP, type(Runner.watch)) == (6, Keeper)
+        captured = Captured(dict, list, [], torch.device("cpu"), pool="of all graphs")
+        captured._capture = lambda: setattr(captured, "graph", captured.pool or "its own")
+        captured.prepare()
+        assert captured.graph == "its own"
+    with Remedies(capture=Capture(on=False)).in_force():
+        captured = Captured(lambda: {"loss": 1.0}, list, [], torch.device("cpu"))
+        assert captured() == {"loss": 1.0}, "launched from Python"
+        assert captured.failed
+    assert before == (Captured.prepare, graph.WARM_UP, Runner.watch)
