@@ -7,6 +7,7 @@ Every fault sits in one launch of a student's backward pass, ``CULPRIT``. What f
     launch-hangs   it never ends, unless with 8 warps
     step           right alone, wrong inside the whole step
     captured       right when launched, wrong in a replay
+    uncapturable   it raises while it is captured
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_run.remedies import replaced
-from fastensdistill.engine import trained
+from fastensdistill.engine import graph, trained
 from fastensdistill.engine.graph import Captured, Graphs, Results, warm_up
 from fastensdistill.engine.passes import run_part
 from fastensdistill.kernels import triton_utils
@@ -38,20 +40,30 @@ RIGHT_WARPS = 8
 
 
 class StandIn(Captured):
-    """A capture that is none: ``graph`` is set, and a replay runs the body again."""
+    """A capture that is none: it runs the body once more, and ``graph`` is an object whose replay runs it again."""
 
-    replaying = False
+    capturing = False
+    replaying: StandIn | None = None
 
     def _capture(self) -> None:
         warm_up(self.body, self.state, self.generators)
-        self.graph = self  # type: ignore[assignment]
+        StandIn.capturing = True
+        try:
+            with replaced(graph, "WARM_UP", 1):  # a capture leaves no trace either
+                warm_up(self.body, self.state, self.generators)
+            self.graph = self  # type: ignore[assignment]
+        except RuntimeError as error:
+            warnings.warn(f"the step could not be captured and is launched from Python: {error}", stacklevel=5)
+            self.give_up()
+        finally:
+            StandIn.capturing = False
 
     def replay(self) -> None:
-        StandIn.replaying = True
+        StandIn.replaying = self
         try:
             results = self.body()
         finally:
-            StandIn.replaying = False
+            StandIn.replaying = None
         self.names = list(results)
         self.results = torch.stack([value.float() for value in results.values()])
 
@@ -66,6 +78,9 @@ class StandInGraphs(Graphs):
     def prepare(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Captured:
         made = self.made.setdefault(key, StandIn(body, self.state, generators, self.device, self.pool))
         made.prepare()
+        if made.failed:
+            for other in self.made.values():
+                other.give_up()
         return made
 
 
@@ -105,16 +120,19 @@ def hangs(launch: Launch, do: Callable[[Launch], None]) -> None:
     do(launch)
 
 
+Spoil = Callable[[Tensor], Tensor]
+
+
 @contextlib.contextmanager
-def in_steps(when: Callable[[], bool]) -> Iterator[None]:
-    """What ``CULPRIT`` writes first is wrong in whole steps, ``when`` that holds, but never in the references'."""
+def in_steps(spoil: Spoil) -> Iterator[None]:
+    """What ``CULPRIT`` writes first goes through ``spoil`` in whole steps, but never in the references' own."""
 
     def run(part: Part, weights: Any, slots: Tensor, buffers: dict[str, Any], *rest: Any, after: Any = None,
             **options: Any) -> None:  # fmt: skip
         def spoiled(launch: plan.Launch) -> None:
             oracle = () in triton_utils._references
-            if part.training and (launch.op, launch.node) == CULPRIT and when() and not oracle:
-                buffers[launch.writes[0]] = wrong(buffers[launch.writes[0]])
+            if part.training and (launch.op, launch.node) == CULPRIT and not oracle:
+                buffers[launch.writes[0]] = spoil(buffers[launch.writes[0]])
             if after:
                 after(launch)
 
@@ -124,12 +142,19 @@ def in_steps(when: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
+def refuses(value: Tensor) -> Tensor:
+    if StandIn.capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return value
+
+
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "launch": lambda: around_launches(spoils),
     "launch-dies": lambda: around_launches(dies),
     "launch-hangs": lambda: around_launches(hangs),
-    "step": lambda: in_steps(lambda: True),
-    "captured": lambda: in_steps(lambda: StandIn.replaying),
+    "step": lambda: in_steps(wrong),
+    "captured": lambda: in_steps(lambda value: wrong(value) if StandIn.replaying else value),
+    "uncapturable": lambda: in_steps(refuses),
 }
 
 

@@ -1,0 +1,165 @@
+"""Whole steps of the tiny network: against float64, and captured against launched one by one, bit for bit.
+
+Records: ``step`` {method, ok, errors, bounds}; ``replay`` {method, same, twice_same, captured, capture_error,
+differs_in}; either with ``error`` where it raised.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.contenders import CONTENDERS, Engine, Gate, changes, fused_engine
+from bench.gpu_run.context import Context
+from bench.gpu_run.faults import StandInGraphs
+from bench.gpu_run.launches import reason_of, spoils_context
+from bench.gpu_run.record import Row
+from bench.gpu_run.remedies import NAME, Capture, Remedies
+from bench.setting import Setting, batches, make
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.teach import FusedTeachStep
+
+METHODS = ("tdiv-sdiv", "kd", "teach")
+STEPS = 4  # so that the pair changes inside the captured graph
+REFUSED = "the step could not be captured"  # how ``engine.graph`` begins its warning
+
+
+def check_step(context: Context) -> bool:
+    """Both checks for every method that this stage has not done yet; whether all is right."""
+    remedies = Remedies.load(context.out / NAME)
+    right = True
+    for method in METHODS:
+        setting = Setting("tiny", method, context.sizes.tiny, context.sizes.odd.members)
+        for kind, check, good in (("step", against_float64, "ok"), ("replay", replayed, "same")):
+            earlier = (r for r in context.record.earlier() if (r["kind"], r.get("method")) == (kind, method))
+            row = next(earlier, None) or _recorded(context, kind, check, setting, remedies)
+            right &= bool(row.get(good)) and row.get("twice_same", True)
+    return right
+
+
+Check = Callable[[Context, Setting, Remedies], dict[str, Any]]
+
+
+def _recorded(context: Context, kind: str, check: Check, setting: Setting, remedies: Remedies) -> Row:
+    own = {"method": setting.method, "setting": setting.describe(), "remedies": remedies.words}
+    try:
+        return context.record.add(kind, **own, **check(context, setting, remedies))
+    except Exception as error:
+        row = context.record.add(kind, **own, error=reason_of(error))
+        if spoils_context(error):
+            raise
+        return row
+
+
+def against_float64(context: Context, setting: Setting, remedies: Remedies) -> dict[str, Any]:
+    """Two steps launched from Python through the gate."""
+    launched = replace(remedies, capture=Capture(on=False))
+    gate = Gate(setting, context.device)
+    contender = replace(CONTENDERS["fused"], build=lambda problem: fused_engine(problem, remedies.dispatch))
+    with launched.in_force():
+        ok, errors = gate.check(contender)
+    return {"ok": ok, "errors": errors, "bounds": gate.bounds}
+
+
+def replayed(context: Context, setting: Setting, remedies: Remedies) -> dict[str, Any]:
+    """Four steps captured, captured again, and launched."""
+    first, again = (run_steps(context, setting, remedies, capture=True) for _ in range(2))
+    launched = run_steps(context, setting, remedies, capture=False)
+    differs = differing(first.changes, launched.changes)
+    return {
+        "same": not differs, "twice_same": not differing(first.changes, again.changes), "captured": first.captured,
+        "capture_error": first.error, "differs_in": differs,
+    }  # fmt: skip
+
+
+# ---- steps of one's own
+
+
+@torch.no_grad()
+def build(
+    context: Context, setting: Setting, remedies: Remedies, capture: bool, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """The fused engine, ready for its first batch; modules of ``dtype`` float64 compute in it throughout."""
+    precision = "fp32" if context.rehearse or dtype == torch.float64 else "bf16"
+    problem = make(setting, context.device).copy(dtype, precision)
+    for module in problem.modules:
+        module.to(memory_format=torch.contiguous_format)
+    own: dict[str, Any] = {"capture": capture, "implementations": remedies.dispatch}
+    step: Any
+    if problem.networks is not None:
+        shape = (3, setting.size, setting.size)
+        step = FusedTeachStep(problem.networks, problem.config, image_shape=shape, **own)
+    else:
+        assert problem.student is not None
+        assert problem.teachers is not None
+        step = FusedStep(problem.student, problem.teachers, problem.config, **own)
+    step._build((setting.batch, 3, setting.size, setting.size))
+    if capture and context.rehearse:
+        step.graphs = StandInGraphs(step.master.state, context.device)
+    return Engine(step, problem)
+
+
+@dataclass
+class Run:
+    """What four steps changed; whether they were captured, and if not why."""
+
+    changes: dict[str, Tensor]
+    captured: bool
+    error: str
+
+
+def run_steps(context: Context, setting: Setting, remedies: Remedies, capture: bool) -> Run:
+    """Four steps from the same start on the same batches, with the remedies in force."""
+    given = batches(setting, STEPS, context.device, [(0, 1)], torch.float32)
+    with remedies.in_force(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine = build(context, setting, remedies, capture)
+        found = changes(engine, given)
+    made = list(engine.step.graphs.made.values()) if engine.step.graphs else []
+    return Run(found, bool(made) and all(one.graph is not None for one in made), refusal(warned))
+
+
+def refusal(warned: list[warnings.WarningMessage]) -> str:
+    """Why a capture failed, from its warning."""
+    return next((str(one.message) for one in warned if str(one.message).startswith(REFUSED)), "")
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of what is not the same, bit for bit."""
+    return [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of a launch in a step: its pass, its number there, and the weights it is run with."""
+
+    where: str
+    index: int
+    weights: Any
+    launch: Any
+
+    @property
+    def name(self) -> dict[str, Any]:
+        return {"pass": self.where, "index": self.index, "op": self.launch.op, "node": self.launch.node}
+
+
+def places(step: Any) -> dict[int, Place]:
+    """All launches of a ``FusedStep`` or ``FusedTeachStep``, by identity."""
+    runs = []
+    for ascend in getattr(step, "ascends", []):
+        for first, second, weights, *_ in ascend.runs:
+            runs += [("perturbation, forward", first, weights), ("perturbation, input gradient", second, weights)]
+    for part, weights, *_ in step.targets.runs if hasattr(step, "targets") else []:
+        runs.append(("distillation, teachers", part, weights))
+    for where, part in zip(("forward", "backward"), step.trained.parts, strict=True):
+        runs.append((f"distillation, {where}", part, step.trained.slots.weights))
+    return {
+        id(launch): Place(where, i, weights, launch)
+        for where, part, weights in runs
+        for i, launch in enumerate(part.launches if part else [])
+    }
