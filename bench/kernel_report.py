@@ -114,7 +114,7 @@ def _signature(launch: triton_utils.Launch) -> tuple[dict[str, str], dict[str, A
 
 def key(launch: triton_utils.Launch) -> str:
     """What makes a compiled kernel another: equal keys run the same machine code."""
-    return repr((launch.kernel.__name__, _signature(launch), launch.num_warps, launch.num_stages))
+    return repr((launch.kernel.__name__, _signature(launch), launch.num_warps, launch.num_stages, launch.maxnreg))
 
 
 def _describe(launch: triton_utils.Launch) -> str:
@@ -142,7 +142,7 @@ def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
     """One row of the report."""
     signature, constants, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -163,6 +163,8 @@ def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
         "tile": [a.get(block) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")],
         "warps": launch.num_warps,
         "stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
+        "planned": launch.programs,
         "registers": registers,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": shared,
@@ -183,12 +185,18 @@ def _run(command: list[str]) -> str:
 
 
 def failures(row: dict[str, Any], depth: int) -> list[str]:
-    """What a row breaks: spills, shared memory past the device's limit, ≥ 32 channels convolved without wgmma."""
+    """What a row breaks.
+
+    Spills, shared memory past the device's limit, fewer programs a multiprocessor than the tile counts on, and at
+    least 32 channels convolved without wgmma.
+    """
     broken = []
     if row["spills"]:
         broken.append(f"{row['spills']} spill instructions")
     if row["shared"] > SHARED_LIMIT[row["arch"]][0]:
         broken.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']][0]}")
+    if row["occupancy"] < row["planned"]:
+        broken.append(f"{row['occupancy']} programs a multiprocessor, the tile counts on {row['planned']}")
     if row["arch"] == 90 and depth >= 32 and not row["HGMMA"]:
         broken.append("no HGMMA")
     return broken

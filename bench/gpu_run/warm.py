@@ -82,9 +82,7 @@ def _compile(index: int) -> tuple[int, float, float, str]:
     launch, began, compiled_at = _launches[index], time.perf_counter(), 0.0
     try:
         triton.runtime.driver.set_active(_target)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        if getattr(launch, "maxnreg", None):
-            options["maxnreg"] = launch.maxnreg
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
         compiled_at = time.perf_counter()
         CudaLauncher(kernel.src, kernel.metadata)

@@ -18,7 +18,7 @@ import torch
 
 from fastensdistill.engine.trained import dead_after
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.tiles import conv_tile, split_steps, weight_gradient_tile
+from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
 from fastensdistill.models import TORCHVISION, create_model
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
@@ -101,13 +101,7 @@ class Timeline:
         Co, H, W = node.shape
         taps, Ci = (node.kernel**2, node.in_shape[0]) if isinstance(node, Conv) else (1, node.macs // node.shape[0])
         G = len(part.groups)
-        tile = weight_gradient_tile(self.arch, Ci, Co, self.itemsize)
-        blocks = (-(-taps * Ci // tile.BLOCK_M) if Ci < tile.BLOCK_M else taps * -(-Ci // tile.BLOCK_M)) * -(
-            -Co // tile.BLOCK_N
-        )
-        positions = part.batch * H * W
-        steps = split_steps(self.arch, blocks * G, -(-positions // tile.BLOCK_K))
-        splits = -(-positions // (tile.BLOCK_K * steps))
+        splits = weight_gradient_split(self.arch, G, part.batch * H * W, taps, Ci, Co, self.itemsize).splits
         return FLOAT * G * taps * Ci * Co * splits if splits > 1 else 0.0
 
 

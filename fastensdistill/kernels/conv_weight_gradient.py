@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import grad as nn_grad
 
 from fastensdistill.kernels.grouped_conv import conv_input
-from fastensdistill.kernels.tiles import SUM_TILE, device_arch, split_steps, weight_gradient_tile
+from fastensdistill.kernels.sums import add_rows
+from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
     accumulator,
@@ -107,31 +108,36 @@ def conv_weight_gradient_kernel(
         o_out = tap * C + i_channel
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < CO
-    o_tap = (tap_row * W + tap_column) * C
-
-    if not SHARED:
-        p_x += i_g * N * (H * W * C)
+    i_first = i_split * steps * BLOCK_K
+    o_k = tl.arange(0, BLOCK_K)
     p_d += i_g * N * (HO * WO * CO)
-    if p_in_scale is not None:
-        b_scale = tl.load(p_in_scale + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
-        b_shift = tl.load(p_in_shift + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
-    # image, row and column of each position are carried from step to step instead of divided out again
-    o_k = i_split * steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    image = o_k // (HO * WO)
-    i_oh = (o_k % (HO * WO)) // WO
-    i_ow = o_k % WO
+    o_k += i_first
+    # image, row and column of each position are carried from step to step instead of divided out again; where x is as
+    # large as d, its offsets are as fixed as d's, and of the coordinates only those that change are carried
+    SAME_SIZE: tl.constexpr = STRIDE == 1 and H == HO and W == WO
     STEP_IMAGES: tl.constexpr = BLOCK_K // (HO * WO)
     STEP_ROWS: tl.constexpr = (BLOCK_K % (HO * WO)) // WO
     STEP_COLUMNS: tl.constexpr = BLOCK_K % WO
+    image = o_k // (HO * WO)
+    i_oh = (o_k % (HO * WO)) // WO
+    i_ow = o_k % WO
+    o_tap = (tap_row * W + tap_column) * C
+    if not SHARED:
+        p_x += i_g * N * (H * W * C)
+    if p_in_scale is not None:
+        b_scale = tl.load(p_in_scale + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
+        b_shift = tl.load(p_in_shift + i_g * s_in + i_channel, mask=m_m, other=0.0)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(steps):
-        m_k = image < N
+        m_k = o_k < N * (HO * WO)
         i_row = i_oh * STRIDE - PADDING
         i_column = i_ow * STRIDE - PADDING
-        o_x = ((image * H + i_row) * W + i_column) * C
-        i_h = i_row[:, None] + tap_row
-        i_w = i_column[:, None] + tap_column
-        m_x = m_k[:, None] & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W) & m_m[None, :]
+        o_x = (o_k - (PADDING * W + PADDING)) * C if SAME_SIZE else ((image * H + i_row) * W + i_column) * C
+        m_x = m_k[:, None] & m_m[None, :]
+        if KERNEL > 1 or PADDING > 0:
+            i_h = i_row[:, None] + tap_row
+            i_w = i_column[:, None] + tap_column
+            m_x = m_x & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W)
         b_x = tl.load(p_x + ((o_x[:, None] + o_tap) + i_channel[None, :]), mask=m_x, other=0.0)
         if p_in_scale is not None or IN_RELU:
             b_u = b_x.to(tl.float32)
@@ -140,29 +146,23 @@ def conv_weight_gradient_kernel(
             if IN_RELU:
                 b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
             b_x = tl.where(m_x, b_u, 0.0)
-        o_d = ((image * HO + i_oh) * WO + i_ow) * CO
-        b_d = tl.load(p_d + (o_d[:, None] + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_d = tl.load(p_d + (o_k[:, None] * CO + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_x.to(b_d.dtype)), b_d, acc, input_precision=PRECISION)
-        i_ow += STEP_COLUMNS
-        wrap = i_ow >= WO
-        i_ow = tl.where(wrap, i_ow - WO, i_ow)
-        i_oh += STEP_ROWS + wrap.to(tl.int32)
-        wrap = i_oh >= HO
-        i_oh = tl.where(wrap, i_oh - HO, i_oh)
-        image += STEP_IMAGES + wrap.to(tl.int32)
+        o_k += BLOCK_K
+        if STEP_COLUMNS > 0:
+            i_ow += STEP_COLUMNS
+            wrap = i_ow >= WO
+            i_ow = tl.where(wrap, i_ow - WO, i_ow)
+            i_oh += STEP_ROWS + wrap.to(tl.int32)
+        elif STEP_ROWS > 0:
+            i_oh += STEP_ROWS
+        image += STEP_IMAGES
+        if STEP_ROWS > 0 or STEP_COLUMNS > 0:
+            wrap = i_oh >= HO
+            i_oh = tl.where(wrap, i_oh - HO, i_oh)
+            image += wrap.to(tl.int32)
     p_partial += (i_split.to(tl.int64) * tl.num_programs(2) + i_g) * (TAPS * C * CO)
     tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def sum_splits_kernel(p_partial, p_out, n_splits, n_values, BLOCK_N: tl.constexpr):
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < n_values
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    for _ in range(n_splits):
-        acc += tl.load(p_partial + o_n, mask=m_n, other=0.0)
-        p_partial += n_values
-    tl.store(p_out + o_n, acc, mask=m_n)
 
 
 def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):
@@ -170,11 +170,9 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
     height, width, channels = x.shape[2:]
     rows = kernel * kernel * channels
     positions = images * out_height * out_width
-    tile = weight_gradient_tile(device_arch(d), channels, out_channels, d.element_size())
-    row_blocks = -(-rows // tile.BLOCK_M) if channels < tile.BLOCK_M else kernel**2 * -(-channels // tile.BLOCK_M)
-    blocks = row_blocks * -(-out_channels // tile.BLOCK_N)
-    steps = split_steps(device_arch(d), blocks * groups, -(-positions // tile.BLOCK_K))
-    splits = -(-positions // (tile.BLOCK_K * steps))
+    tile, blocks, steps, splits = weight_gradient_split(
+        device_arch(d), groups, positions, kernel * kernel, channels, out_channels, d.element_size()
+    )
     out = d.new_empty(groups, kernel * kernel, channels, out_channels, dtype=torch.float32)
     partial = out if splits == 1 else d.new_empty(splits, groups, rows, out_channels, dtype=torch.float32)
     launch(
@@ -202,17 +200,7 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
         IN_RELU=in_relu,
         PRECISION=precision,
     )
-    if splits > 1:
-        launch(
-            sum_splits_kernel,
-            (-(-out.numel() // SUM_TILE.BLOCK_N),),
-            SUM_TILE,
-            p_partial=partial,
-            p_out=out,
-            n_splits=splits,
-            n_values=out.numel(),
-        )
-    return out
+    return add_rows(partial.view(1, splits, -1), 1).view(out.shape) if splits > 1 else out
 
 
 def _conv_weight_gradient_fake(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):

@@ -26,6 +26,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     reason: str
+    programs: int = 0  # that a multiprocessor holds, read off the compiled kernels; 0 where nothing depends on it
+    maxnreg: int | None = None  # registers a thread may have; None leaves it to the compiler
 
 
 def _power(n: int) -> int:
@@ -140,40 +142,83 @@ def conv_tile(arch: int, depth: int, channels: int, itemsize: int = 2) -> Tile:
     return _chosen("conv", arch, (depth, channels, itemsize), tile)
 
 
-def weight_gradient_tile(arch: int, channels: int, out_channels: int, itemsize: int = 2) -> Tile:
-    """Tile of a weight gradient: taps x ``channels`` rows, ``out_channels`` columns, BLOCK_K positions deep."""
-    columns = _columns(out_channels)
+# Weight gradients: rows and columns of the tile → programs that a multiprocessor holds, the fewest of all layers of
+# our networks. What a stem holds depends on its columns alone.
+_PROGRAMS = {
+    80: {(64, 16): 8, (64, 32): 8, (64, 64): 4, (64, 128): 3, (128, 128): 2},
+    90: {(64, 16): 7, (64, 32): 6, (64, 64): 4, (64, 128): 3, (128, 64): 3, (128, 128): 2},
+    100: {(64, 16): 7, (64, 32): 6, (64, 64): 4, (64, 128): 3, (128, 64): 3, (128, 128): 2},
+}
+_STEM_PROGRAMS = {16: 3, 32: 3, 64: 2, 128: 2}
+
+
+def weight_gradient_tile(arch: int, taps: int, channels: int, out_channels: int, itemsize: int = 2) -> Tile:
+    """Tile of a weight gradient: ``taps`` x ``channels`` rows, ``out_channels`` columns, BLOCK_K positions deep."""
+    columns, generation = _columns(out_channels), _generation(arch)
+    two_taps = channels == 64 and taps > 1
     if arch == 0:
         tile = Tile(32, 32, 32, 4, 1, "interpreter: small, so that tests cross tile borders")
     elif itemsize == 4:
         tile = Tile(32, 32, 32, 4, 2, "float32: for comparison, not for speed")
     elif channels <= 4:
         tile = Tile(64, columns, 32, 4, 2, "stem: the normalisation holds registers, and every tap fits 64 rows")
-    elif columns == 128 and channels % 128 == 0:
-        tile = Tile(128, 128, 32 if _generation(arch) == 80 else 64, 8, 3, "both sides read once per 128 channels")
-    elif _generation(arch) == 80:
+    elif columns == 128 and (channels % 128 == 0 or two_taps):
+        reason = "both sides read once per 128 channels, or per two taps of 64"
+        tile = Tile(128, 128, 32 if generation == 80 else 64, 8, 3, reason)
+    elif generation == 80:
         stages = 4 if columns == 64 else 3
         tile = Tile(64, columns, 32, 4, stages, "64 columns spill at 3 stages (16 → 160 channels), the others at 4")
+    elif columns == 64 and two_taps:
+        tile = Tile(128, 64, 64, 4, 3, "two taps: d is read 5 times instead of 9, 74 KB")
     else:
-        warps = 8 if columns == 128 and _generation(arch) == 100 else 4
-        tile = Tile(
-            64, columns, 64, warps, 3, "64 rows: the least a wgmma takes; on sm_100 128 columns spill at 4 warps"
-        )
-    return _chosen("weight gradient", arch, (channels, out_channels, itemsize), tile)
+        warps = 8 if columns == 128 and generation == 100 else 4
+        reason = "64 rows: the least a wgmma takes; on sm_100 128 columns spill at 4 warps"
+        tile = Tile(64, columns, 64, warps, 3, reason)
+    held = _STEM_PROGRAMS[columns] if channels <= 4 else _PROGRAMS[generation].get(tile[:2], 2)
+    tile = tile._replace(programs=held)
+    return _chosen("weight gradient", arch, (taps, channels, out_channels, itemsize), tile)
 
 
-def split_steps(arch: int, blocks: int, steps: int) -> int:
-    """How many of all ``steps`` one program of a weight gradient takes, given the ``blocks`` it has anyway.
+class Split(NamedTuple):
+    """How a weight gradient is shared out: ``blocks`` of rows and columns, times ``splits`` runs of ``steps`` steps."""
 
-    About two waves of 132 multiprocessors, and at least 8 steps so that the partial results stay small beside the
-    operands. It depends on shapes alone, never on the device's load: the order of a sum is fixed.
+    tile: Tile
+    blocks: int
+    steps: int
+    splits: int
+
+
+# generation → multiprocessors, FLOP/s that one of them reaches (a third of the tensor cores' peak, an estimate), and
+# bytes/s of memory: what a weight gradient's splits are weighed with
+_DEVICES = {80: (108, 1e12, 1.5e12), 90: (132, 2e12, 3e12), 100: (148, 5e12, 6e12)}
+_FILL = 4  # steps' time that a program spends on filling its pipeline and storing its sums
+_LEAST_STEPS = 8
+
+
+@functools.cache
+def weight_gradient_split(
+    arch: int, groups: int, positions: int, taps: int, channels: int, out_channels: int, itemsize: int = 2
+) -> Split:
+    """The number of splits with the least estimated time: waves of programs, and the traffic of the partial sums.
+
+    A wave is what all multiprocessors hold at once; 144 programs for 264 places leave nearly half of them empty. It
+    depends on shapes and the architecture alone, never on the device's load: the order of a sum is fixed.
     """
-    wanted = 3 if arch == 0 else max(1, 264 // blocks)
-    least = 1 if arch == 0 else 8
-    return max(least, -(-steps // wanted))
+    tile = weight_gradient_tile(arch, taps, channels, out_channels, itemsize)
+    rows = -(-taps * channels // tile.BLOCK_M) if channels < tile.BLOCK_M else taps * -(-channels // tile.BLOCK_M)
+    blocks, total = rows * -(-out_channels // tile.BLOCK_N), -(-positions // tile.BLOCK_K)
+    multiprocessors, rate, bandwidth = _DEVICES[_generation(arch)]
+    places = multiprocessors * tile.programs
+    step = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K * tile.programs / rate
+    partial = 2 * 4 * groups * taps * channels * out_channels / bandwidth  # written, and read to be added
 
+    def time(splits: int) -> float:
+        waves = -(-blocks * groups * splits // places)
+        return waves * (-(-total // splits) + _FILL) * step + (splits * partial if splits > 1 else 0.0)
 
-SUM_TILE = Tile(0, 1024, 0, 4, 1, "one pass over memory; 8 values a thread")
+    wanted = 3 if arch == 0 else min(range(1, max(1, total // _LEAST_STEPS) + 1), key=time)
+    steps = -(-total // wanted)
+    return Split(tile, blocks, steps, -(-total // steps))
 
 
 def rows_tile(channels: int) -> Tile:

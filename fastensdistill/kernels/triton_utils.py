@@ -59,6 +59,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None  # registers a thread may have; None leaves it to the compiler
+    programs: int  # that a multiprocessor shall hold, 0 where nothing depends on it
 
 
 Around = Callable[[Launch, Callable[[Launch], None]], None]
@@ -100,11 +102,13 @@ def references_only(*ops: str) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> None:
-    """Launch ``kernel`` with a ``Tile``'s warps and stages, and its block sizes where the kernel has them."""
+    """Launch ``kernel`` with a ``Tile``'s warps, stages and registers, and the block sizes that it takes."""
     for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
         if block in kernel.arg_names:
             arguments.setdefault(block, getattr(tile, block))
-    one = Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    one = Launch(
+        kernel, grid, arguments, tile.num_warps, tile.num_stages, maxnreg=tile.maxnreg, programs=tile.programs
+    )
     if _recorded is not None:
         _recorded.append(one)
         return
@@ -122,7 +126,8 @@ def _launch(one: Launch) -> None:
     device = next(value.device for value in one.arguments.values() if isinstance(value, Tensor))
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        one.kernel[one.grid](**one.arguments, num_warps=one.num_warps, num_stages=one.num_stages)
+        options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "maxnreg": one.maxnreg}
+        one.kernel[one.grid](**one.arguments, **options)
 
 
 @contextlib.contextmanager

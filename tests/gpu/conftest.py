@@ -26,5 +26,5 @@ def warps(request):
     if request.param is None:
         yield None
         return
-    with around_launches(lambda launch, do: do(launch._replace(num_warps=request.param))):
+    with around_launches(lambda launch, do: do(launch._replace(num_warps=request.param, maxnreg=None))):
         yield request.param

@@ -42,6 +42,9 @@ CASES = [
     Case("many-groups", 16, 1, 2, 3, 16, 16, 3, 1, 1, F32),
     Case("one-pixel", 1, 2, 1, 1, 16, 16, 3, 1, 1, F32),
     Case("wide-kernel-s2", 1, 1, 9, 8, 8, 16, 7, 2, 3, F32),
+    Case("small-maps", 2, 5, 4, 4, 16, 16, 3, 1, 1, F32),  # two images to a step of the weight gradient
+    Case("round-s2", 1, 3, 8, 8, 16, 16, 3, 2, 1, F16),  # its columns never wrap, and x is larger than d
+    Case("unpadded", 1, 2, 6, 7, 16, 16, 3, 1, 0, F32),
 ]
 STEMS = [
     Case("stem-3", 2, 2, 7, 6, 3, 16, 3, 1, 1, F32),

@@ -4,6 +4,7 @@ In processes of their own: a kernel that this process interprets cannot be compi
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from bench.kernel_report import SHARED_LIMIT, failures, occupancy
-from fastensdistill.kernels.tiles import assume_arch, conv_tile, weight_gradient_tile
+from fastensdistill.kernels.tiles import assume_arch, conv_tile, weight_gradient_split, weight_gradient_tile
 
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -69,12 +70,13 @@ def test_kernels_over_all_parameters():
 
 
 def test_failures_are_seen():
-    good = {"spills": 0, "shared": 1000, "arch": 90, "HGMMA": 4}
+    good = {"spills": 0, "shared": 1000, "arch": 90, "HGMMA": 4, "occupancy": 3, "planned": 3}
     assert failures(good, 64) == []
     assert failures(good | {"spills": 3}, 64) == ["3 spill instructions"]
     assert failures(good | {"HGMMA": 0}, 64) == ["no HGMMA"]
     assert failures(good | {"HGMMA": 0}, 16) == failures(good | {"HGMMA": 0, "arch": 80}, 64) == []
     assert len(failures(good | {"shared": 228 * 1024}, 64)) == 1
+    assert failures(good | {"planned": 4}, 64) == ["3 programs a multiprocessor, the tile counts on 4"]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +96,63 @@ def test_every_channel_count_has_a_tile_that_fits(arch, itemsize):
         for out in (16, 20, 64, 96, 160, 640):
             tile = conv_tile(arch, channels, out, itemsize)
             assert channels % tile.BLOCK_K == 0 or channels % 16, "a block of K must stay inside one tap"
-            for t in (tile, weight_gradient_tile(arch, channels, out, itemsize)):
+            for t in (tile, *(weight_gradient_tile(arch, taps, channels, out, itemsize) for taps in (1, 9))):
                 assert (t.BLOCK_M + t.BLOCK_N) * t.BLOCK_K * itemsize * t.num_stages <= limit
                 assert all(size & (size - 1) == 0 for size in t[:4]), "Triton's blocks are powers of two"
                 assert t.reason
+
+
+# taps, channels, output channels, side of the map: WRN-28-4's layers, the stem, ResNet-32's narrow ones
+WEIGHT_GRADIENTS = [
+    (9, 3, 16, 32), (9, 16, 64, 32), (1, 16, 64, 32), (9, 64, 64, 32), (9, 64, 128, 16), (1, 64, 128, 16),
+    (9, 128, 128, 16), (9, 128, 256, 8), (1, 128, 256, 8), (9, 256, 256, 8), (9, 16, 16, 32), (9, 32, 32, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", WEIGHT_GRADIENTS, ids=str)
+@pytest.mark.parametrize("batch", [512, 128, 8])
+def test_weight_gradients_fill_the_device(layer, batch):
+    taps, channels, out_channels, side = layer
+    for arch, multiprocessors in ((80, 108), (90, 132), (100, 148)):
+        positions = batch * side**2
+        tile, blocks, steps, splits = weight_gradient_split(arch, 4, positions, taps, channels, out_channels)
+        total = -(-positions // tile.BLOCK_K)
+        assert (splits - 1) * steps < total <= splits * steps, "every position once, and no program without any"
+        assert steps >= min(8, total)
+        waves = 4 * blocks * splits / (multiprocessors * tile.programs)
+        if batch == 512:
+            assert waves / math.ceil(waves) > 0.84, f"{waves} waves"
+            assert splits * taps * channels * out_channels * 4 < positions * (channels + out_channels) * 2
+
+
+OCCUPANCY = """
+import json, sys
+import torch
+from bench.kernel_report import compile_launch
+from fastensdistill.kernels import tiles, triton_utils
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+
+rows = []
+for arch in (80, 90, 100):
+    for taps, channels, out, side in json.loads(sys.argv[1]):
+        kernel, stem, H = int(taps**0.5), channels <= 4, side
+        x = torch.empty(4, 16, H, H, channels, dtype=torch.float32 if stem else torch.bfloat16)
+        prologue = {"in_scale": torch.empty(1, 3), "in_shift": torch.empty(1, 3)} if stem else {}
+        d = torch.empty(4, 16, H, H, out, dtype=torch.bfloat16)
+        with tiles.assume_arch(arch), triton_utils.record_launches() as launches:
+            conv_weight_gradient(x, d, kernel=kernel, padding=kernel // 2, **prologue)
+        rows.append(compile_launch(launches[0], arch))
+print(json.dumps(rows))
+"""
+
+
+def test_weight_gradients_hold_as_many_programs_as_their_tiles_say():
+    layers = [(9, 3, 16, 32), (9, 16, 64, 32), (9, 64, 64, 32), (9, 64, 128, 16), (1, 64, 128, 16), (9, 32, 32, 16)]
+    done = _python("-c", OCCUPANCY, json.dumps(layers))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads(done.stdout):
+        assert failures(row, 0) == [], row
+        assert row["planned"] <= row["occupancy"] <= row["planned"] + 1, row
 
 
 def test_widths_of_wide_networks_waste_little():

@@ -60,5 +60,5 @@ def test_every_batch_size_runs_the_kernels_of_the_check(model, size, batches):
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     names, other = json.loads(done.stdout)
-    assert {"grouped_conv_kernel", "conv_data_gradient_kernel", "sum_splits_kernel", "pack_kernel"} <= set(names)
+    assert {"grouped_conv_kernel", "conv_data_gradient_kernel", "add_rows_kernel", "pack_kernel"} <= set(names)
     assert other == {str(B): [] for B in batches}
