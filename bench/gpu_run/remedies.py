@@ -63,6 +63,7 @@ class Varied:
         return launch._replace(
             num_warps=self.warps or launch.num_warps,
             num_stages=self.stages or launch.num_stages,
+            maxnreg=None,  # other warps need other registers, and the limit itself may be the fault
         )
 
     @property

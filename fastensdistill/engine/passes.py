@@ -208,8 +208,7 @@ class _Run:
     def norm_statistics(self, launch: Launch) -> None:
         node, norm, n = self.nodes[launch.node], self.weights.norms[launch.node], self.count(launch.node)
         assert isinstance(node, Norm)
-        momentum = part_momentum(node.momentum, self.updates)
-        kept = norm.running_var * (1 - momentum) if node.unbiased else None
+        every = n * self.sharers
         self.buffers[f"{launch.node}.statistics"] = batch_norm_statistics(
             self.buffers[launch.reads[0]],
             n,
@@ -217,12 +216,10 @@ class _Run:
             norm.bias,
             norm.running_mean,
             norm.running_var,
-            momentum=momentum,
+            momentum=part_momentum(node.momentum, self.updates),
             eps=node.eps,
+            correction=every / (every - 1) if node.unbiased else 1.0,
         )
-        if kept is not None:  # the op adds momentum · biased variance; PyTorch's BatchNorm n/(n − 1) times that
-            every = n * self.sharers
-            norm.running_var.sub_(kept).mul_(every / (every - 1)).add_(kept)
 
     def norm(self, launch: Launch) -> None:
         first, kinds = launch.epilogue[0], [step.kind for step in launch.epilogue]

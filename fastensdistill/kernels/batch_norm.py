@@ -3,7 +3,7 @@
 The Q sets of groups which share statistics: one (all K branches of a student) or G (teachers, each its own).
 
     mean = center + S₁/n,  var = S₂/n − (S₁/n)²           (biased; S about center = the running mean)
-    running = (1 − momentum) · running + momentum · (mean, var)
+    running = (1 − momentum) · running + momentum · (mean, correction · var)
     scale = γ / √(var + ε),  shift = β − scale · mean
     y = scale · z + shift (+ residual), ReLU
 """
@@ -71,11 +71,12 @@ def batch_norm_statistics_reference(
     running_var: Tensor,
     momentum: float,
     eps: float,
+    correction: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, second = (sums / count for sums in set_sums(partials, weight.shape[0]))
     mean, var = running_mean + first, (second - first.square()).clamp_min(0)
     running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var, momentum)
+    running_var.lerp_(correction * var, momentum)
     inv_std = (var + eps).rsqrt()
     return mean, inv_std, weight * inv_std, bias - weight * inv_std * mean
 
@@ -95,6 +96,7 @@ def batch_norm_statistics_kernel(
     share,
     momentum,
     eps,
+    correction,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -110,7 +112,7 @@ def batch_norm_statistics_kernel(
     b_mean = b_running_mean + offset
     b_var = tl.maximum(second * share - offset * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(p_running_mean + o, b_running_mean + momentum * offset, mask=m_c)
-    tl.store(p_running_var + o, b_running_var + momentum * (b_var - b_running_var), mask=m_c)
+    tl.store(p_running_var + o, b_running_var + momentum * (correction * b_var - b_running_var), mask=m_c)
     b_inv_std = 1.0 / tl.sqrt_rn(b_var + eps)
     b_scale = tl.load(p_weight + o, mask=m_c, other=0.0) * b_inv_std
     tl.store(p_mean + o, b_mean, mask=m_c)
@@ -119,7 +121,7 @@ def batch_norm_statistics_kernel(
     tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
 
 
-def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps):
+def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction):
     mean, inv_std, scale, shift = (torch.empty_like(weight) for _ in range(4))
     sets, channels = weight.shape
     rows = partials.shape[0] * partials.shape[1] // sets
@@ -140,13 +142,14 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
         share=1.0 / count,
         momentum=momentum,
         eps=eps,
+        correction=correction,
         C=channels,
         **SUMS_BLOCKS,
     )
     return mean, inv_std, scale, shift
 
 
-def _batch_norm_statistics_fake(partials, count, weight, bias, running_mean, running_var, momentum, eps):
+def _batch_norm_statistics_fake(partials, count, weight, *unused):
     return tuple(torch.empty_like(weight) for _ in range(4))
 
 
@@ -170,11 +173,13 @@ def batch_norm_statistics(
     *,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    correction: float = 1.0,
 ) -> NormStatistics:
-    """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place (biased variance).
+    """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place.
 
     ``partials`` (G, P, 2, C): ``grouped_conv``'s statistics about ``center=running_mean``; ``count`` values per channel
     and **set** (all groups together where Q = 1); ``weight, bias, running_mean, running_var`` (Q, C) float32.
+    The running variance moves towards ``correction`` times the biased one, n/(n − 1) for PyTorch's unbiased one.
     """
     require(partials.dim() == 4, f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
     for name, rows in (
@@ -186,7 +191,7 @@ def batch_norm_statistics(
         check_rows(name, rows, partials.shape[0], partials.shape[3])
         require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
     return NormStatistics(
-        *_batch_norm_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps)
+        *_batch_norm_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
     )
 
 

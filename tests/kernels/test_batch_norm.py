@@ -32,6 +32,7 @@ def test_statistics(shared, rows, channels):
     partials[:, :, 1] = partials[:, :, 1].abs() + 1
     parameters = [_rows(sets, channels, seed) for seed in range(4)]
     check_op(batch_norm_statistics, partials, 30 * rows, *parameters)
+    check_op(batch_norm_statistics, partials, 30 * rows, *parameters, correction=1.25)
 
 
 @each_dtype

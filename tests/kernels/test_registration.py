@@ -57,7 +57,7 @@ CALLS = {
                                        torch.zeros(2, 3, 9, 8, 2, dtype=torch.uint8), ROW, values(2, 3, 9, 8, 10), ROW,
                                        ROW, 3, 2, 1, "float32", "tf32"),
     "conv_weight_gradient": (X, Z, None, None, True, 3, 1, 1, "ieee"),
-    "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5),
+    "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5, 1.5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
     "elementwise_gradient": (Z, None, 1, True, BITS, None, *NONE3),
