@@ -56,6 +56,7 @@ class Started:
     began: float
     limit: float
     attempt: int = 1
+    wall: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -143,7 +144,8 @@ class Run:
             one = self.started.pop(name)
             status = self.wait(one)
             seconds = time.monotonic() - one.began
-            again = status != "ok" and one.attempt <= one.stage.restarts and self.left(one.stage) > 10
+            recorded = any(row["stage"] == name and row["at"] > one.wall for row in read(self.record.path))
+            again = status != "ok" and recorded and one.attempt <= one.stage.restarts and self.left(one.stage) > 10
             self.ended(one.stage, status, seconds, one.attempt, again)
             if again:
                 self.started[name] = self.start(one.stage, one.attempt + 1)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.contenders import fused_engine
-from bench.kernel_report import _key
+from bench.kernel_report import key
 from bench.launches import prepare
 from bench.setting import METHODS, NETWORKS, Setting, batches, drawn_pairs, make
 from fastensdistill.kernels import triton_utils
@@ -52,7 +52,7 @@ def recorded(settings: Sequence[Setting], arch: int, dtype: torch.dtype = torch.
                 for _ in prepare(setting, cpu, dtype):
                     pass
         for launch in launches:
-            found.setdefault(_key(launch), launch)
+            found.setdefault(key(launch), launch)
     return list(found.values())
 
 
