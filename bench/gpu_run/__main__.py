@@ -45,7 +45,7 @@ from bench.gpu_run.stages import CALLS, STAGES, Stage, of_call, stated
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = "results.jsonl"
 NO_DEVICE = 77  # exit status of the stage device
-REHEARSAL = {"limit": 100, "hang": 25, "stall": 40, "seconds": 290}
+REHEARSAL = {"limit": 100, "hang": 15, "stall": 40, "seconds": 290}
 RESERVED = 12.0  # seconds kept for packing
 
 
@@ -57,6 +57,7 @@ class Started:
     limit: float
     attempt: int = 1
     wall: float = field(default_factory=time.time)
+    ended: float = 0.0  # when it was seen to have ended, while another was waited for
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Run:
         while name in self.started:
             one = self.started.pop(name)
             status = self.wait(one)
-            seconds = time.monotonic() - one.began
+            seconds = (one.ended or time.monotonic()) - one.began
             recorded = any(row["stage"] == name and row["at"] > one.wall for row in read(self.record.path))
             again = status != "ok" and recorded and one.attempt <= one.stage.restarts and self.left(one.stage) > 10
             self.ended(one.stage, status, seconds, one.attempt, again)
@@ -153,6 +154,9 @@ class Run:
     def wait(self, one: Started) -> str:
         stall = (REHEARSAL["stall"] if self.options.rehearse else one.stage.stall) if one.stage.stall else 0
         while True:
+            for other in self.started.values():
+                if not other.ended and other.process.poll() is not None:
+                    other.ended = time.monotonic()
             try:
                 code = one.process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:

@@ -86,8 +86,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row['kernels']} kernels compiled in {row['seconds']:.0f} s on {row['workers']} processes"
                          + (f", {len(row['errors'])} failed: {row['errors'][0]}" if row["errors"] else ""))  # fmt: skip
     for row in newest(of_kind(rows, "launches"), "stage"):
-        lines.append(f"{row['stage']}: {row['checked']} launches by {row.get('by', 'kernels')}: {len_of(row['wrong'])} "
-                     f"wrong, {len_of(row['crashed'])} crashed, {len_of(row['no_remedy'])} without remedy")  # fmt: skip
+        lines.append(f"{row['stage']}: {row['checked']} launches by {row['by']}: {row['wrong']} wrong, "
+                     f"{row['crashed']} crashed, {row['no_remedy']} without remedy")  # fmt: skip
     for row in of_kind(rows, "remedy"):
         lines.append(f"remedy: {row.get('launch')}: {row.get('variant')}")
     for row in newest(of_kind(rows, "step"), "method"):
@@ -112,11 +112,6 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]
     lines += ["", *text_table(of_kind(rows, "stage"), {"name": "stage", "seconds": "s", "status": "status"})]
     return lines
-
-
-def len_of(value: Any) -> int:
-    """A count, or how many a list has."""
-    return value if isinstance(value, int) else len(value)
 
 
 def short(row: Row) -> str:
