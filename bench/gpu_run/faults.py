@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_run.remedies import replaced
-from fastensdistill.engine import graph, trained
+from fastensdistill.engine import trained
 from fastensdistill.engine.graph import Captured, Graphs, Results, warm_up
 from fastensdistill.engine.passes import run_part
 from fastensdistill.kernels import triton_utils
@@ -47,16 +47,21 @@ class StandIn(Captured):
 
     def _capture(self) -> None:
         warm_up(self.body, self.state, self.generators)
+        tensors, seeds = self.state(), [generator.get_state() for generator in self.generators]
+        before = [tensor.clone() for tensor in tensors]
         StandIn.capturing = True
         try:
-            with replaced(graph, "WARM_UP", 1):  # a capture leaves no trace either
-                warm_up(self.body, self.state, self.generators)
+            self.body()
             self.graph = self  # type: ignore[assignment]
         except RuntimeError as error:
             warnings.warn(f"the step could not be captured and is launched from Python: {error}", stacklevel=5)
             self.give_up()
-        finally:
+        finally:  # what a capture records it does not run
             StandIn.capturing = False
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            for generator, seed in zip(self.generators, seeds, strict=True):
+                generator.set_state(seed)
 
     def replay(self) -> None:
         StandIn.replaying = self

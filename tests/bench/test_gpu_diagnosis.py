@@ -9,19 +9,25 @@ import numpy
 import pytest
 import torch
 
-from bench.gpu_run import faults, launches
+from bench.gpu_run import captures, faults, launches, steps
+from bench.gpu_run.captures import diagnose_capture
 from bench.gpu_run.context import REHEARSED, Context
-from bench.gpu_run.faults import CULPRIT, planted
+from bench.gpu_run.faults import CULPRIT, StandIn, planted
 from bench.gpu_run.launches import check_launches
 from bench.gpu_run.record import Record
 from bench.gpu_run.remedies import NAME, Capture, Halved, Keeper, Remedies, Varied
+from bench.gpu_run.steps import METHODS, check_step
+from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
-from fastensdistill.engine import graph
+from fastensdistill.engine import evaluation, fused, graph, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
-from fastensdistill.engine.trained import Runner
+from fastensdistill.engine.master import descend
+from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.distillation_loss import distillation_loss
+from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.tiles import Tile
 from fastensdistill.kernels.triton_utils import around_launches, record_launches
 
@@ -296,3 +302,206 @@ def test_remedies_of_the_capture_end_with_their_context():
         assert captured() == {"loss": 1.0}, "launched from Python"
         assert captured.failed
     assert before == (Captured.prepare, graph.WARM_UP, Runner.watch)
+
+
+# ---- whole steps
+
+
+def test_right_steps_are_right_captured_and_launched(here):
+    assert check_step(here)
+    assert [(row["method"], row["ok"]) for row in rows(here, "step")] == [(method, True) for method in METHODS]
+    for row in rows(here, "replay"):
+        assert (row["same"], row["twice_same"], row["captured"], row["differs_in"]) == (True, True, True, [])
+    count = len(here.record.earlier())
+    assert check_step(here)
+    assert len(here.record.earlier()) == count, "what is done is not done again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong", "captured"),
+    [("step", ["step"], True), ("captured", ["replay"], True), ("uncapturable", [], False)],
+)
+def test_a_wrong_step_is_seen(here, monkeypatch, fault, wrong, captured):
+    monkeypatch.setattr(steps, "METHODS", ("tdiv-sdiv",))
+    with planted([fault]):
+        assert check_step(here) == (wrong == [])
+    step, replay = rows(here, "step", "replay")
+    assert [row["kind"] for row in (step, replay) if not (row["ok"] if row is step else row["same"])] == wrong
+    assert replay["captured"] == captured
+    assert ("not permitted" in replay["capture_error"]) == (not captured)
+
+
+def test_a_step_that_raises_is_recorded(here, monkeypatch):
+    monkeypatch.setattr(steps, "METHODS", ("kd",))
+    monkeypatch.setattr(steps, "run_steps", lambda *_, **__: 1 / 0)
+    assert not check_step(here)
+    assert rows(here, "replay")[0]["error"] == "ZeroDivisionError: division by zero"
+
+
+# ---- the walk
+
+
+def test_beside_float64_a_right_step_shows_nothing(here):
+    for method in METHODS:
+        row = walk(here, Setting("tiny", method, 2, 2))
+        assert row["first_wrong"] == "nothing found"
+        assert row["buffers"] > 100
+
+
+def stale(self, write=Trained.write):
+    """Packs the weights once only."""
+    if not oracle() and not hasattr(self, "packed"):
+        self.packed = True
+        write(self)
+    elif oracle():
+        write(self)
+
+
+def turned(*arguments, **options):
+    *losses, seed = distillation_loss(*arguments, **options)
+    return *losses, seed if oracle() else -seed
+
+
+def forgetful(p, v, g, *rest, **options):
+    if not oracle():
+        v.zero_()
+    descend(p, v, g, *rest, **options)
+
+
+def unmoved(x, *arguments, **options):
+    return perturb_step(x, *arguments, **options) if oracle() else x.clone()
+
+
+def oracle() -> bool:
+    return () in triton_utils._references
+
+
+WALKED = {
+    "stale weights": (Trained, "write", stale, {"pass": "distillation, forward", "op": "weights", "node": "stem"}),
+    "sign of the seed": (fused, "distillation_loss", turned, {"pass": "distillation, backward", "op": "given",
+                                                              "buffer": "classifier.grad"}),
+    "no momentum": (trained, "descend", forgetful, {"pass": "update", "buffer": "parameters"}),
+    "no perturbation": (evaluation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
+                                                              "buffer": "perturbation of the images"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WALKED)
+def test_the_walk_names_the_first_wrong_buffer(here, monkeypatch, case):
+    owner, name, fault, expected = WALKED[case]
+    monkeypatch.setattr(owner, name, fault)
+    row = walk(here, SETTING)
+    assert expected.items() <= row["first_wrong"].items(), row
+    assert row["error"] > row["allowed"]
+
+
+def test_the_walk_names_the_launch_that_is_wrong_in_the_step_alone(here):
+    with planted(["step"]):
+        row = walk(here, SETTING)
+    found = row["first_wrong"]
+    assert (found["pass"], found["op"], found["node"]) == ("distillation, backward", *CULPRIT)
+    assert found["buffer"] == "groups.1.0.bn1.grad_sums"
+    assert row["before"] == {
+        "pass": "distillation, backward", "index": found["index"] - 1, "op": "norm gradient",
+        "node": "groups.1.0.bn2", "buffer": "groups.1.0.conv1.grad",
+    }  # fmt: skip
+
+
+@interpreted
+def test_the_walk_runs_kernels_and_obeys_the_remedies(here):
+    """Kernels in the step, for the sake of time those of the gradients, references beside it."""
+    small = Setting("tiny", "kd", 1, 1)
+    quick = triton_utils.references_only(
+        "grouped_conv", "conv_weight_gradient", "head", "head_backward", "batch_norm_apply"
+    )
+    with triton_utils.use_kernels(), planted(["launch"]), quick:
+        assert walk(here, small)["first_wrong"]["node"] == CULPRIT[1]
+        for one, _ in prepare(small, here.device, here.dtype, by_references=True):
+            if one.title == " ".join(CULPRIT):
+                remedy = launches.variants(one, Remedies(), None)["8 warps"]
+        Remedies.extend(here.out / NAME, remedy)
+        assert walk(here, small)["first_wrong"] == "nothing found"
+
+
+# ---- captures
+
+
+def test_what_is_captured_right_needs_no_remedy(here):
+    row = diagnose_capture(here, SETTING)
+    assert (row["differs_in"], row["launch"], row["remedy"]) == ("", None, "")
+    assert not (here.out / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "fault"), [*((method, "captured") for method in METHODS), ("kd", "uncapturable")]
+)
+def test_a_capture_that_differs_is_traced_to_its_launch(here, method, fault):
+    setting = Setting("tiny", method, 2, 2)
+    with planted([fault]):
+        row = diagnose_capture(here, setting)
+        assert (row["differs_in"], row["remedy"]) == ("backward", "not captured")
+        found = row["launch"]
+        assert (found["pass"], found["op"], found["node"]) == ("distillation, backward", *CULPRIT)
+        assert ("not permitted" in row["how"]) == (fault == "uncapturable")
+        remedies = Remedies.load(here.out / NAME)
+        assert not remedies.capture.on
+        run = steps.run_steps(here, setting, remedies, capture=True)
+    assert not run.captured
+    assert not steps.differing(run.changes, steps.run_steps(here, setting, remedies, capture=False).changes)
+
+
+HELPS = {
+    "buffers kept": lambda: isinstance(Runner.watch, Keeper),
+    "6 warm-ups": lambda: graph.WARM_UP > 2,
+    "a pool per graph": lambda: StandIn.replaying.pool is None,
+}
+
+
+@pytest.mark.parametrize("remedy", HELPS)
+def test_the_first_way_to_capture_that_helps_is_the_remedy(here, remedy):
+    helps = HELPS[remedy]
+    with faults.in_steps(lambda value: faults.wrong(value) if StandIn.replaying and not helps() else value):
+        row = diagnose_capture(here, SETTING)
+        assert (row["remedy"], row["differs_in"], row["launch"]["node"]) == (remedy, "backward", CULPRIT[1])
+        tried = [(row["way"], row["same"]) for row in rows(here, "capture tried")]
+        every = ["as it is", *HELPS]
+        assert tried == [(way, way == remedy) for way in every[: every.index(remedy) + 1]]
+        found = Remedies.load(here.out / NAME)
+        after, launched = (steps.run_steps(here, SETTING, found, capture=capture) for capture in (True, False))
+    assert found.words == remedy
+    assert after.captured
+    assert not steps.differing(after.changes, launched.changes)
+
+
+def test_a_way_in_which_the_process_died_is_passed_over(here, monkeypatch):
+    def die(*_, **__):
+        raise Died
+
+    original = captures.run_steps
+    with planted(["captured"]):
+        monkeypatch.setattr(captures, "run_steps", lambda *given, capture: die() if capture else original(
+            *given, capture=capture))  # fmt: skip
+        with pytest.raises(Died):
+            diagnose_capture(here, SETTING)
+        monkeypatch.setattr(captures, "run_steps", original)
+        assert diagnose_capture(here, SETTING)["remedy"] == "not captured"
+    assert [row["way"] for row in rows(here, "capture tried")] == [*HELPS], "not as it is once more"
+
+
+def test_what_differs_outside_of_any_launch_is_told_by_its_part(here, monkeypatch):
+    def spoiled(p, v, g, *rest, **options):
+        descend(p, v, g, *rest, **options)
+        if StandIn.replaying:
+            p.mul_(2)
+
+    monkeypatch.setattr(trained, "descend", spoiled)
+    row = diagnose_capture(here, SETTING)
+    assert (row["differs_in"], row["launch"], row["how"]) == ("un-fold and update", None, "parameters, deviations")
+
+
+def test_launches_that_move_are_not_the_captures_fault(here):
+    counter = iter(range(1000))
+    with faults.in_steps(lambda value: value * (1 + next(counter))):
+        row = diagnose_capture(here, SETTING)
+    assert row["differs_in"] == "two launched runs"
+    assert not (here.out / NAME).exists()
