@@ -171,6 +171,21 @@ def test_a_launch_in_which_the_process_dies_is_passed_over(here, few, monkeypatc
 
 
 @interpreted
+def test_a_remedy_that_was_found_and_not_yet_kept_is_found_again(here, few, monkeypatch):
+    def die(*_):
+        raise Died
+
+    with planted(["launch"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(launches.Remedies, "extend", staticmethod(die))
+            with pytest.raises(Died):
+                check_launches(here, SETTING)
+        total = check_launches(here, SETTING)
+    assert (total["wrong"], total["remedied"], total["no_remedy"]) == (1, 1, 0)
+    assert Remedies.load(here.out / NAME).words == "conv_data_gradient_kernel 8 warps"
+
+
+@interpreted
 def test_an_error_of_the_device_ends_the_process_and_one_of_the_compiler_does_not(here, few):
     """The context is spoiled: nothing that runs after it in the same process can be judged."""
 
