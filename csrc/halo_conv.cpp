@@ -66,7 +66,8 @@ void check_common(
   }
   bool good = tile.size() == 4 && (tile[3] == 16 || tile[3] == 32 || tile[3] == 64 || tile[3] == 128);
   for (size_t i = 0; good && i < 3; ++i) good = tile[i] >= 1 && tile[i] <= HALO_POSITIONS;
-  good = good && tile[0] * tile[1] * tile[2] <= HALO_POSITIONS && tile[0] * (tile[1] + 2) * (tile[2] + 2) <= HALO_BORDERED;
+  good = good && tile[0] * tile[1] * tile[2] <= HALO_POSITIONS &&
+         tile[0] * (tile[1] + 2) * (tile[2] + 2) <= HALO_BORDERED;
   if (!good)
     operands.refuse("tile", text_of(tile), "images, rows and columns of at most 256 positions, 405 with the border, "
                                            "and 16, 32, 64 or 128 channels");

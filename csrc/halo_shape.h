@@ -77,8 +77,8 @@ using Halo32 = HaloShape<32, 32, 1, 3, 3, 3>;
 using Halo64 = HaloShape<64, 64, 1, 1, 3, 2>;
 using Halo128 = HaloShape<128, 64, 2, 1, 3, 1>;
 
-// Whether the kernel has a body where it is compiled for `arch` (10 times the compute capability in two digits): without
-// one on 8.6, 8.9 and 12.x, whose shared memory is too small for most layers. Launching it there is an error.
+// Whether the kernel has a body where __CUDA_ARCH__ is `arch`: none for 8.6, 8.9 and 12.x, whose shared memory is too
+// small for most layers. Launching it there is an error.
 FED_HD constexpr bool halo_has_body(int arch) { return arch != 860 && arch != 890 && arch < 1200; }
 
 // Byte offsets into a block's shared memory: one or two buffers of the input, the ring of weights; where these were,

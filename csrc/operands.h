@@ -41,10 +41,10 @@ inline std::string device_of(const Tensor& tensor) {
 }
 
 template <class List>
-std::string text_of(const List& sizes) {
+std::string text_of(const List& numbers, bool any = false) {
   std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i)
-    text += (i > 0 ? ", " : "") + (sizes[i] == ANY ? "any" : std::to_string(sizes[i]));
+  for (size_t i = 0; i < numbers.size(); ++i)
+    text += (i > 0 ? ", " : "") + (any && numbers[i] == ANY ? "any" : std::to_string(numbers[i]));
   return text + "]";
 }
 
@@ -77,7 +77,7 @@ struct Operands {
     for (size_t i = 0; good && i < sizes.size(); ++i) good = sizes[i] == ANY || sizes[i] == found[i];
     if (!good)
       refuse(name, text_of(tensor),
-             name_of(type) + " " + text_of(sizes) + (dense ? ", contiguous," : "") + " on " + device_of(first));
+             name_of(type) + " " + text_of(sizes, true) + (dense ? ", contiguous," : "") + " on " + device_of(first));
   }
   void check(const char* name, const Optional& tensor, ScalarType type, const Sizes& sizes, bool dense = false) const {
     if (tensor) check(name, *tensor, type, sizes, dense);

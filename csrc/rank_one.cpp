@@ -166,8 +166,8 @@ void check_layers(
              inside(f[4], (first_slot + K) * Co * Ci * taps, packed->numel());
     STD_TORCH_CHECK(
         good, "fastensdistill::", op, ": layer ", at / FIELDS, " of fields is ", text_of(Fields(f, f + FIELDS)),
-        " with ", K, " branches from slot ", first_slot, "; expected offsets of weight, bias, r, s and packing and Co, ",
-        "Ci, taps and groups inside ", ranked, " parameters, ", R, " factors and ", packed ? packed->numel() : 0,
+        " with ", K, " branches from slot ", first_slot, "; expected offsets of weight, bias, r, s and packing, and ",
+        "Co, Ci, taps and groups, inside ", ranked, " parameters, ", R, " factors and ", packed ? packed->numel() : 0,
         " packed weights");
   }
 }

@@ -26,16 +26,18 @@ _abandoned: list[torch.cuda.CUDAGraph] = []
 def warm_up(
     body: Callable[[], Results], state: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator]
 ) -> None:
-    """Run ``body`` a few times and restore what it changed: the tensors of ``state`` and the generators."""
+    """Run ``body`` a few times and restore, after an error too, the tensors of ``state`` and the generators."""
     tensors = state()
     before = [tensor.clone() for tensor in tensors]
     seeds = [generator.get_state() for generator in generators]
-    for _ in range(WARM_UP):
-        body()
-    for tensor, value in zip(tensors, before, strict=True):
-        tensor.copy_(value)
-    for generator, seed in zip(generators, seeds, strict=True):
-        generator.set_state(seed)
+    try:
+        for _ in range(WARM_UP):
+            body()
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        for generator, seed in zip(generators, seeds, strict=True):
+            generator.set_state(seed)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,8 @@ def _require(name: str, reason: str) -> None:
 
 def _check_device(name: str, x: Tensor) -> None:
     if x.is_cuda:
-        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(x.device)
+        limit = properties.shared_memory_per_block_optin  # PyTorch's annotations lack it
         _require(name, "" if limit >= SHARED else f"a device with {limit} bytes of shared memory, expected {SHARED}")
 
 

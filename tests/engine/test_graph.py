@@ -111,6 +111,24 @@ def test_warm_up_leaves_no_trace():
         assert torch.equal(value, before[name]), name
 
 
+def test_warm_up_leaves_no_trace_where_it_fails():
+    """Out of memory in its second run, say: who catches that goes on from the same weights."""
+    weight, noise = torch.zeros(3), torch.Generator().manual_seed(1)
+    expected = torch.rand(2, generator=torch.Generator().manual_seed(1))
+
+    def body():
+        weight.add_(1)
+        torch.rand(1, generator=noise)
+        if weight[0] == 2:
+            raise RuntimeError("out of memory")
+        return {}
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        warm_up(body, lambda: [weight], [noise])
+    assert torch.equal(weight, torch.zeros(3))
+    assert torch.equal(torch.rand(2, generator=noise), expected)
+
+
 class FakeGraph:
     """Stands in for a CUDA graph: replay runs the body again into the tensors of the capture."""
 

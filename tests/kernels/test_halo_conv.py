@@ -337,6 +337,32 @@ class TestDevice:
         expected = halo.halo_conv(x, weight, slots, **SHAPE).z
         assert torch.equal(halo.halo_conv(x, shifted, slots, **SHAPE).z, expected)
 
+    def test_an_operand_on_the_cpu_is_refused(self):
+        """In a kernel it would end the process' use of the device."""
+        x, weight, slots = (t.cuda() for t in operands(CASES[0]))
+        for given in ({"slots": slots.cpu()}, {"inputs": slots.cpu()}, {"bias": torch.ones(1, 16)}):
+            (name,) = given
+            call = {"slots": slots, **given}
+            with pytest.raises(RuntimeError, match=f"{name} is .* on the CPU; expected .* on CUDA device"):
+                halo.halo_conv(x, weight, call.pop("slots"), **SHAPE, **call)
+        mask = pack_mask(torch.ones(x.shape, dtype=torch.bool))
+        with pytest.raises(RuntimeError, match=r"mask is .* on the CPU; expected .* on CUDA device"):
+            halo.halo_data_gradient(x, weight, slots, in_size=(6, 8), **SHAPE, mask=mask)
+        torch.cuda.synchronize()
+
+    def test_a_graph_of_a_large_tile_outlives_a_launch_of_a_small_one(self):
+        """The limit of shared memory belongs to the kernel: the small launch must not lower it."""
+        large = [t.cuda() for t in operands(Case("large", 1, 4, 8, 8, 256, 128))]
+        small = [t.cuda() for t in operands(Case("small", 1, 1, 2, 2, 64, 128))]
+        expected = halo.halo_conv(*large, **SHAPE).z
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = halo.halo_conv(*large, **SHAPE).z
+        halo.halo_conv(*small, **SHAPE)
+        graph.replay()
+        assert torch.equal(z, expected)
+
     def test_inside_a_captured_graph(self):
         """New slots and a new input take effect at replay."""
         case = by_name["128"]
