@@ -19,7 +19,7 @@ ARCHITECTURES = ["80", "90a", "100"]
 # Kernels hold 256 or 512 threads: 128 registers let two such blocks of 256 share a processor's 65,536.
 MAX_REGISTERS = 128
 MAX_SHARED = 48 * 1024  # what a kernel may have without asking for more
-OP_TESTS = ["distillation_loss", "diversity_seed", "perturb_step", "rank_one", "opcheck_csrc"]
+OP_TESTS = ["distillation_loss", "diversity_seed", "perturb_step", "rank_one", "opcheck_csrc", "csrc_operands"]
 
 
 def ptxas_report(kernel: str, folder: Path) -> list[dict[str, str | int]]:
