@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.engine.heads import Heads, HeadSlot, join, split
+from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.passes import Buffers
 from fastensdistill.engine.slots import BranchSlots
@@ -46,7 +46,7 @@ class Slots:
         self.networks, self.teachers, self.dtype, self.device = networks, teachers, dtype, device
         self.heads = heads
         self.weights: dict[Network, Weights] = {}
-        self.branches: BranchSlots | HeadSlot | None = None
+        self.branches: BranchSlots | None = None
 
     def members(self, network: Network) -> list[int]:
         """The teachers of one architecture; slot i is the i-th of them."""
@@ -56,12 +56,8 @@ class Slots:
         """The slots that ``part`` runs with; given the student's ``master``, its branches' follow the teachers'."""
         if part.network not in self.weights:
             members = self.members(part.network)
-            if master and part.network == self.networks[-1] and self.heads:
-                weights = Weights(part, len(members) + 1, self.dtype, self.device)
-                self.branches = HeadSlot(weights, self.heads.module, len(members))
-            elif master and part.network == self.networks[-1]:
-                slots = len(members) + len(master.deviations)
-                self.branches = BranchSlots(part, master, self.dtype, slots, len(members))
+            if master and part.network == self.networks[-1]:
+                self.branches = BranchSlots(part, master, self.dtype, len(members))
                 weights = self.branches.weights
             else:
                 weights = Weights(part, len(members), self.dtype, self.device)

@@ -11,7 +11,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.engine.weights import Weights
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import Hydra, MultiHead
 
@@ -71,14 +70,3 @@ class Heads:
             for k, rows in enumerate(own.pop(f"{self.path}.{name}").chunk(self.K)):
                 own[f"{self.path}.heads.{k}.{name}"] = rows
         return own
-
-
-class HeadSlot:
-    """Slot ``first``, which the network with all the heads takes in evaluation mode."""
-
-    def __init__(self, weights: Weights, module: nn.Module, first: int):
-        self.weights, self.module, self.first = weights, module, first
-
-    def write(self) -> None:
-        """Fill it from the present parameters and running statistics."""
-        self.weights.write(self.first, self.module.state_dict())

@@ -120,17 +120,20 @@ ABSENT, OTHER = -1, -2  # of ``branch_rows``: no factor, no summand; the paramet
 
 
 class BranchSlots:
-    """Slots ``first`` … ``first + K − 1`` of ``slots`` for the branches of a rank-one student."""
+    """The last K of ``first + K`` slots, for the branches of a rank-one student; for a student without factors, one."""
 
-    def __init__(self, part: Part, master: Master, dtype: torch.dtype, slots: int, first: int = 0):
-        self.master, self.first, self.K = master, first, len(master.deviations)
+    def __init__(self, part: Part, master: Master, dtype: torch.dtype, first: int = 0):
+        own = master.deviations
+        self.factors = own if len(own) else master.parameters.new_zeros(1, master.layout.factors)
+        self.master, self.first, self.K = master, first, len(self.factors)
+        slots = first + self.K
         self.weights = Weights(part, slots, dtype, master.device)
         self.evaluation = not part.training
         for norm in [] if self.evaluation else master.norms:
             self.weights.norms[norm.name] = master.norm_weights(norm)
         write_images(self.weights, master, [first + k for k in range(self.K)])
         self.layers = PackedLayers(self.weights, master, slots)
-        self.deviations = master.deviations
+        self.deviations = self.factors
         self._plan_rows(slots)
 
     def _plan_rows(self, slots: int) -> None:
@@ -170,7 +173,7 @@ class BranchSlots:
         """Fill the branches' slots from the master weights and, in evaluation mode, the running statistics."""
         master = self.master
         branch_rows(
-            self.rows.values, self.rows.table, master.parameters, master.deviations, master.running_mean,
+            self.rows.values, self.rows.table, master.parameters, self.factors, master.running_mean,
             master.running_var, self.eps, master.layout.ranked,
         )  # fmt: skip
         self.layers.write(master.parameters, self.deviations, self.first)

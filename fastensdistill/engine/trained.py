@@ -106,7 +106,7 @@ class Trained:
         self.ranked = len(master.deviations) > 0
         K = len(forward.groups)
         self.slots: BranchSlots | PlainSlots = (
-            BranchSlots(forward, master, dtype, K) if self.ranked else PlainSlots(forward, master, dtype)
+            BranchSlots(forward, master, dtype) if self.ranked else PlainSlots(forward, master, dtype)
         )
         self.index = torch.arange(K, dtype=torch.int32, device=master.device)
         self.branch_gradients = master.parameters.new_zeros(K, master.layout.ranked) if self.ranked else None

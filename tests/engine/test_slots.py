@@ -41,7 +41,7 @@ def branch_slots(training: bool, dtype: torch.dtype, first: int) -> BranchSlots:
     step = FusedStep(student, copy.deepcopy(_), config, image_shape=(3, 12, 12))
     step._load(*batch(0, size=12, dtype=wide))
     writer = step.trained.slots if training else step.ascend.slots.branches
-    return BranchSlots(writer.weights.part, step.master, dtype, 3 + first, first)
+    return BranchSlots(writer.weights.part, step.master, dtype, first)
 
 
 def plain_slots(dtype: torch.dtype) -> PlainSlots:
