@@ -27,7 +27,7 @@ from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.elementwise_gradient import gradient_epilogue, gradient_sums
 from fastensdistill.kernels.grouped_conv import ConvOutput, conv_epilogue, conv_input
 from fastensdistill.kernels.tiles import device_arch
-from fastensdistill.kernels.triton_utils import accumulator, present
+from fastensdistill.kernels.triton_utils import accumulator, check_out, leave, present
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network
 
@@ -209,7 +209,8 @@ def vendor_data_gradient(
 
 def vendor_weight_gradient(
     x: Tensor, d: Tensor, *, kernel: int, stride: int = 1, padding: int = 0, in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None, in_relu: bool = False, precision: str = "ieee",
+    in_shift: Tensor | None = None, in_relu: bool = False, precision: str = "ieee", out: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:  # fmt: skip
     """``kernels.conv_weight_gradient`` (same arguments and results) by PyTorch's convolution."""
     G, high = len(d), accumulator(d.dtype)
@@ -218,7 +219,10 @@ def vendor_weight_gradient(
     dw = torch.stack([
         nn_grad.conv2d_weight(channels_last(u[g]), size, channels_last(d[g]), stride, padding) for g in range(G)
     ])  # fmt: skip
-    return dw.to(high).permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+    dw = dw.permute(0, 3, 4, 2, 1)
+    out = check_out("out", out, (G, kernel * kernel, size[1], size[0]), d, add)
+    leave(dw.to(high), out.view(dw.shape), add)
+    return out
 
 
 VENDOR: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -77,6 +77,7 @@ class Master:
         self.layout = RankOneLayout.build(
             [(node.name, self.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in self.layers],
             plain=2 * self.norm_size,
+            positions={node.name: prod(node.in_shape[1:]) for node in self.layers if isinstance(node, Linear)},
         )
         self.deviations = self.deviation_momentum = like.new_zeros(0)
         self.factors: dict[str, tuple[int, int]] = {}

@@ -63,19 +63,19 @@ class Timeline:
         self.passes: list[Pass] = []
 
     def run(self, name: str, part: Part, dead: Dead, space: str, taken: frozenset[str] = frozenset()) -> None:
-        """The launches of ``part``; ``space`` keeps its names apart; ``taken`` are gone at once."""
+        """The launches of ``part``; ``space`` keeps its names apart; ``taken`` are written into memory that stays."""
         current = Pass(name)
         self.passes.append(current)
         for launch, names in zip(part.launches, dead, strict=True):
             for written in launch.writes:
-                if written.endswith(".running") or (space, written) in self.live:
+                if written.endswith(".running") or written in taken or (space, written) in self.live:
                     continue  # running statistics are the master's
                 size = self.size(part, written)
                 self.live[space, written] = size
                 current.buffers += 1
                 current.total += size
             self.note(current, launch.op, launch.node, self.scratch(part, launch))
-            for gone in (*(n for n in launch.writes if n in taken), *names):
+            for gone in names:
                 self.live.pop((space, gone), None)
         current.launches = len(part.launches)
 
@@ -143,7 +143,7 @@ def estimate(
     perturbed = branches if perturbation == "tdiv-sdiv" else 0
     fixed = {
         "student: weights, momentum, gradients": FLOAT * 3.0 * trained + FLOAT * 2.0 * norms,
-        "student: gradients of the branches": FLOAT * branches * own if ranked else 0.0,
+        "student: gradients of the branches": FLOAT * branches * own,
         "student: factors and their momentum": FLOAT * 2.0 * branches * factors if ranked else 0.0,
         "student: packed for training": 2.0 * itemsize * branches * own,
         "student: packed for evaluation": 2.0 * itemsize * perturbed * own,
@@ -153,7 +153,7 @@ def estimate(
     }
     line = Timeline(itemsize, arch)
     perturb(line, plans)
-    distil(line, plans, branches * factors * FLOAT + own * FLOAT if ranked else 0.0)
+    distil(line, plans, branches * factors * FLOAT if ranked else 0.0)
     return Estimate(fixed, line.passes)
 
 
@@ -167,6 +167,7 @@ def estimate_teaching(
     C, H, W = network.nodes[0].shape
     fixed = {
         "weights, momentum, gradients": FLOAT * members * (3.0 * trained + 2.0 * norms),
+        "gradients as the kernels leave them": FLOAT * 1.0 * members * own,
         "packed for training": 2.0 * itemsize * members * own,
         "images": FLOAT * 1.0 * members * batch * C * H * W,
     }
@@ -205,7 +206,7 @@ def distil(line: Timeline, plans: dict[str, Plan], unfolded: float) -> None:
             line.run("distillation, teachers", part, dead_after([part], ["input", output])[0], f"t{i}")
     line.live["s", f"{backward.network.output}.grad"] = line.size(backward, f"{backward.network.output}.grad")
     line.run("distillation, backward", backward, dead[1], "s", frozenset(sinks))
-    last = Pass("un-fold and update", launches=1, buffers=2, total=unfolded)
+    last = Pass("un-fold and update", launches=1, buffers=1, total=unfolded)
     line.live.clear()
     line.note(last, "un-fold", "", unfolded)
     line.passes.append(last)

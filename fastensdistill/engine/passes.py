@@ -7,7 +7,7 @@ kernel covers (a sum or BatchNorm in an unusual place, mean pooling over windows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ def run_part(
     implement: Implement = lambda part, launch, op: op,
     updates: int = 1,
     sharers: int = 1,
+    sinks: Mapping[str, Tensor] | None = None,
+    add: bool = False,
 ) -> None:
     """Run the launches of ``part`` and add what they write to ``buffers``.
 
@@ -56,11 +58,13 @@ def run_part(
         implement: (part, launch, convolution op) → what computes it, with the op's arguments and results.
         updates: how often a step moves the running statistics; all together they move as far as once.
         sharers: over how many batches like this one ``after`` makes the sums of BatchNorm a mean.
+        sinks: where parameters' gradients are written instead, by name: of weights (G, taps, Ci, Co), of a linear layer
+            (G, 1, H·W·C, Co), the rest as in ``buffers``. add: on top of what is there.
 
     Results under the plan's names: logits (G, N, classes), "input.grad" (G, N, H, W, C), parameters' gradients as in
     ``network.execute``, all float32.
     """
-    run = _Run(part, weights, slots, buffers, precision, implement, updates, sharers)
+    run = _Run(part, weights, slots, buffers, precision, implement, updates, sharers, sinks or {}, add)
     for launch in part.launches:
         getattr(run, launch.op.replace(" ", "_"))(launch)
         if after:
@@ -80,9 +84,12 @@ class _Run:
         implement: Implement,
         updates: int,
         sharers: int,
+        sinks: Mapping[str, Tensor],
+        add: bool,
     ):
         self.part, self.weights, self.slots, self.buffers, self.precision = part, weights, slots, buffers, precision
         self.implement, self.updates, self.sharers = implement, updates, sharers
+        self.sinks, self.add = sinks, add
         self.nodes, self.groups = part.network.by_name, len(part.groups)
 
     def read(self, name: str) -> Tensor:
@@ -92,6 +99,10 @@ class _Run:
     def write(self, steps: tuple[Step, ...], *values: Tensor | None) -> None:
         """Name an op's results, in the order of the steps that store them."""
         self.buffers.update(zip((step.arg for step in steps), values, strict=True))
+
+    def sink(self, name: str) -> Tensor | None:
+        """Where the gradient of the parameter ``name`` is to be written, if not into a buffer of its own."""
+        return self.sinks.get(f"{name}.grad")
 
     def find(self, launch: Launch, kind: str) -> Step | None:
         return next((step for step in launch.epilogue if step.kind == kind), None)
@@ -189,10 +200,21 @@ class _Run:
             prologue["in_scale"], prologue["in_shift"] = self.by_group(step.arg)
         x = self.flat(self.buffers[launch.reads[0]], node)
         op = self.implement(self.part, launch, conv_weight_gradient)
-        gradient = op(x, d, precision=self.precision, **self.geometry(node), **prologue)
-        self.buffers[f"{node.name}.weight.grad"] = unpack_gradient(gradient, node)
+        out = self.sink(f"{node.name}.weight")
+        gradient = op(x, d, precision=self.precision, out=out, add=self.add, **self.geometry(node), **prologue)
+        if out is None:
+            self.buffers[f"{node.name}.weight.grad"] = unpack_gradient(gradient, node)
         if node.bias:
-            self.buffers[f"{node.name}.bias.grad"] = d.sum((1, 2, 3), dtype=gradient.dtype)
+            self.bias_gradient(f"{node.name}.bias", d)
+
+    def bias_gradient(self, name: str, d: Tensor) -> None:
+        out, over = self.sink(name), (1, 2, 3)
+        if out is None:
+            self.buffers[f"{name}.grad"] = d.sum(over, dtype=accumulator(d.dtype))
+        elif self.add:
+            out.add_(d.sum(over, dtype=out.dtype))
+        else:
+            torch.sum(d, over, dtype=out.dtype, out=out)
 
     def norm_sums(self, launch: Launch) -> None:
         z = self.read(launch.reads[0])
@@ -296,9 +318,13 @@ class _Run:
             self.buffers[f"{name}.statistics"].mean,
             self.buffers[f"{name}.statistics"].inv_std,
             residual=self.read(residual.arg) if residual else None,
+            d_weight=self.sink(f"{name}.weight"),
+            d_bias=self.sink(f"{name}.bias"),
+            add=self.add,
         )
         self.write(launch.steps("store"), *([result.d] if launch.epilogue else []))
-        self.buffers[f"{name}.weight.grad"], self.buffers[f"{name}.bias.grad"] = result.d_weight, result.d_bias
+        if self.sink(f"{name}.weight") is None:
+            self.buffers[f"{name}.weight.grad"], self.buffers[f"{name}.bias.grad"] = result.d_weight, result.d_bias
 
     def pool(self, launch: Launch) -> None:
         node, x = self.nodes[launch.node], self.read(launch.reads[0])
@@ -360,9 +386,10 @@ class _Run:
     def head_gradient(self, launch: Launch) -> None:
         node, sums = self.layer(launch), self.find(launch, "sums")
         x, options = self.head_input(launch, launch.reads[1])
-        weighted = f"{node.name}.weight.grad" in launch.writes
+        out, weighted = self.sink(f"{node.name}.weight"), f"{node.name}.weight.grad" in launch.writes
         if weighted:
-            options["pooled"] = self.read(f"{node.name}.pooled")
+            options |= {"pooled": self.read(f"{node.name}.pooled"), "d_weight": None if out is None else out[:, 0]}
+            options |= {"d_bias": self.sink(f"{node.name}.bias"), "add": self.add}
         if sums:
             options |= self.statistics(sums.arg)
         weight = self.weights.layers[node.name].forward[:, 0]
@@ -370,7 +397,7 @@ class _Run:
         self.write(launch.steps("store"), result.d.view_as(self.read(launch.reads[1])))
         if sums:
             self.buffers[f"{sums.arg}.grad_sums"] = result.statistics
-        if weighted:
+        if weighted and out is None:
             assert result.d_weight is not None
             self.buffers[f"{node.name}.weight.grad"] = unpack_gradient(result.d_weight[:, None], node)
             if node.bias:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastensdistill.engine.parallel import average, processes
 from fastensdistill.engine.passes import Buffers, Implement, run_part
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.weights import Weights
-from fastensdistill.kernels.rank_one import unfold_rank_one
+from fastensdistill.kernels.unfold import unfold_gradients
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Network
 
@@ -50,24 +51,21 @@ class Runner:
         sinks: Mapping[str, Tensor] | None = None,
         add: bool = False,
     ) -> None:
-        """``sinks``: gradients that are copied out as soon as they are there, or added to what is there."""
-        remaining, taken = iter(dead), sinks or {}
+        """``sinks``: where parameters' gradients are written (``run_part``), with ``add`` on top of what is there."""
+        remaining = iter(dead)
 
         def after(launch: Launch) -> None:
             if self.synchronised:
                 share_sums(launch, buffers)
             if self.watch:
                 self.watch(launch, buffers)
-            for name in launch.writes:
-                if name in taken:
-                    taken[name].add_(buffers.pop(name)) if add else taken[name].copy_(buffers.pop(name))
             for name in next(remaining):
                 buffers.pop(name, None)
 
         run_part(
             part, weights, slots, buffers, self.precision,
             after=after, implement=self.implement, updates=self.parts,
-            sharers=processes() if self.synchronised else 1,
+            sharers=processes() if self.synchronised else 1, sinks=sinks, add=add,
         )  # fmt: skip
 
 
@@ -109,19 +107,23 @@ class Trained:
             BranchSlots(forward, master, dtype) if self.ranked else PlainSlots(forward, master, dtype)
         )
         self.index = torch.arange(K, dtype=torch.int32, device=master.device)
-        self.branch_gradients = master.parameters.new_zeros(K, master.layout.ranked) if self.ranked else None
+        # Layers' gradients as the kernels leave them, of every branch or copy; un-folding brings them to the master's
+        self.gradients = master.parameters.new_zeros(K * master.layout.ranked)
+        self.layers = {layer.name: layer for layer in master.layout.layers}
         self.sinks = {f"{name}.grad": self._sink(name) for name in master.entries}
         output = network.output
         self.dead = dead_after(self.parts, ["input", output, f"{output}.grad", *self.sinks])
         self.buffers: Buffers = {}
 
     def _sink(self, name: str) -> Tensor:
-        """Where a gradient goes: of a ranked layer into the branches' flat gradients, else to the master's."""
-        entry = self.master.entries[name]
-        if self.branch_gradients is not None and entry.offset < self.master.layout.ranked:
-            n = self.master.view(self.master.parameters, name).numel()
-            return self.branch_gradients[:, entry.offset : entry.offset + n].unflatten(1, entry.shape)
-        return self.master.view(self.master.gradient, name)
+        """Where a gradient is written: what needs no un-folding goes to the master's gradient at once."""
+        path, _, kind = name.rpartition(".")
+        layer = self.layers.get(path)
+        if layer is None or (kind == "bias" and not self.ranked):
+            return self.master.view(self.master.gradient, name)
+        K, start = len(self.index), layer.weight if kind == "weight" else layer.bias
+        shape = (layer.taps, layer.in_channels, layer.out_channels) if kind == "weight" else (layer.out_channels,)
+        return self.gradients[K * start : K * (start + prod(shape))].view(K, *shape)
 
     def write(self) -> None:
         """Pack the master weights: once before the first forward of a step."""
@@ -142,13 +144,11 @@ class Trained:
 
     def finish(self) -> None:
         """Un-fold the gradients and average them over processes: once, before the update."""
-        master = self.master
-        self.factor_gradients = None
-        if self.branch_gradients is not None:
-            gradient, self.factor_gradients = unfold_rank_one(
-                self.branch_gradients, master.parameters, master.deviations, master.layout
-            )
-            master.gradient[: master.layout.ranked].copy_(gradient)
+        master, deviations = self.master, self.master.deviations if self.ranked else None
+        self.factor_gradients = unfold_gradients(
+            self.gradients, master.parameters, deviations, master.layout, master.gradient
+        )
+        if self.ranked:
             average(self.factor_gradients)
         average(master.gradient)
 
@@ -156,9 +156,9 @@ class Trained:
         """Nesterov; r and s with K times the rate and 1/K of the decay (method of Nam et al., section 2)."""
         master = self.master
         descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
-        if self.factor_gradients is not None:
+        if self.ranked:
             K = len(master.deviations)
             descend(
                 master.deviations, master.deviation_momentum, self.factor_gradients, rate, momentum, decay / K, scale=K
             )  # fmt: skip
-            self.factor_gradients = None
+        del self.factor_gradients

@@ -19,10 +19,12 @@ from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
     accumulator,
+    check_out,
     check_rows,
     check_tensor,
     define,
     launch,
+    leave,
     require,
     tl,
     triton,
@@ -61,16 +63,21 @@ def batch_norm_backward_reference(
     mean: Tensor,
     inv_std: Tensor,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_weight: Tensor,
+    d_bias: Tensor,
+    add: bool,
+) -> Tensor:
     high = accumulator(d.dtype)
-    d_bias, d_weight = (sums.clone() for sums in set_sums(partials, weight.shape[0]))
+    first, second = set_sums(partials, weight.shape[0])
     a = weight * inv_std
-    b = -a * inv_std * d_weight / count
-    c = -a * d_bias / count - b * mean
+    b = -a * inv_std * second / count
+    c = -a * first / count - b * mean
     out = wide(a) * d.to(high) + wide(b) * z.to(high) + wide(c)
     if residual is not None:
         out = out + residual.to(high)
-    return out.to(d.dtype), d_weight, d_bias
+    leave(second, d_weight, add)
+    leave(first, d_bias, add)
+    return out.to(d.dtype)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -85,6 +92,7 @@ def batch_norm_coefficients_kernel(
     n_rows,
     share,
     C: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -97,6 +105,9 @@ def batch_norm_coefficients_kernel(
     b_a = tl.load(p_weight + o, mask=m_c, other=0.0) * b_inv
     b_b = -b_a * b_inv * b_d_weight * share
     b_c = -b_a * b_d_bias * share - b_b * tl.load(p_mean + o, mask=m_c, other=0.0)
+    if ADD:
+        b_d_weight += tl.load(p_d_weight + o, mask=m_c, other=0.0)
+        b_d_bias += tl.load(p_d_bias + o, mask=m_c, other=0.0)
     tl.store(p_d_weight + o, b_d_weight, mask=m_c)
     tl.store(p_d_bias + o, b_d_bias, mask=m_c)
     p_abc += i_q * (3 * C)
@@ -137,8 +148,8 @@ def batch_norm_backward_kernel(
     tl.store(p_out + o_group + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
-def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
-    out, d_weight, d_bias = torch.empty_like(d), torch.empty_like(weight), torch.empty_like(weight)
+def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add):
+    out = torch.empty_like(d)
     sets, channels = weight.shape
     rows = partials.shape[0] * partials.shape[1] // sets
     coefficients = weight.new_empty(sets, 3, channels)
@@ -156,6 +167,7 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
         n_rows=rows,
         share=1.0 / count,
         C=channels,
+        ADD=add,
         **SUMS_BLOCKS,
     )
     tile = rows_tile(channels)
@@ -173,15 +185,20 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual):
         s_abc=0 if sets == 1 else 3 * channels,
         C=channels,
     )
-    return out, d_weight, d_bias
+    return out
 
 
-def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, residual):
-    return torch.empty_like(d), torch.empty_like(weight), torch.empty_like(weight)
+def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add):
+    return torch.empty_like(d)
 
 
 _batch_norm_backward = define(
-    "batch_norm_backward", batch_norm_backward_reference, _launch_backward, _batch_norm_backward_fake, decided_by="d"
+    "batch_norm_backward",
+    batch_norm_backward_reference,
+    _launch_backward,
+    _batch_norm_backward_fake,
+    decided_by="d",
+    mutates=("d_weight", "d_bias"),
 )
 
 
@@ -195,11 +212,15 @@ def batch_norm_backward(
     inv_std: Tensor,
     *,
     residual: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
+    add: bool = False,
 ) -> NormGradient:
     """Gradient of BatchNorm's input, weight γ and bias β, from the sums (G, P, 2, C) made with ``d``.
 
     ``d, z`` and the optional ``residual`` gradient, added last, (G, N, H, W, C); ``weight, mean, inv_std`` (Q, C)
-    float32; ``count`` as in ``batch_norm_statistics``.
+    float32; ``count`` as in ``batch_norm_statistics``. The parameters' gradients are in ``d_weight, d_bias`` where
+    these are given, with ``add`` on top of what they hold.
     """
     check_tensor("d", d, 5)
     check_tensor("z", z, 5)
@@ -210,4 +231,8 @@ def batch_norm_backward(
     for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
         check_rows(name, rows, d.shape[0], d.shape[4])
         require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
-    return NormGradient(*_batch_norm_backward(d, z, partials, count, weight, mean, inv_std, residual))
+    d_weight, d_bias = (
+        check_out(name, out, tuple(weight.shape), d, add) for name, out in (("d_weight", d_weight), ("d_bias", d_bias))
+    )
+    out = _batch_norm_backward(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add)
+    return NormGradient(out, d_weight, d_bias)

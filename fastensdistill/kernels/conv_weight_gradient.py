@@ -16,11 +16,13 @@ from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
     accumulator,
+    check_out,
     check_pair,
     check_precision,
     check_tensor,
     define,
     launch,
+    leave,
     out_size,
     require,
     row_stride,
@@ -39,7 +41,9 @@ def conv_weight_gradient_reference(
     stride: int,
     padding: int,
     precision: str,
-) -> Tensor:
+    out: Tensor,
+    add: bool,
+) -> None:
     groups, out_channels, in_channels = d.shape[0], d.shape[4], x.shape[4]
     high = accumulator(d.dtype)
     u = conv_input(x, None, None, in_scale, in_shift, in_relu, d.dtype).expand(groups, -1, -1, -1, -1)
@@ -53,7 +57,7 @@ def conv_weight_gradient_reference(
         groups=groups,
     )
     dw = dw.view(groups, out_channels, in_channels, kernel * kernel)
-    return dw.permute(0, 3, 2, 1).contiguous()
+    leave(dw.permute(0, 3, 2, 1), out, add)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -165,7 +169,7 @@ def conv_weight_gradient_kernel(
     tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
 
 
-def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):
+def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision, out, add):
     groups, images, out_height, out_width, out_channels = d.shape
     height, width, channels = x.shape[2:]
     rows = kernel * kernel * channels
@@ -173,8 +177,8 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
     tile, blocks, steps, splits = weight_gradient_split(
         device_arch(d), groups, positions, kernel * kernel, channels, out_channels, d.element_size()
     )
-    out = d.new_empty(groups, kernel * kernel, channels, out_channels, dtype=torch.float32)
-    partial = out if splits == 1 else d.new_empty(splits, groups, rows, out_channels, dtype=torch.float32)
+    direct = splits == 1 and not add
+    partial = out if direct else d.new_empty(splits, groups, rows, out_channels, dtype=torch.float32)
     launch(
         conv_weight_gradient_kernel,
         (blocks, splits, groups),
@@ -200,15 +204,16 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
         IN_RELU=in_relu,
         PRECISION=precision,
     )
-    return add_rows(partial.view(1, splits, -1), 1).view(out.shape) if splits > 1 else out
+    if not direct:
+        add_rows(partial.view(1, splits, -1), 1, out.view(1, 1, -1), add)
 
 
-def _conv_weight_gradient_fake(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision):
-    return d.new_empty(d.shape[0], kernel * kernel, x.shape[4], d.shape[4], dtype=accumulator(d.dtype))
+def _fake(*unused):
+    return None
 
 
 _conv_weight_gradient = define(
-    "conv_weight_gradient", conv_weight_gradient_reference, _launch, _conv_weight_gradient_fake, decided_by="d"
+    "conv_weight_gradient", conv_weight_gradient_reference, _launch, _fake, decided_by="d", mutates=("out",)
 )
 
 
@@ -223,23 +228,28 @@ def conv_weight_gradient(
     in_shift: Tensor | None = None,
     in_relu: bool = False,
     precision: str = "ieee",
+    out: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
-    """Weight gradient (G, taps, Ci, Co), float32, of a grouped convolution.
+    """Weight gradient (G, taps, Ci, Co), float32, of a grouped convolution: in ``out`` where that is given.
 
     ``x`` (G or 1, N, H, W, Ci), float32 or d's dtype: the forward pass's input, with its prologue ``in_scale,
     in_shift`` (G or 1, Ci) float32, here **by group**; ``d`` (G, N, Ho, Wo, Co): gradient of its output.
-    ``precision`` is how float32 is multiplied: "ieee" or "tf32". Raises InputError for shapes that disagree.
+    ``precision`` is how float32 is multiplied: "ieee" or "tf32". With ``add`` it is added to what ``out`` holds.
+    Raises InputError for shapes that disagree.
     """
     check_tensor("x", x, 5)
     check_tensor("d", d, 5)
     check_precision(precision)
     groups = d.shape[0]
-    out = tuple(out_size(size, kernel, stride, padding) for size in x.shape[2:4])
+    size = tuple(out_size(side, kernel, stride, padding) for side in x.shape[2:4])
     require(
         x.shape[0] in (1, groups) and x.shape[1] == d.shape[1],
         f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups of {d.shape[1]} images",
     )
-    require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for this x")
+    require(size == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {size} for this x")
     require(x.dtype in (d.dtype, torch.float32), f"x is {x.dtype}, expected float32 or d's {d.dtype}")
     check_pair("in_scale and in_shift", in_scale, in_shift, groups, x.shape[4])
-    return _conv_weight_gradient(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision)
+    out = check_out("out", out, (groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
+    _conv_weight_gradient(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision, out, add)
+    return out

@@ -22,11 +22,12 @@ from fastensdistill.kernels.head import (
 )
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
-    absent,
     accumulator,
+    check_out,
     check_pair,
     define,
     launch,
+    leave,
     partial_rows,
     pick,
     present,
@@ -56,7 +57,10 @@ def head_backward_reference(
     inv_std: Tensor | None,
     pooled: Tensor | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    add: bool,
+) -> tuple[Tensor, Tensor]:
     high = accumulator(z.dtype)
     y = normalized(z, slots, scale, shift)
     d_wide = d_logits.to(weight.dtype).to(high)
@@ -65,12 +69,11 @@ def head_backward_reference(
     if scale is not None and mean is None:
         d = d * pick(scale, slots)
     out = d.to(z.dtype)
-    d_weight, d_bias = absent(d_logits), absent(d_logits)
     statistics = gradient_sums(out, slots, z, mean, inv_std, lambda v: partial_rows(v.sum((2, 3)), IMAGES_BLOCK))
-    if pooled is not None:
-        d_weight = pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide
-        d_bias = d_logits.sum(1)
-    return out, d_weight, d_bias, statistics
+    if pooled is not None and d_weight is not None and d_bias is not None:
+        leave(pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide, d_weight, add)
+        leave(d_logits.sum(1), d_bias, add)
+    return out, statistics
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -163,6 +166,7 @@ def head_weight_gradient_kernel(
     C: tl.constexpr,
     CLASSES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,15 +190,24 @@ def head_weight_gradient_kernel(
         b_bias += tl.sum(b_d, 0)
         acc = tl.dot(tl.trans(b_pooled).to(LOW), b_d.to(LOW), acc, input_precision=PRECISION)
     o_w = o_c[:, None] * CLASSES + o_n[None, :]
-    tl.store(p_d_weight + i_g * (C * CLASSES) + o_w, acc, mask=m_c[:, None] & m_n[None, :])
+    p_d_weight += i_g * (C * CLASSES)
+    p_d_bias += i_g * CLASSES
+    m_w = m_c[:, None] & m_n[None, :]
+    if ADD:
+        acc += tl.load(p_d_weight + o_w, mask=m_w, other=0.0)
+    tl.store(p_d_weight + o_w, acc, mask=m_w)
     if tl.program_id(0) == 0:
-        tl.store(p_d_bias + i_g * CLASSES + o_n, b_bias, mask=m_n)
+        if ADD:
+            b_bias += tl.load(p_d_bias + o_n, mask=m_n, other=0.0)
+        tl.store(p_d_bias + o_n, b_bias, mask=m_n)
 
 
-def _launch(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
+def _launch(
+    d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
+):  # fmt: skip
     groups, images, height, width, channels = z.shape
     classes = weight.shape[2]
-    d, d_weight, d_bias, statistics = _empty_results(d_logits, z, weight, mean, pooled)
+    d, statistics = _empty_results(d_logits, z, mean)
     blocks = -(-channels // CHANNELS_BLOCK)
     rows = -(-images // IMAGES_BLOCK)
     launch(
@@ -240,28 +253,34 @@ def _launch(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, poole
             C=channels,
             CLASSES=classes,
             PRECISION=precision,
+            ADD=add,
             BLOCK_B=32,
             BLOCK_C=CHANNELS_BLOCK,
             BLOCK_N=columns,
         )
-    return d, d_weight, d_bias, statistics
+    return d, statistics
 
 
-def _empty_results(d_logits, z, weight, mean, pooled):
-    groups, images, channels, classes = z.shape[0], z.shape[1], z.shape[4], weight.shape[2]
+def _empty_results(d_logits, z, mean):
+    groups, images, channels = z.shape[0], z.shape[1], z.shape[4]
     return (
         torch.empty_like(z),
-        d_logits.new_empty((groups, channels, classes) if pooled is not None else (0,)),
-        d_logits.new_empty((groups, classes) if pooled is not None else (0,)),
         d_logits.new_empty((groups, -(-images // IMAGES_BLOCK), 2, channels) if mean is not None else (0,)),
     )
 
 
-def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision):
-    return _empty_results(d_logits, z, weight, mean, pooled)
+def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, *unused):
+    return _empty_results(d_logits, z, mean)
 
 
-_head_backward = define("head_backward", head_backward_reference, _launch, _head_backward_fake, decided_by="z")
+_head_backward = define(
+    "head_backward",
+    head_backward_reference,
+    _launch,
+    _head_backward_fake,
+    decided_by="z",
+    mutates=("d_weight", "d_bias"),
+)
 
 
 def head_backward(
@@ -277,12 +296,16 @@ def head_backward(
     inv_std: Tensor | None = None,
     pooled: Tensor | None = None,
     precision: str = "ieee",
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
+    add: bool = False,
 ) -> HeadGradient:
     """Gradient of ``head``: of z, and, where ``pooled`` is given, of weight and bias per group.
 
     ``d_logits`` (G, N, classes) float32; the rest as in ``head``. Without ``mean`` the gradient is of z itself (eval
     mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
-    ``batch_norm_backward``.
+    ``batch_norm_backward``. The gradients of weight (G, C, classes) and bias (G, classes) are in ``d_weight, d_bias``
+    where these are given, with ``add`` on top of what they hold.
     """
     check_head(z, weight, slots, scale, shift, precision)
     check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
@@ -291,7 +314,12 @@ def head_backward(
         d_logits.shape == wanted and d_logits.is_contiguous(),
         f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous",
     )
-    d, d_weight, d_bias, statistics = _head_backward(
-        d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision
+    if pooled is None:
+        d_weight = d_bias = None
+    else:
+        d_weight = check_out("d_weight", d_weight, (z.shape[0], *weight.shape[1:]), d_logits, add)
+        d_bias = check_out("d_bias", d_bias, (z.shape[0], weight.shape[2]), d_logits, add)
+    d, statistics = _head_backward(
+        d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
     )
-    return HeadGradient(d, present(d_weight), present(d_bias), present(statistics))
+    return HeadGradient(d, d_weight, d_bias, present(statistics))

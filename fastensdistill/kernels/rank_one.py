@@ -40,7 +40,7 @@ from fastensdistill.kernels.layout import (
 )
 from fastensdistill.kernels.pack import pack_rank_one_reference
 from fastensdistill.kernels.sgd import sgd_reference
-from fastensdistill.kernels.unfold import unfold_portable, unfold_rank_one_reference
+from fastensdistill.kernels.unfold import unfold_rank_one_reference
 
 # ---- references
 
@@ -120,7 +120,7 @@ extension.define(
 extension.define(
     "unfold_rank_one",
     "(Tensor branch_gradients, Tensor parameters, Tensor deviations, int[] fields) -> (Tensor, Tensor)",
-    unfold_portable,
+    unfold_rank_one_reference,
     _unfold_fake,
 )
 extension.define(

@@ -15,7 +15,9 @@ SUM_TILE = Tile(0, 512, 0, 4, 1, "8 rows of 512 values: 8 loads of 16 bytes in f
 
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "n_kept"])
-def add_rows_kernel(p_rows, p_out, n_rows, n_kept, n_width, TERMS: tl.constexpr, BLOCK_N: tl.constexpr):
+def add_rows_kernel(
+    p_rows, p_out, n_rows, n_kept, n_width, ADD: tl.constexpr, TERMS: tl.constexpr, BLOCK_N: tl.constexpr
+):
     n_total = n_rows.to(tl.int64) * n_width
     n_values = n_kept * n_width
     i_set = tl.program_id(1).to(tl.int64)
@@ -27,13 +29,17 @@ def add_rows_kernel(p_rows, p_out, n_rows, n_kept, n_width, TERMS: tl.constexpr,
     for _ in range(0, n_rows, TERMS * n_kept):
         acc += tl.load(p_rows + o, mask=m_n & (o < n_total), other=0.0)
         o += TERMS * n_values.to(tl.int64)
-    tl.store(p_out + i_set * n_values + o_n, tl.sum(acc, 0), mask=o_n < n_values)
+    b_sum = tl.sum(acc, 0)
+    p_out += i_set * n_values + o_n
+    if ADD:
+        b_sum += tl.load(p_out, mask=o_n < n_values, other=0.0)
+    tl.store(p_out, b_sum, mask=o_n < n_values)
 
 
-def add_rows(rows: Tensor, kept: int) -> Tensor:
-    """Contiguous float32 (sets, rows, width) → (sets, kept, width)."""
+def add_rows(rows: Tensor, kept: int, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Contiguous float32 (sets, rows, width) → (sets, kept, width), into ``out`` or, with ``add``, on top of it."""
     sets, count, width = rows.shape
-    out = rows.new_empty(sets, kept, width)
+    out = rows.new_empty(sets, kept, width) if out is None else out
     launch(
         add_rows_kernel,
         (-(-kept * width // SUM_TILE.BLOCK_N), sets),
@@ -43,6 +49,7 @@ def add_rows(rows: Tensor, kept: int) -> Tensor:
         n_rows=count,
         n_kept=kept,
         n_width=width,
+        ADD=add,
         TERMS=TERMS,
     )
     return out

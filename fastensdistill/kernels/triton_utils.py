@@ -228,6 +228,23 @@ def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...])
         )
 
 
+def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, add: bool) -> Tensor:
+    """Where sums of ``shape`` go that an op makes of ``like``: the given ``out``, or new memory, zeros to add to."""
+    dtype = accumulator(like.dtype)
+    if out is None:
+        return like.new_zeros(shape, dtype=dtype) if add else like.new_empty(shape, dtype=dtype)
+    require(
+        tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous(),
+        f"{name} is {out.dtype} of shape {tuple(out.shape)}, expected {dtype} {shape}, contiguous",
+    )
+    return out
+
+
+def leave(value: Tensor, out: Tensor, add: bool) -> None:
+    """``value`` into ``out``, or on top of what is there."""
+    out.add_(value) if add else out.copy_(value)
+
+
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)

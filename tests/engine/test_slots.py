@@ -19,6 +19,7 @@ from fastensdistill.kernels.branch_rows import branch_rows_kernel
 from fastensdistill.kernels.pack import pack_kernel
 from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.kernels.sgd import sgd_kernel
+from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_kernel
 from fastensdistill.network.nodes import Linear
 from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.trace import trace
@@ -147,19 +148,24 @@ def launched(body) -> tuple[list[object], list[str]]:
     return [launch.kernel for launch in launches], kernels.seen
 
 
+def after_backward(step: FusedStep | FusedTeachStep) -> None:
+    step.trained.finish()
+    step.trained.update(step.rate, 0.9, 5e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_parameters_take_a_handful_of_launches(precision):
     student, teachers, config = setting(dtype=torch.float32)
     config.precision = precision
     step = FusedStep(student, teachers, config)
     step._load(*batch(0, dtype=torch.float32))
-    trained = step.trained
-    for writer in (trained.slots, step.ascend.slots.branches):
+    for writer in (step.trained.slots, step.ascend.slots.branches):
         assert launched(writer.write) == ([branch_rows_kernel, pack_kernel], [])
-    trained.factor_gradients = None
-    assert launched(lambda: trained.update(step.rate, 0.9, 5e-4)) == ([sgd_kernel], [])
+    unfold = [unfold_kernel, unfold_factors_kernel]
+    assert launched(lambda: after_backward(step)) == ([*unfold, sgd_kernel, sgd_kernel], [])
     networks, config = teach_setting(dtype=torch.float32)
     config.precision = precision
     teach = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
     teach([batch(m, dtype=torch.float32) for m in range(3)])
     assert launched(teach.trained.slots.write) == ([pack_kernel], [])
+    assert launched(lambda: after_backward(teach)) == ([unfold_kernel, sgd_kernel], [])

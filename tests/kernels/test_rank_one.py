@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.rank_one import (
     RankOneLayout,
     fold_rank_one,
@@ -16,14 +15,7 @@ from fastensdistill.kernels.rank_one import (
     rank_one_step,
     unfold_rank_one,
 )
-from fastensdistill.kernels.unfold import (
-    unfold_factors_kernel,
-    unfold_kernel,
-    unfold_portable,
-    unfold_rank_one_reference,
-)
 from tests.compare import check_close
-from tests.kernels.both import DEVICE, run_kernel
 
 # id: (K, plain, [(name, weight shape, groups, bias)]) — why
 CASES = {
@@ -97,29 +89,6 @@ def test_unfold_is_the_adjoint(case, dtype, uninitialised_is_nan):
     gradient, factors = unfold_rank_one(t["branch_gradients"], t["parameters"], t["deviations"], layout)
     check_close("gradient", gradient, p.grad[: layout.ranked], DTYPES[dtype])
     check_close("factor_gradients", factors, d.grad, DTYPES[dtype])
-
-
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
-@pytest.mark.parametrize("case", CASES)
-def test_unfold_kernels(case):
-    """Against float64; memory that starts as NaN; the partial sums are added in one order, so twice the same bits."""
-    layout, t = problem(case, torch.float32)
-    given = [t[name] for name in ("branch_gradients", "parameters", "deviations")]
-    expected = unfold_rank_one_reference(*(tensor.double() for tensor in given), layout.fields)
-    moved = [tensor.to(DEVICE) for tensor in given]
-    actual = run_kernel(unfold_portable, *moved, layout.fields)
-    for name, a, e in zip(("gradient", "factor_gradients"), actual, expected, strict=True):
-        check_close(name, a, e, 5e-6)
-    for a, b in zip(actual, run_kernel(unfold_portable, *moved, layout.fields), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_unfold_is_two_launches():
-    layout, t = problem("many-layers", torch.float32)
-    with triton_utils.record_launches() as launches:
-        unfold_portable(t["branch_gradients"], t["parameters"], t["deviations"], layout.fields)
-    assert [launch.kernel for launch in launches] == [unfold_kernel, unfold_factors_kernel]
-    assert [launch.grid for launch in launches] == [(45,), (90, 2)]
 
 
 def test_branch_layer_is_the_plain_layer_between_factors():

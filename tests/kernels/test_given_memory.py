@@ -1,0 +1,73 @@
+"""Gradients of parameters written into given memory, or added to what is there: kernels and references, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.head_backward import head_backward
+from tests.kernels.both import DEVICE, run_kernel, values
+
+X, D = values(2, 3, 5, 4, 6), values(2, 3, 5, 4, 10)  # 60 positions: several programs add up their shares
+SMALL = values(2, 1, 3, 2, 6), values(2, 1, 3, 2, 10)  # one program's share is the result
+ROW, PARTIALS = values(1, 10).abs(), values(2, 4, 2, 10)
+LOGITS, CLASSIFIER, POOLED = values(2, 3, 7), values(2, 10, 7), values(2, 3, 10)
+SLOTS = torch.tensor([1, 0], dtype=torch.int32)
+NORM = (D, D, PARTIALS, 60, ROW, ROW, ROW)
+# name: the op, its operands, and the results that can be given memory
+CALLS = {
+    "weight": (conv_weight_gradient, (X, D), {"kernel": 3, "padding": 1}, ("out",)),
+    "weight, one program": (conv_weight_gradient, SMALL, {"kernel": 3, "padding": 1}, ("out",)),
+    "norm": (batch_norm_backward, NORM, {}, ("d_weight", "d_bias")),
+    "head": (head_backward, (LOGITS, D, CLASSIFIER, SLOTS), {"pooled": POOLED}, ("d_weight", "d_bias")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
+@pytest.mark.parametrize("call", [run_kernel, lambda op, *args, **kw: op(*args, **kw)], ids=["kernel", "reference"])
+@pytest.mark.parametrize("name", CALLS)
+def test_written_or_added(name, call):
+    op, operands, options, outputs = CALLS[name]
+    operands = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in operands]
+    options = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+
+    def run(**given):
+        result = call(op, *operands, **options, **given)
+        return [result] if outputs == ("out",) else [getattr(result, output) for output in outputs]
+
+    plain = run()
+    given = {output: torch.full_like(value, float("nan")) for output, value in zip(outputs, plain, strict=True)}
+    for memory, result, expected in zip(given.values(), run(**given), plain, strict=True):
+        assert result.data_ptr() == memory.data_ptr()
+        assert torch.equal(memory, expected)
+    before = {output: values(*value.shape, seed=3).to(DEVICE) for output, value in given.items()}
+    there = {output: value.clone() for output, value in before.items()}
+    run(**there, add=True)
+    for output, expected in zip(outputs, plain, strict=True):
+        assert torch.equal(there[output], before[output] + expected)
+    for result, expected in zip(run(add=True), plain, strict=True):  # to nothing
+        assert torch.equal(result, expected)
+
+
+def test_a_share_is_written_where_it_belongs():
+    """Without partial sums there is one launch, with ``add`` a second one."""
+    out = torch.empty(2, 9, 6, 10)
+    for add, count in ((False, 1), (True, 2)):
+        with triton_utils.record_launches() as launches:
+            conv_weight_gradient(*SMALL, kernel=3, padding=1, out=out, add=add)
+        assert len(launches) == count
+        assert (launches[0].arguments["p_partial"] is out) == (not add)
+
+
+def test_refusals():
+    with pytest.raises(InputError, match=r"out is torch.float32 of shape \(2, 6, 9, 10\), expected torch.float32 \(2,"):
+        conv_weight_gradient(X, D, kernel=3, padding=1, out=torch.zeros(2, 6, 9, 10))
+    with pytest.raises(InputError, match=r"d_bias is torch.float64 of shape \(1, 10\), expected torch.float32"):
+        batch_norm_backward(*NORM, d_bias=torch.zeros(1, 10).double())
+    strided = torch.zeros(2, 7, 10).transpose(1, 2)
+    with pytest.raises(InputError, match=r"d_weight is .* contiguous"):
+        head_backward(LOGITS, D, CLASSIFIER, SLOTS, pooled=POOLED, d_weight=strided)
