@@ -79,7 +79,7 @@ class DoctorRun:
 
 @dataclass
 class PlanRun:
-    """Print the launches of a training step: groups, shapes, fusions, work, and least time on a named GPU."""
+    """Print a training step: launches, groups, shapes, fusions, work, least time on a named GPU, nodes of its graph."""
 
     model: Annotated[str, tyro.conf.Positional] = "wrn28_4"
     """Architecture of the teachers and the student: a name as for teach --model."""
@@ -206,12 +206,18 @@ def doctor(run: DoctorRun) -> None:
 
 
 def plan(run: PlanRun) -> None:
+    from fastensdistill.engine.graph_nodes import count_step
+    from fastensdistill.network.gpu import GPUS
     from fastensdistill.network.table import print_plan
 
     for name in ("teachers", "branches", "batch"):
         if getattr(run, name) < 1:
             raise InputError(f"{name}={getattr(run, name)}: expected at least 1")
     print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
+    try:
+        print(count_step(run.model, run.teachers, run.branches, run.batch, GPUS[run.gpu].arch))
+    except InputError as error:  # passes can be planned that no step consists of
+        print(f"graph nodes not counted: {error}")
 
 
 TRAINING = ("teach", "distill")  # may run in several processes

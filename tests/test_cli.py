@@ -352,6 +352,14 @@ def test_help_explains_every_flag_and_the_file_of_settings(name, capsys):
     assert not re.search(r"--[\w-]+ \w+ +\(default", text), "a flag without a word on it"
 
 
+def test_plan_counts_graph_nodes(capsys):
+    assert main(["plan", "wrn28_1", "--batch", "8"]) == 0
+    assert re.search(r"^\d+ graph nodes: \d+ Triton, 6 PyTorch, 5 extension$", capsys.readouterr().out, re.M)
+    assert main(["plan", "wrn28_1", "--teachers", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("graph nodes not counted: perturbation 'tdiv-sdiv' needs at least 2 teachers")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     """``fastensdistill plan | head -1``: the plan is longer than a pipe holds."""
     command = [sys.executable, "-m", "fastensdistill", "plan", "wrn28_1"]

@@ -94,6 +94,13 @@ def distillation_groups(networks: list[Network], student: Student) -> list[Group
     return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(copies)]
 
 
+def mean_of_parts(scalars: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The scalars of every micro-batch, averaged; those of one as they are, without a launch."""
+    if len(scalars) == 1 or not scalars[0]:
+        return scalars[0]
+    return torch.stack([torch.stack(list(own)) for own in scalars]).mean(0).unbind()
+
+
 class FusedStep(Capturing):
     """One step of distillation as a fixed list of launches; the interface of ``ReferenceStep``.
 
@@ -129,7 +136,8 @@ class FusedStep(Capturing):
         self.target = "mean" if isinstance(student, Single) else "one-to-one"
         seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
         self.pick = torch.Generator().manual_seed(seed)
-        self.noise = torch.Generator(self.device).manual_seed(seed + 1)
+        own = "cpu" if self.device.type == "meta" else self.device  # the meta device has no generators
+        self.noise = torch.Generator(own).manual_seed(seed + 1)
         self.perturbation = Perturbation(
             config.perturbation, len(self.teachers), student.branches, size=config.step_size,
             temperature=config.temperature, pick=self.pick, noise=self.noise,
@@ -190,7 +198,8 @@ class FusedStep(Capturing):
         """The parts of ``x`` (B, H, W, C), perturbed, and the diversities."""
         self.ascend.write()
         images, found = zip(*(self.ascend(part, self.draw) for part in x.chunk(self.parts)), strict=True)
-        return images, {name: torch.stack([scalars[name] for scalars in found]).mean(0) for name in found[0]}
+        means = mean_of_parts([list(scalars.values()) for scalars in found])
+        return images, dict(zip(found[0], means, strict=True))
 
     def _distil(self, parts: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The update on perturbed images."""
@@ -201,10 +210,9 @@ class FusedStep(Capturing):
         ]
         self.trained.finish()
         self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
-        loss, loss_kd, loss_ce = torch.stack(losses).mean(0)
-        return {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
+        return dict(zip(("loss", "loss_kd", "loss_ce"), mean_of_parts(losses), strict=True))
 
-    def _gradients(self, x: Tensor, labels: Tensor, add: bool) -> Tensor:
+    def _gradients(self, x: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
         """Those of one part of a batch, on top of the earlier ones with ``add``; the three losses."""
         targets = self.targets(x)
         logits = self.trained.forward(x[None])
@@ -214,7 +222,7 @@ class FusedStep(Capturing):
         )
         seed = join(seed) if self.heads else seed
         self.trained.backward(seed / self.parts if self.parts > 1 else seed, add)
-        return torch.stack(losses)
+        return losses
 
     def _body(self) -> dict[str, Tensor]:
         """The step as it is captured: it reads ``images``, ``labels``, ``draw`` and ``rate``, and waits for nothing."""

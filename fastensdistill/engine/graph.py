@@ -23,6 +23,11 @@ Results = dict[str, Tensor]
 _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
+def gathered(results: Results) -> Tensor:
+    """A step's scalars, or its rows of them, in one tensor, which a replay hands out as one copy."""
+    return torch.stack([value.float() for value in results.values()])
+
+
 def warm_up(
     body: Callable[[], Results], state: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator]
 ) -> None:
@@ -187,7 +192,7 @@ class Captured:
             # thread_local: what other threads ask the device meanwhile (NCCL's watchdog does) spoils nothing
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 results = self.body()
-                self.results = torch.stack([value.float() for value in results.values()])
+                self.results = gathered(results)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a spoiled capture raises too, without saying why
             self.error = next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -19,7 +19,7 @@ import torch
 from fastensdistill.engine.trained import dead_after
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
-from fastensdistill.models import TORCHVISION, create_model
+from fastensdistill.models import create_model, image_size
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
 from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
@@ -238,7 +238,7 @@ def print_memory(
     ``parts`` are the micro-batches; ``size`` of the square images defaults to 32, for torchvision's networks to 224.
     Raises InputError for an unknown model or perturbation, and for a network that cannot be planned.
     """
-    size = size or (224 if model in TORCHVISION else 32)
+    size = size or image_size(model)
     with torch.device("meta"):
         network = trace(create_model(model, 100), (3, size, size))
     for batch in batches:

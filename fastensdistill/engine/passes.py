@@ -19,6 +19,7 @@ from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_stati
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
 from fastensdistill.kernels.head_backward import head_backward
@@ -114,6 +115,8 @@ class _Run:
     def by_group(self, name: str) -> tuple[Tensor, Tensor]:
         """Scale and shift of an evaluation-mode BatchNorm or of the image, a row per group."""
         scale, shift = self.weights.scale_shift[name]
+        if self.part.training:  # slot g is group g's
+            return scale[: self.groups], shift[: self.groups]
         return scale.index_select(0, self.slots), shift.index_select(0, self.slots)
 
     def statistics(self, norm: str) -> dict[str, Tensor]:
@@ -285,13 +288,13 @@ class _Run:
     def masked_gradient(self, launch: Launch, d: Tensor) -> None:
         """Residual and mask, with the sums where a training-mode BatchNorm follows: one kernel."""
         residual, mask, sums = (self.find(launch, kind) for kind in ("add", "mask", "sums"))
-        one = torch.ones(1, d.shape[-1], dtype=accumulator(d.dtype), device=d.device)
-        result = batch_norm_backward_statistics(
+        options: dict[str, Any] = self.statistics(sums.arg) if sums else {}
+        result = elementwise_gradient(
             d,
-            self.read(self.nodes[sums.arg].inputs[0]) if sums else d,
-            **(self.statistics(sums.arg) if sums else {"mean": one, "inv_std": one}),
+            z=self.read(self.nodes[sums.arg].inputs[0]) if sums else None,
             mask=self.read(mask.arg) if mask else None,
             residual=self.read(residual.arg) if residual else None,
+            **options,
         )
         self.write(launch.steps("store"), result.d)
         if sums:

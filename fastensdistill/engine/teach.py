@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastensdistill.config import TeachConfig
 from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.fused import ImageShape, State, arithmetic
+from fastensdistill.engine.fused import ImageShape, State, arithmetic, mean_of_parts
 from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
@@ -100,7 +100,7 @@ class FusedTeachStep(Capturing):
         losses = [self._gradients(x.contiguous(), own, add=i > 0) for i, (x, own) in enumerate(parts)]
         self.trained.finish()
         self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
-        return {"loss": torch.stack(losses).mean(0)}
+        return {"loss": mean_of_parts([[loss] for loss in losses])[0]}
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> Tensor:
         """Those of one part of the batches, on top of the earlier ones with ``add``; the losses (M,)."""

@@ -20,6 +20,8 @@ INTERFACE = 1
 DISABLE = "FASTENSDISTILL_NO_EXTENSION"
 LIBRARY = Path(__file__).with_name(f"_extension_v{INTERFACE}.so")
 BUILD_REPORT = Path(__file__).with_name("_build.json")
+# Every op's name → what serves without the extension: a Triton kernel where it runs, or a reference
+PORTABLE: dict[str, Callable[..., Any]] = {}
 
 
 def _load() -> str | None:
@@ -70,7 +72,7 @@ def serves(name: str, device: str) -> bool:
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Defines ``fastensdistill::name`` with its reference as the kernel of every device, and its fake."""
-    qualified = f"fastensdistill::{name}"
+    qualified, PORTABLE[name] = f"fastensdistill::{name}", reference
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", reference)
     torch.library.register_fake(qualified, fake)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError, unknown
+from fastensdistill.kernels.extension import PORTABLE
 
 try:
     import triton
@@ -177,6 +178,7 @@ def define(
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     op = torch.library.custom_op(f"fastensdistill::{name}", run, mutates_args=mutates, schema=schema)
     op.register_fake(fake)
+    PORTABLE[name] = run
     return op
 
 

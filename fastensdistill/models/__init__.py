@@ -42,6 +42,11 @@ class Normalized(nn.Module):
         return self.network(self.normalize(x))
 
 
+def image_size(name: str) -> int:
+    """Height and width of the images that the architecture ``name`` was made for."""
+    return 224 if name in TORCHVISION else 32
+
+
 def _torchvision(name: str, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     import torchvision
 

@@ -15,12 +15,16 @@ from fastensdistill.network.launch import Launch
 
 @dataclass(frozen=True)
 class Gpu:
-    """``flops`` per second in bf16 with float32 accumulation, dense; ``bandwidth`` of its memory, bytes per second."""
+    """``flops`` per second in bf16 with float32 accumulation, dense; ``bandwidth`` of its memory, bytes per second.
+
+    ``arch`` is the compute capability as one number.
+    """
 
     name: str
     flops: float
     bandwidth: float
     source: str
+    arch: int = 90
 
     def least_time(self, launch: Launch) -> float:
         """Seconds: the larger of the time for the arithmetic and the time for the traffic."""
@@ -30,6 +34,6 @@ class Gpu:
 GPUS = {
     "h200": Gpu("H200", 790e12, 4.3e12, "measured: a large matrix product, a copy"),
     "h100": Gpu("H100 SXM", 798e12, 3.0e12, "measured: a large matrix product, a copy"),
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 2.04e12, "datasheet"),
-    "b200": Gpu("B200", 2250e12, 8.0e12, "datasheet"),
+    "a100": Gpu("A100 SXM 80 GB", 312e12, 2.04e12, "datasheet", 80),
+    "b200": Gpu("B200", 2250e12, 8.0e12, "datasheet", 100),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastensdistill.errors import unknown
-from fastensdistill.models import TORCHVISION, create_model
+from fastensdistill.models import create_model, image_size
 from fastensdistill.network.gpu import GPUS, Gpu
 from fastensdistill.network.launch import RULES, Launch, Part, Step
 from fastensdistill.network.plan import Plan, plan_step
@@ -79,7 +79,7 @@ def print_plan(
     """
     if gpu not in GPUS:
         raise unknown("gpu", gpu, GPUS)
-    size = size or (224 if model in TORCHVISION else 32)
+    size = size or image_size(model)
     network = trace(create_model(model, 100), (3, size, size))
     print(f"{model}, {teachers} teachers, {branches} branches, batch {batch}, images 3x{size}x{size}\n")
     for number, rule in enumerate(RULES, 1):

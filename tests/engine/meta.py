@@ -17,20 +17,8 @@ from fastensdistill.method.student import STUDENTS
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 
-Generator = torch.Generator
 
-
-class HostGenerator:
-    """A generator for any device, on the host: the meta device has none."""
-
-    def __new__(cls, device: object = "cpu") -> Generator:
-        return Generator()
-
-
-def build(
-    model: str, B: int, M: int = 4, K: int = 4, size: int = 32, monkeypatch=None, teacher: str = "", **config
-) -> FusedStep:
-    monkeypatch.setattr(torch, "Generator", HostGenerator)
+def build(model: str, B: int, M: int = 4, K: int = 4, size: int = 32, teacher: str = "", **config) -> FusedStep:
     with torch.device("meta"):
         teachers = Teachers([create_model(teacher or model, 100) for _ in range(M)])
         student = STUDENTS[config.get("student", "latent-be")](create_model(model, 100), K)

@@ -53,7 +53,7 @@ def test_both_engines_teach_on_loaders():
 
 def test_reading_the_batch_waits_for_nothing(monkeypatch):
     """As for the step: on the meta device a value that is read back raises."""
-    step = build("wrn28_1", 4, M=2, K=2, monkeypatch=monkeypatch)
+    step = build("wrn28_1", 4, M=2, K=2)
     own = DeviceLoader(
         Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int64)), 4, device="cpu", generator=torch.Generator()
     )

@@ -40,7 +40,7 @@ def test_the_body_waits_for_nothing_and_copies_nothing_from_the_host(monkeypatch
     """On the meta device a value that is read back raises, and a tensor of the host beside the others is seen."""
     for draw in ("uniform_", "normal_"):  # the meta device has no generators
         monkeypatch.setattr(torch.Tensor, draw, lambda self, *range, generator: self)
-    step = build("wrn28_1", 4, M=2, K=2, monkeypatch=monkeypatch, **BODIES[case])
+    step = build("wrn28_1", 4, M=2, K=2, **BODIES[case])
     with watched() as watch:
         step._body()
     assert watch.syncs == []

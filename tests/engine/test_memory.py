@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "B", "settings"), CASES, ids=[f"{m}-{b}" for m, b, _ in CASES])
 def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
-    step = build(model, B, monkeypatch=monkeypatch, **settings)
+    step = build(model, B, **settings)
     # on the meta device no kernel runs that would need partial sums
     monkeypatch.setattr(memory.Timeline, "scratch", lambda *unused: 0.0)
     network = traced(model)
