@@ -30,7 +30,8 @@ EXTENSION = {
     "distillation_loss": 2, "distill_and_diversify": 2, "diversity_seed": 2, "teacher_diversity_seed": 2,
     "ods_seed": 1, "perturb_step": 1,
 }  # fmt: skip
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_")
+# What launches nothing, beside views
+NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach_")
 
 
 class GraphNodes(TorchDispatchMode):
@@ -45,7 +46,7 @@ class GraphNodes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if func.namespace != "fastensdistill":
-            if not func.is_view and name not in ALLOCATIONS:
+            if not func.is_view and name not in NO_LAUNCH:
                 self.pytorch[name] += 1
             return func(*args, **kwargs)
         if name in EXTENSION:

@@ -76,18 +76,9 @@ class _Run:
     """One method per op."""
 
     def __init__(
-        self,
-        part: Part,
-        weights: Weights,
-        slots: Tensor,
-        buffers: Buffers,
-        precision: str,
-        implement: Implement,
-        updates: int,
-        sharers: int,
-        sinks: Mapping[str, Tensor],
-        add: bool,
-    ):
+        self, part: Part, weights: Weights, slots: Tensor, buffers: Buffers, precision: str, implement: Implement,
+        updates: int, sharers: int, sinks: Mapping[str, Tensor], add: bool,
+    ):  # fmt: skip
         self.part, self.weights, self.slots, self.buffers, self.precision = part, weights, slots, buffers, precision
         self.implement, self.updates, self.sharers = implement, updates, sharers
         self.sinks, self.add = sinks, add
@@ -235,16 +226,10 @@ class _Run:
         assert isinstance(node, Norm)
         every = n * self.sharers
         self.buffers[f"{launch.node}.statistics"] = batch_norm_statistics(
-            self.buffers[launch.reads[0]],
-            n,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            momentum=part_momentum(node.momentum, self.updates),
-            eps=node.eps,
+            self.buffers[launch.reads[0]], n, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+            momentum=part_momentum(node.momentum, self.updates), eps=node.eps,
             correction=every / (every - 1) if node.unbiased else 1.0,
-        )
+        )  # fmt: skip
 
     def norm(self, launch: Launch) -> None:
         first, kinds = launch.epilogue[0], [step.kind for step in launch.epilogue]
@@ -313,18 +298,10 @@ class _Run:
         name, residual = launch.node, self.find(launch, "add")
         d, z, sums = (self.read(buffer) for buffer in launch.reads[:3])
         result = batch_norm_backward(
-            d,
-            z,
-            sums,
-            self.count(name),
-            self.weights.norms[name].weight,
-            self.buffers[f"{name}.statistics"].mean,
-            self.buffers[f"{name}.statistics"].inv_std,
+            d, z, sums, self.count(name), self.weights.norms[name].weight, **self.statistics(name),
             residual=self.read(residual.arg) if residual else None,
-            d_weight=self.sink(f"{name}.weight"),
-            d_bias=self.sink(f"{name}.bias"),
-            add=self.add,
-        )
+            d_weight=self.sink(f"{name}.weight"), d_bias=self.sink(f"{name}.bias"), add=self.add,
+        )  # fmt: skip
         self.write(launch.steps("store"), *([result.d] if launch.epilogue else []))
         if self.sink(f"{name}.weight") is None:
             self.buffers[f"{name}.weight.grad"], self.buffers[f"{name}.bias.grad"] = result.d_weight, result.d_bias
