@@ -30,7 +30,7 @@ def test_nodes_of_a_step(case):
     nodes = count_step(model, **settings)
     assert nodes.pytorch == names
     assert nodes.extension.total() == extension
-    assert nodes.triton.total() - nodes.triton["sum_splits_kernel"] == triton  # how sums are split is the tiles' choice
+    assert nodes.triton.total() - nodes.triton["add_rows_kernel"] == triton  # how sums are split is the tiles' choice
     kinds = f"{nodes.triton.total()} Triton, {sum(names.values())} PyTorch, {extension} extension"
     assert str(nodes) == f"{nodes.total} graph nodes: {kinds}"
 
