@@ -54,6 +54,7 @@ class StandIn(Captured):
             self.body()
             self.graph = self  # type: ignore[assignment]
         except RuntimeError as error:
+            self.error = str(error)
             warnings.warn(f"the step could not be captured and is launched from Python: {error}", stacklevel=5)
             self.give_up()
         finally:  # what a capture records it does not run

@@ -61,7 +61,7 @@ def check_launches(context: Context, setting: Setting, warps: int | None = None)
     """Check all distinct launches of ``setting`` that this stage has not done yet; the record of the totals.
 
     With ``warps`` every kernel is launched with so many, and wrong ones are told but not cured: no step runs them.
-    Not to be called inside ``Remedies.in_force``. An error of the device is recorded and raised: restart the stage.
+    An error of the device is recorded and raised: restart the stage.
     """
     check = Check(context, setting, warps)
     if check.finished:
@@ -242,20 +242,17 @@ def kernels(prepared: Prepared, remedies: Remedies) -> list[dict[str, Any]]:
     return [
         {
             "kernel": one.kernel.__name__, "grid": one.grid, "warps": one.num_warps, "stages": one.num_stages,
+            "registers": one.maxnreg,
             "tile": [one.arguments[b] for b in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if b in one.arguments],
         }
-        for one in (varied(launch, remedies) for launch in launches)
+        for one in map(remedies.varied, launches)
     ]  # fmt: skip
-
-
-def varied(launch: Launch, remedies: Remedies) -> Launch:
-    return next((one.vary(launch) for one in remedies.launches if one.fits(launch)), launch)
 
 
 def variants(prepared: Prepared, remedies: Remedies, warps: int | None) -> dict[str, Remedies]:
     """What to add to ``remedies`` for each variant that changes anything, in the order in which they are tried."""
     launches, halved, ops = recorded(prepared, remedies)
-    own = [varied(launch, remedies) for launch in launches]
+    own = [remedies.varied(launch) for launch in launches]
 
     def each(**what: int) -> Remedies:
         return Remedies(tuple(Varied(one.kernel.__name__, match_of(one), **what) for one in launches))
@@ -263,6 +260,8 @@ def variants(prepared: Prepared, remedies: Remedies, warps: int | None) -> dict[
     if warps:
         return {f"{warps} warps": each(warps=warps)}
     found = {OWN: Remedies()}
+    if any(one.maxnreg for one in own):
+        found["no register limit"] = each()
     if any(one.num_stages > 1 for one in own):
         found["one stage"] = each(stages=1)
     for count in (4, 8):

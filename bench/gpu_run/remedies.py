@@ -5,7 +5,8 @@
         FusedStep(..., implementations=remedies.dispatch)
 
 Other warps or stages for a compiled kernel, half the columns for a shape, cuDNN's convolution, an op's reference, and
-other ways to capture the step. ``in_force`` must not be entered inside itself: tiles would be halved twice.
+other ways to capture the step. Of several ``in_force`` inside one another the innermost counts, so that a diagnosis may
+try others within those of its stage; only ops that an outer one keeps to their references stay there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ NAME = "remedies.json"
 Match = dict[str, Any]
 LEAST_COLUMNS = 16  # of a Triton matrix product
 ROWS = ("BLOCK_R", "BLOCK_B")  # constants that follow the batch
+_in_force: list[object] = []  # a token for each ``Remedies.in_force``, the innermost last
 
 
 def match_of(launch: Launch) -> Match:
@@ -49,7 +51,7 @@ def match_of(launch: Launch) -> Match:
 
 @dataclass(frozen=True)
 class Varied:
-    """A kernel, as compiled for ``match``, with other warps or stages."""
+    """A kernel, as compiled for ``match``, with other warps or stages, and without a limit of its registers."""
 
     kernel: str
     match: Match
@@ -69,7 +71,7 @@ class Varied:
     @property
     def words(self) -> str:
         own = [f"{n} {unit}" for n, unit in ((self.warps, "warps"), (self.stages, "stages")) if n]
-        return " ".join([self.kernel, *own]).replace(" 1 stages", " 1 stage")
+        return " ".join([self.kernel, *(own or ["without a register limit"])]).replace(" 1 stages", " 1 stage")
 
 
 @dataclass(frozen=True)
@@ -175,20 +177,30 @@ class Remedies:
     def in_force(self) -> Iterator[None]:
         """Within, every launch and capture of this process obeys them, but for ``dispatch``, which a step is given."""
         with contextlib.ExitStack() as stack:
-            if self.launches:
-                stack.enter_context(around_launches(self._vary))
-            if self.halved:
-                stack.enter_context(changed_tiles(self._halve))
+            token = object()
+            _in_force.append(token)
+            stack.callback(_in_force.pop)
+
+            def vary(launch: Launch, do: Callable[[Launch], None]) -> None:
+                do(self.varied(launch) if _in_force[-1] is token else launch)
+
+            def change(kind: str, shape: tuple[int, ...], tile: Tile) -> Tile:
+                return self.changed(kind, shape, tile) if _in_force[-1] is token else tile
+
+            stack.enter_context(around_launches(vary))
+            stack.enter_context(changed_tiles(change))
             if self.references:  # no name at all would mean every op
                 stack.enter_context(references_only(*self.references))
             for owner, name, value in capturing(self.capture):
                 stack.enter_context(replaced(owner, name, value))
             yield
 
-    def _vary(self, launch: Launch, do: Callable[[Launch], None]) -> None:
-        do(next((one.vary(launch) for one in self.launches if one.fits(launch)), launch))
+    def varied(self, launch: Launch) -> Launch:
+        """The launch with the warps and stages that it is to have."""
+        return next((one.vary(launch) for one in self.launches if one.fits(launch)), launch)
 
-    def _halve(self, kind: str, shape: tuple[int, ...], tile: Tile) -> Tile:
+    def changed(self, kind: str, shape: tuple[int, ...], tile: Tile) -> Tile:
+        """The tile with the columns that it is to have."""
         return halve(tile) if Halved(kind, tuple(shape)) in self.halved else tile
 
 
@@ -214,25 +226,23 @@ class Keeper:
         self.kept[id(launch)] = launch, dict(buffers)
 
 
+_prepare, _warm_up = Captured.prepare, graph.WARM_UP
+
+
+def _in_own_pool(self: Captured) -> None:
+    if self.graph is None and not self.failed:
+        self.pool = None  # it then asks for a new one
+    _prepare(self)
+
+
 def capturing(capture: Capture) -> Sequence[tuple[Any, str, Any]]:
-    """What is replaced, and by what, for steps to be captured that way."""
-    prepare = Captured.prepare
-
-    def own_pool(self: Captured) -> None:
-        if self.graph is None and not self.failed:
-            self.pool = None  # it then asks for a new one
-        prepare(self)
-
-    found: list[tuple[Any, str, Any]] = []
-    if not capture.on:
-        found.append((Captured, "prepare", Captured.give_up))
-    elif capture.pool_per_graph:
-        found.append((Captured, "prepare", own_pool))
-    if capture.warm_up is not None:
-        found.append((graph, "WARM_UP", capture.warm_up))
-    if capture.keep_buffers:
-        found.append((Runner, "watch", Keeper()))
-    return found
+    """What is set, and to what, for steps to be captured that way."""
+    prepare = Captured.give_up if not capture.on else _in_own_pool if capture.pool_per_graph else _prepare
+    return (
+        (Captured, "prepare", prepare),
+        (graph, "WARM_UP", capture.warm_up or _warm_up),
+        (Runner, "watch", Keeper() if capture.keep_buffers else None),
+    )
 
 
 @contextlib.contextmanager

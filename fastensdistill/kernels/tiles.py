@@ -195,7 +195,6 @@ _FILL = 4  # steps' time that a program spends on filling its pipeline and stori
 _LEAST_STEPS = 8
 
 
-@functools.cache
 def weight_gradient_split(
     arch: int, groups: int, positions: int, taps: int, channels: int, out_channels: int, itemsize: int = 2
 ) -> Split:
@@ -204,7 +203,15 @@ def weight_gradient_split(
     A wave is what all multiprocessors hold at once; 144 programs for 264 places leave nearly half of them empty. It
     depends on shapes and the architecture alone, never on the device's load: the order of a sum is fixed.
     """
-    tile = weight_gradient_tile(arch, taps, channels, out_channels, itemsize)
+    # the tile is not cached: ``changed_tiles`` may have another for it, and for a while only
+    return _split(weight_gradient_tile(arch, taps, channels, out_channels, itemsize), arch, groups, positions, taps,
+                  channels, out_channels)  # fmt: skip
+
+
+@functools.cache
+def _split(
+    tile: Tile, arch: int, groups: int, positions: int, taps: int, channels: int, out_channels: int
+) -> Split:
     rows = -(-taps * channels // tile.BLOCK_M) if channels < tile.BLOCK_M else taps * -(-channels // tile.BLOCK_M)
     blocks, total = rows * -(-out_channels // tile.BLOCK_N), -(-positions // tile.BLOCK_K)
     multiprocessors, rate, bandwidth = _DEVICES[_generation(arch)]

@@ -25,10 +25,10 @@ from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import descend
 from fastensdistill.engine.trained import Runner, Trained
-from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels import tiles, triton_utils
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.kernels.perturb_step import perturb_step
-from fastensdistill.kernels.tiles import Tile
+from fastensdistill.kernels.tiles import Tile, changed_tiles
 from fastensdistill.kernels.triton_utils import around_launches, record_launches
 
 SETTING = Setting("tiny", "tdiv-sdiv", 2, 2)
@@ -94,7 +94,8 @@ def test_right_launches_need_no_remedy(here, few):
         "conv_weight_gradient_kernel",
     ]  # fmt: skip
     assert about[2]["kernels"][0] == {
-        "kernel": "conv_data_gradient_kernel", "grid": [1, 2, 4], "warps": 4, "stages": 1, "tile": [32, 16, 16],
+        "kernel": "conv_data_gradient_kernel", "grid": [1, 2, 4], "warps": 4, "stages": 1, "registers": None,
+        "tile": [32, 16, 16],
     }  # fmt: skip
     assert check_launches(here, SETTING) == total, "a check that is done is not done again"
 
@@ -288,10 +289,8 @@ def test_a_remedy_meets_the_kernel_it_is_for_and_no_other(prepared):
             one.run()
     first, *others = found
     remedy = Remedies((Varied(first.kernel.__name__, launches.match_of(first), warps=8, stages=1),))
-    seen = []
-    for one in found:
-        remedy._vary(one, lambda launch: seen.append((launch.num_warps, launch.num_stages)))
-    assert seen == [(8, 1), *((one.num_warps, one.num_stages) for one in others)]
+    assert remedy.varied(first)[3:5] == (8, 1)
+    assert [remedy.varied(one) for one in others] == others
     assert not remedy.launches[0].fits(first._replace(arguments=first.arguments | {"p_mask": None}))
     assert remedy.launches[0].fits(first._replace(arguments=first.arguments | {"N": 512})), "whatever the batch"
 
@@ -299,9 +298,31 @@ def test_a_remedy_meets_the_kernel_it_is_for_and_no_other(prepared):
 def test_half_the_columns_are_halved_where_they_are_named():
     tile = Tile(128, 128, 64, 8, 3, "")
     remedies = Remedies(halved=(Halved("conv", (64, 128, 2)),))
-    assert remedies._halve("conv", (64, 128, 2), tile).BLOCK_N == 64
-    assert remedies._halve("conv", (128, 128, 2), tile) == tile
-    assert remedies._halve("weight gradient", (64, 128, 2), tile) == tile
+
+    def chosen(kind: str, shape: tuple[int, ...]) -> int:
+        return tiles._chosen(kind, 90, shape, tile).BLOCK_N
+
+    with remedies.in_force():
+        assert chosen("conv", (64, 128, 2)) == 64
+        assert chosen("conv", (128, 128, 2)) == 128
+        assert chosen("weight gradient", (64, 128, 2)) == 128
+        with remedies.in_force():
+            assert chosen("conv", (64, 128, 2)) == 64, "once, in a stage that has its remedies and tries others"
+        with Remedies().in_force():
+            assert chosen("conv", (64, 128, 2)) == 128
+        assert chosen("conv", (64, 128, 2)) == 64
+    assert chosen("conv", (64, 128, 2)) == 128
+
+
+def test_a_kernel_whose_registers_are_limited_is_tried_without_the_limit(prepared):
+    one = next(one for one, _ in prepared if one.launch.op == "weight gradient")
+    with changed_tiles(lambda kind, shape, tile: tile._replace(maxnreg=128)):
+        found = launches.variants(one, Remedies(), None)
+        assert list(found)[:2] == ["own", "no register limit"]
+        assert found["no register limit"].words == "conv_weight_gradient_kernel without a register limit"
+        limits = [launches.kernels(one, found[name])[0]["registers"] for name in ("own", "no register limit")]
+    assert limits == [128, None]
+    assert "no register limit" not in launches.variants(one, Remedies(), None)
 
 
 def test_remedies_of_the_capture_end_with_their_context():
@@ -316,6 +337,8 @@ def test_remedies_of_the_capture_end_with_their_context():
         captured = Captured(lambda: {"loss": 1.0}, list, [], torch.device("cpu"))
         assert captured() == {"loss": 1.0}, "launched from Python"
         assert captured.failed
+        with Remedies().in_force():
+            assert before == (Captured.prepare, graph.WARM_UP, Runner.watch), "the innermost counts"
     assert before == (Captured.prepare, graph.WARM_UP, Runner.watch)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.tiles import changed_tiles
+from fastensdistill.kernels.tiles import changed_tiles, weight_gradient_split
 from fastensdistill.kernels.triton_utils import around_launches, references_only, use_kernels
 from tests.kernels.both import values
 
@@ -69,3 +69,13 @@ def test_half_the_columns_compute_the_same_with_more_programs():
         with changed_tiles(lambda kernel, shape, tile: tile._replace(BLOCK_N=32)):
             torch.testing.assert_close(conv(), exact)
     assert grids == [((4, 2), 16), ((2, 2), 32)]
+
+
+def test_a_weight_gradients_changed_tile_is_its_splits_too_and_ends_with_the_context():
+    """Its split is searched for once a shape; a tile kept there would outlive the diagnosis, or never be seen by it."""
+    given = (90, 4, 8 * 32 * 32, 9, 64, 64)
+    own = weight_gradient_split(*given)
+    with changed_tiles(lambda kernel, shape, tile: tile._replace(BLOCK_N=tile.BLOCK_N // 2)):
+        halved = weight_gradient_split(*given)
+    assert (halved.tile.BLOCK_N, halved.blocks) == (own.tile.BLOCK_N // 2, 2 * own.blocks)
+    assert weight_gradient_split(*given) == own
