@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.batch_norm import SUMS_BLOCKS, SUMS_CHANNELS, SUMS_TILE, set_sums
+from fastensdistill.kernels.batch_norm import SUMS_BLOCKS, SUMS_CHANNELS, SUMS_TILE, fewer_rows, set_sums
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
 from fastensdistill.kernels.gather import sum_rows
 from fastensdistill.kernels.tiles import rows_tile
@@ -151,20 +151,20 @@ def batch_norm_backward_kernel(
 def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add):
     out = torch.empty_like(d)
     sets, channels = weight.shape
-    rows = partials.shape[0] * partials.shape[1] // sets
+    rows = fewer_rows(partials, sets)
     coefficients = weight.new_empty(sets, 3, channels)
     launch(
         batch_norm_coefficients_kernel,
         (-(-channels // SUMS_CHANNELS), sets),
         SUMS_TILE,
-        p_partials=partials,
+        p_partials=rows,
         p_weight=weight,
         p_mean=mean,
         p_inv_std=inv_std,
         p_d_weight=d_weight,
         p_d_bias=d_bias,
         p_abc=coefficients,
-        n_rows=rows,
+        n_rows=rows.shape[1],
         share=1.0 / count,
         C=channels,
         ADD=add,
