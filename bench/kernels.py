@@ -149,7 +149,10 @@ def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
         return {"cuda": None}
     _, (x, weight, *_), kwargs = prepared.call()
     sizes = {name: kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0))}
-    if not (x.is_cuda and halo_conv.built()) or not halo_conv.supports(*weight.shape[2:], **sizes, dtype=x.dtype):
+    arch = device_arch(x)
+    if not (arch and halo_conv.built(arch)) or not halo_conv.supports(
+        *weight.shape[2:], **sizes, dtype=x.dtype, arch=arch
+    ):
         return {"cuda": None}
     other, out_channels = ByHalo(**vars(prepared)), weight.shape[3]
     found: dict[str, Any] = {"cuda": None}

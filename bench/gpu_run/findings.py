@@ -108,7 +108,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         columns = {"launch": "slowest launches", "count": "a step", "us": "us", "predicted_us": "predicted us",
                    "tflops": "TFLOP/s", "gbs": "GB/s", "cuda": "CUDA us", "vendor": "cuDNN us"}  # fmt: skip
         lines += text_table(worst, columns)
-    for kind in ("csrc", "tests", "counters"):
+    for kind in ("csrc", "sanitize", "tests", "counters"):
         lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]
     lines += ["", *text_table(of_kind(rows, "stage"), {"name": "stage", "seconds": "s", "status": "status"})]
     return lines

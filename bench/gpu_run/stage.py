@@ -135,9 +135,26 @@ def csrc(context: Context) -> None:
     if importlib.util.find_spec("pytest") is None:
         context.record.add("csrc", left_out="pytest is not installed")
         return
+    options = ["--tb=line", *(["--collect-only"] if context.rehearse else [])]
     tests = ["tests/kernels/test_csrc_gpu.py", "tests/kernels/test_halo_conv.py"]
-    options = ["--collect-only"] if context.rehearse else []
-    pytest_run(context, "csrc", ["-m", "gpu", "--tb=line", *options, *tests])
+    pytest_run(context, "csrc", ["-m", "gpu", *options, *tests])
+    # on whatever device there is
+    pytest_run(context, "csrc", [*options, "tests/kernels/test_unfold.py", "tests/kernels/test_given_memory.py"])
+
+
+def sanitize(context: Context) -> None:
+    """A program without PyTorch runs every launcher, by itself and under each of the tools."""
+    if context.rehearse:
+        context.record.add("sanitize", left_out="rehearsal")
+        return
+    command = [sys.executable, "-m", "tests.kernels.sanitize", "--build", str(context.out / "sanitize"), "--run"]
+    arch = arch_of(context)
+    command += ["--arch", f"{arch}{'a' if arch >= 90 else ''}", "--limit", str(int(context.seconds / 3))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    wrong = [line for line in lines if "wrong" in line.lower() or "ERROR SUMMARY" in line]
+    context.record.add("sanitize", ok=done.returncode == 0, status=done.returncode, last=lines[-6:], said=wrong[:20])
+    print("\n".join(lines))
 
 
 def every_test(context: Context) -> None:
@@ -216,6 +233,7 @@ RUN: dict[str, Callable[[Context], None]] = {
     ),
     "small": lambda c: timing.table(c, ["fused", "captured"], c.setting(c.sizes.batches[-1])),
     "csrc": csrc,
+    "sanitize": sanitize,
     "counters": timing.counters,
     "tests": every_test,
     "pack": pack,

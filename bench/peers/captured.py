@@ -14,6 +14,7 @@ from torch.func import functional_call, stack_module_state
 
 from bench.peers.eager import EagerStep, EagerTeach
 from bench.setting import Batch, Problem
+from fastensdistill.engine.graph import uncollected
 
 Compile = dict[str, Any] | None
 # The whole step is captured here, so without Inductor's own graphs. Its search among kernels (minutes for a network)
@@ -61,7 +62,7 @@ class Replay:
                 state["momentum_buffer"].zero_()
         self.optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with uncollected(), torch.cuda.graph(self.graph):
             self.body()
 
 
