@@ -205,7 +205,7 @@ def chosen(options: argparse.Namespace) -> tuple[Stage, ...]:
 
 
 def carry_in(options: argparse.Namespace) -> None:
-    """Caches of an earlier run."""
+    """Caches of an earlier run, and its extension where there is none."""
     pieces = sorted(options.caches.glob("caches.tgz.*"), key=lambda path: int(path.suffix[1:]))
     archive = options.out / "carried.tgz"
     with archive.open("wb") as file:
@@ -214,6 +214,10 @@ def carry_in(options: argparse.Namespace) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(options.out, filter="data")
     archive.unlink()
+    package = ROOT / "fastensdistill" / "kernels"
+    for file in (options.out / "caches" / "extension").glob("*"):
+        if not (package / file.name).exists():
+            shutil.copy2(file, package)
 
 
 def show_plan(stages: Sequence[Stage], call: str) -> None:

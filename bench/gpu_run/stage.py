@@ -172,9 +172,13 @@ def pytest_run(context: Context, kind: str, arguments: Sequence[str]) -> None:
 
 
 def pack(context: Context) -> None:
-    """Compiled kernels, their launchers and the peer's cache, in files of at most ``PIECE`` bytes."""
+    """Compiled kernels, their launchers, the peer's cache and the extension, in files of at most ``PIECE`` bytes."""
     folder = context.out / "caches"
     archive = context.out / "caches.tgz"
+    if extension.describe()["cuda"]:
+        (folder / "extension").mkdir(parents=True, exist_ok=True)
+        for file in (extension.LIBRARY, extension.BUILD_REPORT):
+            shutil.copy2(file, folder / "extension")
     with tarfile.open(archive, "w:gz") as tar:
         if folder.exists():
             tar.add(folder, "caches")
