@@ -154,7 +154,7 @@ class Parts:
         with replaced(trained, "backward", self._take):
             losses = self.step._gradients(self.images, self.step.labels, False)
         self.buffers = dict(trained.buffers)
-        return {"losses": losses, "gradient of the logits": self.seed, **named(self.buffers)}
+        return named(losses, "losses") | {"gradient of the logits": self.seed} | named(self.buffers)
 
     def _take(self, seed: Tensor, add: bool = False) -> None:
         self.seed = seed
@@ -181,9 +181,8 @@ class Parts:
 
     def kept(self) -> Tensors:
         trained, master = self.step.trained, self.step.master
-        branches = {} if trained.branch_gradients is None else {"the branches' gradients": trained.branch_gradients}
         state = dict(zip(STATE, master.state(), strict=True))
-        return state | {"the gradient": master.gradient} | branches
+        return state | {"the layers' gradients": trained.gradients, "the gradient": master.gradient}
 
     def put_back(self, state: list[Tensor]) -> None:
         for tensor, value in zip(self.kept().values(), state, strict=True):

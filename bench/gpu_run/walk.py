@@ -149,10 +149,14 @@ class Watch:
             told = set()
             self.seen.append((buffers, told))
         given = [name for name in launch.reads if name not in told]
+        sinks = self.step.trained.sinks  # where parameters' gradients are written, in the place of buffers
         for kind, names in (("given", given), (launch.op, launch.writes)):
             for name in names:
-                self._buffer((place.where, place.index, kind, launch.node), name, buffers.get(name))
                 told.add(name)
+                if name in sinks and name not in buffers:
+                    self._buffer((place.where, place.index, kind, launch.node), name, sinks[name].clone())
+                else:  # None for running estimates, which are told below
+                    self._buffer((place.where, place.index, kind, launch.node), name, buffers.get(name))
         if launch.op == "norm statistics":
             norm = place.weights.norms[launch.node]
             for name in ("running_mean", "running_var"):

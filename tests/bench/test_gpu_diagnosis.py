@@ -20,12 +20,13 @@ from bench.gpu_run.steps import METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
-from fastensdistill.engine import evaluation, fused, graph, trained
+from fastensdistill.engine import evaluation, fused, graph, passes, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.master import descend
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.kernels import tiles, triton_utils
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.tiles import Tile, changed_tiles
@@ -410,6 +411,11 @@ def unmoved(x, *arguments, **options):
     return perturb_step(x, *arguments, **options) if oracle() else x.clone()
 
 
+def lost(x, d, out=None, **options):
+    gradient = conv_weight_gradient(x, d, out=out, **options)
+    return gradient if oracle() else gradient.zero_()
+
+
 def oracle() -> bool:
     return () in triton_utils._references
 
@@ -418,6 +424,9 @@ WALKED = {
     "stale weights": (Trained, "write", stale, {"pass": "distillation, forward", "op": "weights", "node": "stem"}),
     "sign of the seed": (fused, "distillation_loss", turned, {"pass": "distillation, backward", "op": "given",
                                                               "buffer": "classifier.grad"}),
+    "a gradient that is not where it is read": (passes, "conv_weight_gradient", lost, {
+        "pass": "distillation, backward", "op": "weight gradient", "node": "groups.1.0.shortcut",
+    }),
     "no momentum": (trained, "descend", forgetful, {"pass": "update", "buffer": "parameters"}),
     "no perturbation": (evaluation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
                                                               "buffer": "perturbation of the images"}),
