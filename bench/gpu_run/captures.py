@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.gpu_run.context import Context
 from bench.gpu_run.launches import reason_of, spoils_context
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced
+from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced, without_search
 from bench.gpu_run.steps import build, differing, places, refusal, run_steps
 from bench.launches import named
 from bench.setting import Setting, batches, drawn_pairs
@@ -33,6 +33,7 @@ STATE = (  # of ``Master.state``, in its order
 Tensors = dict[str, Tensor]
 
 
+@without_search()
 def diagnose_capture(context: Context, setting: Setting) -> Row:
     """Find what helps and where it differs; the record, with ``differs_in`` empty where nothing does."""
     remedies = replace(Remedies.load(context.out / NAME), capture=Capture())

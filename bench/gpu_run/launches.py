@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row as Recorded
-from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of
+from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of, without_search
 from bench.launches import Expected, Prepared, errors, expected, prepare, written
 from bench.setting import Setting
 from fastensdistill.engine.dispatch import OPS, Dispatch, Row, shape_of
@@ -56,6 +56,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
 
 
+@without_search()
 @torch.no_grad()
 def check_launches(context: Context, setting: Setting, warps: int | None = None) -> Recorded:
     """Check all distinct launches of ``setting`` that this stage has not done yet; the record of the totals.

@@ -19,7 +19,7 @@ from bench.gpu_run.context import Context
 from bench.gpu_run.faults import StandInGraphs
 from bench.gpu_run.launches import reason_of, spoils_context
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies
+from bench.gpu_run.remedies import NAME, Capture, Remedies, without_search
 from bench.setting import Setting, batches, make
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.teach import FusedTeachStep
@@ -29,6 +29,7 @@ STEPS = 4  # so that the pair changes inside the captured graph
 REFUSED = "the step could not be captured"  # how ``engine.graph`` begins its warning
 
 
+@without_search()
 def check_step(context: Context) -> bool:
     """Both checks for every method that this stage has not done yet; whether all is right."""
     remedies = Remedies.load(context.out / NAME)

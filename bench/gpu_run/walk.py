@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.contenders import Engine
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies
+from bench.gpu_run.remedies import NAME, Capture, Remedies, without_search
 from bench.gpu_run.steps import build, places
 from bench.launches import distance, named
 from bench.setting import Setting, batches, drawn_pairs
@@ -34,6 +34,7 @@ Key = tuple[str, int, str, str, str]  # pass, index, op, node, buffer
 Sink = Callable[[Key, Tensor], None]
 
 
+@without_search()
 @torch.no_grad()
 def walk(context: Context, setting: Setting) -> Row:
     """Compare a step of ``setting``; the record of the first wrong buffer, ``nothing found`` where there is none."""

@@ -370,6 +370,26 @@ def test_a_wrong_step_is_seen(here, monkeypatch, fault, wrong, captured):
     assert ("not permitted" in replay["capture_error"]) == (not captured)
 
 
+@pytest.mark.parametrize("check", ["launches", "step", "walk", "captures"])
+def test_cudnn_searches_nothing_in_a_diagnosis(here, monkeypatch, check):
+    """A stage that times has it search."""
+
+    def look(*_, **__):
+        raise ValueError(f"searching: {torch.backends.cudnn.benchmark}")
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(launches, "prepare", look)
+    monkeypatch.setattr(captures, "run_steps", look)
+    monkeypatch.setattr("bench.gpu_run.walk.build", look)
+    monkeypatch.setattr("bench.gpu_run.steps.Remedies.load", look)
+    run = {"launches": check_launches, "walk": walk, "captures": diagnose_capture, "step": lambda c, _: check_step(c)}
+    if check != "step":
+        monkeypatch.setattr("bench.gpu_run.remedies.Remedies.load", lambda _: Remedies())
+    with pytest.raises(ValueError, match="searching: False"):
+        run[check](here, SETTING)
+    assert torch.backends.cudnn.benchmark
+
+
 def test_a_step_that_raises_is_recorded(here, monkeypatch):
     monkeypatch.setattr(steps, "METHODS", ("kd",))
     monkeypatch.setattr(steps, "run_steps", lambda *_, **__: 1 / 0)
