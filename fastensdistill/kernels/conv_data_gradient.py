@@ -17,7 +17,7 @@ from torch.nn import grad as nn_grad
 
 from fastensdistill.errors import unknown
 from fastensdistill.kernels.elementwise_gradient import check_epilogue, gradient_epilogue, gradient_sums
-from fastensdistill.kernels.gather import gather_product, load_bits, load_spread
+from fastensdistill.kernels.gather import column_halves, gather_product, load_bits, load_spread
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
@@ -194,34 +194,105 @@ def conv_data_gradient_kernel(
 
     i_h = i_h * STRIDE + first_row
     i_w = i_w * STRIDE + first_column
-    o_position = (image * H + i_h) * W + i_w
-    o_group = i_g * N * (H * W)
-    o_out = o_position[:, None] * C + o_n[None, :]
-    m_out = m_m[:, None] & m_n[None, :]
+    i_partial = i_class * (n_partials // (STRIDE * STRIDE)) + i_m
+    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
+    if p_scale is not None:
+        p_scale += i_slot * s_scale
+    if p_z is not None:
+        p_mean += i_slot * s_mean
+        p_inv_std += i_slot * s_mean
+        p_statistics += (i_g * n_partials + i_partial) * (2 * C)
+        p_z += i_g * N * (H * W * C)
     if p_residual is not None:
         p_residual += i_g * N * (HR * WR * CR)
-        b_residual = load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
-        if RESIDUAL_FIRST:
-            acc += b_residual
     if p_mask is not None:
-        p_bits = p_mask + o_group * ((C + 7) // 8)
-        b_open = load_bits(p_bits, o_position, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N)
-        acc = tl.where(b_open, acc, 0.0)
+        p_mask += i_g * N * (H * W) * ((C + 7) // 8)
+    p_out += i_g * N * (H * W * C)
+    # 64 columns at a time: with 128 the two sums took 220 registers, and one program a multiprocessor was left
+    for i_half in tl.static_range(BLOCK_N // HALF):
+        if HALF < BLOCK_N:
+            left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+            b_half = right if i_half else left
+        else:
+            b_half = acc
+        _finish(
+            b_half,
+            p_residual,
+            p_mask,
+            p_scale,
+            p_z,
+            p_mean,
+            p_inv_std,
+            p_out,
+            p_statistics,
+            image,
+            i_h,
+            i_w,
+            m_m,
+            i_n * BLOCK_N + i_half * HALF,
+            H,
+            W,
+            C,
+            HR,
+            WR,
+            CR,
+            RESIDUAL_STRIDE,
+            RESIDUAL_FIRST,
+            BLOCK_M,
+            HALF,
+        )
+
+
+@triton.jit
+def _finish(
+    acc,
+    p_residual,
+    p_mask,
+    p_scale,
+    p_z,
+    p_mean,
+    p_inv_std,
+    p_out,
+    p_statistics,
+    image,
+    i_h,
+    i_w,
+    m_m,
+    i_first,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    HR: tl.constexpr,
+    WR: tl.constexpr,
+    CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What follows ``acc``, channels from ``i_first``; ``p_statistics`` is the program's, the others the group's."""
+    o_n = i_first + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    o_position = (image * H + i_h) * W + i_w
+    o_out = o_position[:, None] * C + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if p_residual is not None and RESIDUAL_FIRST:
+        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
+    if p_mask is not None:
+        acc = tl.where(load_bits(p_mask, o_position, m_m, i_first, C, BLOCK_M, BLOCK_N), acc, 0.0)
     if p_scale is not None:
-        acc *= tl.load(p_scale + i_slot * s_scale + o_n, mask=m_n, other=0.0)[None, :]
+        acc *= tl.load(p_scale + o_n, mask=m_n, other=0.0)[None, :]
     if p_residual is not None and not RESIDUAL_FIRST:
-        acc += b_residual
+        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
     b_out = acc.to(p_out.dtype.element_ty)
-    tl.store(p_out + o_group * C + o_out, b_out, mask=m_out)
+    tl.store(p_out + o_out, b_out, mask=m_out)
     if p_z is not None:
         b_d = tl.where(m_out, b_out.to(tl.float32), 0.0)
-        b_mean = tl.load(p_mean + i_slot * s_mean + o_n, mask=m_n, other=0.0)
-        b_inv = tl.load(p_inv_std + i_slot * s_mean + o_n, mask=m_n, other=0.0)
-        b_z = tl.load(p_z + o_group * C + o_out, mask=m_out, other=0.0).to(tl.float32)
-        b_hat = (b_z - b_mean[None, :]) * b_inv[None, :]
-        i_partial = i_class * (n_partials // (STRIDE * STRIDE)) + i_m
-        p_statistics += (i_g * n_partials + i_partial) * (2 * C)
         tl.store(p_statistics + o_n, tl.sum(b_d, 0), mask=m_n)
+        b_mean = tl.load(p_mean + o_n, mask=m_n, other=0.0)
+        b_inv = tl.load(p_inv_std + o_n, mask=m_n, other=0.0)
+        b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_hat = (b_z - b_mean[None, :]) * b_inv[None, :]
         tl.store(p_statistics + C + o_n, tl.sum(b_d * b_hat, 0), mask=m_n)
 
 

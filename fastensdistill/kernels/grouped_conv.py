@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
-from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
+from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch, row_depth
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
     absent,
@@ -278,7 +278,10 @@ def _launch(
     groups, (_, images, height, width, channels) = slots.shape[0], x.shape
     z, activated, bits, statistics = _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding)
     tile = _tile(x, weight)
-    row_taps = kernel > 1 and kernel * channels <= 32
+    row_taps = kernel > 1 and kernel * channels <= row_depth(device_arch(x), weight.element_size())
+    if kernel == 1 and channels <= tile.BLOCK_K and mask and next_scale is not None:
+        # one step, which the compiler unrolls into the epilogue: 16 spills within 128 registers (64 → 128 channels)
+        tile = tile._replace(maxnreg=None, programs=0)
     rows = -(-images * z.shape[2] * z.shape[3] // tile.BLOCK_M)
     launch(
         grouped_conv_kernel,
@@ -321,7 +324,7 @@ def _launch(
         RELU=relu,
         ROW_TAPS=row_taps,
         PRECISION=precision,
-        BLOCK_K=(16 if kernel * channels <= 16 else 32) if row_taps else tile.BLOCK_K,
+        BLOCK_K=max(16, triton.next_power_of_2(kernel * channels)) if row_taps else tile.BLOCK_K,
     )
     return z, activated, bits, statistics
 

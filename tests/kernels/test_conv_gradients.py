@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from fastensdistill.errors import InputError
+from fastensdistill.kernels import conv_data_gradient as data_gradient
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv_reference
+from fastensdistill.kernels.tiles import Tile
 from fastensdistill.kernels.triton_utils import pack_mask
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, values
@@ -113,3 +115,12 @@ def test_refusals():
     huge = torch.empty(1, 2**15, 32, 32, 64, device="meta")
     with pytest.raises(InputError, match="elements in one group"):
         conv_weight_gradient(huge, huge, **case.shape)
+
+
+@pytest.mark.parametrize("epilogue", list(_epilogues(CASES[0])))
+def test_data_gradient_in_two_halves(epilogue, monkeypatch):
+    """A tile of 128 columns, as GPUs have, whose epilogue takes one half of them after the other."""
+    case = CASES[2]._replace(channels=72, images=2)
+    monkeypatch.setattr(data_gradient, "_tile", lambda d, weight: Tile(32, 128, 16, 4, 1, "two halves"))
+    size = {"in_size": (case.height, case.width), **case.shape}
+    check_op(conv_data_gradient, *_data(case), **size, **_epilogues(case)[epilogue], tolerance=TOLERANCE[case.dtype])
