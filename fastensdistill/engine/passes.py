@@ -166,14 +166,17 @@ class _Run:
         if sums := self.find(launch, "sums"):
             options |= {"z": self.read(self.nodes[sums.arg].inputs[0]), **self.statistics(sums.arg)}
         d = self.read(launch.reads[0])
+        in_size, geometry = (node.in_shape[1], node.in_shape[2]), self.geometry(node)
+        if any(step.stride > 1 for step in launch.steps("store")):  # of a 1x1 convolution, where it is not 0
+            in_size, geometry = (d.shape[2], d.shape[3]), {"kernel": 1}
         result = self.implement(self.part, launch, conv_data_gradient)(
             d,
             self.weights.layers[launch.node].gradient,
             self.slots,
-            in_size=(node.in_shape[1], node.in_shape[2]),
+            in_size=in_size,
             out_dtype=accumulator(d.dtype) if "input.grad" in launch.writes else d.dtype,
             precision=self.precision,
-            **self.geometry(node),
+            **geometry,
             **options,
         )
         self.write(launch.steps("store"), result.d)

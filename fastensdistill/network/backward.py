@@ -139,9 +139,12 @@ class Backward(Builder):
                 steps.append(waiting.pop())
                 fusions = after(fusions, "add")
             if self.missing[value] or waiting:
-                name = self.image_buffer(f"{value}.grad{len(waiting)}", value)
-                steps.append(Step("store", name))
-                waiting.append(Step("add", name))
+                stride = 1 if steps else self.grid(op, node)
+                C, H, W = self.network.by_name[value].shape
+                shape = (self.part.batch, -(-H // stride), -(-W // stride), C)
+                name = self.buffer(f"{value}.grad{len(waiting)}", shape)
+                steps.append(Step("store", name, stride))
+                waiting.append(Step("add", name, stride))
                 if not self.missing[value]:
                     self.unfinished.append(value)
                 break
@@ -170,6 +173,19 @@ class Backward(Builder):
         self.launch(op, node.name, reads, writes, steps, prologue, macs, weights)
         while self.unfinished:
             self.add_up(self.unfinished.pop())
+
+    def grid(self, op: str, node: Node) -> int:
+        """The stride at which a gradient that waits may be stored: a 1x1 convolution's is 0 between those positions.
+
+        Only where a reader is still to come whose own gradient has a value at every position to add it to, and in
+        evaluation mode: the gradient of a training-mode BatchNorm adds whole ones only.
+        """
+        if op != "conv gradient" or not isinstance(node, Conv) or node.kernel > 1 or node.padding or self.part.training:
+            return 1
+        later = self.network.nodes[: self.network.nodes.index(node)]
+        readers = (user for user in self.network.consumers[node.inputs[0]] if user in later)
+        strided = (isinstance(user, Pad) or (isinstance(user, Conv) and user.kernel < user.stride) for user in readers)
+        return 1 if all(strided) else node.stride
 
     def complete(self, value: str) -> Step:
         """Store the whole gradient of ``value``."""

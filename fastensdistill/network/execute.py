@@ -169,7 +169,9 @@ class _Run:
         results = []
         for d, (weight, _) in zip(self.read(launch.reads[0]), self.weights(launch), strict=True):
             size = [len(d), *node.in_shape]
-            if isinstance(node, Conv):
+            if any(step.stride > 1 for step in launch.steps("store")):  # of a 1x1 convolution, where it is not 0
+                results.append(F.conv_transpose2d(d, weight))
+            elif isinstance(node, Conv):
                 results.append(conv2d_input(size, weight, d, node.stride, node.padding))
             else:
                 results.append((d.flatten(1) @ weight).view(size))

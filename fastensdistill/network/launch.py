@@ -11,7 +11,8 @@ transforms the input as it is read, the epilogue the result before and while it 
               relu, scale_shift, batch_norm  as above
               mask BUFFER                    keep a gradient where the forward pass's ReLU was open
               scale NORM                     times an evaluation-mode BatchNorm's scale, or 1 / std of the image
-              store BUFFER, bits BUFFER      write the value; write one bit per value, whether it is positive
+              store BUFFER [every S]         write the value; only every S-th position, the others being 0 (gradients)
+              bits BUFFER                    write one bit per value, whether it is positive
               sums NORM                      per-channel sums which that BatchNorm needs next
 """
 

@@ -114,6 +114,20 @@ def test_a_preactivation_block():
     assert "stem" not in steps
 
 
+def test_a_strided_shortcuts_gradient_is_stored_where_it_is_not_zero():
+    """In evaluation mode; a training-mode BatchNorm's gradient adds whole ones only."""
+    net = trace(create_model("wrn28_4", 10), (3, 32, 32))
+    plans, value = plan_step(net, net, 2, 2, 4), "groups.0.3.add"
+    part = plans["perturbation, input gradient"].parts[0]
+    steps = epilogues(part, "conv gradient")
+    assert steps["groups.1.0.shortcut"] == [f"store {value}.grad0 every 2"]
+    assert f"add {value}.grad0 every 2" in steps["groups.1.0.conv1"]
+    assert part.buffers[f"{value}.grad0"].shape == (4, 16, 16, 64)
+    part = plans["distillation, backward"].parts[0]
+    assert epilogues(part, "conv gradient")["groups.1.0.shortcut"] == [f"store {value}.grad0"]
+    assert part.buffers[f"{value}.grad0"].shape == (4, 32, 32, 64)
+
+
 def test_a_padded_shortcut_is_read_in_place():
     net = trace(models.resnet(), (3, 8, 8))
     plans = plan_step(net, net, 2, 2, 4)
