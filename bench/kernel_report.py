@@ -117,7 +117,7 @@ def key(launch: triton_utils.Launch) -> str:
     return repr((launch.kernel.__name__, _signature(launch), launch.num_warps, launch.num_stages, launch.maxnreg))
 
 
-def _describe(launch: triton_utils.Launch) -> str:
+def describe(launch: triton_utils.Launch) -> str:
     """The launch in a few words: shape, then what is fused."""
     a = launch.arguments
     words = []
@@ -158,7 +158,7 @@ def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
     a = launch.arguments
     return {
         "kernel": launch.kernel.__name__,
-        "launch": _describe(launch),
+        "launch": describe(launch),
         "arch": arch,
         "tile": [a.get(block) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")],
         "warps": launch.num_warps,

@@ -1,9 +1,9 @@
 """What a plan's launches do on the device, read off the engine itself, and what each kernel should take: a model.
 
-The ops are run with their kernels recorded instead of launched, for sm_90: grids, tiles, splits and the number of nodes
-are the engine's own, so that a change of theirs moves the model. Arithmetic and traffic are the plan's; what the plan
-leaves out (partial sums, coefficients, copies) is counted by the tensors that are passed. The programs that fit a
-multiprocessor are those of ``bench/results/kernel_report.json``.
+The ops are run on the meta device with their kernels recorded instead of launched, for sm_90: grids, tiles, splits and
+the number of nodes are the engine's own, so that a change of theirs moves the model. Arithmetic and traffic are the
+plan's; what the plan leaves out (partial sums, coefficients) is counted by the tensors that are passed. The programs
+that fit a multiprocessor are those that the tile states, else those of ``bench/results/kernel_report.json``.
 
 A kernel takes the larger of its product and its traffic through memory. A product takes the largest of its arithmetic,
 of what its programs load through L2 and of its steps, and longer where programs do not fill the multiprocessors. The
@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import kernel_report
 from bench.common import RESULTS
-from bench.setting import Setting
+from bench.setting import METHODS, Setting
+from fastensdistill.engine.graph_nodes import GraphNodes, count_step
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.extension import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import Group, Launch, Part
@@ -35,14 +38,16 @@ from fastensdistill.network.plan import plan
 
 HELD = 0.85  # of the memory's rate, by kernels that do little else
 MULTIPROCESSORS = 132  # of an H100 and of an H200
-L2 = 6.6e12  # bytes a second into all of them together, 50 GB into one, which no kernel exceeds; 5.5 to 7.0 are likely
+# Bytes a second from L2 into all of them together, 50 GB into one, which no kernel exceeds: three quarters of 5,120 a
+# clock at 1.7 GHz; 5.5 to 7.0 are likely. A tile of 128 x 64 then multiplies at 281 TFLOP/s at most.
+L2 = 6.6e12
 ALONE = 0.75  # of that, where one program is all that a multiprocessor holds: it waits or stores a quarter of the time
-STEP = 0.11e-6  # seconds of a multiprocessor that a step of a program takes at least: addresses, masks, a barrier
+STEP = 0.11e-6  # seconds of a multiprocessor for a step of a program: 4 warps of about 180 instructions, 4 a clock
+LEAST = 1.5e-6  # seconds of a kernel that does next to nothing: it starts, waits for memory twice and stores
 GAP = 1.2e-6  # seconds between two nodes of the captured graph, each of which depends on the one before
-TRANSPOSED = 0.2  # of the memory's rate, by a copy that also transposes
-OTHER_NODES = 25  # nodes outside the plan's parts: weights packed, seed, ascent, loss, un-fold, update
 REDUCTIONS = ("batch_norm_statistics_kernel", "batch_norm_coefficients_kernel")
-STATISTICS, COPIES, WEIGHTS = "norm statistics", "copies of gradients", "weights and update"
+ADD_ROWS = "add_rows_kernel"  # of a weight gradient's splits, else of BatchNorm's sums
+STATISTICS, WEIGHTS = "norm statistics", "weights and update"
 
 
 @dataclass(frozen=True)
@@ -88,32 +93,51 @@ class Kernel:
         if self.rate:
             product = min(product, self.flops / min(gpu.flops, self.rate))
         few = min(1, self.programs / MULTIPROCESSORS)
-        return max(product, self.nbytes / min(HELD * gpu.bandwidth, L2 * few))
+        return max(product, self.nbytes / min(HELD * gpu.bandwidth, L2 * few), LEAST)
 
 
 Kernels = tuple[Kernel, ...]  # of one launch, first the one that does what the plan describes
 
 
+class OnMeta(TorchDispatchMode):
+    """Within, the project's ops take their launchers on meta tensors too, so that their launches can be recorded."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = PORTABLE.get(func.overloadpacket.__name__) if func.namespace == "fastensdistill" else None
+        if own is None:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return own(*args, **(kwargs or {}))
+
+
 @functools.cache
 def reported() -> dict[tuple[Any, ...], int]:
-    """Kernel, shape and fusions, tile, warps and stages → programs that fit a multiprocessor, as compiled for sm_90."""
-    rows = json.loads((RESULTS / "kernel_report.json").read_text())["rows"]
-    return {
-        (r["kernel"], r["launch"], *r["tile"], r["warps"], r["stages"]): r["occupancy"] for r in rows if r["arch"] == 90
-    }
+    """Kernel, shape and fusions, tile, warps, stages, registers → programs that fit a multiprocessor, compiled for
+    sm_90; the fewest of kernels alike.
+    """
+    found: dict[tuple[Any, ...], int] = {}
+    for row in json.loads((RESULTS / "kernel_report.json").read_text())["rows"]:
+        if row["arch"] == 90:
+            key = row["kernel"], row["launch"], *row["tile"], row["warps"], row["stages"], row.get("maxnreg")
+            found[key] = min(row["occupancy"], found.get(key, 32))
+    return found
 
 
 def occupancy(recorded: triton_utils.Launch) -> int:
-    """As reported; elsewhere by its stages in shared memory, and by registers as in the report's like kernels."""
+    """As the tile states it, else as reported, else by its stages in shared memory and by the registers of the report's
+    like kernels.
+    """
+    if recorded.programs:
+        return recorded.programs
     a, name = recorded.arguments, recorded.kernel.__name__
     tile = [a.get(block) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
-    key = name, kernel_report._describe(recorded), *tile, recorded.num_warps, recorded.num_stages
+    key = name, kernel_report.describe(recorded), *tile, recorded.num_warps, recorded.num_stages, recorded.maxnreg
     if key in reported():
         return reported()[key]
     M, N, K = (int(size or 0) for size in tile)
     accumulators = M * N // (32 * recorded.num_warps) if K else 0
     sums = isinstance(a.get("p_mean"), Tensor) or isinstance(a.get("p_center"), Tensor)
-    registers = min(255, 80 + int(accumulators * (2.5 if sums and "gradient" in name else 0.75)))
+    registers = min(recorded.maxnreg or 255, 80 + int(accumulators * (2.5 if sums and "gradient" in name else 0.75)))
     shared = 2 * recorded.num_stages * (M + N) * K
     return max(1, kernel_report.occupancy(90, registers, shared, recorded.num_warps))
 
@@ -123,8 +147,9 @@ def kernel(recorded: triton_utils.Launch, launch: Launch, part: Part) -> Kernel:
     a, name, programs = recorded.arguments, recorded.kernel.__name__, prod(recorded.grid)
     M, N, K = (a.get(block) or 0 for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     sizes = {key: value.numel() * value.element_size() for key, value in a.items() if isinstance(value, Tensor)}
+    statistics = name in REDUCTIONS or (name == ADD_ROWS and launch.op != "weight gradient")
     found = Kernel(
-        STATISTICS if name in REDUCTIONS else launch.op, launch, part.network.by_name[launch.node], len(part.groups),
+        STATISTICS if statistics else launch.op, launch, part.network.by_name[launch.node], len(part.groups),
         name, programs, occupancy(recorded), (M, N), nbytes=sum(sizes.values()),
     )  # fmt: skip
     if not ("KERNEL" in a and "CO" in a):
@@ -147,15 +172,8 @@ def kernel(recorded: triton_utils.Launch, launch: Launch, part: Part) -> Kernel:
 def record(
     network: Network, groups: tuple[Group, ...], batch: int, launches: tuple[Launch, ...]
 ) -> tuple[Kernels, ...]:
-    """Of each launch of a part, in order. For a backward part a forward pass is planned, whose results it reads.
-
-    Tensors of the batch's size are allocated, but never touched.
-    """
+    """Of each launch of a part, in order. For a backward part a forward pass is planned, whose results it reads."""
     part, count = Part("", network, groups, batch, list(launches)), len(groups)
-    weights, slots = Weights(part, count, torch.bfloat16), torch.arange(count, dtype=torch.int32)
-    C, H, W = network.nodes[0].shape
-    buffers: dict[str, Any] = {"input": torch.empty(1, batch, H, W, C)}
-    parameters = {f"{name}.grad" for node in network.nodes for name in node.parameters}
     found: list[Kernels] = []
 
     def after(launch: Launch) -> None:
@@ -166,12 +184,12 @@ def record(
         if first.op != STATISTICS:
             partial = first.nbytes if launch.op == "weight gradient" and kernels else 0.0
             first = replace(first, flops=float(launch.flops), nbytes=launch.nbytes + partial)
-        for gradient in (buffers[name] for name in launch.writes if name in parameters):
-            share = 1.0 if gradient.is_contiguous() else TRANSPOSED
-            kernels.append(Kernel(COPIES, launch, node, count, nbytes=8 * gradient.numel() / share))
         found.append((first, *kernels))
 
-    with assume_arch(90), triton_utils.record_launches() as recorded:
+    with torch.device("meta"), assume_arch(90), triton_utils.record_launches() as recorded, OnMeta():
+        weights, slots = Weights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
+        C, H, W = network.nodes[0].shape
+        buffers: dict[str, Any] = {"input": torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":
             (forward,) = plan([network], [replace(group, network=0) for group in groups], "forward", batch).parts
             run_part(forward, weights, slots, buffers)
@@ -187,12 +205,23 @@ def kernels(part: Part) -> tuple[Kernels, ...]:
     return record(part.network, part.groups, part.batch, tuple(part.launches))
 
 
+@functools.cache
+def nodes(network: str, method: str, batch: int, members: int, branches: int) -> GraphNodes:
+    """Of a step's captured graph."""
+    student, perturbation = METHODS[method]
+    return count_step(network, members, branches, batch, student=student, perturbation=perturbation)
+
+
 def beside(setting: Setting) -> Kernels:
-    """What no part launches. Per weight, a branch has it packed for two passes, both ways, and un-folds its gradient;
-    the update reads and writes weight, momentum and gradient.
+    """What no part launches: weights packed, seeds, ascent, loss, un-fold, update; and PyTorch's operations.
+
+    Per weight, a branch has it packed for two passes, both ways, and un-folds its gradient; the update reads and writes
+    weight, momentum and gradient.
     """
     part = next(part for part in setting.parts if part.training)
     convs = [node for node in part.network.nodes if isinstance(node, Conv)]
     numbers = sum(node.shape[0] * node.in_shape[0] * node.kernel**2 for node in convs)
     one = Kernel(WEIGHTS, part.launches[0], Node("", (), (0, 0, 0)), len(part.groups))
-    return replace(one, nbytes=numbers * (12.0 * len(part.groups) + 32)), *[one] * (OTHER_NODES - 1)
+    every = nodes(setting.network, setting.method, setting.batch, setting.members, setting.k).total
+    rest = every - sum(len(found) for part in setting.parts for found in kernels(part))
+    return replace(one, nbytes=numbers * (12.0 * len(part.groups) + 32)), *[one] * (rest - 1)

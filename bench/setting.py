@@ -74,7 +74,8 @@ class Setting:
     @cached_property
     def parts(self) -> list[Part]:
         """The step's plan."""
-        network = trace(self.build(), (3, self.size, self.size))
+        with torch.device("meta"):  # a network's initial values take as long as all the rest
+            network = trace(self.build(), (3, self.size, self.size))
         if self.method == "teach":
             passes = [plan([network], groups, way, self.batch) for groups, way in teach_groups(self.members).values()]
         else:

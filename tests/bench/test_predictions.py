@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import predictions, recorded
-from bench.predictions import CHANGES, TODAY, breakdown, costs, predicted, predicted_launch, seconds
-from bench.recorded import COPIES, GAP, L2, beside, kernels
+from bench.predictions import CHANGES, CHEAP, TODAY, breakdown, costs, predicted, predicted_launch, seconds
+from bench.recorded import GAP, L2, LEAST, beside, kernels, occupancy
 from bench.setting import Setting
+from fastensdistill.engine.graph_nodes import count_step
 from fastensdistill.kernels import conv_weight_gradient
+from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.tiles import assume_arch, weight_gradient_split
+from fastensdistill.kernels.triton_utils import record_launches
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.nodes import Conv
 
@@ -37,20 +43,51 @@ def test_rates_of_the_cards_are_the_measured_ones():
 
 
 def test_convolutions_of_wrn28_4_by_hand(wide):
-    # (rows + columns) · 2 bytes are loaded for 2 · rows · columns FLOP: 128 x 64 have 42.7 a byte, 281 TFLOP/s at most
+    # (rows + columns) · 2 bytes are loaded for 2 · rows · columns FLOP: 128 x 64 have 42.7 a byte, 281 TFLOP/s at most.
+    # A weight gradient's nine taps of 64 channels are five blocks of rows, 115.2 on average.
     flops = 2 * 4 * 512 * 32 * 32 * 64 * 64 * 9
-    for op in ("conv", "weight gradient"):
+    for op, rows in (("conv", 128), ("weight gradient", 115.2)):
         one = of(wide, op, "3x3 s1 64→64 @32")[0][0]
-        M, N = one.tile
+        assert one.tile == (128, 64)
         most = -(-one.programs // 132)
         full = one.programs / (132 * most) * (1 - 0.25 ** min(one.occupancy, most))
         assert one.flops == flops
-        assert one.seconds(H100) == pytest.approx(flops / (M * N / (M + N) * L2) / full, rel=0.01), op
+        assert one.seconds(H100) == pytest.approx(flops / (rows * 64 / (rows + 64) * L2) / full, rel=0.01), op
         assert flops / one.seconds(H100) < 282e12
-    # 4 x 4096 programs leave two sums of 64 channels each, which a few programs read at 50 GB/s
-    sums = [ks[0] for ks in wide if ks[0].name == recorded.REDUCTIONS[0] and ks[0].layer == "64 channels @32"]
-    assert sums[0].nbytes == pytest.approx(4 * 4096 * 2 * 64 * 4, rel=1e-3)
-    assert sums[0].seconds(H100) == pytest.approx(sums[0].nbytes / (min(132, sums[0].programs) * 50e9))
+    # 4 x 4096 programs leave two sums of 64 channels each: 1024 rows are made of them by 256 programs at the memory's
+    # rate, and those are read by 8 at 50 GB/s each, which takes less than any kernel does
+    rows = 2 * 64 * 4
+    added, last = next(ks for ks in wide if ks[0].op == recorded.STATISTICS and ks[0].layer == "64 channels @32")
+    assert (added.name, added.programs, added.nbytes) == (recorded.ADD_ROWS, 256, (4 * 4096 + 1024) * rows)
+    assert added.seconds(H100) == pytest.approx(added.nbytes / (0.85 * 3e12))
+    assert (last.name, last.programs) == (recorded.REDUCTIONS[0], 8)
+    assert last.nbytes == pytest.approx(1024 * rows, rel=0.01)
+    assert last.seconds(H100) == LEAST > last.nbytes / (8 * 50e9)
+
+
+def test_its_nodes_are_those_of_the_captured_step():
+    counted = count_step("wrn28_1", 4, 4, 32)
+    found = Counter(k.name for part in SMALL.parts for ks in kernels(part) for k in ks)
+    assert found == {name: counted.triton[name] for name in found}
+    assert {"grouped_conv_kernel", "conv_weight_gradient_kernel", recorded.ADD_ROWS, *recorded.REDUCTIONS} <= {*found}
+    assert len(costs(SMALL, TODAY, H100)) == counted.total
+
+
+def test_programs_of_a_multiprocessor():
+    """Stated by the tile, else reported, else by registers, which a limit bounds."""
+    x, weight = torch.empty(1, 8, 32, 32, 64, dtype=torch.bfloat16), torch.empty(1, 9, 64, 64, dtype=torch.bfloat16)
+    with assume_arch(90), record_launches() as launches:
+        grouped_conv(x, weight, torch.zeros(1, dtype=torch.int32), kernel=3, padding=1)
+    one = launches[0]._replace(programs=0, maxnreg=None)
+    assert occupancy(one._replace(programs=5)) == 5
+    reported = recorded.reported()
+    key = next(key for key in reported if key[:2] == ("grouped_conv_kernel", "3x3 s1 64→64 @32 center"))
+    named = one._replace(arguments=one.arguments | {"p_center": torch.empty(0)}, maxnreg=key[-1])
+    assert occupancy(named) == reported[key]
+    odd = {"H": 31}  # of no network
+    wide = one._replace(arguments=one.arguments | odd | {"BLOCK_N": 128}, num_stages=1)
+    assert occupancy(wide) == 65536 // (128 * 176)
+    assert occupancy(wide._replace(maxnreg=128)) == 4
 
 
 def test_no_kernel_exceeds_its_ceilings(wide):
@@ -73,33 +110,41 @@ def test_a_breakdown_is_the_whole_step():
         assert rows[-1]["name"] == "gaps"
         assert rows[-1]["nodes"] == sum(row["nodes"] for row in rows[:-1])
     launches = sum(predicted_launch(launch, part, H100) for part in SMALL.parts for launch in part.launches)
-    rest = [k for part in SMALL.parts for ks in kernels(part) for k in ks if k.op == COPIES] + [*beside(SMALL)]
-    assert launches / 1e3 + 1e3 * sum(k.seconds(H100) + GAP for k in rest) == pytest.approx(total)
+    assert launches / 1e3 + 1e3 * sum(k.seconds(H100) + GAP for k in beside(SMALL)) == pytest.approx(total)
     assert SMALL.least_time(H100) < total / 1e3
 
 
 def test_it_follows_the_engine(monkeypatch):
     """One split, as nobody would choose: fewer programs than multiprocessors, no sums of splits, a slower step."""
+
+    def forget():
+        recorded.record.cache_clear()
+        recorded.nodes.cache_clear()
+
+    def whole(*shape):
+        split = weight_gradient_split(*shape)
+        return split._replace(steps=split.steps * split.splits, splits=1)
+
     before, recorded_nodes = predicted("wrn28_1", 32, 4, "h100"), len(costs(SMALL, TODAY, H100))
-    monkeypatch.setattr(conv_weight_gradient, "split_steps", lambda arch, blocks, steps, *more: steps)
-    recorded.record.cache_clear()
+    monkeypatch.setattr(conv_weight_gradient, "weight_gradient_split", whole)
+    forget()
     try:
         after, nodes = predicted("wrn28_1", 32, 4, "h100"), len(costs(SMALL, TODAY, H100))
     finally:
-        recorded.record.cache_clear()
+        forget()
     assert nodes < recorded_nodes
     assert after > 1.1 * before
 
 
+def test_cheap_changes_are_what_the_engine_lacks():
+    """One that the engine has makes nothing faster, and is to leave the list."""
+    settings = WIDE, Setting("resnet32", "tdiv-sdiv", 512, 4)
+    for title, alter in CHEAP.items():
+        change = predictions.Change(title, (alter,))
+        assert any(seconds(s, change, H100) < 0.999 * seconds(s, TODAY, H100) for s in settings), title
+
+
 def test_changes_alter_what_they_name(wide):
-    (one, *_) = of(wide, "weight gradient", "3x3 s1 256→256 @8")
-    filled = predictions.whole_waves(one)
-    assert filled[0].programs % (132 * one[0].occupancy) == 0
-    assert filled[0].seconds(H100) <= one[0].seconds(H100)
-    (one, *_) = of(wide, "conv gradient", "1x1 s2 64→128 @32")
-    zeros = predictions.no_zeros(one[0])
-    stored = 2 * one[0].groups * 512 * 32 * 32 * 64
-    assert one[0].nbytes - zeros.nbytes == pytest.approx(2 * 0.75 * stored)
     (one, *_) = of(wide, "conv", "3x3 s1 256→256 @8")
     alone, *passes = predictions.vendor(one)
     assert len(passes) >= one[0].groups - 1
@@ -116,13 +161,14 @@ def test_every_change_has_a_row(capsys):
     assert rows[0]["ratio"] == 1
     assert rows[0]["ms"] == pytest.approx(predicted("wrn28_1", 32, 4, "h100"))
     by_title = {row["change"]: row["ms"] for row in rows}
-    assert by_title["all of these"] < min(row["ms"] for row in rows[1 : 1 + len(predictions.CHEAP)])
+    if len(CHEAP) > 1:
+        assert by_title["all of these"] <= min(by_title[title] for title in CHEAP)
     assert min(by_title.values()) == rows[-1]["ms"]
     faster = seconds(SMALL, TODAY, GPUS["h200"])
     assert faster < seconds(SMALL, TODAY, H100)
     assert predictions.main(["--networks", "wrn28_1", "--batch", "32"]) == 0
     out = capsys.readouterr().out
-    assert "predicted, not measured" in out
+    assert "predicted, not measured; ±15%" in out
     assert out.count(" as it stands ") == 2
     assert predictions.main(["--networks", "wrn28_1", "--batch", "32", "--gpu", "h100", "--by", "layer"]) == 0
     assert "weight gradient 3x3 s1 64→64 @8" in capsys.readouterr().out
