@@ -40,11 +40,6 @@ COLUMNS = {"network": "network", "gpu": "GPU", "change": "change", "images_per_s
 Alteration = Callable[[Kernels], Kernels]  # of one launch; none are left of a launch that is no longer needed
 
 
-def first(op: str, alter: Callable[[Kernel], Kernel]) -> Alteration:
-    """Of launches of ``op``, the kernel that the plan describes."""
-    return lambda found: (alter(found[0]), *found[1:]) if found[0].op == op else found
-
-
 def images(k: Kernel) -> float:
     """How many a convolution's launch computes, all groups together: the plan counts two FLOPs a multiplication."""
     assert isinstance(k.node, Conv)
@@ -114,20 +109,9 @@ class Change:
 
 
 TODAY = Change("as it stands")
-# What needs no new kernel and the engine does not do: an entry goes when the engine does it
-CHEAP: dict[str, Alteration] = {
-    "data gradients: two programs a multiprocessor":
-        first("conv gradient", lambda k: replace(k, occupancy=max(2, k.occupancy))),
-    "rows of taps up to 64 values":
-        first("conv", lambda k: replace(k, steps=k.steps / 3) if "3x3" in k.layer and " 16→" in k.layer else k),
-    "stride-2 shortcut's gradient without zeros":  # three quarters of twice the output's channels, stored and read
-        first("conv gradient", lambda k: replace(k, nbytes=k.nbytes - 3 * k.flops / k.width * ("1x1 s2" in k.layer))),
-}  # fmt: skip
 WGMMA = halo(HALO_WGMMA, ANY), wgmma_gradient
 CHANGES = (
     TODAY,
-    *(Change(title, (alter,)) for title, alter in CHEAP.items()),
-    *([Change("all of these", tuple(CHEAP.values()))] if len(CHEAP) > 1 else []),
     Change("cuDNN from 128 channels on, what it cannot fuse as passes", (vendor,)),
     Change("halo kernel (mma.sync) up to 32 channels", (halo(HALO, 32),)),
     Change("halo kernel (mma.sync) up to 64 channels", (halo(HALO, 64),)),

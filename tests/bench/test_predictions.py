@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import predictions, recorded
-from bench.predictions import CHANGES, CHEAP, TODAY, breakdown, costs, predicted, predicted_launch, seconds
+from bench.predictions import CHANGES, TODAY, breakdown, costs, predicted, predicted_launch, seconds
 from bench.recorded import GAP, L2, LEAST, beside, kernels, occupancy
 from bench.setting import Setting
 from fastensdistill.engine.graph_nodes import count_step
@@ -38,8 +38,8 @@ def of(wide, op, layer):
 def test_rates_of_the_cards_are_the_measured_ones():
     assert (H100.flops, H100.bandwidth) == (798e12, 3.0e12)
     assert WIDE.flops / H100.flops == pytest.approx(23.87e-3, rel=1e-3)
-    assert WIDE.least_time(H100) == pytest.approx(35.84e-3, rel=1e-3)
-    assert WIDE.least_time(GPUS["h200"]) == pytest.approx(31.16e-3, rel=1e-3)
+    assert WIDE.least_time(H100) == pytest.approx(35.74e-3, rel=1e-3)
+    assert WIDE.least_time(GPUS["h200"]) == pytest.approx(31.10e-3, rel=1e-3)
 
 
 def test_convolutions_of_wrn28_4_by_hand(wide):
@@ -136,14 +136,6 @@ def test_it_follows_the_engine(monkeypatch):
     assert after > 1.1 * before
 
 
-def test_cheap_changes_are_what_the_engine_lacks():
-    """One that the engine has makes nothing faster, and is to leave the list."""
-    settings = WIDE, Setting("resnet32", "tdiv-sdiv", 512, 4)
-    for title, alter in CHEAP.items():
-        change = predictions.Change(title, (alter,))
-        assert any(seconds(s, change, H100) < 0.999 * seconds(s, TODAY, H100) for s in settings), title
-
-
 def test_changes_alter_what_they_name(wide):
     (one, *_) = of(wide, "conv", "3x3 s1 256→256 @8")
     alone, *passes = predictions.vendor(one)
@@ -161,8 +153,6 @@ def test_every_change_has_a_row(capsys):
     assert rows[0]["ratio"] == 1
     assert rows[0]["ms"] == pytest.approx(predicted("wrn28_1", 32, 4, "h100"))
     by_title = {row["change"]: row["ms"] for row in rows}
-    if len(CHEAP) > 1:
-        assert by_title["all of these"] <= min(by_title[title] for title in CHEAP)
     assert min(by_title.values()) == rows[-1]["ms"]
     faster = seconds(SMALL, TODAY, GPUS["h200"])
     assert faster < seconds(SMALL, TODAY, H100)
