@@ -5,9 +5,9 @@
 
 No time here is a measurement. "As it stands" is the model of ``bench.recorded``, which follows the engine by itself; a
 change alters its kernels. What the model assumes of L2, of waiting and of gaps leaves every time a band of ±15 percent,
-±10 ms of WRN-28-4's at batch 512; at the worst of all its assumptions at once it is 26 percent more. With ``--by`` the
-table says instead where the time goes as it stands. ``bench.throughput`` gives the outcome, and ``bench.kernels`` says
-per launch which assumption was wrong.
+±10 ms of WRN-28-4's at batch 512; with all its assumptions at their worst at once it is a quarter more. With ``--by``
+the table says instead where the time goes as it stands. ``bench.throughput`` gives the outcome, and ``bench.kernels``
+says per launch which assumption was wrong.
 """
 
 from __future__ import annotations
