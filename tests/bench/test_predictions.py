@@ -137,6 +137,9 @@ def test_it_follows_the_engine(monkeypatch):
 
 
 def test_changes_alter_what_they_name(wide):
+    one = next(ks for ks in of(wide, "norm gradient", "64 channels @32") if not ks[0].launch.steps("add"))
+    left = predictions.norm_gradient_on_load(one)
+    assert [k.name for k in left] == [recorded.ADD_ROWS, "batch_norm_coefficients_kernel"]
     (one, *_) = of(wide, "conv", "3x3 s1 256→256 @8")
     alone, *passes = predictions.vendor(one)
     assert len(passes) >= one[0].groups - 1
