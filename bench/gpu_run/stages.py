@@ -106,3 +106,10 @@ def stated(stages: Sequence[Stage]) -> float:
             now = max([now, *(ending.get(name, 0.0) for name in stage.after)]) + stage.expected
         ends = max([now, *ending.values()])
     return ends
+
+
+def words(call: str) -> str:
+    """A call's stages with their expected seconds, as the README has them."""
+    always = [stage for stage in of_call(call) if not stage.when]
+    named = ", ".join(f"{s.name} {s.expected:.0f}{' (meanwhile)' if s.background else ''}" for s in always)
+    return f"{call}, {stated(always):.0f} of {CALLS[call]}: {named}."
