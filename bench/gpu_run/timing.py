@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import torch
 
 from bench import contenders, kernels, throughput
-from bench.common import interleave, quantile, spread, synchronize
+from bench.common import brief, interleave, quantile, spread, synchronize
 from bench.contenders import CONTENDERS, fused_engine, how
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row, read
@@ -55,12 +55,22 @@ def roof_of(context: Context) -> Gpu:
     return GPUS["h100"]
 
 
-def expected_ms(setting: Setting, name: str) -> float | None:
+def expected_ms(context: Context, setting: Setting) -> float | None:
     """The step as predicted for this card before anything was measured."""
+    name = roof_of(context).name
     card = "h200" if "H200" in name else "h100" if "H100" in name else None
-    if card is None or setting.method != "tdiv-sdiv":
+    if card is None or context.rehearse or setting.method != "tdiv-sdiv":
         return None
-    return predicted(setting.network, setting.batch, setting.members, card)
+    return unless_it_raises(context, lambda: predicted(setting.network, setting.batch, setting.members, card))
+
+
+def unless_it_raises(context: Context, predict: Callable[[], float]) -> float | None:
+    """A prediction, which no measurement may fail for."""
+    try:
+        return predict()
+    except Exception as error:
+        context.record.add("no prediction", error=brief(error))
+        return None
 
 
 def first(context: Context, network: str = "", sizes: Sequence[int] = ()) -> None:
@@ -77,7 +87,7 @@ def first(context: Context, network: str = "", sizes: Sequence[int] = ()) -> Non
         synchronize(context.device)
         facts = {
             **setting.describe(), "contender": "fused", **how(step), "gate": "the stages before",
-            "build_seconds": time.perf_counter() - began, "predicted_ms": expected_ms(setting, roof.name),
+            "build_seconds": time.perf_counter() - began, "predicted_ms": expected_ms(context, setting),
         }  # fmt: skip
         context.record.add("built", **facts)
 
@@ -99,7 +109,7 @@ def table(context: Context, names: Sequence[str], setting: Setting) -> None:
     """These contenders, gated and interleaved; a row is recorded whenever it changes."""
     said: dict[str, str] = {}
     roof = roof_of(context)
-    expected = expected_ms(setting, roof.name)
+    expected = expected_ms(context, setting)
 
     def note(rows: list[Row]) -> None:
         for row in rows:
@@ -141,7 +151,8 @@ def every_launch(context: Context) -> None:
             missing += 1
             continue
         began = time.perf_counter()
-        expected = predicted_launch(prepared.launch, prepared.part, roof)
+        one = prepared
+        expected = unless_it_raises(context, lambda: predicted_launch(one.launch, one.part, roof))  # noqa: B023
         facts = {"index": index, "launch": prepared.title, "pass": prepared.where, "op": prepared.launch.op,
                  "count": count, "predicted_us": expected}  # fmt: skip
         try:
@@ -156,7 +167,7 @@ def every_launch(context: Context) -> None:
     timed = [r for r in rows if "us" in r]
     context.record.add(
         "kernels", timed=len(timed), left_out=missing, sum_ms=sum(r["us"] * r["count"] for r in timed) / 1e3,
-        predicted_ms=sum(r["predicted_us"] * r["count"] for r in timed) / 1e3,
+        predicted_ms=sum((r["predicted_us"] or 0.0) * r["count"] for r in timed) / 1e3,
         dispatch=[asdict(r) for r in kernels.choices(rows, arch, where)],
     )  # fmt: skip
 

@@ -20,7 +20,8 @@ from bench.gpu_run import stage, timing
 from bench.gpu_run.context import REHEARSED, Context
 from bench.gpu_run.findings import as_runs, findings, newest, summary
 from bench.gpu_run.record import Record, read
-from bench.gpu_run.stages import CALLS, STAGES, Stage, of_call, stated
+from bench.gpu_run.stages import CALLS, STAGES, Stage, of_call, stated, words
+from bench.setting import Setting
 
 
 def rehearse(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
@@ -242,6 +243,28 @@ def test_findings_call_for_further_stages():
     assert findings([{"kind": "replay", "same": True, "twice_same": False}]) == {"capture differs"}
     assert summary([]) == ["", "stage  s  status"]
     assert as_runs([]) == []
+
+
+def test_no_measurement_fails_for_a_prediction(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no such network")
+
+    monkeypatch.setattr(timing, "predicted", broken)
+    record = Record(tmp_path / "r.jsonl", "first")
+    record.add("roof", name="NVIDIA H100 80GB HBM3", flops_per_second=1.0, bytes_per_second=1.0)
+    assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "tdiv-sdiv", 4, 2)) is None
+    assert read(record.path)[-1]["error"] == "ValueError: no such network"
+    monkeypatch.setattr(timing, "predicted", lambda network, batch, members, card: (network, batch, members, card))
+    assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "tdiv-sdiv", 4, 2)) == (
+        "wrn28_1", 4, 2, "h100",
+    )  # fmt: skip
+    assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "kd", 4, 2)) is None
+
+
+def test_the_readme_states_the_times_of_the_plan():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert words("A") in text
+    assert words("B") in text
 
 
 def test_counters_are_read_from_the_profilers_table():
