@@ -120,7 +120,8 @@ def prepare(
     launch alone.
     """
     torch.manual_seed(0)
-    states = [setting.build().state_dict() for _ in range(max(4, setting.members, setting.k))]
+    with device:
+        states = [setting.build().state_dict() for _ in range(max(4, setting.members, setting.k))]
     for state in states:
         for name, value in state.items():
             if name.endswith(("running_var", "bn.weight")):

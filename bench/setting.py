@@ -138,11 +138,12 @@ class Problem:
 
 
 def make(setting: Setting, device: torch.device) -> Problem:
-    """The same weights every time, in float32 and channels_last: branches that differ, and BatchNorm statistics of
-    random images."""
+    """The same weights every time on a kind of device, in float32 and channels_last: branches that differ, and
+    BatchNorm statistics of random images."""
     torch.manual_seed(0)
     images = torch.rand(16, 3, setting.size, setting.size)
-    networks = [setting.build() for _ in range(setting.members + 1)]
+    with device:  # WRN-28-4 takes a second to draw on a CPU
+        networks = [setting.build() for _ in range(setting.members + 1)]
     for network in networks:
         settle(network.to(device), images.to(device))
         network.to(memory_format=torch.channels_last)

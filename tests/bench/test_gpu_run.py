@@ -302,7 +302,7 @@ def test_kernels_compiled_beforehand_are_those_that_are_launched(tmp_path):
         "import sys\nfrom bench.gpu_run import warm\nfrom bench.setting import Setting\n"
         "launches = warm.recorded([Setting('tiny', 'tdiv-sdiv', 16, 2)], 90)[::12]\n"
         "found = warm.compile_all(launches, 90, 2)\n"
-        "print(found['kernels'], found['errors'], found['launcher_process_seconds'])\n"
+        "print(found['kernels'], found['errors'], found['launcher_processor_seconds'])\n"
     )
 
     def run() -> tuple[str, set[Path]]:
