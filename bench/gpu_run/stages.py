@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Processor seconds of ``python -m bench.gpu_run.warm`` (AMD EPYC, torch 2.11, Triton 3.6) per network, launchers too, and
-# seconds in which one process records its launches; "tiny" is the step of the proofs, in all its methods
+# Processor seconds of ``python -m bench.gpu_run.warm`` (AMD EPYC, torch 2.11, Triton 3.6) per network, launchers
+# included, and seconds in which one process records its launches; "tiny" is the step of the proofs, in all its methods
 COMPILING = {"wrn28_4": 48.0, "resnet32": 26.0, "tiny": 20.0}
 RECORDING = {"wrn28_4": 7.0, "resnet32": 9.6, "tiny": 1.8}
 WORKERS = 14
@@ -51,7 +51,8 @@ QUIET = ("launches-odd", "compile-peer")  # before anything is timed; what the f
 STAGES = (
     Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 45, 12),
     Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
-    Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75, compiling("wrn28_4", "tiny")),
+    Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75,
+          compiling("wrn28_4", "tiny")),
     Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
     Stage("smoke", "A", "one tiny step, launched, then captured", 40, 12),
     Stage("launches-odd", "A", "launches of odd sizes against float64", 75, 30, background=True, **PROOF),
