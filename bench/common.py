@@ -117,6 +117,11 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def spoils_context(error: BaseException) -> bool:
+    """Whether nothing on the device works any more after ``error``, so that the process has to end."""
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("CUDA error", "Triton Error [CUDA]"))
+
+
 class Meter:
     """The GPU's own energy counter, driver and clocks, by NVML; every reading is None where it is not to be had."""
 

@@ -8,7 +8,7 @@ memory ("dense") and in one call with groups= ("grouped"); and group by group wi
 operations of their own ("vendor"), with --compile also compiled. Where the extension's halo convolution covers a
 launch, it is timed in that place, with all that this fuses ("CUDA": by blocks of 64 or of 128 channels, whichever is
 quicker). What is faster than Triton can be written as a table for the engine (--dispatch). A launch is timed only if it
-agrees with its reference in float64.
+agrees with its reference in float64, a large convolution in float32.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from bench import roof
-from bench.common import arguments, describe_host, save, spread, start, table
-from bench.launches import Prepared, compare, prepare
+from bench.common import arguments, brief, describe_host, save, spoils_context, spread, start, table
+from bench.launches import Expected, Prepared, compare, expected, prepare
 from bench.setting import NETWORKS, Setting
 from fastensdistill.engine.dispatch import HALO, VENDOR, Row, Shape, channels_last, shape_of
+from fastensdistill.engine.graph import uncollected
 from fastensdistill.engine.passes import Implement
 from fastensdistill.kernels import halo_conv
 from fastensdistill.kernels.tiles import device_arch
@@ -67,7 +68,7 @@ def timer(device: torch.device, repeats: int) -> Callable[[Callable[[], object]]
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with uncollected(), torch.cuda.graph(graph):
             call()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for first, last in events:
@@ -81,9 +82,9 @@ def timer(device: torch.device, repeats: int) -> Callable[[Callable[[], object]]
     return measure
 
 
-def check(prepared: Prepared) -> float:
+def check(prepared: Prepared, right: Expected) -> float:
     """The largest error of what the launch writes, as a multiple of what is allowed."""
-    return max(error / allowed for _, error, allowed in compare(prepared))
+    return max(error / allowed for _, error, allowed in compare(prepared, right))
 
 
 def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
@@ -132,9 +133,6 @@ class ByHalo(Prepared):
     def run(self, implement: Implement = lambda part, launch, op: HALO[op]) -> dict[str, Any]:
         return super().run(implement)
 
-    def exact(self) -> Prepared:
-        return Prepared(**vars(self)).exact()
-
 
 class ByVendor(ByHalo):
     """The same launch by PyTorch's convolution, what it cannot fuse as operations of their own."""
@@ -143,7 +141,7 @@ class ByVendor(ByHalo):
         return super().run(implement)
 
 
-def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
+def by_halo(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]:
     """Its microseconds by the channels of a block, and the best; None where it does not cover the launch."""
     if prepared.launch.op not in ("conv", "conv gradient"):
         return {"cuda": None}
@@ -158,12 +156,28 @@ def by_halo(prepared: Prepared, measure: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"cuda": None}
     for most in sorted({halo_conv.block_channels(out_channels), halo_conv.block_channels(out_channels, 64)}):
         with halo_conv.at_most(most):
-            error = check(other)
+            error = check(other, right)
             if error > 1:
                 return {"cuda": None, "status": f"CUDA not timed: errs {error:.3g} times what is allowed"}
             found[f"cuda_{most}"] = us = 1e6 * spread(measure(other.run))["median"]
         found["cuda"] = min(us, found["cuda"] or us)
     return found
+
+
+def by_pytorch(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]:
+    """Microseconds of PyTorch's convolution in its place; None where it errs more than is allowed."""
+    whole = ByVendor(**vars(prepared))
+    return {"vendor": 1e6 * spread(measure(whole.run))["median"] if check(whole, right) <= 1 else None}
+
+
+def unless_it_raises(name: str, rival: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``rival`` finds; where it fails, no number for it and the reason, and the launch's own time still stands."""
+    try:
+        return rival()
+    except Exception as error:
+        if spoils_context(error):
+            raise
+        return {name: None, f"{name}_error": brief(error)}
 
 
 def row(
@@ -176,7 +190,8 @@ def row(
         "count": count, "flops": launch.flops, "nbytes": launch.nbytes, "least_us": 1e6 * gpu.least_time(launch),
         "fused": [str(step) for step in (*launch.prologue, *launch.epilogue)], "status": "",
     }  # fmt: skip
-    error = check(prepared)
+    right = expected(prepared)  # once for all that is compared with it
+    error = check(prepared, right)
     found["error"] = error
     if error > 1:
         return found | {"status": f"not timed: errs {error:.3g} times what is allowed"}
@@ -187,14 +202,13 @@ def row(
         "tflops": launch.flops / seconds / 1e12 if launch.flops else None, "gbs": launch.nbytes / seconds / 1e9,
         "share_of_roof": gpu.least_time(launch) / seconds,
     }  # fmt: skip
-    found |= by_halo(prepared, measure)
+    found |= unless_it_raises("cuda", lambda: by_halo(prepared, right, measure))
     if launch.op in CONVS:
         for name, grouped in (("dense", False), ("grouped", True)) if alone else ():
             call = bare(prepared, grouped)
             found[name] = None if call is None else 1e6 * spread(measure(call))["median"]
-        whole = ByVendor(**vars(prepared))
-        found["vendor"] = 1e6 * spread(measure(whole.run))["median"] if check(whole) <= 1 else None
         found["shape"] = shape_of(prepared.part, launch)
+        found |= unless_it_raises("vendor", lambda: by_pytorch(prepared, right, measure))
     if launch.op in CONVS and compiled:
         op, args, kwargs = prepared.call()
         function = torch.compile(VENDOR[op], dynamic=False)

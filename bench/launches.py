@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.setting import METHODS, Setting
-from fastensdistill.engine.dispatch import VENDOR
+from fastensdistill.engine.dispatch import OPS, VENDOR
 from fastensdistill.engine.passes import Implement, run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.triton_utils import references_only
@@ -36,10 +36,14 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class Exact(dict):
-    """Buffers that are handed out in float64: a whole pass's activations in it would not fit beside the pass."""
+    """Buffers that are handed out in ``dtype``: a whole pass's activations in it would not fit beside the pass."""
+
+    def __init__(self, buffers: dict[str, Any], dtype: torch.dtype | None = None):
+        super().__init__(buffers)
+        self.dtype = dtype or (buffers.dtype if isinstance(buffers, Exact) else torch.float64)
 
     def __getitem__(self, name: str) -> Any:
-        return cast(super().__getitem__(name), torch.float64)
+        return cast(super().__getitem__(name), self.dtype)
 
 
 @dataclass
@@ -78,10 +82,10 @@ class Prepared:
         self.run(spy)
         return found[0]
 
-    def exact(self) -> Prepared:
+    def exact(self, dtype: torch.dtype = torch.float64) -> Prepared:
         """The same in float64: the same rounded inputs, computed without rounding by the references."""
         slots = len(next(iter(self.weights.layers.values())).forward)
-        weights = Weights(self.weights.part, slots, torch.float64, self.slots.device)
+        weights = Weights(self.weights.part, slots, dtype, self.slots.device)
         for name, layer in self.weights.layers.items():
             for key in ("forward", "gradient", "bias"):
                 if getattr(layer, key) is not None:
@@ -92,7 +96,7 @@ class Prepared:
         for name, norm in self.weights.norms.items():
             for key in ("weight", "bias", "running_mean", "running_var"):
                 getattr(weights.norms[name], key).copy_(getattr(norm, key))
-        return replace(self, weights=weights, buffers=Exact(self.buffers))
+        return replace(self, weights=weights, buffers=Exact(self.buffers, dtype))
 
 
 def plans(setting: Setting) -> dict[str, Plan]:
@@ -161,28 +165,46 @@ def prepare(
                     yield Prepared(where, launch, part, weights, slots, buffers), counts[key(launch, part)]
 
 
+# FLOPs of a convolution from which "exact" is float32 without tf32: a thousandth of bf16's error. In float64 cuDNN has
+# no kernels to speak of, and those of a batch of 512 would take most of a minute.
+LARGE = 1e10
+
+
 @dataclass
 class Expected:
-    """What a launch should write: in float64, and by PyTorch's convolution where it is one, in the launch's dtype."""
+    """What a launch should write: exactly, and by PyTorch's convolution where it is one, in the launch's dtype."""
 
     exact: dict[str, Tensor]
     peer: dict[str, Tensor]
 
 
+def by_vendor(part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's convolution in the place of a kernel."""
+    return VENDOR[op]
+
+
 def expected(prepared: Prepared) -> Expected:
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # a search in float64 would take seconds a shape
-        exact = written(prepared.exact())
-    convolution = prepared.launch.op in ("conv", "conv gradient", "flat gradient", "weight gradient")
-    return Expected(exact, written(prepared, lambda part, launch, op: VENDOR[op]) if convolution else {})
+    peer = written(prepared, by_vendor) if prepared.launch.op in OPS else {}
+    return Expected(exactly(prepared, prepared.slots.device.type == "cuda"), peer)
 
 
-def compare(prepared: Prepared) -> Iterator[tuple[str, float, float]]:
-    """(name, error, allowed) of everything that the launch writes: root-mean-square errors against float64, relative.
+def exactly(prepared: Prepared, on_gpu: bool) -> dict[str, Tensor]:
+    """In float64 by the references. On a GPU convolutions go group by group, as cuDNN's kernels for groups are slow
+    ones in wide types, and large ones in float32 (``LARGE``)."""
+    convolution = on_gpu and prepared.launch.op in OPS
+    narrow = convolution and prepared.launch.flops >= LARGE
+    # without a search, which would take seconds a shape in such types
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        return written(prepared.exact(torch.float32 if narrow else torch.float64), by_vendor if convolution else None)
+
+
+def compare(prepared: Prepared, right: Expected | None = None) -> Iterator[tuple[str, float, float]]:
+    """(name, error, allowed) of everything that the launch writes: root-mean-square errors against ``right``, relative.
 
     Allowed is twice the error of PyTorch in the same precision: of its own convolution with the rest as separate
     operations, elsewhere of the exact result rounded. Sums of rounded values, in float32, may err by half a percent.
     """
-    right = expected(prepared)
+    right = right or expected(prepared)
     yield from errors(written(prepared), right, prepared.weights.dtype)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.common import spoils_context
 from bench.gpu_run.context import Context
-from bench.gpu_run.launches import reason_of, spoils_context
+from bench.gpu_run.launches import reason_of
 from bench.gpu_run.record import Row
 from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced, without_search
 from bench.gpu_run.steps import build, differing, places, refusal, run_steps

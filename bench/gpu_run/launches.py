@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.common import spoils_context
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row as Recorded
 from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of, without_search
@@ -45,11 +46,6 @@ def computed_by(context: Context) -> str:
 
 def in_kernels(context: Context) -> contextlib.AbstractContextManager[None]:
     return use_kernels() if computed_by(context) == "interpreter" else contextlib.nullcontext()
-
-
-def spoils_context(error: BaseException) -> bool:
-    """Whether nothing on the device works any more after ``error``, so that the process has to end."""
-    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("CUDA error", "Triton Error [CUDA]"))
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from bench import contenders, kernels, throughput
-from bench.common import brief, interleave, quantile, spread, synchronize
+from bench.common import brief, interleave, quantile, spoils_context, spread, synchronize
 from bench.contenders import CONTENDERS, fused_engine, how
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row, read
@@ -158,8 +158,11 @@ def every_launch(context: Context) -> None:
         try:
             with torch.no_grad():
                 found = kernels.row(prepared, count, timer, roof, alone=False)
-        except torch.OutOfMemoryError as error:
-            found = {"status": f"not timed: out of memory: {str(error)[:80]}"}
+        except Exception as error:
+            found = {"status": f"not timed: {brief(error)}"}
+            if spoils_context(error):
+                context.record.add("kernel", **facts, **found)
+                raise
         rows.append(facts | found)
         context.record.add("kernel", **rows[-1], stage_seconds=time.perf_counter() - began)
         chosen = kernels.choices(rows, arch, where)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import report
+from bench import kernels, report
 from bench.common import ROOT
 from bench.gpu_run import __main__ as parent
 from bench.gpu_run import stage, timing
@@ -21,7 +21,10 @@ from bench.gpu_run.context import REHEARSED, Context
 from bench.gpu_run.findings import as_runs, findings, newest, summary
 from bench.gpu_run.record import Record, read
 from bench.gpu_run.stages import CALLS, STAGES, Stage, of_call, stated, words
+from bench.launches import distance, exactly, prepare
 from bench.setting import Setting
+from fastensdistill.engine.dispatch import OPS
+from fastensdistill.network.gpu import GPUS
 
 
 def rehearse(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
@@ -319,3 +322,41 @@ def test_kernels_compiled_beforehand_are_those_that_are_launched(tmp_path):
     assert any(path.suffix == ".cubin" for path in files)
     assert any(path.name.startswith("__triton_launcher") for path in files)
     assert run()[1] == files
+
+
+@pytest.mark.parametrize("large", [0, 1e18], ids=["float32", "float64"])
+def test_exact_convolutions_by_pytorch_group_by_group(monkeypatch, large):
+    """What a GPU's launches are compared with is what the references compute in float64."""
+    monkeypatch.setattr("bench.launches.LARGE", large)
+    seen = set()
+    for prepared, _ in prepare(Setting("tiny", "tdiv-sdiv", 3, 2), torch.device("cpu"), torch.float32):
+        right, found = (exactly(prepared, on_gpu) for on_gpu in (False, True))
+        narrow = large == 0 and prepared.launch.op in OPS
+        seen.add((prepared.launch.op, narrow))
+        assert found.keys() == right.keys()
+        for name, value in found.items():
+            assert distance(value, right[name]) < (1e-5 if narrow else 1e-12), (prepared.title, name)
+            assert not narrow or value.dtype == torch.float32
+    assert {op for op, _ in seen} >= set(OPS) - {"flat gradient"}
+
+
+def test_a_rival_that_raises_leaves_the_launch_its_time(monkeypatch):
+    prepared, count = next(
+        (p, n) for p, n in prepare(Setting("tiny", "tdiv-sdiv", 3, 2), torch.device("cpu"), torch.float32)
+        if p.launch.op == "conv"
+    )  # fmt: skip
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("cuDNN has no engine")
+
+    monkeypatch.setattr(kernels, "by_pytorch", refuse)
+    found = kernels.row(prepared, count, kernels.timer(torch.device("cpu"), 2), GPUS["h100"], alone=False)
+    assert found["us"] > 0
+    assert (found["vendor"], found["vendor_error"]) == (None, "RuntimeError: cuDNN has no engine")
+
+    def spoil(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "by_pytorch", spoil)
+    with pytest.raises(RuntimeError, match="illegal"):
+        kernels.row(prepared, count, kernels.timer(torch.device("cpu"), 2), GPUS["h100"], alone=False)
