@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ def brief(error: BaseException) -> str:
     """An exception in one line."""
     text = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Within, cuDNN takes the algorithm it thinks best: a search costs seconds a shape in float64, and two searches may
+    end with two algorithms, which do not agree bit for bit. It decorates a function, too."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def spoils_context(error: BaseException) -> bool:

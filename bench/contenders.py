@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bench.common import without_search
 from bench.peers.captured import AUTOTUNED, CAPTURED, OWN_GRAPHS, CapturedStep, CapturedTeach, CompiledStep
 from bench.peers.eager import EagerStep, EagerTeach, statistics
 from bench.peers.grouped import GroupedStep, GroupedTeach
@@ -190,6 +191,7 @@ class Gate:
     engine). On a CPU, where float32 is timed, in float64 on a tiny network. ``at_size`` overrides which of the two.
     """
 
+    @without_search()  # of steps that are run twice and thrown away
     def __init__(self, setting: Setting, device: torch.device, at_size: bool | None = None):
         self.device, self.at_size = device, device.type == "cuda" if at_size is None else at_size
         if not self.at_size:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import spoils_context
+from bench.common import spoils_context, without_search
 from bench.gpu_run.context import Context
 from bench.gpu_run.launches import reason_of
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced, without_search
+from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced
 from bench.gpu_run.steps import build, differing, places, refusal, run_steps
 from bench.launches import named
 from bench.setting import Setting, batches, drawn_pairs

@@ -22,10 +22,10 @@ import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.common import spoils_context
+from bench.common import spoils_context, without_search
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row as Recorded
-from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of, without_search
+from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of
 from bench.launches import Expected, Prepared, errors, expected, prepare, written
 from bench.setting import Setting
 from fastensdistill.engine.dispatch import OPS, Dispatch, Row, shape_of

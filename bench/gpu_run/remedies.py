@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bench.gpu_run.record import plain
@@ -255,10 +254,3 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     finally:
         setattr(owner, name, before)
 
-
-@contextlib.contextmanager
-def without_search() -> Iterator[None]:
-    """Within, cuDNN takes the algorithm it thinks best: a search costs seconds a shape in float64, and two searches may
-    end with two algorithms, which do not agree bit for bit. It decorates a function, too."""
-    with replaced(torch.backends.cudnn, "benchmark", False):
-        yield

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import spoils_context
+from bench.common import spoils_context, without_search
 from bench.contenders import CONTENDERS, Engine, Gate, changes, fused_engine
 from bench.gpu_run.context import Context
 from bench.gpu_run.faults import StandInGraphs
 from bench.gpu_run.launches import reason_of
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies, without_search
+from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.setting import Setting, batches, make
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.teach import FusedTeachStep

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.common import without_search
 from bench.contenders import Engine
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row
-from bench.gpu_run.remedies import NAME, Capture, Remedies, without_search
+from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.gpu_run.steps import build, places
 from bench.launches import distance, named
 from bench.setting import Setting, batches, drawn_pairs

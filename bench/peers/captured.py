@@ -62,7 +62,8 @@ class Replay:
                 state["momentum_buffer"].zero_()
         self.optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
-        with uncollected(), torch.cuda.graph(self.graph):
+        # the stream of the warm-up: what autograd remembers of a stream is then the captured one
+        with uncollected(), torch.cuda.graph(self.graph, stream=side):
             self.body()
 
 

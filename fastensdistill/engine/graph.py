@@ -174,10 +174,16 @@ class Captured:
             stream.wait_stream(torch.cuda.current_stream())
             # Around the capture too: one that fails leaves its stream the current one
             with torch.cuda.stream(stream), uncollected():
-                warm_up(self.body, self.state, self._all_generators())
+                warm_up(self._run, self.state, self._all_generators())
                 gc.collect()  # what the warm-up left, so that its memory is there for the graph
                 self._record(stream)
             torch.cuda.current_stream().wait_stream(stream)
+
+    def _run(self) -> Results:
+        """All that is captured, so that no kernel has to be loaded inside the capture."""
+        results = self.body()
+        self.results = gathered(results)
+        return results
 
     def _all_generators(self) -> list[torch.Generator]:
         """The given ones and the device's own, which PyTorch registers with every graph."""
@@ -191,8 +197,7 @@ class Captured:
         try:
             # thread_local: what other threads ask the device meanwhile (NCCL's watchdog does) spoils nothing
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                results = self.body()
-                self.results = gathered(results)
+                results = self._run()
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a spoiled capture raises too, without saying why
             self.error = next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
 import torch
 
 from bench.contenders import CONTENDERS, Contender, Gate
-from bench.peers.captured import CapturedStep, CapturedTeach, CompiledStep
+from bench.peers.captured import CapturedStep, CapturedTeach, CompiledStep, Replay
 from bench.peers.eager import EagerStep
 from bench.setting import METHODS, Setting, make
 from fastensdistill.network.gpu import GPUS
@@ -60,6 +61,40 @@ class Wrong(EagerStep):
     def __init__(self, problem):
         super().__init__(problem)
         self.optimizer.param_groups[1]["lr"] /= self.k
+
+
+def test_the_gate_searches_for_no_algorithms(monkeypatch):
+    """Its steps run twice: in float32 at full size cuDNN's search would take longer than both."""
+    searched = []
+    exact = Gate._exact
+    monkeypatch.setattr(Gate, "_exact", lambda self: searched.append(torch.backends.cudnn.benchmark) or exact(self))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    Gate(Setting("tiny", "kd", 3, 2), CPU)
+    assert searched == [False]
+    assert torch.backends.cudnn.benchmark
+
+
+def test_a_peer_is_captured_on_the_stream_of_its_warm_up(monkeypatch):
+    streams = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def on(*arguments, stream=None):
+        streams.append(stream or arguments[0])
+        yield
+
+    for name, value in {
+        "Stream": Stream, "stream": on, "graph": on, "current_stream": Stream, "CUDAGraph": object,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = Replay(lambda: None, [], torch.optim.SGD([torch.zeros(1)]), torch.device("cuda"))
+    replay.capture()
+    warm_up, capture = streams
+    assert isinstance(warm_up, Stream)
+    assert capture is warm_up
 
 
 def test_the_gate_stops_a_wrong_step(gates):

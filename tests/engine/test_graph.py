@@ -237,6 +237,14 @@ def test_a_capture_that_had_ended_gives_its_memory_back(fake_cuda):
     assert reset == graph._abandoned
 
 
+def test_the_warm_up_runs_all_that_is_captured(fake_cuda):
+    """A kernel that the capture alone would run would have to be loaded inside of it."""
+    gathered = []
+    fake_cuda.setattr(graph, "gathered", lambda results: gathered.append(results) or torch.zeros(1))
+    Captured(lambda: {"loss": torch.zeros(())}, list, [], torch.device("cpu")).prepare()
+    assert len(gathered) == graph.WARM_UP + 1
+
+
 def test_warm_up_restores_the_devices_own_generator(fake_cuda):
     (own,) = torch.cuda.default_generators
 
