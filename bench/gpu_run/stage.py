@@ -26,7 +26,7 @@ import torch
 from bench import contenders, roof
 from bench.common import ROOT, describe_host, synchronize
 from bench.contenders import CONTENDERS, changes, fused_engine, how
-from bench.gpu_run import timing, warm
+from bench.gpu_run import BEGAN, timing, warm
 from bench.gpu_run.captures import diagnose_capture
 from bench.gpu_run.context import REHEARSED, Context, Sizes
 from bench.gpu_run.faults import planted
@@ -290,7 +290,7 @@ def rehearsal(context: Context, name: str) -> Iterator[None]:
         yield
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*(stage.name for stage in STAGES), "one"])
     parser.add_argument("--out", type=Path, required=True)
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = Killed if "kill" in planted_for(options.plant, name) else Record
     context = Context(
         options.out, kind(options.out / RESULTS, name), options.rehearse, tuple(options.plant), options.call,
-        options.seconds, REHEARSED if options.rehearse else Sizes(),
+        options.seconds, REHEARSED if options.rehearse else Sizes(), began,
     )  # fmt: skip
     module = next((stage.module for stage in STAGES if stage.name == name), ())
     with contextlib.ExitStack() as stack:

@@ -46,15 +46,16 @@ class Stage:
     module: tuple[str, ...] = ()
 
 
-PROOF = {"restarts": 5, "stall": 30}
+# A process of a proof may need half a minute for its first record: PyTorch and cuDNN from a disk that is cold
+PROOF = {"restarts": 5, "stall": 45}
 QUIET = ("launches-odd", "compile-peer")  # before anything is timed; what the first finds, the timed step obeys
 STAGES = (
-    Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 45, 12),
+    Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 90, 12),
     Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
     Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75,
           compiling("wrn28_4", "tiny")),
     Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
-    Stage("smoke", "A", "one tiny step, launched, then captured", 40, 12),
+    Stage("smoke", "A", "one tiny step, launched, then captured", 60, 12),
     Stage("launches-odd", "A", "launches of odd sizes against float64", 75, 30, background=True, **PROOF),
     Stage("launches", "A", "every launch of WRN-28-4 against float64", 75, 30, **PROOF),
     Stage("step", "A", "tiny steps against float64; replayed is launched, and twice is the same", 60, 28,
@@ -62,7 +63,7 @@ STAGES = (
     Stage("walk", "A", "the step beside float64, launch by launch: the first buffer that parts", 60, 0,
           when="step wrong"),
     Stage("captures", "A", "which captured launch differs, and what cures it", 60, 0, when="capture differs"),
-    Stage("first", "A", "the fused engine alone: first numbers", 45, 22, after=("launches-odd",)),
+    Stage("first", "A", "the fused engine alone: first numbers", 60, 22, after=("launches-odd",)),
     Stage("table", "A", "fused, launched from Python, captured peer: gated, interleaved", 80, 42, after=QUIET),
     Stage("compiled", "A", "fused beside torch.compile: gated, interleaved", 100, 55, after=QUIET),
     Stage("kernels", "A", "every launch at full size timed: Triton, CUDA, cuDNN", 110, 85, after=QUIET),

@@ -360,3 +360,16 @@ def test_a_rival_that_raises_leaves_the_launch_its_time(monkeypatch):
     monkeypatch.setattr(kernels, "by_pytorch", spoil)
     with pytest.raises(RuntimeError, match="illegal"):
         kernels.row(prepared, count, kernels.timer(torch.device("cpu"), 2), GPUS["h100"], alone=False)
+
+
+def test_a_stage_counts_its_time_from_its_process_and_not_from_its_imports(monkeypatch, tmp_path):
+    for owner, name in ((torch.backends.cudnn, "benchmark"), (torch, "set_float32_matmul_precision")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    seen: list[Context] = []
+    monkeypatch.setitem(stage.RUN, "device", seen.append)
+    before = time.monotonic()
+    stage.main(["device", "--out", str(tmp_path), "--seconds", "100"], began=5.0)
+    stage.main(["device", "--out", str(tmp_path), "--seconds", "100"])
+    assert seen[0].deadline == 90.0
+    assert seen[1].began < before  # when this process imported the package
