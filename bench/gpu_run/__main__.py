@@ -2,8 +2,7 @@
 
     python -m bench.gpu_run --call A --out DIR [--commit SHA] [--packages DIR]
     python -m bench.gpu_run --call B --out DIR
-    python -m bench.gpu_run --rehearse --out DIR [--call B] [--plant hang=first kill=table raise=smoke memory=table
-                            launch launch-dies launch-hangs step captured]
+    python -m bench.gpu_run --rehearse --out DIR [--call B] [--plant FAULT …]
 
 A is: is it right, first numbers, the table beside the peers, every launch timed. B is the second network, the batch of
 the paper, the extension, 4 and 8 warps, hardware counters. ``--call long`` needs an hour: all tests, the other methods,
@@ -18,7 +17,9 @@ folder (``--packages``), and for a second start the ``caches.tgz.*`` of the firs
 Every number is in DIR/results.jsonl the moment it exists; DIR/log has each stage's output. Stages run in processes of
 their own under limits of their own: one that hangs, dies or spoils the CUDA context costs itself. What is wrong is
 diagnosed by the run (which launch, which tile, first wrong buffer, which capture), a remedy is looked for, and the step
-is timed with it. A rehearsal does the same on a CPU with tiny sizes, its faults planted with ``--plant``.
+is timed with it. A rehearsal does the same on a CPU with tiny sizes; faults planted in it are ``launch`` (wrong numbers
+unless with 8 warps), ``launch-dies``, ``launch-hangs``, ``step`` (wrong in the whole step only), ``captured`` (wrong in
+a replay), ``uncapturable``, and of a stage ``hang=first``, ``kill=table``, ``raise=smoke``, ``memory=table``.
 
 Exit status: 0 when every stage has been accounted for, whatever it found; 2 for a wrong argument; 3 without a device.
 """
@@ -40,7 +41,7 @@ from pathlib import Path
 
 from bench.gpu_run.findings import findings, summary, text_table
 from bench.gpu_run.record import Record, read
-from bench.gpu_run.stages import CALLS, STAGES, Stage, of_call, stated
+from bench.gpu_run.stages import CALLS, FAULTS, FAULTS_OF_STAGES, STAGES, Stage, of_call, stated
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = "results.jsonl"
@@ -250,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.plant and not options.rehearse:
         parser.error("--plant is for a rehearsal: faults are not planted in a measurement")
+    for plant in options.plant:
+        fault, _, name = plant.partition("=")
+        if not (plant in FAULTS or (fault in FAULTS_OF_STAGES and name in [s.name for s in STAGES])):
+            parser.error(f"--plant {plant}: expected {', '.join(FAULTS)}, or one of {', '.join(FAULTS_OF_STAGES)} with "
+                         "=STAGE")  # fmt: skip
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.caches:

@@ -92,6 +92,9 @@ STAGES = (
     Stage("startup", "long", "import, build, first step", 300, 120, module=("startup", "--rounds", "3")),
     Stage("pack", "AB", "caches and extension, to be carried in again", 20, 6),
 )  # fmt: skip
+# What a rehearsal can plant: in one launch or capture (``faults.py``), and FAULT=STAGE for a whole stage
+FAULTS = ("launch", "launch-dies", "launch-hangs", "step", "captured", "uncapturable")
+FAULTS_OF_STAGES = ("hang", "kill", "raise", "memory")
 CALLS = {"A": 420, "B": 300, "long": 0}  # seconds, 0 for as long as it takes
 
 

@@ -16,7 +16,7 @@ import torch
 from bench import kernels, report
 from bench.common import ROOT
 from bench.gpu_run import __main__ as parent
-from bench.gpu_run import stage, timing
+from bench.gpu_run import faults, stage, stages, timing
 from bench.gpu_run.context import REHEARSED, Context
 from bench.gpu_run.findings import as_runs, findings, newest, summary
 from bench.gpu_run.record import Record, read
@@ -40,9 +40,9 @@ def of(rows: list[dict], kind: str, name: str = "") -> list[dict]:
 def test_whatever_happens_to_a_stage_the_others_are_measured(tmp_path, capsys):
     """A stage that raises, one that hangs, one that is killed, a contender without memory, a capture that differs."""
     out = tmp_path
-    faults = ["raise=extension", "hang=first", "kill=kernels", "memory=table", "captured"]
-    stages = ["device", "extension", "step", "captures", "first", "table", "kernels", "tuned", "pack"]
-    disturbed = (out, *rehearse(out, "--stages", *stages, "--commit", "abc123", "--plant", *faults))
+    planted = ["raise=extension", "hang=first", "kill=kernels", "memory=table", "captured"]
+    chosen = ["device", "extension", "step", "captures", "first", "table", "kernels", "tuned", "pack"]
+    disturbed = (out, *rehearse(out, "--stages", *chosen, "--commit", "abc123", "--plant", *planted))
     faults_cost_their_own_stages(disturbed)
     everybody_else_is_timed_and_says_how(disturbed)
     a_capture_that_differs_is_diagnosed_and_left_off(disturbed)
@@ -165,6 +165,15 @@ def test_faults_are_not_planted_in_a_measurement(tmp_path, capsys):
         parent.main(["--out", str(tmp_path), "--plant", "launch"])
     assert error.value.code == 2
     assert "--plant is for a rehearsal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plant", ["lunch", "hang", "hang=frist", "launch=first"])
+def test_a_fault_that_does_not_exist_is_refused(tmp_path, capsys, plant):
+    with pytest.raises(SystemExit) as error:
+        parent.main(["--rehearse", "--out", str(tmp_path), "--plant", plant])
+    assert error.value.code == 2
+    assert f"--plant {plant}: expected launch, " in capsys.readouterr().err
+    assert set(stages.FAULTS) == set(faults.FAULTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
