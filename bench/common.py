@@ -156,7 +156,7 @@ class Meter:
             return None
         try:
             return getattr(self.nvml, f"nvmlDeviceGet{name}")(self.handle, *arguments)
-        except self.nvml.NVMLError:
+        except (self.nvml.NVMLError, AttributeError):  # its queries come and go with its versions
             return None
 
     def joules(self) -> float | None:

@@ -90,8 +90,10 @@ class EagerStep:
             return self.network(x)[None]
         if chosen is None:
             return self.network(torch.cat([x] * self.k)).unflatten(0, (self.k, len(x)))
-        factors = {name: p.detach().index_select(0, chosen) for name, p in self.named_factors.items()}
-        return functional_call(self.network, factors, torch.cat([x] * len(chosen))).unflatten(0, (-1, len(x)))
+        # detached, all of them: asked for the images' gradient, a compiled backward computes the parameters' too
+        own = {name: p.detach() for name, p in self.network.named_parameters()}
+        own |= {name: own[name].index_select(0, chosen) for name in self.named_factors}
+        return functional_call(self.network, own, torch.cat([x] * len(chosen))).unflatten(0, (-1, len(x)))
 
     # ---- the step
 

@@ -126,3 +126,13 @@ def test_every_method_and_network_can_be_planned():
     for network in ("tiny", "tiny-resnet", "resnet32"):
         for method in METHODS:
             assert Setting(network, method, 2, 2).nbytes > 0
+
+
+def test_the_perturbations_branch_has_no_gradient_of_its_parameters():
+    """A compiled backward would compute it, and throw it away: a whole network's weight gradients."""
+    step = EagerStep(make(Setting("tiny", "tdiv-sdiv", 3, 2), CPU))
+    x = torch.rand(3, 3, 8, 8, requires_grad=True)
+    logits = step.branches(x, step.members[0]).sum()
+    of_images, *others = torch.autograd.grad(logits, [x, *step.shared, *step.factors], allow_unused=True)
+    assert of_images.abs().sum() > 0
+    assert not [g for g in others if g is not None]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import contenders, throughput
-from bench.common import interleave
+from bench.common import Meter, interleave
 from bench.contenders import CONTENDERS, Contender, reference_engine
 from bench.setting import Setting
 from fastensdistill.network.gpu import GPUS
@@ -130,3 +130,11 @@ def test_without_a_place_for_errors_one_ends_the_run():
     lost: dict[str, str] = {}
     assert interleave({"a": broken, "b": lambda: None}, 2, CPU, lost=lost)["a"] == []
     assert lost == {"a": "ValueError: no"}
+
+
+def test_a_query_that_nvml_does_not_have_is_no_reading():
+    meter = Meter(CPU)
+    meter.nvml, meter.handle = SimpleNamespace(NVMLError=OSError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2), object()
+    assert meter.clocks() == dict.fromkeys(
+        ["sm_mhz", "sm_max_mhz", "memory_mhz", "power_limit_w", "temperature_c"]
+    )
