@@ -35,9 +35,9 @@ def gather_product(
 
     ``o_x`` is the element offset of each position's first tap (which may lie outside), ``i_row, i_column`` its
     coordinates in x; the first weight tap is (tap_row, tap_column), the next ones TAP_STEP further.
-    ROW_TAPS multiplies a whole row of taps at once, whose values are neighbours in memory: an input of 1, 3 or
-    16 channels then fills a block of 16, 32 or 64 with 3, 9 or 48, in 3 steps instead of 9. Counters are carried from
-    step to step: dividing a flattened counter was miscompiled at 8 warps (and costs integer instructions).
+    ROW_TAPS multiplies a whole row of taps at once, whose values are neighbours in memory: an input of 1 or 3
+    channels then fills a block of 16 or 32 instead of 3 of 16. Counters are carried from step to step: dividing a
+    flattened counter was miscompiled at 8 warps (and costs integer instructions).
     """
     o_k = tl.arange(0, BLOCK_K)
     BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K

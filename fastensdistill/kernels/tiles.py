@@ -100,7 +100,7 @@ _CONV_TILES = {
         128: Tile(128, 128, 64, 8, 3, "4 warps or 256 columns spill in the BatchNorm epilogue, 98 KB", 2, 128),
     },
     100: {
-        16: Tile(128, 16, 64, 4, 3, "one 128-row tcgen05 per step, 55 KB"),
+        16: Tile(128, 16, 64, 4, 3, "one 128-row tcgen05 per step, 55 KB; with 72 registers a 7x7 stem spills", 0, 96),
         32: Tile(128, 32, 64, 4, 3, "32 channels in one program, 61 KB; with 72 registers it spills", 0, 96),
         64: Tile(128, 64, 64, 4, 3, "3 programs a multiprocessor hide the gather's latency, 74 KB"),
         128: Tile(128, 128, 64, 8, 3, "accumulators are in tensor memory; 8 warps for the epilogue, 98 KB"),
@@ -143,14 +143,6 @@ def conv_tile(arch: int, depth: int, channels: int, itemsize: int = 2) -> Tile:
         tile = _CONV_TILES[_generation(arch)][columns]
     tile = tile._replace(BLOCK_K=_block_k(tile.BLOCK_K, depth))
     return _chosen("conv", arch, (depth, channels, itemsize), tile)
-
-
-def row_depth(arch: int, itemsize: int = 2) -> int:
-    """Up to how many values of a row of taps, kernel x channels, a forward convolution multiplies at once.
-
-    16 channels are 48 of 64: 3 steps instead of 9. Without wgmma that takes 168 registers instead of 128.
-    """
-    return 64 if _generation(arch) >= 90 and itemsize == 2 else 32
 
 
 # Weight gradients: rows and columns of the tile → programs that a multiprocessor holds, the fewest of all layers of

@@ -3,7 +3,6 @@ import torch
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import grouped_conv as grouped_conv_module
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.triton_utils import pack_mask, unpack_mask
 from tests.compare import check_close
@@ -23,13 +22,6 @@ def operands(case: Case, slots: int = SLOTS) -> tuple[torch.Tensor, torch.Tensor
 
 @each_conv
 def test_plain(case):
-    check_op(grouped_conv, *operands(case), **case.shape, tolerance=TOLERANCE[case.dtype])
-
-
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[11]], ids=lambda c: c.name)
-def test_a_row_of_taps_of_16_channels_at_once(case, monkeypatch):
-    """48 of 64 values a step, as on devices with wgmma."""
-    monkeypatch.setattr(grouped_conv_module, "row_depth", lambda *unused: 64)
     check_op(grouped_conv, *operands(case), **case.shape, tolerance=TOLERANCE[case.dtype])
 
 
