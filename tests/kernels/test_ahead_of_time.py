@@ -8,11 +8,15 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bench import kernel_report
 from bench.kernel_report import SHARED_LIMIT, failures, occupancy
 from fastensdistill.kernels.tiles import assume_arch, conv_tile, weight_gradient_split, weight_gradient_tile
+
+REPORT = Path(kernel_report.__file__).parent / "results" / "kernel_report.json"
 
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -32,6 +36,16 @@ def test_report_of_a_small_network(tmp_path):
     wide = [row for row in rows if "64→128" in row["launch"] and row["HGMMA"]]
     assert {row["A from"] for row in wide} == {"shared memory"}
     assert all(not row["fails"] and row["registers"] > 0 and row["occupancy"] > 0 for row in rows)
+
+
+def test_committed_report():
+    """Every kernel of every network: none fails, and on sm_90 two data gradients fit a multiprocessor at least."""
+    rows = json.loads(REPORT.read_text())["rows"]
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert [row["launch"] for row in rows if row["fails"] or row["spills"]] == []
+    gradients = [row for row in rows if row["arch"] == 90 and row["kernel"] == "conv_data_gradient_kernel"]
+    assert any("mean" in row["launch"] and "256→256" in row["launch"] for row in gradients)
+    assert [row["launch"] for row in gradients if row["occupancy"] < 2] == []
 
 
 PARAMETERS = """
