@@ -280,8 +280,8 @@ def _launch(
     tile = _tile(x, weight)
     row_taps = kernel > 1 and kernel * channels <= 32  # 48 of 64: 15% more instructions, a program fewer
     if center is None or in_scale is not None:
-        # Statistics need the limit (132 registers at 64 → 128 channels) and fit it. Nearly all others hold two programs
-        # by themselves, and some spill within it: 4 times behind ResNet-18's residuals, 19 times in its 7x7 stem.
+        # Statistics need the limit (132 registers at 64 → 128 channels) and fit it. Most others hold two programs by
+        # themselves; the rest would spill within it, 2 to 4 times behind ResNet-18's residuals, 19 in its 7x7 stem.
         tile = tile._replace(maxnreg=None, programs=0)
     rows = -(-images * z.shape[2] * z.shape[3] // tile.BLOCK_M)
     launch(
