@@ -292,13 +292,13 @@ def rehearsal(context: Context, name: str) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*(stage.name for stage in STAGES), "one"])
+    parser.add_argument("name", choices=[*(stage.name for stage in STAGES), "some"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--call", default="A")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--plant", nargs="*", default=[])
-    parser.add_argument("--launch", type=int, help="of the stage one: which")
+    parser.add_argument("--launch", type=int, nargs="+", help="of the stage some: which")
     options = parser.parse_args(argv)
     torch.set_num_threads(1 if options.rehearse else torch.get_num_threads())
     torch.set_float32_matmul_precision("high")
@@ -318,8 +318,8 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
             contenders.own = remedies.dispatch
             if remedies.words:
                 context.record.add("in force", remedies=remedies.words)
-        if name == "one":
-            timing.one(context, options.launch)
+        if name == "some":
+            timing.some(context, options.launch)
         elif module:
             command(context, name, module)
         else:

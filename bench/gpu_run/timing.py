@@ -44,6 +44,7 @@ COUNTERS = {
     "launch__occupancy_limit_shared_mem": "programs by shared memory",
     "launch__waves_per_multiprocessor": "waves",
 }  # fmt: skip
+SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
 PREPARED_FOR_COUNTERS = 3
 
 
@@ -191,24 +192,25 @@ def slowest(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def counters(context: Context) -> None:
-    """Hardware counters of the slowest launches, each in a process that the profiler starts."""
+    """Hardware counters of the slowest launches, in a process that the profiler starts."""
     chosen = slowest(read(context.record.path), PREPARED_FOR_COUNTERS)
     profiler = shutil.which("ncu")
     if context.rehearse or profiler is None or not chosen:
         reason = "rehearsal" if context.rehearse else "no launch was timed" if profiler else "ncu is not installed"
         context.record.add("counters", left_out=reason, would_be=[row["launch"] for row in chosen])
         return
-    for row in chosen:
-        profile = [profiler, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-        child = [sys.executable, "-m", "bench.gpu_run.stage", "one", "--out", str(context.out)]
-        child += ["--launch", str(row["index"])]
-        done = subprocess.run(
-            [*profile, "--metrics", ",".join(COUNTERS), *child], capture_output=True, text=True, env=dict(os.environ)
-        )
-        found = read_counters(done.stdout)
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        said = {} if found else {"error": lines[-1][:200] if lines else f"exit status {done.returncode}"}
-        context.record.add("counters", launch=row["launch"], us=row["us"], count=row["count"], kernels=found, **said)
+    indices = [str(row["index"]) for row in chosen]
+    child = [sys.executable, "-m", "bench.gpu_run.stage", "some", "--out", str(context.out), "--launch", *indices]
+    profile = [profiler, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    found, lines = [], [""]
+    # by name, and where the profiler does not know one of the names, by its own sections
+    for asked in (["--metrics", ",".join(COUNTERS)], [word for name in SECTIONS for word in ("--section", name)]):
+        done = subprocess.run([*profile, *asked, *child], capture_output=True, text=True, env=dict(os.environ))
+        if found := read_counters(done.stdout):
+            break
+        lines = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        context.record.add("no counters", asked=asked[1][:60], error=lines[0][:200])
+    context.record.add("counters", launches=[row["launch"] for row in chosen], kernels=found)
 
 
 def read_counters(text: str) -> list[Row]:
@@ -229,16 +231,18 @@ def read_counters(text: str) -> list[Row]:
     return found
 
 
-def one(context: Context, chosen: int) -> None:
-    """Run one launch of the full-size step where the profiler is watching."""
-    setting = context.setting(context.sizes.batches[0])
+def some(context: Context, chosen: Sequence[int]) -> None:
+    """Run these launches of the full-size step where the profiler is watching."""
+    left, setting = set(chosen), context.setting(context.sizes.batches[0])
     for index, (prepared, _) in enumerate(prepare(setting, context.device, context.dtype)):
-        if index == chosen:
+        if index in left:
             prepared.run()
             synchronize(context.device)
             torch.cuda.cudart().cudaProfilerStart()
             prepared.run()
             synchronize(context.device)
             torch.cuda.cudart().cudaProfilerStop()
+            left.remove(index)
+        if not left:
             return
-    raise InputError(f"the step has no launch {chosen}")
+    raise InputError(f"the step has no launches {sorted(left)}")

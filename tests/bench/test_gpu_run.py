@@ -290,6 +290,31 @@ def test_counters_are_read_from_the_profilers_table():
     assert timing.read_counters("==ERROR== no permission\n") == []
 
 
+def test_a_profiler_that_does_not_know_a_counter_is_asked_for_its_sections(tmp_path, monkeypatch):
+    profiler = tmp_path / "ncu"
+    profiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--metrics*) echo "Failed to find metric x" >&2; exit 1;; esac\n'
+        'echo \'"ID","Kernel Name","launch__registers_per_thread"\'\n'
+        'echo \'"0","head_kernel","40"\'\n'
+        f'echo "$*" > {tmp_path}/asked\n'
+    )
+    profiler.chmod(0o755)
+    monkeypatch.setattr(timing.shutil, "which", lambda name: str(profiler))
+    record = Record(tmp_path / "results.jsonl", "counters")
+    for index, us in ((0, 5.0), (1, 9.0), (2, 1.0), (3, 2.0)):
+        record.add("kernel", index=index, launch=f"launch {index}", us=us, count=1)
+    timing.counters(Context(tmp_path, record))
+    *_, failed, found = read(record.path)
+    assert failed["error"] == "Failed to find metric x"
+    assert found["launches"] == ["launch 1", "launch 0", "launch 3"]
+    assert found["kernels"] == [{"kernel": "head_kernel", "registers": 40.0}]
+    asked = (tmp_path / "asked").read_text()
+    assert "--section SpeedOfLight" in asked
+    assert "--launch 1 0 3" in asked
+    assert "--clock-control none" in asked
+
+
 def test_the_slowest_launches_are_those_that_take_most_of_a_step():
     rows = [{"kind": "kernel", "index": i, "us": us, "count": n} for i, us, n in ((0, 10, 1), (1, 3, 9), (0, 2, 1))]
     assert [row["index"] for row in timing.slowest([*rows, {"kind": "kernel", "index": 2}], 5)] == [1, 0]
