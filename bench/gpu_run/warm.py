@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -73,6 +74,8 @@ class Target:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
+        # Triton 3.7 and later have one launcher for all kernels, the driver's own
+        self.utils = SimpleNamespace(launch=lambda *_: None)
 
     def get_current_device(self) -> int:
         return 0

@@ -354,7 +354,8 @@ def test_kernels_compiled_beforehand_are_those_that_are_launched(tmp_path):
     first, files = run()
     assert " [] " in first
     assert any(path.suffix == ".cubin" for path in files)
-    assert any(path.name.startswith("__triton_launcher") for path in files)
+    if hasattr(driver, "make_launcher"):  # Triton 3.6 compiles one a kernel
+        assert any(path.name.startswith("__triton_launcher") for path in files)
     assert run()[1] == files
 
 

