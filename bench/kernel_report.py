@@ -195,7 +195,7 @@ def failures(row: dict[str, Any], depth: int) -> list[str]:
         broken.append(f"{row['spills']} spill instructions")
     if row["shared"] > SHARED_LIMIT[row["arch"]][0]:
         broken.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']][0]}")
-    if row["occupancy"] < row["planned"]:
+    if 8 * row["occupancy"] < 7 * row["planned"]:  # another compiler's registers may cost one of eight
         broken.append(f"{row['occupancy']} programs a multiprocessor, the tile counts on {row['planned']}")
     if row["arch"] == 90 and depth >= 32 and not row["HGMMA"]:
         broken.append("no HGMMA")

@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -74,8 +73,6 @@ class Target:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
-        # Triton 3.7 and later have one launcher for all kernels, the driver's own
-        self.utils = SimpleNamespace(launch=lambda *_: None)
 
     def get_current_device(self) -> int:
         return 0
@@ -95,7 +92,7 @@ def processor_seconds() -> float:
 def _compile(index: int) -> tuple[int, float, float, str]:
     """Index, processor seconds for the kernel and for its launcher, and what went wrong."""
     import triton
-    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.backends.nvidia import driver
 
     launch, began, compiled_at = _launches[index], processor_seconds(), 0.0
     try:
@@ -103,7 +100,8 @@ def _compile(index: int) -> tuple[int, float, float, str]:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
         compiled_at = processor_seconds()
-        CudaLauncher(kernel.src, kernel.metadata)
+        if hasattr(driver, "make_launcher"):  # Triton 3.8 has one launcher for all kernels, the driver's own
+            driver.CudaLauncher(kernel.src, kernel.metadata)
         return index, compiled_at - began, processor_seconds() - compiled_at, ""
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")

