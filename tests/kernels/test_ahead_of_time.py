@@ -169,8 +169,8 @@ def test_weight_gradients_hold_as_many_programs_as_their_tiles_say():
     assert done.returncode == 0, done.stdout + done.stderr
     for row in json.loads(done.stdout):
         assert failures(row, 0) == [], row
-        # stated for Triton 3.6; 3.8 needs half the registers for a stem on sm_80
-        assert row["occupancy"] <= 2 * row["planned"], row
+        # a stem's registers depend on the compiler: 3 programs by Triton 3.6, 5 to 7 by 3.8
+        assert row["occupancy"] <= row["planned"] + (4 if "in_scale" in row["launch"] else 1), row
 
 
 def test_widths_of_wide_networks_waste_little():
