@@ -128,7 +128,7 @@ class Run:
     def start(self, stage: Stage, attempt: int = 1) -> Started:
         limit = self.limit(stage)
         command = [sys.executable, "-m", "bench.gpu_run.stage", stage.name, "--out", str(self.out),
-                   "--call", self.options.call, "--seconds", str(round(limit, 1))]  # fmt: skip
+                   "--seconds", str(round(limit, 1))]  # fmt: skip
         command += ["--rehearse"] if self.options.rehearse else []
         command += ["--plant", *self.options.plant] if self.options.plant else []
         log = self.out / "log"

@@ -42,7 +42,6 @@ class Context:
     record: Record
     rehearse: bool = False
     plants: tuple[str, ...] = ()
-    call: str = "A"
     seconds: float = 600.0  # what the stage may take
     sizes: Sizes = field(default_factory=Sizes)
     began: float = field(default_factory=time.monotonic)

@@ -40,11 +40,10 @@ def steps(rows: Sequence[Row]) -> list[Row]:
     """The table's rows: every contender by its newest record of each stage."""
     table = []
     for row in newest(of_kind(rows, "throughput"), "stage", "contender", "network", "batch"):
-        status = row.get("status", "")
-        table.append(row | {
-            "ms": 1e3 * row["seconds"] if row.get("seconds") else None,
-            "note": ", ".join(w for w in (row["stage"], status.removeprefix("timed").strip(" :")) if w)[:70],
-        })  # fmt: skip
+        words = [row["stage"], row.get("status", "").removeprefix("timed").strip(" :")]
+        words += [f"with {row['remedies']}"] if row.get("remedies") else []
+        note = ", ".join(word for word in words if word)[:100]
+        table.append(row | {"ms": 1e3 * row["seconds"] if row.get("seconds") else None, "note": note})
     return table
 
 

@@ -28,14 +28,15 @@ def plain(value: Any) -> Any:
 
 
 class Record:
-    """Appends the records of one stage to ``path``."""
+    """Appends the records of one stage to ``path``; ``shared`` is part of each of them."""
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
+        self.shared: Row = {}
 
     def add(self, kind: str, **values: Any) -> Row:
         """Append one record; it is on disk when this returns."""
-        row = {"stage": self.stage, "kind": kind, "at": round(time.time(), 3)} | plain(values)
+        row = {"stage": self.stage, "kind": kind, "at": round(time.time(), 3)} | plain(self.shared | values)
         line = json.dumps(row, ensure_ascii=False) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

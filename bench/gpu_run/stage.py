@@ -294,7 +294,6 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*(stage.name for stage in STAGES), "some"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--call", default="A")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--plant", nargs="*", default=[])
@@ -306,8 +305,8 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
     name: str = options.name
     kind = Killed if "kill" in planted_for(options.plant, name) else Record
     context = Context(
-        options.out, kind(options.out / RESULTS, name), options.rehearse, tuple(options.plant), options.call,
-        options.seconds, REHEARSED if options.rehearse else Sizes(), began,
+        options.out, kind(options.out / RESULTS, name), options.rehearse, tuple(options.plant), options.seconds,
+        REHEARSED if options.rehearse else Sizes(), began,
     )  # fmt: skip
     module = next((stage.module for stage in STAGES if stage.name == name), ())
     with contextlib.ExitStack() as stack:
@@ -317,7 +316,8 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
             stack.enter_context(remedies.in_force())
             contenders.own = remedies.dispatch
             if remedies.words:
-                context.record.add("in force", remedies=remedies.words)
+                context.record.shared["remedies"] = remedies.words
+                context.record.add("in force")
         if name == "some":
             timing.some(context, options.launch)
         elif module:

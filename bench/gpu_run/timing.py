@@ -45,7 +45,7 @@ COUNTERS = {
     "launch__waves_per_multiprocessor": "waves",
 }  # fmt: skip
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
-PREPARED_FOR_COUNTERS = 3
+COUNTED = 3  # launches
 
 
 def roof_of(context: Context) -> Gpu:
@@ -127,16 +127,13 @@ def table(context: Context, names: Sequence[str], setting: Setting) -> None:
 
 def compile_peer(context: Context) -> None:
     """The compiled peer's first step: what it compiles is then in the cache for the stage that times it."""
-    for network in (context.sizes.network, context.sizes.other) if "B" in context.call else (context.sizes.network,):
-        setting = context.setting(context.sizes.batches[0], network)
-        began = time.perf_counter()
-        problem = make(setting, context.device).copy(torch.float32, "fp32" if context.rehearse else "bf16")
-        step = CONTENDERS["compiled"].build(problem)
-        step(batches(setting, 1, context.device, drawn_pairs(setting, 1, 1), torch.float32)[0])
-        synchronize(context.device)
-        context.record.add("compiled peer", network=network, seconds=time.perf_counter() - began)
-        del step, problem
-        throughput.memory(context.device)
+    setting = context.setting(context.sizes.batches[0])
+    began = time.perf_counter()
+    problem = make(setting, context.device).copy(torch.float32, "fp32" if context.rehearse else "bf16")
+    step = CONTENDERS["compiled"].build(problem)
+    step(batches(setting, 1, context.device, drawn_pairs(setting, 1, 1), torch.float32)[0])
+    synchronize(context.device)
+    context.record.add("compiled peer", seconds=time.perf_counter() - began)
 
 
 def every_launch(context: Context) -> None:
@@ -193,7 +190,7 @@ def slowest(rows: Sequence[Row], count: int) -> list[Row]:
 
 def counters(context: Context) -> None:
     """Hardware counters of the slowest launches, in a process that the profiler starts."""
-    chosen = slowest(read(context.record.path), PREPARED_FOR_COUNTERS)
+    chosen = slowest(read(context.record.path), COUNTED)
     profiler = shutil.which("ncu")
     if context.rehearse or profiler is None or not chosen:
         reason = "rehearsal" if context.rehearse else "no launch was timed" if profiler else "ncu is not installed"
@@ -202,7 +199,7 @@ def counters(context: Context) -> None:
     indices = [str(row["index"]) for row in chosen]
     child = [sys.executable, "-m", "bench.gpu_run.stage", "some", "--out", str(context.out), "--launch", *indices]
     profile = [profiler, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    found, lines = [], [""]
+    found: list[Row] = []
     # by name, and where the profiler does not know one of the names, by its own sections
     for asked in (["--metrics", ",".join(COUNTERS)], [word for name in SECTIONS for word in ("--section", name)]):
         done = subprocess.run([*profile, *asked, *child], capture_output=True, text=True, env=dict(os.environ))

@@ -127,7 +127,10 @@ def test_a_launch_that_kills_its_process_is_passed_over_and_remedied(tmp_path):
     (remedy,) = of(rows, "remedy")
     assert "conv gradient groups.1.0.conv1" in remedy["launch"]
     assert of(rows, "in force", "table")
-    assert newest(of(rows, "throughput", "table"), "contender")[0]["status"] == "timed", "and the step is timed"
+    timed = newest(of(rows, "throughput", "table"), "contender")[0]
+    assert timed["status"] == "timed", "and the step is timed"
+    assert timed["remedies"] == "conv_data_gradient_kernel 8 warps"
+    assert "with conv_data_gradient_kernel 8 warps" in done.stdout
 
 
 # ---- the pieces
