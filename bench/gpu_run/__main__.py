@@ -41,7 +41,7 @@ from pathlib import Path
 
 from bench.gpu_run.findings import findings, summary, text_table
 from bench.gpu_run.record import Record, read
-from bench.gpu_run.stages import CALLS, FAULTS, FAULTS_OF_STAGES, STAGES, Stage, of_call, stated
+from bench.gpu_run.stages import CALLS, FAULTS, FAULTS_OF_STAGES, STAGES, WITH_PEERS, Stage, of_call, stated
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = "results.jsonl"
@@ -253,9 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--plant is for a rehearsal: faults are not planted in a measurement")
     for plant in options.plant:
         fault, _, name = plant.partition("=")
-        if not (plant in FAULTS or (fault in FAULTS_OF_STAGES and name in [s.name for s in STAGES])):
+        places = WITH_PEERS if fault == "memory" else [s.name for s in STAGES]
+        if not (plant in FAULTS or (fault in FAULTS_OF_STAGES and name in places)):
             parser.error(f"--plant {plant}: expected {', '.join(FAULTS)}, or one of {', '.join(FAULTS_OF_STAGES)} with "
-                         "=STAGE")  # fmt: skip
+                         f"=STAGE (memory: {', '.join(WITH_PEERS)})")  # fmt: skip
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.caches:

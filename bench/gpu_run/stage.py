@@ -254,7 +254,7 @@ def planted_for(plants: Sequence[str], name: str) -> list[str]:
 
 
 class Killed(Record):
-    """Kills its process when the second record has been written."""
+    """Kills its process when the second record has been written, or at the stage's end."""
 
     left = 2
 
@@ -262,8 +262,12 @@ class Killed(Record):
         row = super().add(kind, **values)
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.kill()
         return row
+
+    @staticmethod
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -280,8 +284,8 @@ def rehearsal(context: Context, name: str) -> Iterator[None]:
     def no_memory(problem: Any) -> Any:
         raise torch.OutOfMemoryError("planted: CUDA out of memory")
 
-    if "memory" in faults:
-        CONTENDERS["captured"] = replace(CONTENDERS["captured"], build=no_memory)
+    for peer in ("captured", "compiled") if "memory" in faults else ():
+        CONTENDERS[peer] = replace(CONTENDERS[peer], build=no_memory)
     with planted([plant for plant in context.plants if "=" not in plant]):
         if "hang" in faults:
             time.sleep(3600)
@@ -324,6 +328,8 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
             command(context, name, module)
         else:
             RUN[name](context)
+        if isinstance(context.record, Killed):
+            context.record.kill()
     return 0
 
 

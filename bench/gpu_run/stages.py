@@ -95,6 +95,7 @@ STAGES = (
 # What a rehearsal can plant: in one launch or capture (``faults.py``), and FAULT=STAGE for a whole stage
 FAULTS = ("launch", "launch-dies", "launch-hangs", "step", "captured", "uncapturable")
 FAULTS_OF_STAGES = ("hang", "kill", "raise", "memory")
+WITH_PEERS = ("table", "compiled", "other", "small")  # where a contender can be out of memory
 CALLS = {"A": 420, "B": 300, "long": 0}  # seconds, 0 for as long as it takes
 
 

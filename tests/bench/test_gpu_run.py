@@ -171,7 +171,7 @@ def test_faults_are_not_planted_in_a_measurement(tmp_path, capsys):
     assert "--plant is for a rehearsal" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("plant", ["lunch", "hang", "hang=frist", "launch=first"])
+@pytest.mark.parametrize("plant", ["lunch", "hang", "hang=frist", "launch=first", "memory=first"])
 def test_a_fault_that_does_not_exist_is_refused(tmp_path, capsys, plant):
     with pytest.raises(SystemExit) as error:
         parent.main(["--rehearse", "--out", str(tmp_path), "--plant", plant])
