@@ -10,6 +10,7 @@ import numpy as np
 
 from bench.contenders import CONTENDERS
 from bench.setting import TITLES
+from bench.throughput import OURS
 from fastensdistill.evaluate.drawing import QUIET, empty_figure, line_styles, styled
 
 if TYPE_CHECKING:
@@ -46,14 +47,16 @@ def throughput(run: Run) -> Figure:
     for panel, name, group in zip(panels, settings, groups, strict=True):
         values = np.array([row["images_per_second"] for row in group])
         whiskers = np.abs(np.array([[row["p20"], row["p80"]] for row in group]).T - values)
-        ours = [row["contender"] in ("fused", "reference") for row in group]
-        colours = [styles[row["title"]].colour if own else "#b9c2c9" for row, own in zip(group, ours, strict=True)]
-        bars = panel.barh([row["title"] for row in group], values, color=colours, height=0.7, xerr=whiskers,
+        ours = [row["contender"] in OURS for row in group]
+        colours = [styles[CONTENDERS[row["contender"]].title].colour if own else "#b9c2c9"
+                   for row, own in zip(group, ours, strict=True)]  # fmt: skip
+        bars = panel.barh(range(len(group)), values, color=colours, height=0.7, xerr=whiskers,
                           error_kw={"ecolor": "#444444", "elinewidth": 1})  # fmt: skip
+        panel.set_yticks(range(len(group)), [row["title"] for row in group])  # two may have one, if nothing is captured
         best = values[ours].max() if any(ours) else None
         for bar, row, value in zip(bars, group, values, strict=True):
             notes = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-            if best and row["contender"] not in ("fused", "reference"):
+            if best and row["contender"] not in OURS:
                 notes += f"   ours {best / value:.2f}x as fast"
             if row.get("share_of_roof"):
                 notes += f"   {100 * row['share_of_roof']:.0f}% of the roof"

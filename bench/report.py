@@ -86,7 +86,8 @@ def heading(file: Path, run: Run) -> str:
     if roof := run.get("roof"):
         text += (f"; measured roof {roof['flops_per_second'] / 1e12:.3g} TFLOP/s ({roof['dtype']}), "
                  f"{roof['bytes_per_second'] / 1e12:.3g} TB/s")  # fmt: skip
-    return f"### {run['kind']}: {file.name}\n\n{text}"
+    part = f", {run['part']}" if "part" in run else ""
+    return f"### {run['kind']}: {file.name}{part}\n\n{text}"
 
 
 def describe(file: Path, run: Run) -> str:
@@ -140,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if earlier and earlier["kind"] == run["kind"]:
             print(against(run, earlier), end="\n\n")
         if options.plots:
-            for plot in drawing.draw(file.stem, run, options.plots):
+            name = f"{file.stem}-{run['part']}" if "part" in run else file.stem
+            for plot in drawing.draw(name, run, options.plots):
                 print(f"![{plot.stem}]({plot})")
     return 0
 

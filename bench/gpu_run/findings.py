@@ -48,15 +48,20 @@ def steps(rows: Sequence[Row]) -> list[Row]:
 
 
 def as_runs(rows: Sequence[Row]) -> list[Row]:
-    """The same as results files of ``bench.throughput`` and ``bench.kernels``, which ``bench.report`` draws."""
+    """The same as results files of ``bench.throughput``, one a stage, and ``bench.kernels``: for ``bench.report``."""
     host = next(iter(of_kind(rows, "device")[-1:]), None)
     if host is None:
         return []
     roof = next(iter(of_kind(rows, "roof")[-1:]), None)
     shared = {"smoke": any(row["rehearsal"] for row in of_kind(rows, "run")), "host": host, "roof": roof}
     timed = [row | {"status": row["status"].removeprefix("timed alone")} for row in steps(rows)]
-    found = {"throughput": timed, "kernels": newest(of_kind(rows, "kernel"), "index")}
-    return [{"kind": kind, **shared, "rows": own} for kind, own in found.items() if own]
+    # what was not interleaved with one another shares no table
+    runs = [{"kind": "throughput", "part": stage, **shared, "rows": [row for row in timed if row["stage"] == stage]}
+            for stage in dict.fromkeys(row["stage"] for row in timed)]  # fmt: skip
+    for of in of_kind(rows, "kernels of")[-1:]:
+        runs.append({"kind": "kernels", "part": "kernels", **shared, "setting": of["setting"],
+                     "rows": newest(of_kind(rows, "kernel"), "index")})  # fmt: skip
+    return runs
 
 
 def cell(value: Any) -> str:

@@ -254,9 +254,9 @@ def planted_for(plants: Sequence[str], name: str) -> list[str]:
 
 
 class Killed(Record):
-    """Kills its process when the second record has been written, or at the stage's end."""
+    """Kills its process when the third record has been written, or at the stage's end."""
 
-    left = 2
+    left = 3
 
     def add(self, kind: str, **values: Any) -> Row:
         row = super().add(kind, **values)

@@ -142,6 +142,7 @@ def every_launch(context: Context) -> None:
     timer = kernels.timer(context.device, 20 if context.device.type == "cuda" else 2)
     arch = device_arch(torch.empty(0, device=context.device)) or None
     where = f"{roof.name}, {setting.network}, batch {setting.batch}, M = K = {setting.members}"
+    context.record.add("kernels of", setting=setting.describe())
     rows: list[Row] = []
     missing = 0
     for index, (prepared, count) in enumerate(prepare(setting, context.device, context.dtype)):

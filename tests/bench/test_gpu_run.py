@@ -107,10 +107,13 @@ def the_report_reads_a_rehearsal_only_as_one(disturbed, capsys) -> None:
     out = disturbed[0]
     with pytest.raises(SystemExit, match="smoke run"):
         report.main([str(out / "results.jsonl")])
-    assert report.main([str(out / "results.jsonl"), "--smoke"]) == 0
+    assert report.main([str(out / "results.jsonl"), "--smoke", "--plots", str(out / "plots")]) == 0
     text = capsys.readouterr().out
-    assert "### throughput: results.jsonl" in text
+    assert "### throughput: results.jsonl, table" in text
     assert "### kernels: results.jsonl" in text
+    assert sorted(path.name for path in (out / "plots").glob("*.png")) == [
+        "results-kernels.png", "results-table.png",
+    ]  # fmt: skip
     assert "commit abc123" in text
     assert "out of memory" in text
 
