@@ -41,11 +41,20 @@ from pathlib import Path
 
 from bench.gpu_run.findings import findings, summary, text_table
 from bench.gpu_run.record import Record, read
-from bench.gpu_run.stages import CALLS, FAULTS, FAULTS_OF_STAGES, STAGES, WITH_PEERS, Stage, of_call, stated
+from bench.gpu_run.stages import (
+    CALLS,
+    FAULTS,
+    FAULTS_OF_STAGES,
+    NO_DEVICE,
+    RESULTS,
+    STAGES,
+    WITH_PEERS,
+    Stage,
+    of_call,
+    stated,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = "results.jsonl"
-NO_DEVICE = 77  # exit status of the stage device
 REHEARSAL = {"limit": 100, "hang": 15, "stall": 40, "seconds": 290}
 RESERVED = 12.0  # seconds kept for packing
 

@@ -34,7 +34,7 @@ from bench.gpu_run.launches import check_launches
 from bench.gpu_run.record import Record, Row, read
 from bench.gpu_run.remedies import NAME as REMEDIES
 from bench.gpu_run.remedies import Remedies
-from bench.gpu_run.stages import STAGES
+from bench.gpu_run.stages import NO_DEVICE, RESULTS, STAGES
 from bench.gpu_run.steps import check_step
 from bench.gpu_run.walk import walk
 from bench.peers import captured
@@ -42,8 +42,6 @@ from bench.setting import Setting, batches, drawn_pairs, make
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.triton_utils import HAS_TRITON
 
-RESULTS = "results.jsonl"
-NO_DEVICE = 77  # exit status
 PIECE = 15 << 20  # bytes of one file of packed caches
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+RESULTS = "results.jsonl"
+NO_DEVICE = 77  # exit status of the stage device without one
 # Processor seconds of ``python -m bench.gpu_run.warm`` (AMD EPYC, torch 2.11, Triton 3.6) per network, launchers
 # included, and seconds in which one process records its launches; "tiny" is the step of the proofs, in all its methods
 COMPILING = {"wrn28_4": 48.0, "resnet32": 26.0, "tiny": 20.0}

@@ -62,10 +62,10 @@ def expected_ms(context: Context, setting: Setting) -> float | None:
     card = "h200" if "H200" in name else "h100" if "H100" in name else None
     if card is None or context.rehearse or setting.method != "tdiv-sdiv":
         return None
-    return unless_it_raises(context, lambda: predicted(setting.network, setting.batch, setting.members, card))
+    return prediction(context, lambda: predicted(setting.network, setting.batch, setting.members, card))
 
 
-def unless_it_raises(context: Context, predict: Callable[[], float]) -> float | None:
+def prediction(context: Context, predict: Callable[[], float]) -> float | None:
     """A prediction, which no measurement may fail for."""
     try:
         return predict()
@@ -151,7 +151,7 @@ def every_launch(context: Context) -> None:
             continue
         began = time.perf_counter()
         one = prepared
-        expected = unless_it_raises(context, lambda: predicted_launch(one.launch, one.part, roof))  # noqa: B023
+        expected = prediction(context, lambda: predicted_launch(one.launch, one.part, roof))  # noqa: B023
         facts = {"index": index, "launch": prepared.title, "pass": prepared.where, "op": prepared.launch.op,
                  "count": count, "predicted_us": expected}  # fmt: skip
         try:
