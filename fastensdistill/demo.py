@@ -36,7 +36,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
     """Run the demo in ``out``. Raises InputError for fewer than one seed, or where a run fails."""
     if seeds < 1:
         raise InputError(f"seeds={seeds}: expected at least 1")
-    from fastensdistill.cli import ExportRun, export, show
+    from fastensdistill.commands import ExportRun, export, show
     from fastensdistill.data.sources import load_dataset
     from fastensdistill.evaluate import runs
     from fastensdistill.weights import read_tensors
