@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class EvaluateRun(DataConfig):
     """Standard deviations, as the means."""
     ensemble: bool = False
     """Also measure all files together, as one ensemble."""
+    unfinished: bool = False
+    """Also take runs that did not end, as they are."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
 
@@ -51,6 +54,8 @@ class ExportRun(DataConfig):
     """Its normalisation: a mean for each channel of pixels in [0, 1]. Unset: the data's."""
     std: tuple[float, ...] = ()
     """Standard deviations, as the means."""
+    unfinished: bool = False
+    """Also take a run that did not end, as it is."""
 
 
 @dataclass
@@ -87,20 +92,24 @@ class PlanRun:
 
 
 def teach(run: TeachRun) -> None:
+    from fastensdistill.evaluate import runs
     from fastensdistill.train.setup import seeded
     from fastensdistill.train.trainer import TeachTrainer
 
+    run.data = run.data or "digits"
     data = prepare(run)
     networks = [seeded(run.seed + i, lambda: build_model(run, data)) for i in range(run.members)]
+    record_model(run, networks[0])
     trainer = TeachTrainer(networks, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
     trainer.saved_config = run
     trainer.fit()
     if trainer.first:
-        summarize([run.out], data, run.out, trainer.device, "Teachers")
+        summarize(runs.find_candidates([run.out], data), data, run.out, trainer.device, "Teachers")
 
 
 def distill(run: DistillRun) -> None:
-    from fastensdistill.evaluate.runs import teachers_of
+    from fastensdistill.evaluate import runs
+    from fastensdistill.evaluate.origin import choose_data, origins
     from fastensdistill.method.student import STUDENTS
     from fastensdistill.method.teachers import Teachers
     from fastensdistill.models import ModelSpec, create_model
@@ -110,10 +119,15 @@ def distill(run: DistillRun) -> None:
 
     if not run.teachers:
         raise InputError("no teachers given: expected --teachers with files, or a folder that teach wrote")
+    for path in run.teachers:
+        members(path.expanduser())  # what is no file and holds no teachers is named before anything is read
+    given = origins(run.teachers, run.unfinished)
+    run, line = choose_data(run, given)
     data = prepare(run)
-    run.teachers = tuple(file.resolve() for path in run.teachers for file in members(path))
-    foreign = teachers_of(vars(run))
-    teachers = Teachers([foreign.load(f, i, len(run.teachers), data) for i, f in enumerate(run.teachers)])
+    notes: list[str] = []
+    networks, files = runs.load_teachers_of(given, runs.teachers_of(vars(run)), data, notes)
+    run.teachers = tuple(files)
+    teachers = Teachers(networks)
     if run.branches is None:
         run.branches = 1 if run.student == "single" else len(teachers)
     spec = getattr(teachers.networks[0], "spec", ModelSpec("wrn28_4"))
@@ -126,63 +140,81 @@ def distill(run: DistillRun) -> None:
 
     branches = run.branches
     student = seeded(run.seed, lambda: STUDENTS[run.student](create(), branches))
+    record_model(run, student.module)
     trainer = DistillTrainer(student, teachers, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
     trainer.saved_config = run
+    say(line, notes)
     trainer.fit()
     if trainer.first:
-        summarize([run.out], data, run.out, trainer.device, f"{run.student}, {run.perturbation}")
+        beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)
+        rows = runs.named([*beside, *runs.find_candidates([run.out], data)])
+        summarize(rows, data, run.out, trainer.device, f"{run.student}, {run.perturbation}", notes)
 
 
 def evaluate(run: EvaluateRun) -> None:
-    from fastensdistill.evaluate import runs
-    from fastensdistill.method.student import Student
-    from fastensdistill.method.teachers import Teachers
+    from fastensdistill.evaluate import comparison, runs
+    from fastensdistill.evaluate.origin import choose_data, origins
     from fastensdistill.train.setup import choose_device
 
-    data = run.load()
-    candidates = runs.find_candidates(run.paths, data, runs.Foreign(run.model, run.mean, run.std))
+    if not run.paths:
+        raise InputError("nothing to evaluate: expected at least one file or run folder")
+    if run.out is not None:
+        comparison.check_writable(run.out)
+    asked, line = choose_data(run, origins(run.paths, run.unfinished))
+    data, notes = asked.load(), list[str]()
+    foreign = runs.Foreign(run.model, run.mean, run.std)
+    candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
-        members = [n for c in candidates for n in c.networks if not isinstance(n, Student | Teachers)]
-        if len(members) < 2:
-            raise InputError(f"--ensemble of {len(members)} networks: expected at least 2 files")
-        candidates.append(runs.Candidate(f"ensemble of {len(members)}", "ensemble", [Teachers(members)]))
+        candidates = runs.named([*candidates, runs.ensemble_of(candidates)])
     device = choose_device(run.device)
-    if run.out is None:
-        show([runs.evaluate_candidate(c, data, device).row for c in candidates], data)
-        return
-    show(runs.report(candidates, data, run.out, device, f"Evaluation on {data.name}"), data)
-    print(f"report: {run.out / 'report.html'}")
+    found = comparison.compare(candidates, data, device)
+    say(line, notes)
+    show([e.row for e in found], data)
+    if run.out is not None:
+        comparison.write(found, candidates, data, run.out, device, f"Evaluation on {data.name}", notes)
+        print(f"report: {run.out / 'report.html'}")
 
 
 def export(run: ExportRun) -> None:
     import torch
 
     from fastensdistill.data.loader import EvaluationSet
-    from fastensdistill.evaluate import runs
+    from fastensdistill.evaluate import comparison, runs
+    from fastensdistill.evaluate.classes import check_card, reordered
+    from fastensdistill.evaluate.origin import KEPT, choose_data, origins
     from fastensdistill.export import export_network
     from fastensdistill.method.student import LatentBE, Student
-    from fastensdistill.weights import read_tensors
+    from fastensdistill.weights import teacher_files
 
-    path = run.path
-    if path.is_dir():
-        path = next((path / f for f in ("network.safetensors", "student.safetensors") if (path / f).is_file()), path)
-        if path.is_dir():
-            raise InputError(f"{run.path} holds no network.safetensors: expected the folder of a finished distill run")
-    data = run.load()
-    network = runs.Foreign(run.model, run.mean, run.std).load(path, 0, 1, data)
+    path = run.path.expanduser()
+    if path.is_dir() and not any((path / f).is_file() for f in KEPT):
+        if teacher_files(path):
+            raise InputError(f"{path} holds teachers, each a network of its own: name one of them, as in "
+                             f"{teacher_files(path)[0]}, or distill them into one")  # fmt: skip
+        raise InputError(f"{path} holds no network.safetensors: expected the folder of a finished distill run")
+    [given] = origins([path], run.unfinished)
+    comparison.check_writable(run.out)
+    asked, line = choose_data(run, [given])
+    data, file, card = asked.load(), given.files[0], given.card
+    network = runs.Foreign(run.model, run.mean, run.std).load(file, 0, 1, data)
+    order, notes = check_card(card, data, file)
     if isinstance(network, Student):
         if not isinstance(network, LatentBE):
-            raise InputError(f"{path} is a {network.kind} student, an ensemble; only one network can be exported")
+            raise InputError(f"{file} is a {network.kind} student, an ensemble; only one network can be exported")
         network = network.average()
-    candidate = runs.Candidate(path.stem, "student", [network])
-    row = runs.evaluate_candidate(candidate, data, torch.device("cpu")).row
-    _, origin = read_tensors(path)
-    card = {
-        "data": data.name, "classes": list(data.classes), "macs": row.macs, "metrics": row.metrics[0].to_dict(),
-        "trained": {k: origin[k] for k in ("validation_accuracy", "step") if k in origin},
+    measured = network
+    if order is not None:  # what is exported stays in the order of the network's own classes, which its card names
+        measured = reordered(copy.deepcopy(network), order, (data.channels, *data.image_size))
+    row = comparison.evaluate_candidate(runs.Candidate(file.stem, "student", [measured]), data, torch.device("cpu")).row
+    about = {
+        "data": data.name, "classes": list(card.get("classes") or data.classes), "image_size": list(data.image_size),
+        "channels": data.channels, "macs": row.macs, "metrics": row.metrics[0].to_dict(),
+        "trained": {k: card[k] for k in (*comparison.KEPT_FACTS, "data") if k in card},
     }  # fmt: skip
     images = next(EvaluationSet(data.test, "cpu").batches(64))
-    for e in export_network(network, run.out, images=images, formats=run.formats, card=card):
+    exported = export_network(network, run.out, images=images, formats=run.formats, card=about)
+    say(line, notes)
+    for e in exported:
         print(f"{e.format:12} {e.path}  checked on {len(images)} test images: relative error {e.error:.1e}")
 
 
@@ -217,11 +249,22 @@ def prepare(run: Any) -> Any:
     """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
     from fastensdistill.data.sources import DATASETS
 
-    if run.data not in DATASETS and Path(run.data).exists():
-        run.data = str(Path(run.data).resolve())
+    if run.data not in DATASETS and Path(run.data).expanduser().exists():
+        run.data = str(Path(run.data).expanduser().resolve())
     if run.root is not None:
         run.root = str(Path(run.root).expanduser().resolve())
     return run.load()
+
+
+def record_model(run: Any, network: Any) -> None:
+    """Set the model that was built among the settings of a new run, for its config.yaml; a resumed one has it there."""
+    spec = getattr(network, "spec", None)
+    if spec is None or (run.resume and (run.out / "config.yaml").is_file()):
+        return
+    run.model = spec.name
+    for name in ("blocks", "widen", "in_planes"):
+        value = spec.arguments.get(name)
+        setattr(run, name, tuple(value) if isinstance(value, list) else value)  # a card has lists
 
 
 def build_model(run: ModelConfig, data: Any) -> Any:
@@ -235,6 +278,16 @@ def build_model(run: ModelConfig, data: Any) -> Any:
     return create_model(name, data.num_classes, mean=data.mean, std=data.std, **arguments)
 
 
+def say(line: str, notes: Sequence[str]) -> None:
+    """Which data was taken, and notes, on stderr; of several processes by the first alone. Not before what can fail: an
+    error is one line."""
+    from fastensdistill.engine import parallel
+
+    if parallel.rank() == 0:
+        for text in [*([line] if line else []), *(f"note: {note}" for note in notes)]:
+            print(text, file=sys.stderr)
+
+
 def show(rows: Any, data: Any) -> None:
     from rich.console import Console
 
@@ -244,10 +297,21 @@ def show(rows: Any, data: Any) -> None:
     print_table(rows, Console(width=None if sys.stdout.isatty() else 160))
 
 
-def summarize(paths: Sequence[Path], data: Any, out: Path, device: Any, title: str) -> None:
-    from fastensdistill.evaluate import runs
+def compare_and_write(
+    candidates: Sequence[Any], data: Any, out: Path, device: Any, title: str, notes: Sequence[str] = ()
+) -> None:
+    """Measure all rows and print their table, then write it and the report: where that fails, the table is there."""
+    from fastensdistill.evaluate import comparison
 
-    show(runs.report(runs.find_candidates(paths, data), data, out, device, f"{title} on {data.name}"), data)
+    found = comparison.compare(candidates, data, device)
+    show([e.row for e in found], data)
+    comparison.write(found, candidates, data, out, device, title, notes)
+
+
+def summarize(
+    candidates: Sequence[Any], data: Any, out: Path, device: Any, title: str, notes: Sequence[str] = ()
+) -> None:
+    compare_and_write(candidates, data, out, device, f"{title} on {data.name}", notes)
     print(f"run: {out}  report: {out / 'report.html'}")
 
 

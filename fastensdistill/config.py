@@ -129,8 +129,9 @@ class DistillConfig(TrainConfig):
 class DataConfig:
     """Which images."""
 
-    data: str = "digits"
-    """digits, cifar10, cifar100, an .npz file, or a folder of class folders."""
+    data: str | None = None
+    """digits, cifar10, cifar100, an .npz file, or a folder of class folders. Unset: the data of the runs and files that
+    are given, as they say it; digits for teach."""
     root: str | None = None
     """Folder that holds cifar-10-batches-py or cifar-100-python."""
     limit: int | None = None
@@ -141,8 +142,9 @@ class DataConfig:
     """Height and width that the images of a folder are resized to."""
 
     def load(self) -> Dataset:
+        name = self.data or "digits"
         return load_dataset(
-            self.data, root=self.root, limit=self.limit, validation=self.validation, image_size=self.image_size
+            name, root=self.root, limit=self.limit, validation=self.validation, image_size=self.image_size
         )
 
 
@@ -202,6 +204,8 @@ class DistillRun(RunConfig, DataConfig, ModelConfig, DistillConfig):
     Unset: the data's."""
     teacher_std: tuple[float, ...] = ()
     """Standard deviations, as the means."""
+    unfinished: bool = False
+    """Also learn from teachers whose run did not end, as they are."""
 
 
 def to_yaml(config: Any) -> str:

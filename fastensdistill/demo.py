@@ -36,7 +36,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
     """Run the demo in ``out``. Raises InputError for fewer than one seed, or where a run fails."""
     if seeds < 1:
         raise InputError(f"seeds={seeds}: expected at least 1")
-    from fastensdistill.commands import ExportRun, export, show
+    from fastensdistill.commands import ExportRun, compare_and_write, export
     from fastensdistill.data.sources import load_dataset
     from fastensdistill.evaluate import runs
     from fastensdistill.weights import read_tensors
@@ -66,7 +66,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> None:
     candidates = runs.find_candidates([teachers, *jobs], data)
     for candidate, name in zip(candidates[2:], STUDENTS, strict=True):
         candidate.name = name
-    show(runs.report(candidates, data, out, torch.device("cpu"), "Four teachers into one network: digits"), data)
+    compare_and_write(candidates, data, out, torch.device("cpu"), "Four teachers into one network: digits")
     best = max(jobs, key=lambda f: read_tensors(f / "network.safetensors")[1]["validation_accuracy"])
     print(f"4. the network with the best validation accuracy, {best.name}", flush=True)
     export(ExportRun(path=best, out=out / "network"))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.evaluate.runs import count_macs, count_parameters
+from fastensdistill.evaluate.comparison import count_macs, count_parameters
 from fastensdistill.models import create_model
 from fastensdistill.models.layers import BatchNorm2d, PadShortcut
 from tests.compare import check_close

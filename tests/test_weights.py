@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.evaluate.runs import count_parameters
+from fastensdistill.evaluate.comparison import count_parameters
 from fastensdistill.files import write_atomically
 from fastensdistill.method.student import STUDENTS, LatentBE
 from fastensdistill.method.teachers import Teachers

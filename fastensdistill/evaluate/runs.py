@@ -1,35 +1,28 @@
-"""From run folders and files to the rows of a table and what a report shows."""
+"""From run folders and files to the networks that the rows of a table are about."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
-from fastensdistill.evaluate import metrics
-from fastensdistill.evaluate.predict import predict
-from fastensdistill.evaluate.report import Row, read_metrics, write_report
-from fastensdistill.files import write_atomically
-from fastensdistill.method.modes import evaluating
-from fastensdistill.method.perturbation import Perturbation
+from fastensdistill.evaluate.classes import check_card, reordered
+from fastensdistill.evaluate.names import Label, distinct
+from fastensdistill.evaluate.origin import Origin, origins, read_card, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.weights import load_network, teacher_files
+from fastensdistill.weights import load_network
 
-STRIP = 8  # images beside their perturbed versions
-SHOWN = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "precision")
+# What runs of one row may differ in: their seed, and where and how they ran
+APART = ("seed", "out", "resume", "tensorboard", "device", "engine", "unfinished")
 
 
 @dataclass
@@ -40,90 +33,160 @@ class Candidate:
     group: str  # teachers, ensemble or student
     networks: list[nn.Module]
     folders: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # what the networks were read from
+    label: Label | None = None  # what to call it where another row has its name
 
 
-@dataclass
-class Evaluated:
-    row: Row
-    probabilities: Tensor  # (N, C) of the first seed on the test split
+def find_candidates(
+    paths: Sequence[Path], data: Dataset, foreign: Foreign | None = None, *, unfinished: bool = False,
+    notes: list[str] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """The rows that files and run folders make; runs that differ only in their seed share one, and no two one name.
 
-
-def evaluate_candidate(candidate: Candidate, data: Dataset, device: torch.device) -> Evaluated:
-    """All metrics of every seed on the test split, its parameters and the cost of one image.
-
-    Raises InputError for a network whose output does not fit the data.
+    ``foreign`` says what the files among ``paths`` hold that do not say it. A folder of ``teach`` gives its members and
+    their ensemble; one of ``distill`` its averaged network, or the branch ensemble where that is what the student is
+    for. What the user should know besides is added to ``notes``.
+    Raises InputError for a path that holds neither or is given twice, runs that are not finished unless ``unfinished``,
+    networks made for other images or classes than the data's, and copies of one network where seeds are counted.
     """
-    test, validation = EvaluationSet(data.test, device), EvaluationSet(data.validation, device)
-    found, first = [], None
-    for network in candidate.networks:
-        network = network.to(device)
-        shape = (data.channels, *data.image_size)
-        lead = (len(network),) if isinstance(network, Teachers) else ()
-        lead = (network.branches,) if isinstance(network, Student) else lead
-        Teachers.check_output(network, candidate.name, shape, (*lead, 1, data.num_classes))
-        p = predict(network, test)
-        found.append(metrics.evaluate(p, test.labels, predict(network, validation), validation.labels))
-        first = p.mean(0).cpu() if first is None else first
-    assert first is not None
-    example = candidate.networks[0]
-    row = Row(candidate.name, candidate.group, found, count_parameters(example), count_macs(example, shape))
-    return Evaluated(row, first)
-
-
-def count_parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def count_macs(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image (channels, H, W): those of convolutions and linear layers."""
-    device = next(network.parameters()).device
-    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *image_shape, device=device))
-    return counter.get_total_flops() // 2
-
-
-def find_candidates(paths: Sequence[Path], data: Dataset, foreign: Foreign | None = None) -> list[Candidate]:
-    """The rows that files and run folders make; runs that differ only in their seed share one.
-
-    ``foreign`` says what the files among ``paths`` hold that do not say it.
-    A folder of ``teach`` gives its members and their ensemble; one of ``distill`` its averaged network, or the
-    branch ensemble where that is what the student is for. Raises InputError for a path that holds neither.
-    """
+    notes = [] if notes is None else notes
+    foreign = foreign or Foreign()
     candidates: list[Candidate] = []
     seeds: dict[str, Candidate] = {}
-    foreign = foreign or Foreign()
-    files = [path for path in paths if path.is_file()]
-    for path in paths:
-        if path in files:
-            network = foreign.load(path, files.index(path), len(files), data)
-            candidates.append(Candidate(path.stem, "student", [network]))
+    given = origins(paths, unfinished)
+    files = [one.path for one in given if one.path.is_file()]
+    for one in given:
+        stopped = one.unfinished()
+        mark = f" (unfinished, {stopped})" if stopped else ""
+        if one.path in files:
+            network = foreign.load(one.path, files.index(one.path), len(files), data)
+            label = Label(one.path.stem + mark, one.path.resolve(), "{}" + mark)
+            [network] = fit([network], [one.path], data, notes)
+            candidates.append(Candidate(label.short, "student", [network], [], [one.path], label))
             continue
-        teachers = teacher_files(path)
-        if teachers:
-            networks = [load_network(f) for f in teachers]
-            prefix = "" if path.name == "teachers" else f"{path.name}: "
-            candidates.append(Candidate(f"{prefix}teachers", "teachers", networks, [path]))
-            if len(networks) > 1:
-                candidates.append(Candidate(f"{prefix}ensemble of {len(networks)}", "ensemble", [Teachers(networks)]))
+        networks = fit([load_network(f) for f in one.files], one.files, data, notes)
+        if one.is_teachers:
+            candidates += teacher_candidates(networks, one.files, one.path, mark)
             continue
-        file = next((path / f for f in ("network.safetensors", "student.safetensors") if (path / f).is_file()), None)
-        if file is None:
-            raise InputError(f"{path}: expected a safetensors file, or the folder of a finished run")
-        config = read_config(path)
-        free = ("seed", "out", "resume", "tensorboard", "device", "engine")
         # A run made from Python saves no teachers and no data: what else differs cannot be seen
-        whole = {"teachers", "data"} <= set(config)
-        key = json.dumps({k: v for k, v in config.items() if k not in free}, default=str) if whole else str(path)
-        if key in seeds:
-            seeds[key].networks.append(load_network(file))
-            seeds[key].folders.append(path)
-            seeds[key].name = re.sub(r"[-_]?(seed)?[-_]?\d+$", "", seeds[key].folders[0].name) or path.name
-        else:
-            seeds[key] = Candidate(path.name, "student", [load_network(file)], [path])
-            candidates.append(seeds[key])
+        whole = {"teachers", "data"} <= set(one.config)
+        config = {k: v for k, v in one.config.items() if k not in APART}
+        key = json.dumps([config, one.files[0].name, stopped], default=str) if whole else str(one.path)
+        row = seeds.get(key)
+        if row is not None and one.config.get("seed") in (read_seed(f) for f in row.folders):
+            notes.append(f"{one.path} has the seed of another run of its row, so it counts as a row of its own")
+            row, key = None, f"{key} {one.path}"
+        if row is None:
+            path = one.path.resolve()
+            row = Candidate(path.name + mark, "student", [], label=Label(path.name + mark, path, "{}" + mark))
+            seeds[key] = row
+            candidates.append(row)
+        row.networks += networks
+        row.folders.append(one.path)
+        row.files += one.files
+        if len(row.folders) == 2:
+            first = row.folders[0].resolve()
+            name = re.sub(r"[-_]?(seed)?[-_]?\d+$", "", first.name) or one.path.name
+            row.label = Label(name + mark, first.with_name(name), "{}" + mark)
     if not candidates:
         raise InputError("nothing to evaluate: expected at least one file or run folder")
+    for candidate in candidates:
+        check_copies(candidate.networks, candidate.files)
+    return named(candidates)
+
+
+def teacher_candidates(
+    networks: Sequence[nn.Module], files: Sequence[Path], folder: Path | None = None, mark: str = ""
+) -> list[Candidate]:
+    """The rows of teachers: each alone, as seeds of one row, and their ensemble."""
+    path = folder.resolve() if folder else None
+    prefix = "" if path is None or path.name == "teachers" else f"{path.name}: "
+    form = "{}" if path and path.name == "teachers" else "{}: teachers"
+    label = Label(f"{prefix}teachers{mark}", path, form + mark)
+    out = [Candidate(label.short, "teachers", list(networks), [folder] if folder else [], list(files), label)]
+    if len(networks) > 1:
+        kind = f"ensemble of {len(networks)}{mark}"
+        label = Label(f"{prefix}{kind}", path, f"{{}}: {kind}")
+        out.append(Candidate(label.short, "ensemble", [Teachers(networks)], [], list(files), label))
+    return out
+
+
+def ensemble_of(candidates: Sequence[Candidate]) -> Candidate:
+    """All single networks of ``candidates`` as one ensemble. Raises InputError for fewer than two, and for copies."""
+    plain = [c for c in candidates if not any(isinstance(n, Student | Teachers) for n in c.networks)]
+    networks = [n for c in plain for n in c.networks]
+    files = [f for c in plain for f in c.files]
+    if len(networks) < 2:
+        raise InputError(f"--ensemble of {len(networks)} networks: expected at least 2 files")
+    check_copies(networks, files)
+    return Candidate(f"ensemble of {len(networks)}", "ensemble", [Teachers(networks)], [], files)
+
+
+def named(candidates: list[Candidate]) -> list[Candidate]:
+    """The same, no two of one name."""
+    labels = [c.label or Label(c.name) for c in candidates]
+    for candidate, name in zip(candidates, distinct(labels), strict=True):
+        candidate.name = name
     return candidates
+
+
+def fit(networks: Sequence[nn.Module], files: Sequence[Path], data: Dataset, notes: list[str]) -> list[nn.Module]:
+    """The networks, their logits in the data's order of classes. Raises InputError for other classes or images."""
+    out, said = [], set()
+    for network, file in zip(networks, files, strict=True):
+        order, told = check_card(read_card(file), data, file)
+        if order is not None:
+            network = reordered(network, order, (data.channels, *data.image_size))
+        for note in told:
+            kind = note.replace(str(file), "")
+            notes += [] if kind in said else [note]  # one file of a folder speaks for all
+            said.add(kind)
+        out.append(network)
+    return out
+
+
+def check_copies(networks: Sequence[nn.Module], files: Sequence[Path]) -> None:
+    """Raise InputError where two networks have the same parameters, or two files are one."""
+    seen: dict[Any, Path] = {}
+    for network, file in zip(networks, files, strict=False):
+        marks: list[Any] = [file.resolve()]
+        digest = digest_parameters(network.parameters())
+        marks += [digest] if digest else []
+        for mark in marks:
+            if mark in seen:
+                raise InputError(
+                    f"{file} is the same network as {seen[mark]}: expected networks that differ, as copies "
+                    "have nothing to disagree about"
+                )
+        seen |= dict.fromkeys(marks, file)
+
+
+def digest_parameters(parameters: Iterable[Any]) -> str:
+    """A digest of the values, whatever their names; "" where there are none."""
+    digest, any_ = hashlib.sha256(), False
+    for tensor in parameters:
+        any_ = True
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest() if any_ else ""
+
+
+def read_seed(folder: Path) -> Any:
+    """The seed of the run in ``folder``, None where it is not known."""
+    return read_config(folder).get("seed")
+
+
+def load_teachers_of(
+    given: Sequence[Origin], foreign: Foreign, data: Dataset, notes: list[str]
+) -> tuple[list[nn.Module], list[Path]]:
+    """The teachers that files and folders stand for, their logits in the data's order of classes, and their files.
+
+    Raises InputError for files that cannot be read, copies, and networks of other images or classes.
+    """
+    files = [file.resolve() for one in given for file in one.files]
+    networks = fit([foreign.load(f, i, len(files), data) for i, f in enumerate(files)], files, data, notes)
+    check_copies(networks, [file for one in given for file in one.files])
+    return networks, files
 
 
 @dataclass(frozen=True)
@@ -156,76 +219,7 @@ class Foreign:
         return values[index * each : (index + 1) * each] if len(values) > each else values
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the run in ``folder``, {} where it has none."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
-    return config
-
-
 def teachers_of(config: dict[str, Any]) -> Foreign:
     """What a distill run's settings say of its teachers' files."""
     model, mean, std = (config.get(f"teacher_{name}") or () for name in ("model", "mean", "std"))
     return Foreign(model, mean, std, prefix="teacher_")
-
-
-def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], data: Dataset) -> tuple[Any, ...] | None:
-    """Test images, the same perturbed as the student was trained, and the names of their classes."""
-    if config.get("perturbation", "none") == "none" or not {"step_size", "temperature"} <= set(config):
-        return None
-    images = next(EvaluationSet(data.test, "cpu").batches(STRIP))
-    pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    perturbation = Perturbation(
-        config["perturbation"], len(teachers), student.branches, size=config["step_size"],
-        temperature=config["temperature"], pick=pick, noise=noise,
-    )  # fmt: skip
-    perturbed = perturbation(images, teachers.cpu(), student.cpu(), data.num_classes).images
-    return images, perturbed, [data.classes[i] for i in data.test.labels[:STRIP]]
-
-
-def report(candidates: Sequence[Candidate], data: Dataset, out: Path, device: torch.device, title: str) -> list[Row]:
-    """Evaluate all candidates and write ``results.json``, ``report.html`` and its pictures to ``out``."""
-    evaluated = [evaluate_candidate(c, data, device) for c in candidates]
-    rows = [e.row for e in evaluated]
-    curves = {}
-    for candidate in candidates:
-        for folder in candidate.folders:
-            seed = read_config(folder).get("seed", "?")
-            name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {seed}"
-            if (folder / "metrics.jsonl").is_file():
-                curves[name] = read_metrics(folder / "metrics.jsonl")
-    labels = torch.from_numpy(data.test.labels)
-    reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
-    strip = None
-    configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
-    found = {k: {str(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
-    shared = {k: values.pop() for k, values in found.items() if len(values) == 1}
-    for candidate in reversed(candidates):
-        config = read_config(candidate.folders[0]) if candidate.folders else {}
-        files = [Path(f) for f in config.get("teachers", ())]
-        if strip is None and files and all(f.is_file() for f in files):
-            student = load_network(candidate.folders[0] / "student.safetensors")
-            foreign = teachers_of(config)
-            teachers = Teachers([foreign.load(f, i, len(files), data) for i, f in enumerate(files)])
-            strip = strip_images(student, teachers, config, data) if isinstance(student, Student) else None
-    facts = {
-        "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
-        f"{len(data.test):,} test images, {data.num_classes} classes",
-        **shared,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-    }  # fmt: skip
-    results = {"title": title, "facts": facts, "rows": [
-        {"name": r.name, "group": r.group, "parameters": r.parameters, "macs": r.macs,
-         "metrics": [m.to_dict() for m in r.metrics]} for r in rows
-    ]}  # fmt: skip
-    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
-    write_report(out, title=title, rows=rows, curves=curves, reliability=reliability, strip=strip, facts=facts)
-    return rows

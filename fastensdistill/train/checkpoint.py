@@ -28,7 +28,7 @@ from fastensdistill.weights import read_tensors, save_tensors
 CHECKPOINT = "checkpoint.safetensors"
 # What may differ between a run and its continuation. Another engine changes the last bits, not the method; the kind of
 # device must be the same, since its generators' states are of no use to another.
-FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root"}
+FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root", "unfinished"}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,204 @@
+"""Measure the networks of every row, and write what was found: results.json and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastensdistill.data.loader import EvaluationSet
+from fastensdistill.data.sources import Dataset
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.origin import origin, read_card, read_config
+from fastensdistill.evaluate.predict import predict
+from fastensdistill.evaluate.report import Row, read_metrics, write_report
+from fastensdistill.evaluate.runs import Candidate, fit, load_teachers_of, teachers_of
+from fastensdistill.files import write_atomically
+from fastensdistill.method.modes import evaluating
+from fastensdistill.method.perturbation import Perturbation
+from fastensdistill.method.student import Student
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.weights import load_network
+
+STRIP = 8  # images beside their perturbed versions
+SHOWN = (
+    "model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "engine", "precision",
+    "flip", "pad",
+)  # fmt: skip
+KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
+
+
+@dataclass
+class Evaluated:
+    row: Row
+    probabilities: Tensor  # (N, C) of the first seed on the test split
+
+
+def evaluate_candidate(candidate: Candidate, data: Dataset, device: torch.device) -> Evaluated:
+    """All metrics of every seed on the test split, its parameters and the cost of one image.
+
+    Raises InputError for a network whose output does not fit the data.
+    """
+    test, validation = EvaluationSet(data.test, device), EvaluationSet(data.validation, device)
+    found, first = [], None
+    for network in candidate.networks:
+        network = network.to(device)
+        shape = (data.channels, *data.image_size)
+        lead = (len(network),) if isinstance(network, Teachers) else ()
+        lead = (network.branches,) if isinstance(network, Student) else lead
+        Teachers.check_output(network, candidate.name, shape, (*lead, 1, data.num_classes))
+        p = predict(network, test)
+        found.append(metrics.evaluate(p, test.labels, predict(network, validation), validation.labels))
+        first = p.mean(0).cpu() if first is None else first
+    assert first is not None
+    example = candidate.networks[0]
+    row = Row(candidate.name, candidate.group, found, count_parameters(example), count_macs(example, shape))
+    return Evaluated(row, first)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def count_macs(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image (channels, H, W): those of convolutions and linear layers."""
+    device = next(network.parameters()).device
+    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *image_shape, device=device))
+    return counter.get_total_flops() // 2
+
+
+def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], data: Dataset) -> tuple[Any, ...] | None:
+    """Test images, the same perturbed as the student was trained, and the names of their classes."""
+    if config.get("perturbation", "none") == "none" or not {"step_size", "temperature"} <= set(config):
+        return None
+    images = next(EvaluationSet(data.test, "cpu").batches(STRIP))
+    pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    perturbation = Perturbation(
+        config["perturbation"], len(teachers), student.branches, size=config["step_size"],
+        temperature=config["temperature"], pick=pick, noise=noise,
+    )  # fmt: skip
+    perturbed = perturbation(images, teachers.cpu(), student.cpu(), data.num_classes).images
+    return images, perturbed, [data.classes[i] for i in data.test.labels[:STRIP]]
+
+
+def compare(candidates: Sequence[Candidate], data: Dataset, device: torch.device) -> list[Evaluated]:
+    """All candidates measured, one after another; on a terminal, which one is being measured."""
+    found = []
+    for i, candidate in enumerate(candidates, 1):
+        if sys.stderr.isatty():
+            print(f"\r\033[Kmeasuring {i} of {len(candidates)}: {candidate.name}"[:70], end="", file=sys.stderr)
+        try:
+            found.append(evaluate_candidate(candidate, data, device))
+        finally:
+            if sys.stderr.isatty():
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError unless files can be written to ``folder``, which may have to be made; nothing stays there."""
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(20, "a file is in the way", str(place))
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror} ({place})") from error
+
+
+def write(
+    evaluated: Sequence[Evaluated], candidates: Sequence[Candidate], data: Dataset, out: Path, device: torch.device,
+    title: str, notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write ``results.json``, ``report.html`` and its pictures to ``out``. Raises InputError where that cannot be."""
+    notes = list(notes)
+    curves = {}
+    for candidate in candidates:
+        for folder in candidate.folders:
+            seed = read_config(folder).get("seed", "?")
+            name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {seed}"
+            if (folder / "metrics.jsonl").is_file():
+                curves[name] = read_metrics(folder / "metrics.jsonl")
+    labels = torch.from_numpy(data.test.labels)
+    reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
+    strip = perturbed(candidates, data, notes)
+    rows = [
+        {"name": e.row.name, "group": e.row.group, "files": [str(f) for f in c.files], "kept": kept(c),
+         "parameters": e.row.parameters, "macs": e.row.macs, "metrics": [m.to_dict() for m in e.row.metrics]}
+        for e, c in zip(evaluated, candidates, strict=True)
+    ]  # fmt: skip
+    facts = facts_about(candidates, data, device) | ({"note": "; ".join(notes)} if notes else {})
+    results = {"title": title, "facts": facts, "rows": rows}
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
+    write_report(
+        out, title=title, rows=[e.row for e in evaluated], curves=curves, reliability=reliability, strip=strip,
+        facts=facts,
+    )  # fmt: skip
+
+
+def kept(candidate: Candidate) -> list[dict[str, Any]]:
+    """For each file of a row, what its card says of the weights in it: when they were reached, how good they were."""
+    cards = [read_card(file) for file in candidate.files]
+    return [{key: card[key] for key in KEPT_FACTS if key in card} for card in cards]
+
+
+def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.device) -> dict[str, str]:
+    """What a reader of the report has to know besides the numbers, in order."""
+    configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
+    found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
+    counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()
+    few, many = (f"{n:,} ({data.classes[counts.index(n)]})" for n in (min(counts), max(counts)))
+    when = []
+    for candidate in candidates:
+        reached = [k for k in kept(candidate) if k.get("epoch") is not None]
+        if reached and candidate.group != "ensemble":
+            epochs = ", ".join(f"{k['epoch']:g}" for k in reached)
+            best = ", ".join(f"{100 * k['validation_accuracy']:.1f}" for k in reached if "validation_accuracy" in k)
+            when.append(f"{candidate.name}: epoch {epochs}" + (f" (validation {best} %)" if best else ""))
+    return {
+        "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
+        f"{len(data.test):,} test images, {data.num_classes} classes",
+        "test images per class": f"{few} to {many}",
+        **{k: values.pop() for k, values in found.items() if len(values) == 1},
+        **({"kept weights": "; ".join(when)} if when else {}),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+    }  # fmt: skip
+
+
+def perturbed(candidates: Sequence[Candidate], data: Dataset, notes: list[str]) -> tuple[Any, ...] | None:
+    """The strip of the last candidate that was distilled; None, with a note, where its teachers are gone."""
+    for candidate in reversed(candidates):
+        config = read_config(candidate.folders[0]) if candidate.folders else {}
+        files = [Path(f) for f in config.get("teachers", ())]
+        if not files or not (candidate.folders[0] / "student.safetensors").is_file():
+            continue
+        if not all(f.is_file() for f in files):
+            notes.append(f"the teachers of {candidate.name} are not in {files[0].parent} any more")
+            continue
+        file = candidate.folders[0] / "student.safetensors"
+        [student] = fit([load_network(file)], [file], data, [])
+        networks, _ = load_teachers_of([origin(f) for f in files], teachers_of(config), data, [])
+        strip = strip_images(student, Teachers(networks), config, data) if isinstance(student, Student) else None
+        if strip is not None:
+            return strip
+    return None
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

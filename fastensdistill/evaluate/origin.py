@@ -1,0 +1,186 @@
+"""What a path says of the network in it: the run it comes from, whether that ended, and the data it was made for.
+
+    a file of ours: its card, and the config.yaml beside it        a run's folder: its config.yaml and its files' cards
+    a foreign file: nothing
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from fastensdistill.config import DataConfig
+from fastensdistill.data.sources import DATASETS
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate.report import read_metrics
+from fastensdistill.weights import teacher_files
+
+KEPT = ("network.safetensors", "student.safetensors")  # of a distill run, the first of them that is there
+Asked = TypeVar("Asked", bound=DataConfig)
+SETTINGS = ("root", "limit", "validation", "image_size")  # of the data, beside its name
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``path`` as it was given, ``files`` the networks it stands for, ``folder`` the run they come from, if any."""
+
+    path: Path
+    files: tuple[Path, ...]
+    folder: Path | None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The settings of the run; {} where they are not known."""
+        return read_config(self.folder) if self.folder else {}
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What the first file says of itself; {} for a foreign one."""
+        return read_card(self.files[0])
+
+    @property
+    def is_teachers(self) -> bool:
+        """Whether this is the folder of ``teach``."""
+        return self.path.is_dir() and self.files[0].name not in KEPT
+
+    def data(self) -> dict[str, Any] | None:
+        """Name or path of the data and its settings, or None where nothing is said."""
+        said = next((s for s in (self.config, self.card.get("source") or {}) if s.get("data")), None)
+        if said is None:
+            name = self.card.get("data")
+            return {"data": name, **dict.fromkeys(SETTINGS)} if name in DATASETS else None
+        return {key: said.get(key) for key in ("data", *SETTINGS)}
+
+    def unfinished(self) -> str | None:
+        """How far the run came that did not end; None for one that did, and where nothing is known."""
+        epochs = self.config.get("epochs")
+        if self.folder is None or not isinstance(epochs, int) or not (self.folder / "metrics.jsonl").is_file():
+            return None
+        seen = [r.get("epoch", 0) for r in read_metrics(self.folder / "metrics.jsonl")]
+        reached = max(seen, default=0)
+        if reached < epochs:
+            return f"epoch {reached:.4g} of {epochs}"
+        distilled = "student" in self.config and (self.folder / KEPT[1]).is_file()
+        if distilled and self.config["student"] in ("single", "latent-be") and not (self.folder / KEPT[0]).is_file():
+            return "its network was not written"
+        return None
+
+
+def origin(path: Path) -> Origin:
+    """What ``path``, a file or a run's folder, stands for. Raises InputError for a path that holds no network."""
+    path = path.expanduser()
+    if not path.exists():
+        raise InputError(f"no such file: {path}" if path.suffix else f"there is no {path}: expected a file or a folder")
+    if path.is_file():
+        ours = path.name in KEPT or path in teacher_files(path.parent)
+        beside = ours and (path.parent / "config.yaml").is_file()
+        return Origin(path, (path,), path.parent if beside else None)
+    files = teacher_files(path) or [path / name for name in KEPT if (path / name).is_file()][:1]
+    if not files:
+        raise InputError(f"{path}: expected a safetensors file, or the folder of a finished run")
+    return Origin(path, tuple(files), path)
+
+
+def origins(paths: Sequence[Path], unfinished: bool = False) -> list[Origin]:
+    """The origins of all ``paths``. Raises InputError for one given twice, and for runs that did not end, unless
+    ``unfinished`` asks for them."""
+    found: dict[Path, Origin] = {}
+    for path in paths:
+        one = origin(path)
+        place = one.path.resolve()
+        if place in found:
+            raise InputError(f"{path} is given twice{_as(found[place].path, path)}: expected each once")
+        if not unfinished and (stopped := one.unfinished()):
+            raise InputError(
+                f"the run in {one.folder} is not finished ({stopped}): --resume it, or take it as it is with "
+                "--unfinished"
+            )
+        found[place] = one
+    return list(found.values())
+
+
+def choose_data(asked: Asked, given: Sequence[Origin]) -> tuple[Asked, str]:
+    """The data that ``asked`` names, else that of the runs and files ``given``; and a line that says so, or
+    "".
+
+    Settings that were not asked for (root, validation, ...) are the runs' where the data is theirs. Raises InputError
+    where nothing says which data, where two say otherwise, and where it is not there any more.
+    """
+    known = [(one, said) for one in given if (said := one.data()) is not None]
+    if asked.data is None and not known:
+        names = ", ".join(str(one.path) for one in given[:3]) or "nothing"
+        named = next((f" (a set called {one.card['data']!r})" for one in given if one.card.get("data")), "")
+        raise InputError(f"{names} does not say where the data is{named}: pass --data")
+    if asked.data is not None:
+        known = [(one, said) for one, said in known if _place(said["data"]) == _place(asked.data)]
+    for one, said in known[1:]:
+        first, expected = known[0]
+        for key in ("data", "root", "validation", "image_size"):
+            if getattr(asked, key) is None and _place(said[key]) != _place(expected[key]):
+                mine, theirs = _short(said[key]), _short(expected[key])
+                raise InputError(
+                    f"{one.path} was made with {key} {mine} and {first.path} with {theirs}: expected the same, or "
+                    f"--{key.replace('_', '-')} to say which"
+                )
+    if not known:
+        return asked, ""
+    first, said = known[0]
+    settings = {key: value for key, value in said.items() if getattr(asked, key) is None}
+    if any(other["limit"] != said["limit"] for _, other in known):
+        settings.pop("limit", None)
+    chosen = replace(asked, **settings)
+    for key in ("data", "root"):
+        value = settings.get(key)
+        if value and (key == "root" or value not in DATASETS) and not Path(value).expanduser().exists():
+            raise InputError(f"{value}, the {key} of {first.path}, is not there any more: pass --{key}")
+    taken = {k: v for k, v in settings.items() if v is not None}
+    details = [f"{k.replace('_', ' ')} {v}" for k, v in taken.items() if k not in ("data", "root")]
+    if not taken:
+        return chosen, ""
+    return chosen, f"data: {', '.join([str(chosen.data), *details])} (from {first.path})"
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """What a file of ours says of itself, without its tensors; {} for a foreign or a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {}).get("card", "{}"))
+    except (SafetensorError, ValueError, OSError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder``, {} where it has none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
+    return config
+
+
+def _place(value: Any) -> Any:
+    """Of a path to a file or folder that is there, where it is; anything else as it stands."""
+    if not isinstance(value, str) or value in DATASETS or not Path(value).expanduser().exists():
+        return value
+    return str(Path(value).expanduser().resolve())
+
+
+def _as(first: Path, second: Path) -> str:
+    return "" if first == second else f", also as {first}"
+
+
+def _short(value: Any) -> str:
+    return "unset" if value is None else repr(value)
