@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastensdistill.config import TrainConfig, to_yaml
+from fastensdistill.config import TrainConfig
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.reference import precision_on
 from fastensdistill.errors import InputError
-from fastensdistill.files import UNFINISHED, write_atomically
 from fastensdistill.weights import read_tensors, save_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -146,26 +146,22 @@ def digest_networks(networks: Iterable[nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
-def claim_folder(folder: Path, config: Any, resume: bool) -> bool:
-    """Make ``folder`` this run's; whether there is a checkpoint to continue from.
+def finished(folder: Path) -> tuple[bool, int, int]:
+    """Whether the run in ``folder`` has come to its end, its steps so far, and its steps in all; reads no tensors.
 
-    A run killed before its first checkpoint is resumed from its first step. Raises InputError where the folder holds
-    something else, another run, or nothing to resume.
+    (False, 0, 0) where it has not saved a checkpoint; a run of an older version, which did not say how many steps there
+    are in all, counts as unfinished with 0 of them. Raises InputError for a damaged file.
     """
-    if folder.is_dir():
-        for file in folder.glob(UNFINISHED):
-            file.unlink()
-    if resume:
-        if not (folder / "config.yaml").is_file():
-            raise InputError(f"nothing to resume in {folder}: no config.yaml there")
-        if (folder / CHECKPOINT).is_file():
-            return True
-        write_atomically(folder / "config.yaml", to_yaml(config).encode())  # it starts anew, with these settings
-        return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: choose another --out, or --resume the run in it")
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    return False
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return False, 0, 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {})["card"])
+        step, total = int(card["values"]["step_index"]), int(card["values"].get("total_steps", 0))
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path} is truncated or not the checkpoint of a run: {error}") from error
+    return step >= total > 0, step, total
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastensdistill.engine import parallel
 from fastensdistill.errors import InputError
 from fastensdistill.files import write_atomically
+from fastensdistill.train.keeping import Score
+from fastensdistill.train.progress import Piece, Progress, rate_in_words
+from fastensdistill.train.schedule import is_validation_epoch
+
+METRICS = "metrics.jsonl"
 
 
 class DivergedError(InputError):
@@ -28,9 +31,13 @@ class DivergedError(InputError):
 
 
 class Meter:
-    """Means of device scalars over the steps between two readings, and the first step whose loss was not finite."""
+    """Means of device scalars over the steps between two readings, and the first step whose loss was not finite.
 
-    def __init__(self) -> None:
+    ``describe`` says in words how the step was made, for the error.
+    """
+
+    def __init__(self, describe: Callable[[int], str] = "step {}".format) -> None:
+        self.describe = describe
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.bad: Tensor | None = None
@@ -80,63 +87,61 @@ class Meter:
             mine, values = [v / count for v in values[:size]], values[size:]
             context[name] = mine[0] if size == 1 else mine
         if bad < math.inf:
-            raise DivergedError(
-                f"the loss is not finite since step {int(bad)}; stopped. Lower learning_rate, or use precision fp32 if "
-                "it is another"
-            )
+            raise DivergedError(f"the loss is not finite since {self.describe(int(bad))}")
         return context
 
 
 class Recorder:
-    """Writes records to ``metrics.jsonl`` (and TensorBoard) in ``folder`` and shows progress on a terminal.
+    """Writes records to ``metrics.jsonl`` (and TensorBoard) in ``folder`` and shows progress.
 
     Without a folder, nothing is written. ``start_step`` > 0 continues a run: records after it are dropped first.
+    ``images`` is how many a step takes; ``describe`` as for :class:`Meter`.
     """
 
-    def __init__(self, folder: Path | None, *, title: str, total_steps: int, start_step: int = 0,
-                 tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        self.path = None if folder is None else folder / "metrics.jsonl"
-        self.meter = Meter()
-        self.title, self.total_steps = title, total_steps
-        self.writer = _tensorboard(folder, start_step) if tensorboard else None
+    def __init__(self, folder: Path | None, *, title: str, epochs: int, steps_per_epoch: int, images: int,
+                 start_step: int = 0, tensorboard: bool = False, quiet: bool = False,
+                 describe: Callable[[int], str] = "step {}".format):  # fmt: skip
+        self.path = None if folder is None else folder / METRICS
+        self.meter = Meter(describe)
+        self.epochs, self.steps_per_epoch, self.images = epochs, steps_per_epoch, images
+        self.writer = tensorboard_writer()(folder, start_step) if tensorboard else None
         self.clock, self.clock_step = time.perf_counter(), start_step
         self.images_per_second = 0.0
         self.last: dict[str, Any] = {}
+        self.looked_at = -1  # the step of the last validation
+        self.pauses: dict[bool, float] = {False: 0.0, True: 0.0}  # seconds that the last of each kind took
         if self.path is not None:
             _drop_after(self.path, start_step)
-        interactive = sys.stderr.isatty() and not quiet
-        self.quiet = quiet
-        self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TimeRemainingColumn(), disable=not interactive,
-            console=Console(stderr=True),
-        )  # fmt: skip
-        self.interactive = interactive
-        self.task = self.progress.add_task(title, total=total_steps, completed=start_step, note="")
+        self.progress = Progress(title, epochs * steps_per_epoch, done=start_step, quiet=quiet)
+        self.progress.besides, self.progress.log_line = self._pauses_left, self._log_line
 
     def __enter__(self) -> Recorder:
-        self.progress.start()
+        self.progress.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.progress.stop()
+        self.progress.__exit__(*exc)
         if self.writer is not None:
             self.writer.close()
 
     def step(self, step: int, scalars: dict[str, Tensor]) -> None:
+        """The outcome of ``step``, of which nothing is read yet (unless it lies on the host)."""
         self.meter.add(step, scalars)
+        if "loss" not in self.last and scalars["loss"].device.type == "cpu":
+            self.last["loss"] = float(scalars["loss"].mean())
+        self.progress.at(step + 1)
+        self.progress.notes = self._notes()
 
-    def train(self, step: int, epoch: float, rate: float, images: int) -> None:
-        """Close the record of the last steps, each of ``images`` base images."""
+    def train(self, step: int, epoch: float, rate: float) -> None:
+        """Close the record of the last steps."""
         self.drain()
         now = time.perf_counter()
-        self.images_per_second = (step - self.clock_step) * images / max(now - self.clock, 1e-9)
+        self.images_per_second = (step - self.clock_step) * self.images / max(now - self.clock, 1e-9)
         self.clock, self.clock_step = now, step
         self.meter.start_reading({
             "event": "train", "step": step, "epoch": round(epoch, 4), "lr": rate,
             "images_per_second": round(self.images_per_second, 2),
         })  # fmt: skip
-        self.progress.update(self.task, completed=step, note=self._note())
 
     def drain(self) -> None:
         record = self.meter.read()
@@ -147,22 +152,31 @@ class Recorder:
         """Leave what follows (validation, saving) out of images/s until :meth:`resume`."""
         return time.perf_counter()
 
-    def resume(self, paused_at: float) -> None:
-        self.clock += time.perf_counter() - paused_at
+    def resume(self, paused_at: float, looked: bool) -> None:
+        """``looked``: the pause was for a validation, not for saving alone."""
+        seconds = time.perf_counter() - paused_at
+        self.clock += seconds
+        self.pauses[looked] = seconds
+        self.progress.pace.skip(seconds)
 
     def validation(self, record: dict[str, Any]) -> None:
         self.write({"event": "validation", **record})
-        self.progress.update(self.task, note=self._note())
-        if not self.interactive and not self.quiet:
-            accuracy = record["accuracy"]
-            shown = " ".join(f"{100 * a:.2f}" for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
-            loss = self.last.get("loss", float("nan"))
-            mean = sum(loss) / len(loss) if isinstance(loss, list) else loss
-            print(
-                f"{self.title}: epoch {record['epoch']:g}, step {record['step']}/{self.total_steps}, loss {mean:.4f}, "
-                f"validation {shown} %, {self.images_per_second:.0f} images/s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+        self.progress.notes = self._notes()
+        self.looked_at = record["step"]
+        self.progress.log()
+
+    def kept(self, kept: Mapping[str, Score], last: Mapping[str, Score]) -> None:
+        """What the run ends with, by network: the epochs of the weights that are kept, their scores, the last ones."""
+
+        def each(value: Callable[[Score], float], scores: Mapping[str, Score]) -> Any:
+            values = [value(score) for score in scores.values()]
+            return values[0] if len(values) == 1 else values
+
+        self.write({
+            "event": "kept", "step": self.progress.total, "epoch": each(lambda s: s.step / self.steps_per_epoch, kept),
+            "accuracy": each(lambda s: s.accuracy, kept), "nll": each(lambda s: s.nll, kept),
+            "last_accuracy": each(lambda s: s.accuracy, last), "last_nll": each(lambda s: s.nll, last),
+        })  # fmt: skip
 
     def write(self, record: dict[str, Any]) -> None:
         self.last = {**self.last, **record}
@@ -180,16 +194,41 @@ class Recorder:
                 for suffix, v in members.items():
                     self.writer.add_scalar(f"{record['event']}/{name}{suffix}", v, record["step"])
 
-    def _note(self) -> str:
-        parts = []
-        if "loss" in self.last:
-            loss = self.last["loss"]
-            parts.append(f"loss {(sum(loss) / len(loss)) if isinstance(loss, list) else loss:.4f}")
+    def _pauses_left(self) -> float:
+        now = self.progress.pace.done // self.steps_per_epoch
+        return sum(self.pauses[is_validation_epoch(e, self.epochs)] for e in range(now + 1, self.epochs + 1))
+
+    def _loss(self) -> float:
+        loss = self.last.get("loss", math.nan)
+        return sum(loss) / len(loss) if isinstance(loss, list) else loss
+
+    def _pace(self) -> str:
+        seconds = self.progress.pace.per_step
+        if seconds is None:
+            return ""
+        rate = f"{rate_in_words(self.images / max(seconds, 1e-9))} images/s"
+        return f"{rate}, {rate_in_words(seconds)} s/step" if seconds >= 1 else rate
+
+    def _notes(self) -> list[Piece]:
+        notes = [Piece(f"loss {self._loss():.4f}", 7)] if "loss" in self.last else []
         if "accuracy" in self.last:
             accuracy = self.last["accuracy"]
             best = max(accuracy) if isinstance(accuracy, list) else accuracy
-            parts.append(f"val {100 * best:.2f} %")
-        return "  ".join([*parts, f"{self.images_per_second:.0f} images/s"])
+            notes.append(Piece(f"val {100 * best:.1f}%", 5))
+        return [*notes, Piece(self._pace(), 4)] if self._pace() else notes
+
+    def _log_line(self) -> str:
+        step = self.progress.pace.done
+        said = [f"epoch {round(step / self.steps_per_epoch, 2):g}/{self.epochs}", f"step {step}/{self.progress.total}"]
+        if "loss" in self.last:
+            said.append(f"loss {self._loss():.4f}")
+        if step == self.looked_at:
+            accuracy = self.last["accuracy"]
+            shown = " ".join(f"{100 * a:.2f}" for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
+            said.append(f"validation {shown} %")
+        if self._pace():
+            said.append(self._pace())
+        return f"{self.progress.title}: {', '.join([*said, self.progress.left_in_words()])}"
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -199,18 +238,18 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step and record["event"] != "kept":  # which is told again at the end
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break  # the line the run was killed in
     write_atomically(path, "".join(kept).encode())
 
 
-def _tensorboard(folder: Path | None, start_step: int) -> Any:
-    if folder is None:
-        raise InputError("tensorboard=True needs a run folder (out=)")
+def tensorboard_writer() -> Callable[[Path | None, int], Any]:
+    """What makes a writer for a folder and the step to start from. Raises InputError where the extra is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs its extra: pip install 'fastensdistill[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+    return lambda folder, step: SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1 if step else None)

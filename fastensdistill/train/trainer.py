@@ -22,16 +22,21 @@ from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.predict import Evaluator
+from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.train import checkpoint
-from fastensdistill.train.record import DivergedError, Recorder
-from fastensdistill.train.schedule import is_validation_epoch, make_schedule
+from fastensdistill.train import checkpoint, keeping
+from fastensdistill.train.finite import NotFinite
+from fastensdistill.train.folder import RunFolder
+from fastensdistill.train.keeping import Keeper, Score
+from fastensdistill.train.record import DivergedError, Recorder, tensorboard_writer
+from fastensdistill.train.schedule import Schedule, is_validation_epoch, make_schedule
 from fastensdistill.train.setup import check_shares, check_statistics, choose_device, enough_values, place
 from fastensdistill.train.stop import Interrupted, Stopper
+from fastensdistill.train.threads import thread_hint
 from fastensdistill.weights import save_network
 
 RECORD_EVERY = 20  # steps
@@ -51,6 +56,8 @@ class Trainer:
 
     ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files; ``augment`` defaults to
     what suits the data (CIFAR: zero-pad 4, crop, flip); ``resume`` continues the run in ``out``.
+    After :meth:`fit`, ``kept`` says in one line which epoch's weights the networks hold, and ``warnings`` what should
+    make one doubt them.
     """
 
     title: str
@@ -59,6 +66,8 @@ class Trainer:
     engine: str  # which engine trains, and why
     evaluator: Evaluator  # what the validation images go through
     seeds: list[int]  # one stream of batches each
+    fitted_with: TrainConfig  # the settings that fit began with
+    random: State  # PyTorch's generators when the run was stopped
 
     def __init__(self, config: TrainConfig, data: Dataset | str | Path, out: Path | str | None, resume: bool,
                  augment: Augment | None, tensorboard: bool, quiet: bool):  # fmt: skip
@@ -78,34 +87,87 @@ class Trainer:
         self.validation = EvaluationSet(self.data.validation, self.device)
         self.saved_config: Any = config  # what config.yaml shall hold; the command line puts its own settings there
         self.step_index = 0
-        self.best: dict[str, tuple[float, int, dict[str, Tensor]]] = {}  # score, step, weights
-        if resume and self.out is None:
-            raise InputError("resume=True needs the run's folder (out=)")
+        self.phase = "new"  # then running, stopped (by a signal; it can go on) or finished
+        self.loaders: list[DeviceLoader] = []
+        self.kept = ""
+        self.warnings: list[str] = []
+        with parallel.together():
+            for name, given in (("resume", resume), ("tensorboard", tensorboard)):
+                if given and self.out is None:
+                    raise InputError(f"{name}=True needs the run's folder (out=)")
+            if tensorboard:
+                tensorboard_writer()
 
     def fit(self) -> Trainer:
-        """Train to the end. Afterwards the networks hold their weights of best validation accuracy, on all processes,
-        and are in evaluation mode.
+        """Train to the end. Afterwards the networks hold the weights that ``train.keeping`` chose, on all processes,
+        and are in evaluation mode. Called again after it was interrupted it goes on where it stopped, bit for bit;
+        after the end it does nothing.
 
-        Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and DivergedError for a loss that is not
-        finite, with the last good checkpoint kept; all processes stop after the same step.
+        Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and DivergedError for a loss, weights or
+        statistics that are not finite, with the last good checkpoint kept; all processes stop after the same step.
         """
+        if self.phase == "finished":
+            return self
+        folder = RunFolder(self.out if self.first else None)
+        try:
+            self.begin(folder)
+            self.train()
+            self.finish()
+        finally:
+            folder.release(unused=self.step_index == 0)
+        return self
+
+    def begin(self, folder: RunFolder) -> None:
+        """Seed everything, continue from the checkpoint, or go on where this trainer was stopped."""
         with parallel.together():
+            if self.phase == "running":
+                raise InputError(f"this run ended with an error in step {self.step_index}: make a new trainer"
+                                 + (", with resume=True" if self.out else ""))  # fmt: skip
+            if self.phase == "stopped":
+                if self.config != self.fitted_with:
+                    raise InputError("the settings were changed after the run began: make a new trainer")
+                folder.go_on(self.step_index)
+        if self.phase == "stopped":
+            checkpoint.set_random_state(self.random, self.device)
+            return
+        with parallel.together():
+            self.fitted_with = replace(self.config)
             images = EvaluationSet(self.data.train, self.device)  # one copy, however many streams of batches
             self.loaders = [self.make_loader(images, seed) for seed in self.seeds]
             self.steps_per_epoch = self.loaders[0].batches_per_epoch
-            rate = make_schedule(self.config, self.steps_per_epoch)
-        self.begin()
-        if self.first and not self.quiet:
-            print(self.engine, file=sys.stderr)
+            self.rate: Schedule = make_schedule(self.config, self.steps_per_epoch)
+            self.keeper = Keeper(len(self.validation), self.rate.warmup_steps)
+        torch.manual_seed(self.config.seed + 2 * parallel.rank())
+        if self.out is not None or parallel.processes() > 1:
+            saved: State | None = None
+            with parallel.together():
+                self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
+                checkpoint.check_same(parallel.exchange(self.fingerprint))
+                if self.out is not None and folder.claim(self.saved_config, self.resume):
+                    saved = checkpoint.load_checkpoint(self.out, self.fingerprint)
+            saved = parallel.from_first(saved)
+            if saved is not None:
+                self.load_state_dict(checkpoint.with_own_part(saved, parallel.rank()))
+        self.not_finite = NotFinite(self.networks)
+        self.say(self.engine)
+        hint = thread_hint(self.device)
+        if hint:
+            self.say(f"hint: {hint}")
+        self.warn(keeping.warn_of_images(len(self.validation)))
+
+    def train(self) -> None:
+        """The loop: from ``step_index`` to the end."""
+        self.phase, total = "running", self.rate.total_steps
         with parallel.together():
             recorder = Recorder(
-                self.out if self.first else None, title=self.title, total_steps=rate.total_steps,
-                start_step=self.step_index, tensorboard=self.tensorboard and self.first,
-                quiet=self.quiet or not self.first,
+                self.out if self.first else None, title=self.title, epochs=self.config.epochs,
+                steps_per_epoch=self.steps_per_epoch, images=self.config.batch_size, start_step=self.step_index,
+                tensorboard=self.tensorboard and self.first, quiet=self.quiet or not self.first,
+                describe=self.describe,
             )  # fmt: skip
         with Stopper(self.step_index) as stopper, recorder:
-            while self.step_index < rate.total_steps:
-                self.step.set_learning_rate(rate(self.step_index))
+            while self.step_index < total:
+                self.step.set_learning_rate(self.rate(self.step_index))
                 with enough_values(self.config):
                     scalars = self.train_step()
                 recorder.step(self.step_index, scalars)
@@ -117,62 +179,80 @@ class Trainer:
                 if record or stop:
                     with parallel.together():
                         recorder.drain()
-                    recorder.train(self.step_index, epoch, rate(self.step_index - 1), self.config.batch_size)
+                    recorder.train(self.step_index, epoch, self.rate(self.step_index - 1))
                 if end_of_epoch or stop:
                     paused = recorder.pause()
+                    look = end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs)
                     with parallel.together():
                         recorder.drain()  # raises where the loss is not finite, so no such weights are kept
-                        if self.first and end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs):
+                        self.check_finite()
+                        if look and self.first:
                             with parallel.alone():
                                 recorder.validation({"step": self.step_index, "epoch": epoch, **self.look()})
                         self.save()
-                    recorder.resume(paused)
+                    recorder.resume(paused, look)
                 if stop:
-                    where = f"at step {self.step_index} of {rate.total_steps}"
+                    self.phase, self.random = "stopped", checkpoint.random_state(self.device)
+                    where = f"at step {self.step_index} of {total}"
                     raise Interrupted(stop, f"stopped {where}" + (f"; resume {self.out}" if self.out else ""))
-        for name, (_, _, weights) in self.best.items():
+            with parallel.together():
+                if self.first:
+                    self.check_kept()
+                    recorder.kept(self.keeper.kept(), self.keeper.last)
+
+    def finish(self) -> None:
+        """Save the last weights, and leave the networks with those that are kept."""
+        with parallel.together():
+            if self.first and self.out is not None:
+                self.save_last(self.out)
+        for name, (_, weights) in self.keeper.best.items():
             self.networks[name].load_state_dict(weights)
         for network in self.networks.values():
             parallel.same_start(network.state_dict().values())
             network.eval()
-        return self
-
-    def begin(self) -> None:
-        """Seed everything, or continue from the checkpoint."""
-        torch.manual_seed(self.config.seed + 2 * parallel.rank())
-        if self.out is None and parallel.processes() == 1:
-            return
-        saved: State | None = None
-        with parallel.together():
-            self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
-            checkpoint.check_same(parallel.exchange(self.fingerprint))
-            if (
-                self.out is not None and self.first
-                and checkpoint.claim_folder(self.out, self.saved_config, self.resume)
-            ):  # fmt: skip
-                saved = checkpoint.load_checkpoint(self.out, self.fingerprint)
-        saved = parallel.from_first(saved)
-        if saved is not None:
-            self.load_state_dict(checkpoint.with_own_part(saved, parallel.rank()))
+        if self.first:
+            with parallel.alone():
+                self.warn(self.doubts())
+            self.kept = keeping.in_words(
+                self.keeper.kept(), self.keeper.last, self.steps_per_epoch, self.config.epochs, len(self.validation)
+            )
+            self.say(self.kept)
+        self.phase = "finished"
 
     def look(self) -> dict[str, Any]:
         """Validate; keep the weights of every network that is better than before. Returns the record."""
         scores, record = self.validate()
         for name, score in scores.items():
-            if name not in self.best or score > self.best[name][0]:
-                network = self.networks[name]
-                weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
-                self.best[name] = (score, self.step_index, weights)
-                if self.out is not None:
-                    card = {**self.card(), "validation_accuracy": score, "step": self.step_index}
-                    save_network(self.out / f"{name}.safetensors", network, card)
+            score = replace(score, step=self.step_index)
+            if self.keeper.look(name, score, self.networks[name]) and self.out is not None:
+                save_network(self.out / f"{name}.safetensors", self.networks[name], self.card(score))
         return record
 
+    def check_finite(self) -> None:
+        """Raise DivergedError, with the last checkpoint kept, for weights or statistics that are no longer finite."""
+        found = self.not_finite()
+        if found:
+            raise DivergedError(f"{found} after {self.describe(self.step_index - 1)}")
+
+    def check_kept(self) -> None:
+        """Raise DivergedError where a network has no weights to keep."""
+        for name in self.networks:
+            if name not in self.keeper.best:
+                raise DivergedError(
+                    f"no look at {name} after the warm-up gave finite predictions of the validation images; the last "
+                    f"one came after {self.describe(self.step_index - 1)}"
+                )
+
+    def describe(self, step: int) -> str:
+        """How ``step`` was made, for the error of a run that diverged in it."""
+        rate, peak = self.rate(step), self.config.learning_rate
+        precision = precision_on(self.config, self.device)
+        advice = "" if precision == "fp32" else ", or use precision fp32"
+        return (f"step {step}, at learning rate {rate:.3g} (learning_rate={peak:g}, precision {precision}); stopped. "
+                f"Lower learning_rate{advice}")  # fmt: skip
+
     def save(self) -> None:
-        """Write a checkpoint. Raises DivergedError, with the last one kept, for weights that are not finite."""
-        for name, network in self.networks.items():
-            if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
-                raise DivergedError(f"the weights of {name} are not finite after step {self.step_index - 1}; stopped")
+        """Write a checkpoint."""
         if self.out is None:
             return
         state = self.state_dict()
@@ -186,11 +266,12 @@ class Trainer:
         """Everything this process needs to go on bit for bit, as nested dictionaries of tensors and plain values."""
         return {
             "step_index": self.step_index,
+            "total_steps": self.rate.total_steps,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "step": self.step.state_dict(),
             "loaders": {str(i): loader.state_dict() for i, loader in enumerate(self.loaders)},
             "random": checkpoint.random_state(self.device),
-            "best": {n: {"score": s, "step": t, "weights": w} for n, (s, t, w) in self.best.items()},
+            **self.keeper.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -201,7 +282,17 @@ class Trainer:
         for i, loader in enumerate(self.loaders):
             loader.load_state_dict(state["loaders"][str(i)])
         checkpoint.set_random_state(state["random"], self.device)
-        self.best = {n: (b["score"], b["step"], b["weights"]) for n, b in state.get("best", {}).items()}
+        self.keeper.load_state_dict(state)
+
+    def say(self, line: str) -> None:
+        """``line`` on stderr, once of all processes, and unless the run is quiet."""
+        if self.first and not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def warn(self, lines: Sequence[str]) -> None:
+        self.warnings += lines
+        for line in lines:
+            self.say(f"warning: {line}")
 
     def make_loader(self, images: EvaluationSet, seed: int) -> DeviceLoader:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -210,8 +301,13 @@ class Trainer:
             share=(parallel.rank(), parallel.processes()),
         )  # fmt: skip
 
-    def card(self) -> dict[str, Any]:
-        return {"data": self.data.name, "classes": list(self.data.classes)}
+    def card(self, score: Score) -> dict[str, Any]:
+        """What a network's file says besides its architecture: the data, and the look that its weights had."""
+        return {
+            "data": self.data.name, "classes": list(self.data.classes), "validation_accuracy": score.accuracy,
+            "validation_nll": score.nll, "validation_images": len(self.validation), "step": score.step,
+            "epoch": score.step / self.steps_per_epoch, "epochs": self.config.epochs,
+        }  # fmt: skip
 
     def frozen(self) -> Sequence[nn.Module]:
         """Networks the run learns from and does not change."""
@@ -220,16 +316,25 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """Validation accuracy of each network that is to be kept at its best, and the record of this look."""
+    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
+        """The score of each network that is to be kept at its best, and the record of this look."""
         raise NotImplementedError
+
+    def save_last(self, out: Path) -> None:
+        """Save the networks as the last step left them, beside those that are kept."""
+        raise NotImplementedError
+
+    def doubts(self) -> list[str]:
+        """What should make one doubt the networks that were kept, a line each."""
+        return []
 
 
 class DistillTrainer(Trainer):
     """Distils ``teachers`` into ``student`` (method §2–5).
 
-    After :meth:`fit`, ``student.average()`` is the network with the best validation accuracy. The run's folder holds it
-    as ``network.safetensors``, beside the student itself, ``student.safetensors``.
+    After :meth:`fit`, ``student.average()`` is the network that is kept. The run's folder holds it as
+    ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network
+    that the last step left.
     ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
     Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
     """
@@ -264,14 +369,18 @@ class DistillTrainer(Trainer):
     def train_step(self) -> dict[str, Tensor]:
         return self.distil.train_on(self.loaders[0])
 
-    def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
+    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
         labels = self.validation.labels
         members, branches = self.evaluator.student(self.student, self.validation)
-        mean = members.mean(0)
-        record = {"accuracy": metrics.accuracy(mean, labels), "nll": metrics.nll(mean, labels)}
-        if branches is not None:
-            record |= {"branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches)}
-        return {"student": record["accuracy"]}, record | self.about_teachers()
+        averaged = branches is not None and len(members) == 1
+        score = Score.of(members.mean(0), labels, branches if averaged else None)
+        record: dict[str, Any] = {"accuracy": score.accuracy, "nll": score.nll}
+        if branches is not None and bool(torch.isfinite(branches).all()):
+            record |= {
+                "branch_accuracy": [metrics.accuracy(branch, labels) for branch in branches],
+                "branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches),
+            }  # fmt: skip
+        return {"student": score}, record | self.about_teachers()
 
     def about_teachers(self) -> dict[str, Any]:
         """What the teachers do on the validation images, measured and told once: a teacher that was given another
@@ -288,15 +397,19 @@ class DistillTrainer(Trainer):
                 print(f"teachers: validation {' '.join(f'{100 * a:.2f}' for a in accuracies)} %", file=sys.stderr)
         return self._about_teachers
 
-    def fit(self) -> DistillTrainer:
-        super().fit()
+    def save_last(self, out: Path) -> None:
+        save_network(out / "last.safetensors", self.student.deployed(), self.card(self.keeper.last["student"]))
+
+    def finish(self) -> None:
+        super().finish()
         deployed = self.student.deployed()
         with parallel.together():
             if self.first and self.out is not None and deployed is not self.student:
-                best = self.best["student"]
-                card = {**self.card(), "validation_accuracy": best[0], "step": best[1]}
-                save_network(self.out / "network.safetensors", deployed, card)
-        return self
+                save_network(self.out / "network.safetensors", deployed, self.card(self.keeper.kept()["student"]))
+
+    def doubts(self) -> list[str]:
+        teachers = self.about_teachers()["teacher_accuracy"]
+        return keeping.warn_of_student(self.keeper.kept()["student"], teachers, len(self.validation))
 
     def frozen(self) -> Sequence[nn.Module]:
         return list(self.teachers.networks)
@@ -306,7 +419,8 @@ class TeachTrainer(Trainer):
     """Trains M networks at once, each from its own seed, on its own order of images (method §2, "Teachers").
 
     Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
-    PyTorch's global generator). Its best weights end as ``teacher-{i}.safetensors``.
+    PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
+    ``last-{i}.safetensors``.
     """
 
     title = "teach"
@@ -335,11 +449,14 @@ class TeachTrainer(Trainer):
     def train_step(self) -> dict[str, Tensor]:
         return self.teach.train_on(self.loaders)
 
-    def validate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        labels = self.validation.labels
+    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
         members = self.evaluator.networks(list(self.networks.values()), self.validation)
-        accuracies = [metrics.accuracy(p, labels) for p in members]
-        record: dict[str, Any] = {"accuracy": accuracies, "nll": [metrics.nll(p, labels) for p in members]}
-        if len(members) > 1:
+        scores = [Score.of(p, self.validation.labels) for p in members]
+        record: dict[str, Any] = {"accuracy": [s.accuracy for s in scores], "nll": [s.nll for s in scores]}
+        if len(members) > 1 and all(s.finite for s in scores):
             record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
-        return dict(zip(self.networks, accuracies, strict=True)), record
+        return dict(zip(self.networks, scores, strict=True)), record
+
+    def save_last(self, out: Path) -> None:
+        for i, (name, network) in enumerate(self.networks.items()):
+            save_network(out / f"last-{i}.safetensors", network, self.card(self.keeper.last[name]))
