@@ -14,7 +14,8 @@ import fastensdistill
 assert "torch" not in sys.modules, "importing the package imports torch"
 for name in fastensdistill.__all__:
     getattr(fastensdistill, name)
-import fastensdistill.cli, fastensdistill.commands, fastensdistill.demo, fastensdistill.doctor, fastensdistill.evaluate.runs
+import fastensdistill.cli, fastensdistill.commands, fastensdistill.demo, fastensdistill.doctor
+import fastensdistill.evaluate.runs
 import torch
 assert not torch.cuda.is_initialized()
 assert "matplotlib.pyplot" not in sys.modules
