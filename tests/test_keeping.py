@@ -110,7 +110,7 @@ def test_a_run_says_and_saves_what_it_kept(tmp_path, capsys):
     trainer.validate, trainer.config.warmup_epochs = validate, 1.0
     trainer.fit()
     looks, (kept,) = validations(tmp_path)
-    assert (kept["epoch"], kept["nll"], kept["last_nll"], kept["step"]) == (3, 1.1, 1.2, 20)
+    assert (kept["kept_epoch"], kept["nll"], kept["last_nll"], kept["step"]) == (3, 1.1, 1.2, 20)
     assert kept["last_accuracy"] == looks[-1]["accuracy"]
     shown = [100 * looks[i]["accuracy"] for i in (2, 3)]
     line = f"kept epoch 3 of 4, validation {shown[0]:.1f}% (last: {shown[1]:.1f}%), by NLL 1.100 (last: 1.200)"
@@ -156,7 +156,7 @@ def test_teachers_keep_each_its_own_epoch_and_the_last_are_no_teachers(tmp_path)
     for i, path in enumerate(last):
         for key, value in load_file(path).items():
             assert torch.equal(value, end[f"networks/teacher-{i}/{key}"]), key
-    assert validations(tmp_path)[1][0]["epoch"] == [1, 2]
+    assert validations(tmp_path)[1][0]["kept_epoch"] == [1, 2]
 
 
 def test_what_was_kept_survives_a_stop(tmp_path):

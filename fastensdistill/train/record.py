@@ -173,7 +173,8 @@ class Recorder:
             return values[0] if len(values) == 1 else values
 
         self.write({
-            "event": "kept", "step": self.progress.total, "epoch": each(lambda s: s.step / self.steps_per_epoch, kept),
+            "event": "kept", "step": self.progress.total, "epoch": float(self.epochs),
+            "kept_epoch": each(lambda s: s.step / self.steps_per_epoch, kept),
             "accuracy": each(lambda s: s.accuracy, kept), "nll": each(lambda s: s.nll, kept),
             "last_accuracy": each(lambda s: s.accuracy, last), "last_nll": each(lambda s: s.nll, last),
         })  # fmt: skip
