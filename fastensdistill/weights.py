@@ -1,116 +1,107 @@
 """Networks in files: one safetensors file holds the tensors and, in its metadata, a card that says how to build it.
 
-Foreign state dicts (.safetensors, or .pt/.pth read with ``weights_only=True``, so nothing is unpickled but tensors)
-load too, with the prefixes that wrappers leave (``module.``, ``_orig_mod.``, ``model.``, ``net.``) taken off.
+Foreign files load too (:mod:`fastensdistill.foreign`): nothing in them is run, and the names of wrappers and of the
+mappings that training scripts nest the weights in are found and taken off.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import re
-import warnings
-import zipfile
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.files import write_atomically
+from fastensdistill.foreign.fill import check, fill, find
+from fastensdistill.foreign.flatten import Entry, flatten
+from fastensdistill.foreign.formats import find_file, is_safetensors, read_any
+from fastensdistill.foreign.leaf import Leaf
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import Normalized, create_model
+from fastensdistill.models.normalisation import per_channel, published, same
+from fastensdistill.models.wrappers import unwrap
+from fastensdistill.tensor_files import read_card as read_card
+from fastensdistill.tensor_files import read_tensors as read_tensors
+from fastensdistill.tensor_files import save_tensors as save_tensors
 
-FORMAT = "fastensdistill-1"
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # the last two are attributes of a LightningModule
-NESTED = ("state_dict", "model_state_dict", "model", "network", "net")  # where a training script keeps it
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON card as one safetensors file, atomically."""
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    seen: set[int] = set()
-    for name, t in flat.items():
-        if t.data_ptr() in seen and t.numel():
-            flat[name] = t.clone()
-        seen.add(t.data_ptr())
-    metadata = {"format": FORMAT, "card": json.dumps(card, default=_jsonable)}
-    write_atomically(path, save(flat, metadata=metadata))
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file and its card ({} for a foreign file). Raises InputError for a missing or damaged file."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, json.loads(metadata["card"]) if metadata.get("format") == FORMAT else {}
-        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
-            raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ValueError, ...: all of them a damaged file
-        # Not PyTorch's own words: they advise to load the file in spite of what may be in it
-        found = "it holds other objects than tensors" if zipfile.is_zipfile(path) else "it is truncated or another file"
-        raise InputError(
-            f"{path} cannot be read as a state dict without unpickling code, {found}; "
-            "expected what torch.save(network.state_dict(), FILE) writes"
-        ) from error
-    return _state_dict(loaded, path), {}
+NORMALISATION = ("mean", "std")
 
 
 def save_network(path: str | Path, network: nn.Module, card: Mapping[str, Any] | None = None) -> None:
-    """Save a network, or a student, with all that :func:`load_network` needs to build it again."""
-    inner = network.module if isinstance(network, Student) else network
+    """Save a network, or a student, with all that :func:`load_network` needs to build it again.
+
+    Tensors stand under the names of the network's own class: a strict ``load_state_dict`` of that class takes the
+    file. Where a :class:`Normalized` surrounds it, the normalisation stands in the card.
+    """
+    if not isinstance(network, nn.Module):
+        raise InputError(f"the network to save is a {type(network).__name__}: expected an nn.Module")
+    network = unwrap(network)
+    inner = unwrap(network.module) if isinstance(network, Student) else network
     spec = getattr(inner, "spec", None)
-    full: dict[str, Any] = {
-        "model": spec.name if spec else None,
-        "arguments": spec.arguments if spec else {},
-        "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
-        **(card or {}),
-    }
+    full: dict[str, Any] = {"model": spec.name if spec else None, "arguments": spec.arguments if spec else {}}
+    bare = inner
+    if isinstance(inner, Normalized):
+        bare = inner.network
+        values = {name: getattr(inner.normalize, name).flatten().tolist() for name in NORMALISATION}
+        if spec:  # its numbers are not rounded to float32
+            values = {k: spec.arguments[k] if same(spec.arguments[k], v) else v for k, v in values.items()}
+            full["arguments"] = full["arguments"] | values
+        full["normalisation"] = values
+    kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
+    if len(kinds) == 1 and kinds != {torch.float32}:
+        full["dtype"] = str(kinds.pop()).removeprefix("torch.")
+    full |= {"class": f"{type(bare).__module__}.{type(bare).__qualname__}", **(card or {})}
     if isinstance(network, Student):
         full |= {"student": network.kind, "branches": network.branches}
-    save_tensors(path, network.state_dict(), full)
+    save_tensors(path, (network if isinstance(network, Student) else bare).state_dict(), full)
 
 
 def load_network(path: str | Path, model: str | nn.Module | None = None, **arguments: Any) -> nn.Module:
     """A network, or a student, from a file, in evaluation mode.
 
-    Files written by this package say what they hold, and that is what is built. For foreign ones ``model`` is a
-    registry name, and ``arguments`` go to :func:`create_model` (``num_classes`` is read off the file if it is not
-    given). Given a module, a copy of it is filled. Raises InputError for files that are missing, damaged or do not fit.
+    Files written by this package say what they hold, and that is what is built; ``model`` and ``arguments`` may be
+    left out, and must agree where they are given. For foreign ones ``model`` is a registry name, and ``arguments`` go
+    to :func:`create_model`: ``num_classes`` is read off the file if it is not given, and so are ``mean`` and ``std``
+    where it holds them; else they are those of the published weights for torchvision's and timm's models (which is
+    said), and must be given for ours. Given a module, a copy of it is filled; with ``mean`` and ``std``, which are of
+    pixels in [0, 1], it comes behind that normalisation.
+    Raises InputError for files that are missing, damaged or do not fit.
     """
-    tensors, card = read_tensors(path)
+    return load(path, model, arguments)
+
+
+def load(
+    path: str | Path, model: str | nn.Module | None, arguments: Mapping[str, Any],
+    fallback: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> nn.Module:  # fmt: skip
+    """:func:`load_network` with a mean and a std for our own models where neither the user nor the file gives any."""
+    path = find_file(path)
+    card = read_card(path)
+    arguments = {k: v for k, v in arguments.items() if v is not None}
+    if {"mean", "std"} & set(arguments):
+        mean, std = per_channel(arguments.get("mean"), arguments.get("std"))
+        arguments |= {"mean": mean, "std": std}
+    if model is not None and not isinstance(model, str | nn.Module):
+        given = getattr(model, "__name__", type(model).__name__)
+        raise InputError(f"model is {given}: expected a model's name, or an nn.Module to fill")
     if isinstance(model, nn.Module):
-        network = copy.deepcopy(model)
-    elif card.get("model"):
-        network = create_model(card["model"], **card["arguments"])
-    elif model is None:
+        return _into_module(path, card, model, arguments)
+    if card.get("model"):
+        return _own(path, card, model, arguments)
+    if model is None:
+        _entries(path)  # something is wrong with the file itself, most often
         own = f", only the class {card['class']}" if card.get("class") else ""
         raise InputError(
             f"{path} does not say which model it holds{own}: pass model=, a name or an nn.Module (--teacher-model NAME "
             "for distill, --model NAME for evaluate and export)"
         )
-    else:
-        if "num_classes" not in arguments:
-            arguments["num_classes"] = _count_classes(model, tensors, arguments)
-        network = create_model(model, **arguments)
-    if "student" in card:
-        network = STUDENTS[card["student"]](network, card["branches"])
-    _fill(network, tensors, path)
-    return network.eval()
+    return _named(path, model, arguments, fallback)
 
 
 def load_teachers(
@@ -124,7 +115,7 @@ def load_teachers(
     ``load_teachers(["wrn28_4", "resnet18"], files)``: an architecture per member (names or modules to fill).
     ``load_teachers([net0, net1])``: modules as they are. ``load_teachers(files=[...])``: files of this package, which
     say what they hold; their normalisation may differ. A folder that ``teach`` wrote stands for its files.
-    ``arguments`` go to :func:`create_model` for foreign files.
+    ``arguments`` go to :func:`load_network`.
     Raises InputError for missing or damaged files, or keys and shapes that do not fit.
     """
     if files is None:
@@ -132,6 +123,8 @@ def load_teachers(
         named = [m for m in modules if not isinstance(m, nn.Module)]
         if named:
             raise InputError(f"teachers {named} are names; expected files to load, or modules")
+        if arguments:
+            raise InputError(f"{', '.join(arguments)} given without files: modules are taken as they are")
         return Teachers([m for m in modules if isinstance(m, nn.Module)])
     files = [f for path in ([files] if isinstance(files, str | Path) else files) for f in members(Path(path))]
     models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
@@ -147,6 +140,7 @@ def teacher_files(folder: Path) -> list[Path]:
 
 def members(path: Path) -> list[Path]:
     """The files that ``path``, a file or a folder of ``teach``, stands for. Raises InputError for another folder."""
+    path = path.expanduser()
     if not path.is_dir():
         return [path]
     found = teacher_files(path)
@@ -155,66 +149,120 @@ def members(path: Path) -> list[Path]:
     return found
 
 
-def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for key in NESTED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
+def _entries(path: Path) -> dict[str, Entry]:
+    if is_safetensors(path):
+        tensors, _ = read_tensors(path)
+        return flatten({name: Leaf.of(t) for name, t in tensors.items()})
+    found = flatten(read_any(path))
+    if not found:
         raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
-    return {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+    return found
 
 
-def _strip(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Take off wrapper prefixes until the names fit; a prefix the network itself uses stays."""
-    for _ in range(4):
-        if set(tensors) & wanted:
-            break
-        prefix = next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
+def _own(path: Path, card: dict[str, Any], model: str | None, arguments: dict[str, Any]) -> nn.Module:
+    """The network of a file that says what it holds. Raises InputError where what the user says differs."""
+    network = create_model(card["model"], **card["arguments"])
+    kept = card["arguments"]
+    for name in NORMALISATION:
+        if name in arguments and not same(arguments[name], kept[name]):
+            raise InputError(f"{path} says {name}={tuple(kept[name])} itself: not {name}={arguments[name]}")
+    shape = {k: v for k, v in arguments.items() if k not in NORMALISATION}
+    if model not in (None, card["model"]) or shape:
+        common = kept if model in (None, card["model"]) else {k: kept[k] for k in ("num_classes", *NORMALISATION)}
+        with torch.device("meta"):
+            asked = create_model(model or card["model"], **{**common, **shape})
+        if _shapes(asked) != _shapes(network):
+            said = ", ".join([model or card["model"], *(f"{k}={v}" for k, v in shape.items())])
+            details = "".join(f", {k}={v}" for k, v in kept.items() if k not in NORMALISATION)
+            raise InputError(f"{path} holds {card['model']}{details}: not {said}")
+    if "dtype" in card:
+        network = network.to(getattr(torch, card["dtype"]))
+    if "student" in card:
+        network = STUDENTS[card["student"]](network, card["branches"])
+    fill(network, _entries(path), path, card["model"])
+    return network.eval()
 
 
-def _fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    wanted = network.state_dict()
-    inner = {k.removeprefix("network.") for k in wanted} if isinstance(network, Normalized) else set()
-    tensors = _strip(tensors, set(wanted) | inner)
-    if isinstance(network, Normalized) and not any(k.startswith("network.") for k in tensors):
-        tensors = {f"network.{k}": v for k, v in tensors.items()}
-    # What a foreign file may lack: our normalisation, which is not trained, and BatchNorm's counters.
-    optional = {k for k in wanted if k.startswith("normalize.") or k.endswith("num_batches_tracked")}
-    missing, extra = set(wanted) - set(tensors) - optional, set(tensors) - set(wanted)
-    wrong = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+def _into_module(path: Path, card: dict[str, Any], model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    """A copy of ``model`` that holds the weights of the file, behind the normalisation that is given or in its card."""
+    others = [k for k in arguments if k not in NORMALISATION]
+    if others:
+        raise InputError(f"{', '.join(others)} given with a {type(model).__name__}: expected only mean and std")
+    network = copy.deepcopy(unwrap(model))
+    if "student" in card and not isinstance(network, Student):
+        network = STUDENTS[card["student"]](network, card["branches"])
+    fill(network, _entries(path), path, _name(network))
+    normalised = isinstance(network, Normalized) or getattr(network, "spec", None) or isinstance(network, Student)
+    kept = card.get("normalisation")
+    if normalised:
+        if arguments:
+            raise InputError(f"mean and std given with a {_name(network)}, which normalises its images itself")
+        return network.eval()
+    if kept and arguments and not all(same(arguments[k], kept[k]) for k in NORMALISATION):
+        raise InputError(f"{path} says mean={tuple(kept['mean'])} itself: not mean={arguments['mean']}")
+    values = arguments or kept
+    if not values:
+        return network.eval()
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    return Normalized(network, values["mean"], values["std"]).to(like.device, like.dtype).eval()
+
+
+def _named(
+    path: Path, model: str, arguments: dict[str, Any], fallback: tuple[Sequence[float], Sequence[float]] | None
+) -> nn.Module:
+    """A model of the registry with the weights of a foreign file."""
+    found = _entries(path)
+    few, more = (_skeleton(model, {**arguments, "num_classes": n}) for n in (2, 3))
+    shapes, larger = _shapes(few), _shapes(more)
+    heads = [k for k in shapes if shapes[k] != larger[k]]
+    m = find(few, found, {k: None if k in heads else v for k, v in shapes.items()})
+    if "num_classes" not in arguments:
+        if not m.entries or heads[0] not in m.entries:
+            check(m, shapes, path, model)
+            raise InputError(f"no {' or '.join(heads)} in {path} to read the number of classes off; pass num_classes=")
+        arguments["num_classes"] = max((m.entries[heads[0]].leaf.shape or (0,))[0], 2)
+    inside = [m.entries[f"normalize.{name}"].leaf.read().flatten().tolist() for name in NORMALISATION
+              if f"normalize.{name}" in m.entries]  # fmt: skip
+    if len(inside) == 2:
+        own = dict(zip(NORMALISATION, inside, strict=True))
+        if "mean" in arguments and not all(same(arguments[k], own[k]) for k in NORMALISATION):
+            raise InputError(f"{path} holds mean={tuple(own['mean'])} itself: not mean={arguments['mean']}")
+        arguments |= own
+    elif "mean" not in arguments:
+        usual: tuple[Sequence[float], Sequence[float]] | None = published(model)
+        whose = f"that of published {model} weights" if usual else "the data's"
+        usual = usual or fallback
+        if usual is None:
+            raise InputError(
+                f"{path} does not say the normalisation that {model} was trained with: pass mean= and std=, a value "
+                "per channel of pixels in [0, 1]; usual are ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)"
+            )
+        mean, std = usual
+        print(
+            f"{path} does not say its normalisation: taken is {whose}, mean {_short(mean)}, std {_short(std)}; "
+            "mean and std give another", file=sys.stderr,
+        )  # fmt: skip
+        arguments |= {"mean": mean, "std": std}
+    network = create_model(model, **arguments)
+    fill(network, found, path, model)
+    return network.eval()
+
+
+def _skeleton(model: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model without memory for its weights: only names and shapes."""
+    with torch.device("meta"):
+        return create_model(model, **arguments)
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in network.state_dict().items()}
+
+
+def _short(values: Sequence[float]) -> str:
+    return " ".join(f"{v:.3f}" for v in values)
+
+
+def _name(network: nn.Module) -> str:
     module = network.module if isinstance(network, Student) else network
     spec = getattr(module, "spec", None)
-    name = spec.name if spec else type(module).__name__
-    if missing or extra:
-        example = sorted(missing or extra)[0]
-        raise InputError(
-            f"{path} does not fit {name}: {len(missing)} tensors missing, {len(extra)} unknown, {example!r} among them"
-        )
-    if wrong:
-        k = wrong[0]
-        raise InputError(
-            f"{path} does not fit {name}: {k} has shape {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
-        )
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if bad:
-        raise InputError(f"{path} holds values that are not finite, in {bad[0]!r}")
-    network.load_state_dict(tensors, strict=False)
-
-
-def _count_classes(model: str, tensors: dict[str, Tensor], arguments: dict[str, Any]) -> int:
-    """The number of classes of the file: the rows of the matrix that another number of classes would change."""
-    few, more = (create_model(model, num_classes=n, **arguments).state_dict() for n in (2, 3))
-    changed = [k for k in few if few[k].ndim == 2 and few[k].shape != more[k].shape]
-    names = [name for k in changed for name in (k, k.removeprefix("network."))]
-    found = [len(v) for k, v in tensors.items() if any(k.endswith(name) for name in names)]
-    if not found:
-        raise InputError(f"no {' or '.join(changed)} in the file to read the number of classes off; pass num_classes=")
-    return found[0]
-
-
-def _jsonable(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    return spec.name if spec else type(module).__name__

@@ -19,7 +19,7 @@ from fastensdistill.evaluate.names import Label, distinct
 from fastensdistill.evaluate.origin import Origin, origins, read_card, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.weights import load_network
+from fastensdistill.weights import load, load_network
 
 # What runs of one row may differ in: their seed, and where and how they ran
 APART = ("seed", "out", "resume", "tensorboard", "device", "engine", "unfinished")
@@ -193,8 +193,10 @@ def load_teachers_of(
 class Foreign:
     """What files hold that do not say it: each field for all of them, or for one after another.
 
-    ``models`` are architectures, ``mean`` and ``std`` the normalisation of pixels in [0, 1], a value per channel; unset
-    it is the data's, as is the number of classes. ``prefix`` begins the settings' names in errors.
+    ``models`` are architectures, ``mean`` and ``std`` the normalisation of pixels in [0, 1], a value per channel. Unset
+    it is the data's for our own models, and that of the published weights for torchvision's and timm's. What is given
+    for one file, or for each, must agree with a file that says what it holds. ``prefix`` begins the settings' names in
+    errors.
     """
 
     models: str | Sequence[str] | None = ()
@@ -205,18 +207,28 @@ class Foreign:
     def load(self, path: Path, index: int, count: int, data: Dataset) -> nn.Module:
         """The network in ``path``, the file ``index`` of ``count``. Raises InputError for settings that do not fit."""
         models = [self.models] if isinstance(self.models, str) else list(self.models or ())
-        model = self._own("model", models, 1, index, count)
-        mean = self._own("mean", self.mean, data.channels, index, count) or data.mean
-        std = self._own("std", self.std, data.channels, index, count) or data.std
-        return load_network(path, model[0] if model else None, mean=mean, std=std, num_classes=data.num_classes)
+        own = bool(read_card(path).get("model"))
+        model = self._own("model", models, 1, index, count, own)
+        given = {
+            "mean": self._own("mean", self.mean, data.channels, index, count, own),
+            "std": self._own("std", self.std, data.channels, index, count, own),
+        }
+        arguments: dict[str, Any] = {k: v for k, v in given.items() if v}
+        name = model[0] if model else None
+        if name is not None and not own:
+            arguments["num_classes"] = data.num_classes
+        return load(path, name, arguments, fallback=(data.mean, data.std))
 
-    def _own(self, name: str, values: Sequence[Any], each: int, index: int, count: int) -> Sequence[Any]:
+    def _own(self, name: str, values: Sequence[Any], each: int, index: int, count: int, says: bool) -> Sequence[Any]:
+        """The file's own of ``values``; none of those for all files where it says itself what it holds."""
         if len(values) not in (0, each, each * count):
             raise InputError(
                 f"{self.prefix}{name} has {len(values)} values: expected {each} for all files, or {each * count} for "
                 f"the {count} files one after another"
             )
-        return values[index * each : (index + 1) * each] if len(values) > each else values
+        if len(values) > each:
+            return values[index * each : (index + 1) * each]
+        return () if says and count > 1 else values
 
 
 def teachers_of(config: dict[str, Any]) -> Foreign:

@@ -1,4 +1,4 @@
-"""Networks by name. ``create_model("wrn28_4", num_classes=100)``; :data:`MODELS` lists the names.
+"""Networks by name. ``create_model("wrn28_4", num_classes=100)``; :data:`MODELS` lists ours and common others.
 
 Our own networks normalise their input themselves; torchvision's and timm's are wrapped in :class:`Normalized`, so
 every model takes images in [0, 1]. A created model carries its :class:`ModelSpec` as ``model.spec``, which is what a
@@ -7,6 +7,7 @@ saved file needs to build it again.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.models.layers import Normalize
+from fastensdistill.models.normalisation import FRESH, per_channel, published
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 
+# The common ones of torchvision's classification models; all of them are understood
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "vgg11_bn", "densenet121")
 
 
@@ -44,24 +47,50 @@ class Normalized(nn.Module):
 
 def image_size(name: str) -> int:
     """Height and width of the images that the architecture ``name`` was made for."""
-    return 224 if name in TORCHVISION else 32
+    if name.startswith("timm/"):
+        import timm
+
+        config = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        return config.input_size[-1] if config is not None else 224
+    if name in MODELS and name not in TORCHVISION:
+        return 32
+    return 299 if name == "inception_v3" else 224
+
+
+def torchvision_models() -> list[str]:
+    """All of torchvision's image classifiers."""
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def _torchvision(name: str, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     import torchvision
 
     _require_three_channels(name, mean)
-    return Normalized(torchvision.models.get_model(name, weights=None, num_classes=num_classes), mean, std)
+    # Their auxiliary heads are for training from scratch on ImageNet: in training mode they return no logits
+    more: dict[str, Any] = {"googlenet": {"aux_logits": False, "init_weights": True},
+                            "inception_v3": {"aux_logits": False, "init_weights": True}}.get(name, {})  # fmt: skip
+    return Normalized(torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more), mean, std)
 
 
 def _timm(name: str, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    timm = _require_timm(name)
+    try:
+        return Normalized(timm.create_model(name, num_classes=num_classes, in_chans=len(mean)), mean, std)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"model 'timm/{name}' with {len(mean)} channels cannot be made: {first}") from error
+
+
+def _require_timm(name: str) -> Any:
     try:
         import timm
     except ImportError:
         raise InputError(f"model 'timm/{name}' needs timm: pip install 'fastensdistill[timm]'") from None
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
-    return Normalized(timm.create_model(name, num_classes=num_classes, in_chans=len(mean)), mean, std)
+    return timm
 
 
 def _require_three_channels(name: str, mean: Sequence[float]) -> None:
@@ -87,30 +116,43 @@ def create_model(
     name: str,
     num_classes: int,
     *,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.25, 0.25, 0.25),
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A freshly initialised model from :data:`MODELS` or ``timm/<name>``.
+    """A freshly initialised model: one of :data:`MODELS`, any other classifier of torchvision, or ``timm/<name>``.
 
-    ``mean`` and ``std`` normalise images in [0, 1] and set the number of input channels. ``arguments`` are the
-    model's own (``blocks``, ``widen``, ``in_planes`` for PreResNet and ResNet).
+    ``mean`` and ``std`` normalise images in [0, 1] and set the number of input channels. Unset: what published weights
+    of torchvision's and timm's models expect; for ours three channels of 0.5 and 0.25. ``arguments`` are the model's
+    own (``blocks``, ``widen``, ``in_planes`` for PreResNet and ResNet).
     Raises InputError for an unknown name or arguments the model does not take.
     """
-    if num_classes < 2:
-        raise InputError(f"num_classes={num_classes}: expected at least 2")
-    if len(mean) != len(std) or any(s <= 0 for s in std):
-        raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: expected one of each per channel, std above 0")
-    build = partial(_timm, name.removeprefix("timm/")) if name.startswith("timm/") else MODELS.get(name)
-    if build is None:
-        raise unknown("model", name, MODELS)
-    mean, std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+    build = _builder(name)
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise InputError(f"num_classes={num_classes}: expected a whole number of at least 2")
+    usual = published(name) or FRESH
+    means, stds = per_channel(usual[0] if mean is None else mean, usual[1] if std is None else std)
     try:
-        model = build(num_classes=num_classes, mean=mean, std=std, **arguments)
+        model = build(num_classes=num_classes, mean=means, std=stds, **arguments)
     except TypeError as error:
         raise InputError(f"model {name!r} does not take {arguments}: {error}") from error
-    model.__dict__["spec"] = ModelSpec(name, {"num_classes": num_classes, "mean": mean, "std": std, **arguments})
+    model.__dict__["spec"] = ModelSpec(name, {"num_classes": num_classes, "mean": means, "std": stds, **arguments})
     return model
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if not isinstance(name, str):
+        raise InputError(f"model is a {type(name).__name__}: expected a name, such as 'wrn28_4'")
+    if name.startswith("timm/"):
+        _require_timm(name.removeprefix("timm/"))
+        return partial(_timm, name.removeprefix("timm/"))
+    if name in MODELS:
+        return MODELS[name]
+    others = torchvision_models()
+    if name not in others:
+        near = not difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+        raise unknown("model", name, [*MODELS, *others] if near else MODELS)
+    return partial(_torchvision, name)
 
 
 def _named(name: str) -> Callable[..., nn.Module]:
