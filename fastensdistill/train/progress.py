@@ -142,25 +142,29 @@ class Progress:
 
     def left_in_words(self) -> str:
         left = self.time_left
+        if self.pace.done >= self.total:
+            return f"took {in_words(self.pace.clock() - self.pace.began)}"
         if left is None:
             return f"{in_words(self.pace.clock() - self.pace.began)} so far"
         return f"{in_words(left)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         done, total = self.pace.done, self.total
-        spinner = "" if options.ascii_only else SPINNER[int(8 * time.monotonic()) % len(SPINNER)]
+        spinner = "|/-\\" if options.ascii_only else SPINNER
+        moving = spinner[int(8 * time.monotonic()) % len(spinner)]
         pieces = [
-            Piece(f"{spinner} {self.title}".strip(), 3), Piece(f"{100 * done // max(total, 1):3d}%", 9),
-            Piece(f"{done}/{total}", 6), *self.notes, Piece(self.left_in_words(), 8),
+            Piece(self.title, 3), Piece(f"{100 * done // max(total, 1):3d}%", 9), Piece(f"{done}/{total}", 6),
+            *self.notes, Piece(self.left_in_words(), 8),
         ]  # fmt: skip
-        while len(pieces) > 1 and len(_line(pieces)) > options.max_width:
+        width = options.max_width - 2
+        while len(pieces) > 1 and len(_line(pieces)) > width:
             pieces.remove(min(pieces, key=lambda piece: piece.weight))
-        room = min(BAR, options.max_width - len(_line(pieces)) - 2)
+        room = min(BAR, width - len(_line(pieces)) - 2)
         if room >= 8:
             full = room * min(done, total) // max(total, 1)
             on, off = ("#", "-") if options.ascii_only else ("━", "╌")
             pieces.insert(1, Piece(on * full + off * (room - full), 0))
-        yield Text(_line(pieces), no_wrap=True, overflow="crop", end="")
+        yield Text(f"{moving} {_line(pieces)}", no_wrap=True, overflow="crop", end="")
 
 
 def _line(pieces: Sequence[Piece]) -> str:
