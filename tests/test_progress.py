@@ -11,7 +11,8 @@ from rich.console import Console
 from fastensdistill.train import progress, record, threads
 from fastensdistill.train.progress import Pace, Piece, Progress, in_words, rate_in_words
 from fastensdistill.train.record import Recorder
-from tests.test_trainer import make
+from tests.test_student import tiny
+from tests.test_trainer import dataset, make
 
 
 class Clock:
@@ -203,6 +204,23 @@ def test_work_deep_inside_moves_what_is_shown():
         progress.advance(4)
     progress.advance(3)
     assert shown.pace.done == 7
+
+
+def test_evaluation_counts_every_image_of_every_network(monkeypatch):
+    from fastensdistill.evaluate import comparison
+    from fastensdistill.evaluate.runs import Candidate
+
+    seen = []
+
+    class Watched(Progress):
+        def advance(self, by):
+            super().advance(by)
+            seen.append((self.notes[0].text, self.pace.done, self.total))
+
+    monkeypatch.setattr(comparison, "Progress", Watched)
+    candidates = [Candidate("two", "student", [tiny(4), tiny(4)]), Candidate("one", "student", [tiny(4)])]
+    comparison.compare(candidates, dataset(), torch.device("cpu"))
+    assert seen == [(name, 24 * i, 144) for i, name in enumerate(4 * ["two"] + 2 * ["one"], 1)]
 
 
 # ---- threads

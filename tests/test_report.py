@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from rich.console import Console
 from torch import Tensor
 
@@ -264,6 +265,31 @@ def test_learning_curves_draw_the_records() -> None:
     # The last values are in view.
     low, high = accuracy.get_ylim()
     assert all(low < end < high for end in ends)
+
+
+def test_a_dot_marks_the_weights_that_were_kept() -> None:
+    def kept(epoch: object, accuracy: object, nll: object) -> list[dict]:
+        return [{"event": "kept", "step": 118, "epoch": 11.8, "kept_epoch": epoch, "accuracy": accuracy, "nll": nll}]
+
+    broken = [{"event": "kept", "step": 1, "epoch": 1.0}, *kept([1.0, 2.0], [0.5], [math.nan])]
+    runs = {
+        "teachers": run(0.9, members=2) + kept([10.0, 11.0], [0.85, 0.9], [0.3, 0.2]),
+        "KD, seed 0": run(0.8) + kept(9.0, 0.75, 0.5), "KD, seed 1": run(0.7), "LatentBE": run(0.7) + broken,
+    }  # fmt: skip
+    figure = learning_curves(runs)
+    plain = learning_curves({name: [r for r in records if r["event"] != "kept"] for name, records in runs.items()})
+    for panel, expected, before in (
+        (1, [[(10, 85), (11, 90)], [(9, 75)]], plain.axes[1]), (2, [[(10, 0.3), (11, 0.2)], [(9, 0.5)]], plain.axes[2])
+    ):  # fmt: skip
+        axes = figure.axes[panel]
+        dots = [c for c in axes.collections if len(c.get_offsets()) and type(c).__name__ == "PathCollection"]
+        assert len(dots) == len(expected)
+        for dot, points in zip(dots, expected, strict=True):
+            assert np.allclose(dot.get_offsets(), points)
+        assert dots[1].get_facecolor()[0].tolist() == pytest.approx(list(to_rgba(axes.lines[1].get_color())))
+        assert (axes.get_xlim(), axes.get_ylim()) == (before.get_xlim(), before.get_ylim())
+    texts = [[t.get_text() for t in f.axes[3].get_legend().get_texts()] for f in (figure, plain)]
+    assert texts[0] == [*texts[1], "the weights that were kept"]
 
 
 def test_diversity_draws_branches_and_teachers() -> None:

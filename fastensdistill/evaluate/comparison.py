@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from fastensdistill.method.modes import evaluating
 from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.progress import Piece, Progress, shown
 from fastensdistill.weights import load_network
 
 STRIP = 8  # images beside their perturbed versions
@@ -94,16 +94,14 @@ def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], d
 
 
 def compare(candidates: Sequence[Candidate], data: Dataset, device: torch.device) -> list[Evaluated]:
-    """All candidates measured, one after another; on a terminal, which one is being measured."""
+    """All candidates measured, one after another, with the progress on stderr."""
+    networks = sum(len(candidate.networks) for candidate in candidates)
+    total = networks * (len(data.test) + len(data.validation))
     found = []
-    for i, candidate in enumerate(candidates, 1):
-        if sys.stderr.isatty():
-            print(f"\r\033[Kmeasuring {i} of {len(candidates)}: {candidate.name}"[:70], end="", file=sys.stderr)
-        try:
+    with shown(Progress("evaluate", total, "image", transient=True)) as progress:
+        for candidate in candidates:
+            progress.notes = [Piece(candidate.name[:24], 5)]
             found.append(evaluate_candidate(candidate, data, device))
-        finally:
-            if sys.stderr.isatty():
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
     return found
 
 

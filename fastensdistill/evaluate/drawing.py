@@ -166,6 +166,44 @@ def draw_runs(
             _line(axes, curves[0][0], even(mean), style, 2.2, 1.0)
 
 
+def kept_looks(records: Records) -> dict[str, np.ndarray]:
+    """Of the weights that a run ended with: "epoch", "accuracy" and "nll", (members,) each; {} where it does not say.
+
+    A member whose values are not finite is left out.
+    """
+    found = [record for record in records if record.get("event") == "kept" and "kept_epoch" in record][-1:]
+    for record in found:
+        keys = {"epoch": "kept_epoch", "accuracy": "accuracy", "nll": "nll"}
+        looks = {key: np.atleast_1d(np.asarray(record.get(own, ()), dtype=float)) for key, own in keys.items()}
+        if len({len(values) for values in looks.values()}) == 1:
+            fine = np.isfinite(np.stack(list(looks.values()))).all(0)
+            return {key: values[fine] for key, values in looks.items()}
+    return {}
+
+
+def mark_kept(
+    axes: Axes, runs: Mapping[str, Records], styles: Mapping[str, LineStyle], key: str, factor: float
+) -> None:
+    """A dot for the weights that each run, or each member of it, ended with; the axes' limits stay as they are."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    for name, records in runs.items():
+        looks = kept_looks(records)
+        if looks:
+            look: dict[str, Any] = {"color": style_of(name, styles).colour, "edgecolors": "white", "linewidths": 0.9}
+            axes.scatter(looks["epoch"], factor * looks[key], s=34, zorder=4, **look)
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def kept_handle(runs: Mapping[str, Records]) -> list[Any]:
+    """The legend's entry for :func:`mark_kept`, where any run says what it ended with."""
+    from matplotlib.lines import Line2D
+
+    if not any(kept_looks(records) for records in runs.values()):
+        return []
+    look: dict[str, Any] = {"marker": "o", "linestyle": "", "color": QUIET, "markeredgecolor": "white"}
+    return [Line2D([], [], markersize=7, label="the weights that were kept", **look)]
+
+
 def draw_teachers(
     axes: Axes, runs: Mapping[str, Records], styles: Mapping[str, LineStyle], key: str, factor: float
 ) -> bool:

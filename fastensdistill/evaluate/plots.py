@@ -27,10 +27,12 @@ from fastensdistill.evaluate.drawing import (
     draw_runs,
     draw_teachers,
     empty_figure,
+    kept_handle,
     largest,
     legend_height,
     line_styles,
     log_scale,
+    mark_kept,
     run_handles,
     series,
     show_where_runs_end,
@@ -139,7 +141,7 @@ def learning_curves(runs: Mapping[str, Records], *, styles: Mapping[str, LineSty
     if not any(len(series(r, event, key)[0]) for r in runs.values() for event, key, *_ in panels):
         raise InputError("learning curves: no run has a training or validation record")
     styles = styles or line_styles(runs)
-    handles = run_handles(runs, styles, 48)
+    handles = run_handles(runs, styles, 48) + kept_handle(runs)
     figure = empty_figure(10, max(7.4, 2 * legend_height(handles) + 0.8))
     figure.suptitle("Learning curves")
     axes = figure.subplots(2, 2).ravel()
@@ -160,6 +162,8 @@ def learning_curves(runs: Mapping[str, Records], *, styles: Mapping[str, LineSty
         axes[0].set_ylabel("loss (log scale)")
     show_where_runs_end(axes[1], higher_is_better=True)
     show_where_runs_end(axes[2], higher_is_better=False)
+    for panel, (_, key, _, _, factor) in zip(axes[1:3], panels[1:], strict=True):
+        mark_kept(panel, runs, styles, key, factor)
     axes[3].axis("off")
     legend = axes[3].legend(handles=handles, loc="center left", labelspacing=0.75)
     legend.set_in_layout(False)  # its quarter was made large enough

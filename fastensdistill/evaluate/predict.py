@@ -11,6 +11,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.method.modes import evaluating
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.progress import advance
 
 
 @torch.no_grad()
@@ -39,4 +40,5 @@ def predict(network: nn.Module, images: EvaluationSet | Split | Tensor, batch_si
         for batch in batches:
             logits = network(batch)
             parts.append((logits if members else logits.unsqueeze(0)).float().softmax(-1))
+            advance(len(batch))
     return torch.cat(parts, dim=1)

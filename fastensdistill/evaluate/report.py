@@ -71,7 +71,7 @@ _CAPTIONS = {
     f"stands for; bars with fewer than {FEW} are pale. Of a row with several seeds it is the first.",
     "learning_curves": "Training loss is smoothed; teachers' (cross-entropy) and students' (distillation) are not the "
     "same quantity. Validation is shown from where runs begin to differ; students are validated as what is deployed, "
-    "LatentBE as its averaged network. Thin lines are single seeds.",
+    "LatentBE as its averaged network. Thin lines are single seeds; a dot marks the weights that a run ended with.",
     "diversity": "How far branches are apart from one another, and teachers likewise. Branches start equal; the closer "
     "they come to the teachers' line, the more of the ensemble's disagreement they hold.",
     "perturbation": "Above, test images; in the middle, what the student would be trained on instead; below, the "

@@ -81,12 +81,12 @@ class Progress:
         title: what is going on.
         total: of what ``unit`` counts.
         quiet: show nothing.
-        console: where to; unset, stderr.
-        logs: whether lines go to a log where there is no terminal; else nothing is said there.
+        console: where to; unset, stderr. Where that is no terminal, a line is written every minute.
+        transient: at the end the line goes away.
     """
 
     def __init__(self, title: str, total: int, unit: str = "step", *, done: int = 0, quiet: bool = False,
-                 console: Console | None = None, logs: bool = True):  # fmt: skip
+                 console: Console | None = None, transient: bool = False):  # fmt: skip
         self.title, self.total, self.unit = title, total, unit
         self.console = console or Console(stderr=True)
         self.pace = Pace(done)
@@ -94,8 +94,8 @@ class Progress:
         self.besides: Callable[[], float] = lambda: 0.0  # seconds that what is not a step will take
         self.log_line: Callable[[], str] = self._log_line
         interactive = self.console.is_terminal and not quiet
-        self.logs = logs and not interactive and not quiet
-        self.live = Live(self, console=self.console, refresh_per_second=4) if interactive else None
+        self.logs = not interactive and not quiet
+        self.live = Live(self, console=self.console, refresh_per_second=4, transient=transient) if interactive else None
         self.said = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
