@@ -15,12 +15,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from fastensdistill import evaluate as evaluate
     from fastensdistill import models as models
     from fastensdistill.config import DistillConfig as DistillConfig
     from fastensdistill.config import TeachConfig as TeachConfig
+    from fastensdistill.data.augment import Augment as Augment
     from fastensdistill.data.sources import Dataset as Dataset
+    from fastensdistill.data.sources import Split as Split
     from fastensdistill.data.sources import load_dataset as load_dataset
     from fastensdistill.engine.fused import FusedStep as FusedStep
     from fastensdistill.engine.reference import ReferenceStep as ReferenceStep
@@ -42,7 +46,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ("DistillConfig", "TeachConfig"),
-    "data.sources": ("Dataset", "load_dataset"),
+    "data.augment": ("Augment",),
+    "data.sources": ("Dataset", "Split", "load_dataset"),
     "engine.fused": ("FusedStep",),
     "engine.reference": ("ReferenceStep",),
     "errors": ("InputError",),

@@ -1,7 +1,7 @@
 """The command line: ``fastensdistill demo | teach | distill | evaluate | export | plan | doctor``.
 
 Settings come from the dataclasses of :mod:`fastensdistill.config`; ``--config FILE`` reads some from YAML, and flags
-override it. Bad input prints one line and exits with code 2. ``teach`` and ``distill`` also run under
+override it. Whatever goes wrong ends in one line and exit code 2. ``teach`` and ``distill`` also run under
 ``torchrun -m fastensdistill``; the first process alone reports.
 """
 
@@ -10,79 +10,79 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
-import tyro
-
+import fastensdistill
 from fastensdistill.commands import COMMANDS, TRAINING
-from fastensdistill.config import RunConfig, read_yaml
-from fastensdistill.errors import InputError, unknown
+from fastensdistill.config import RunConfig
+from fastensdistill.engine import parallel
+from fastensdistill.errors import InputError, one_line, unknown
+from fastensdistill.flags import OTHER_DASHES, help_page, read_flags
+from fastensdistill.settings import about, settings_of
+from fastensdistill.settings_file import read_settings
+from fastensdistill.train.stop import Interrupted
+
+TRACEBACK = "FASTENSDISTILL_TRACEBACK"  # set: errors print where they come from, too
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
-    """The settings of a command: its defaults, then ``--config`` (or the run that is resumed), then flags."""
+    """The settings of a command: its defaults, then those of the run that is resumed, ``--config``, and flags.
+
+    Raises InputError for any that does not fit.
+    """
     cls, _ = COMMANDS[name]
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    prog = f"fastensdistill {name}"
-    lead: list[str] = []
-    if "--config" in argv:
-        i = argv.index("--config")
-        if i + 1 == len(argv):
-            raise InputError("--config: expected the path of a YAML file after it")
-        lead = yaml_flags(read_yaml(argv[i + 1], cls))
-        argv = argv[:i] + argv[i + 2 :]
-    about = f"{cls.__doc__}\n\nSettings can also stand in a YAML file: --config FILE; flags win."
-    run: Any = tyro.cli(cls, args=lead + argv, prog=prog, description=about if fields(cls) else None)
-    if isinstance(run, RunConfig) and run.resume and (run.out / "config.yaml").is_file():
-        run = tyro.cli(cls, args=yaml_flags(read_yaml(run.out / "config.yaml", cls)) + lead + argv, prog=prog)
-    return run
+    known = settings_of(cls)
+    given = read_flags(name, cls, argv)
+    file = given.pop("config", None)
+    if file is not None:
+        given = read_settings(file, known) | given
+    if issubclass(cls, RunConfig) and given.get("resume"):
+        saved = given.get("out", known["out"].default) / "config.yaml"
+        if saved.is_file():
+            given = read_settings(saved, known) | given
+            file = file or saved
+    try:
+        return cls(**given)
+    except InputError as error:  # settings that do not fit each other
+        raise InputError(f"{file}: {error}") if file else error from None
 
 
-def yaml_flags(settings: dict[str, Any]) -> list[str]:
-    """The settings of a YAML file as flags, so that there is one parser and one set of error messages."""
-    flags: list[str] = []
-    for key, value in settings.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            flags += [f"--{flag}", *map(str, value)] if value else []
-        elif value is not None:
-            flags += [f"--{flag}", str(value)]
-    return flags
+def usage() -> str:
+    lines = ["usage: fastensdistill COMMAND [--config FILE] [--FLAG VALUE ...]", ""]
+    lines += [f"  {name:9} {about(cls)}" for name, (cls, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "fastensdistill COMMAND --help lists the flags of a command."])
+
+
+def run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name == "--version":
+        print(fastensdistill.__version__)
+        return 0
+    if name not in COMMANDS:
+        if name[:1] in "-" + OTHER_DASHES:
+            raise InputError(f"{name!r} before a command: expected one of {', '.join(COMMANDS)} first")
+        raise unknown("command", name, COMMANDS)
+    flags = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in flags or "--help" in flags:
+        print(help_page(name, COMMANDS[name][0]))
+        return 0
+    if parallel.launched() > 1 and name not in TRAINING:
+        raise InputError(f"{name} in {parallel.launched()} processes: expected one; teach and distill can share")
+    parallel.join()
+    with parallel.together():
+        COMMANDS[name][1](parse(name, rest))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input, 128 + n after signal n."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: fastensdistill COMMAND [--config FILE.yaml] [--help] ...\n")
-        for name, (cls, _) in COMMANDS.items():
-            print(f"  {name:9} {(cls.__doc__ or '').splitlines()[0]}")
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from fastensdistill.doctor import version
-
-        print(version("fastensdistill") or "not installed (running from its source folder)")
-        return 0
-    from fastensdistill.engine import parallel
-    from fastensdistill.train.stop import Interrupted
-
+    """Run a command and return its exit code: 0, 2 for what cannot be done, 128 + n after signal n."""
     try:
-        if argv[0] not in COMMANDS:
-            raise unknown("command", argv[0], COMMANDS)
-        if parallel.launched() > 1 and argv[0] not in TRAINING:
-            raise InputError(f"{argv[0]} in {parallel.launched()} processes: expected one; teach and distill can share")
-        parallel.join()
-        with parallel.together():
-            COMMANDS[argv[0]][1](parse(argv[0], argv[1:]))
-        return 0
-    except InputError as error:
-        if not parallel.raised_elsewhere(error):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(sys.argv[1:] if argv is None else argv)
     except Interrupted as stop:
         if parallel.rank() == 0:
             print(stop, file=sys.stderr)
@@ -90,17 +90,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # a reader that has seen enough, as in ``plan | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing fails again at the exit
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'input or output'}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(f"error: {str(error).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if not parallel.raised_elsewhere(error):
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            print(f"error: {one_line(described(error))}", file=sys.stderr)
         return 2
+
+
+def described(error: Exception) -> str:
+    """What went wrong, for the user: of his input and his machine in their terms, of our own faults where to look."""
+    if isinstance(error, InputError):
+        return str(error)
+    said = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said:
+        return f"not enough memory: {said.split('. GPU ')[0]}; expected less at a time, as by a smaller --batch-size"
+    if isinstance(error, OSError):
+        return f"{error.strerror or said}: {error.filename or 'input or output'}"
+    if isinstance(error, UnicodeError):
+        return f"text in another encoding: {said}"
+    return f"internal error: {type(error).__name__}: {said} ({TRACEBACK}=1 shows where; please report it)"
 
 
 if __name__ == "__main__":

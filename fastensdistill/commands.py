@@ -5,36 +5,37 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun
+from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name, check_model_name
 from fastensdistill.errors import InputError
+from fastensdistill.export import FORMATS
+from fastensdistill.network.gpu import GPUS
+from fastensdistill.settings import Settings, setting
 
 
 @dataclass
 class EvaluateRun(DataConfig):
     """Measure networks, ensembles and whole runs on the test images: a table, results.json and a report."""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = field(default_factory=tuple)
+    paths: tuple[Path, ...] = setting((), positional=True)
     """Files and run folders. Runs that differ only in their seed share a row."""
     out: Path | None = None
     """Folder for results.json, report.html and its pictures. Unset: only the table is printed."""
-    model: tuple[str, ...] = ()
+    model: tuple[str, ...] = setting((), check=check_model_name)
     """Architecture of files that do not say it: one for all, or one for each file."""
     mean: tuple[float, ...] = ()
     """Their normalisation: a mean for each channel of pixels in [0, 1], for all files, or for one after another. Unset:
     the data's."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
     ensemble: bool = False
     """Also measure all files together, as one ensemble."""
     unfinished: bool = False
     """Also take runs that did not end, as they are."""
-    device: str = "auto"
+    device: str = setting("auto", check=check_device_name)
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
 
 
@@ -42,52 +43,52 @@ class EvaluateRun(DataConfig):
 class ExportRun(DataConfig):
     """Export an averaged network: safetensors with a JSON card, torch.export, ONNX; each reloaded and compared."""
 
-    path: Annotated[Path, tyro.conf.Positional] = Path("runs/run")
+    path: Path = setting(Path("runs/run"), positional=True)
     """A run folder of distill, or a network's file."""
     out: Path = Path("export")
     """Folder for the exported files."""
-    formats: tuple[str, ...] = ("safetensors", "torch")
+    formats: tuple[str, ...] = setting(FORMATS[:2], choices=FORMATS)
     """Any of: safetensors, torch, onnx."""
-    model: str | None = None
+    model: str | None = setting(None, check=check_model_name)
     """Architecture of a file that does not say it."""
     mean: tuple[float, ...] = ()
     """Its normalisation: a mean for each channel of pixels in [0, 1]. Unset: the data's."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
     unfinished: bool = False
     """Also take a run that did not end, as it is."""
 
 
 @dataclass
-class DemoRun:
+class DemoRun(Settings):
     """The whole job on scikit-learn's digits in a few minutes: teachers, three kinds of student, table, report."""
 
     out: Path = Path("runs/demo")
     """Folder for the runs, the report and the network."""
-    seeds: int = 3
+    seeds: int = setting(3, least=1, most=1000)
     """Students of each kind."""
-    epochs: int | None = None
+    epochs: int | None = setting(None, least=1, most=10**6)
     """Override the number of epochs."""
 
 
 @dataclass
-class DoctorRun:
+class DoctorRun(Settings):
     """Say what is installed, what was built, and what can be used here."""
 
 
 @dataclass
-class PlanRun:
+class PlanRun(Settings):
     """Print a training step: launches, groups, shapes, fusions, work, least time on a named GPU, nodes of its graph."""
 
-    model: Annotated[str, tyro.conf.Positional] = "wrn28_4"
+    model: str = setting("wrn28_4", check=check_model_name, positional=True)
     """Architecture of the teachers and the student: a name as for teach --model."""
-    teachers: int = 4
+    teachers: int = setting(4, least=1, most=1000)
     """M."""
-    branches: int = 4
+    branches: int = setting(4, least=1, most=1000)
     """K."""
-    batch: int = 128
+    batch: int = setting(128, least=1, most=10**6)
     """Images in a batch."""
-    gpu: str = "h200"
+    gpu: str = setting("h200", choices=GPUS)
     """a100, h100, h200 or b200."""
 
 
@@ -232,12 +233,8 @@ def doctor(run: DoctorRun) -> None:
 
 def plan(run: PlanRun) -> None:
     from fastensdistill.engine.graph_nodes import count_step
-    from fastensdistill.network.gpu import GPUS
     from fastensdistill.network.table import print_plan
 
-    for name in ("teachers", "branches", "batch"):
-        if getattr(run, name) < 1:
-            raise InputError(f"{name}={getattr(run, name)}: expected at least 1")
     print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
     try:
         print(count_step(run.model, run.teachers, run.branches, run.batch, GPUS[run.gpu].arch))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
+import fastensdistill
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.triton_utils import HAS_TRITON
 
 PACKAGES = (
-    "torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "PyYAML", "tyro", "rich", "scikit-learn",
+    "torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "PyYAML", "rich", "scikit-learn",
     "matplotlib", "nvidia-ml-py",
 )  # fmt: skip
 EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "timm": "timm"}
@@ -28,7 +30,7 @@ def version(package: str) -> str | None:
 def facts() -> list[tuple[str, str]]:
     """Name and finding, in the order they are printed."""
     rows = [
-        ("fastensdistill", version("fastensdistill") or "not installed (running from its source folder)"),
+        ("fastensdistill", f"{fastensdistill.__version__} in {Path(fastensdistill.__file__).parent}"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
     rows += [(p, version(p) or "missing") for p in PACKAGES]

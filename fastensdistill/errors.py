@@ -10,10 +10,23 @@ import difflib
 from collections.abc import Iterable
 
 MOST_NAMES = 30  # that one line lists
+LONGEST = 2000  # characters of a line
 
 
 class InputError(Exception):
     """Input that cannot be used, or an environment that cannot do what was asked."""
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line of a terminal, what cannot be printed escaped and the middle of a very long one left out.
+
+    >>> one_line("no such file: a\\n  b")
+    'no such file: a b'
+    """
+    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:

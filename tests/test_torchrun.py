@@ -29,7 +29,7 @@ from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
 from fastensdistill.weights import load_network, read_tensors
 from tests.compare import check_close
-from tests.test_cli import SMALL
+from tests.test_cli import NETWORK
 from tests.test_student import tiny
 from tests.test_trainer import ROOT, StopAt, dataset, make
 
@@ -299,8 +299,9 @@ def npz(tmp_path):
 
 def test_the_command_reports_once_and_a_signal_to_the_launcher_stops_it_with_a_checkpoint(npz, tmp_path):
     out = tmp_path / "run"
-    arguments = ["-m", "fastensdistill", "teach", "--data", npz, *SMALL, "--members", "2", "--out", str(out)]
-    running = torchrun(2, *arguments, "--epochs", "5000")
+    arguments = ["-m", "fastensdistill", "teach", "--data", npz, *NETWORK, "--batch-size", "8", "--epochs", "5000",
+                 "--device", "cpu", "--members", "2", "--out", str(out)]  # fmt: skip
+    running = torchrun(2, *arguments)
     deadline = time.monotonic() + 100
     while not (out / "checkpoint.safetensors").exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -315,7 +316,8 @@ def test_the_command_reports_once_and_a_signal_to_the_launcher_stops_it_with_a_c
 
 def test_the_command_refuses_what_cannot_be_shared_once(npz, tmp_path):
     out = tmp_path / "run"
-    arguments = ["-m", "fastensdistill", "teach", "--data", npz, *SMALL, "--batch-size", "64", "--out", str(out)]
+    arguments = ["-m", "fastensdistill", "teach", "--data", npz, *NETWORK, "--device", "cpu", "--batch-size", "64",
+                 "--out", str(out)]  # fmt: skip
     refused = torchrun(3, *arguments)
     _, errors = refused.communicate(timeout=120)
     assert refused.returncode != 0

@@ -13,9 +13,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from fastensdistill.config import to_yaml
 from fastensdistill.errors import InputError
 from fastensdistill.files import UNFINISHED, write_atomically
+from fastensdistill.settings_file import to_yaml
 from fastensdistill.train.checkpoint import CHECKPOINT, finished
 from fastensdistill.train.record import METRICS
 
