@@ -129,7 +129,7 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.data or "").startswith("~"):
+        if self.data is not None and self.data.startswith("~"):
             self.data = str(expanded(self.data))
 
     def load(self) -> Dataset:
