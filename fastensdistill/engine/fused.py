@@ -43,7 +43,8 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan
-from fastensdistill.network.trace import trace
+from fastensdistill.network.probe import compared
+from fastensdistill.network.unseen import check_unseen, refusing
 
 State = dict[str, Tensor]
 ImageShape = tuple[int, int, int]
@@ -72,18 +73,25 @@ def plain(student: Student) -> nn.Module:
     raise InputError(f"no plan covers a student of the kind {type(student).__name__}")
 
 
+@refusing("the fused engine")
 def check_networks(student: Student, teachers: Teachers, shape: ImageShape) -> list[Network]:
     """Traced networks of the teachers, in order, and of the student last.
 
-    Raises InputError for what the engine cannot run: an operation that cannot be traced or planned, dropout in the
-    student.
+    Raises InputError for what the engine cannot run, or would run as something else: an operation that cannot be traced
+    or planned, hooks, dropout in the student, a teacher that the student shares weights with.
     """
+    check_unseen(student)
+    check_unseen(teachers)
     own = plain(student)
-    networks = [trace(own, shape)]
-    networks = [*(trace(teacher, shape) for teacher in teachers.networks), *networks]
+    networks = [*(compared(teacher, shape) for teacher in teachers.networks), compared(own, shape, trains=True)]
     plan(networks, distillation_groups(networks, student), "backward", 1)
     ranked = isinstance(student, BatchEnsemble)
     Master.check(student.module if ranked else own, networks[-1], ranked)
+    trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
+    for m, teacher in enumerate(teachers.networks):
+        shared = next((trained[p.data_ptr()] for p in teacher.parameters() if p.data_ptr() in trained), None)
+        if shared:
+            raise InputError(f"the student's parameter {shared!r} is teacher {m}'s too; expected networks of their own")
     return networks
 
 
@@ -111,11 +119,13 @@ class FusedStep(Capturing):
     launches every op from Python instead); ``captured`` says whether that worked, ``capture_error`` why not.
 
     From the first step (or from the start, with ``image_shape`` (channels, H, W) given) the student's parameters and
-    running statistics live in this object's buffers: do not move or cast the student any more.
+    running statistics live in this object's buffers: do not move or cast the student any more. The teachers' weights
+    are copied at the first step. Parameters that do not require gradients stay as they are, to the bit.
     ``implementations`` names what computes each convolution (``engine.dispatch``). Of several processes each takes
     BatchNorm's statistics over its own images; with ``config.sync_batch_norm`` over those of all (one all-reduce per
     layer and direction).
-    Raises InputError for networks and students that only the reference engine can train.
+    Raises InputError for networks and students that only the reference engine can train: each architecture is compared
+    with its module once, on two random images.
     """
 
     graphs: Graphs | None = None
@@ -155,19 +165,23 @@ class FusedStep(Capturing):
 
     # ---- what is built once
 
+    @refusing("the fused engine")
     def _adopt(self, shape: ImageShape) -> None:
         """Trace, and take over the student's parameters."""
-        self.networks = check_networks(self.student, self.teachers, shape)
+        networks = check_networks(self.student, self.teachers, shape)
         ranked = isinstance(self.student, BatchEnsemble)
         self.heads = Heads(self.student) if isinstance(self.student, Hydra) else None
         module = self.heads.module if self.heads else self.student.module
-        self.master = Master([module], self.networks[-1], ranked)
+        self.master = Master([module], networks[-1], ranked)
         if self.heads:
             self.heads.tie()
+            self.heads.hold(self.master)
         same_start(self.master.state())
         self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.networks = networks
 
+    @refusing("the fused engine")
     def _build(self, shape: tuple[int, ...]) -> None:
         """Plans, weight slots and static inputs for this shape (B, channels, H, W) of a batch."""
         B, C, H, W = shape
@@ -255,6 +269,7 @@ class FusedStep(Capturing):
             self._check(loader.batch_shape)
             self.loader = loader
         loader.advance()
+        self._follow()
         self._draw()
         return self._run(self._body_with_loader, loader)
 
@@ -288,6 +303,12 @@ class FusedStep(Capturing):
         self.images.copy_(images.permute(0, 2, 3, 1))
         if labels is not None:
             self.labels.copy_(labels)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Parameters may have been frozen, or may require gradients again, since the last step."""
+        if self.master.follow() and self.graphs:
+            self.graphs = Graphs(self.master.state, self.device)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         assert self.images is not None

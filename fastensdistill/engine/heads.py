@@ -7,10 +7,12 @@ order, so that body and heads run as a single group of the ordinary launches.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.master import Master, View
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import Hydra, MultiHead
 
@@ -54,7 +56,8 @@ class Heads:
         )  # fmt: skip
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
-                parameter.copy_(torch.cat([head.get_parameter(name) for head in self.heads.heads]))
+                heads = [head.get_parameter(name) for head in self.heads.heads]
+                parameter.copy_(torch.cat(tuple(heads))).requires_grad_(any(head.requires_grad for head in heads))
         self.module = substituted(student.module, self.path, self.layer)
 
     def tie(self) -> None:
@@ -62,6 +65,20 @@ class Heads:
         for name, parameter in self.layer.named_parameters():
             for head, rows in zip(self.heads.heads, parameter.data.chunk(self.K), strict=True):
                 head.get_parameter(name).data = rows
+
+    def hold(self, master: Master) -> None:
+        """Make the heads' parameters those that ``master`` asks whether they are frozen, instead of the layer's."""
+        layer = {id(parameter): name for name, parameter in self.layer.named_parameters()}
+        heads = list(enumerate(self.heads.heads))
+        master.held = [
+            (head.get_parameter(layer[id(p)]), partial(self._rows, view, k)) if head is not None else (p, view)
+            for p, view in master.held
+            for k, head in (heads if id(p) in layer else [(0, None)])
+        ]
+        master.follow()
+
+    def _rows(self, view: View, k: int, flat: Tensor) -> Tensor:
+        return view(flat).chunk(self.K)[k]
 
     def by_head(self, momenta: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values by the plain network's parameter names → by the student's."""

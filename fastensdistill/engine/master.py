@@ -8,8 +8,10 @@ reads them. Order: weight and bias of every layer (that of ``RankOneLayout``), B
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,6 +23,9 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.layout import RankOneLayout
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
+from fastensdistill.network.unseen import common_memory, trained_tensors
+
+View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,12 @@ class Master:
 
     With ``ranked``, there is one module, whose layers are wrapped with rank-one factors; these are kept as deviations
     from one, [K, factors]. Constructing it moves the modules' storage here: moving or casting them afterwards would
-    part them from it. Raises InputError for parameters that the network does not contain or that are not trained.
+    part them from it. What does not require gradients is left as it is, its momentum too.
+    Raises InputError for parameters that the network does not contain, and for tied ones.
     """
+
+    frozen: Tensor | None = None  # like ``parameters``: which of them are left as they are; None for none
+    frozen_deviations: Tensor | None = None
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
         self.network, self.copies = network, len(modules)
@@ -79,10 +88,19 @@ class Master:
             plain=2 * self.norm_size,
             positions={node.name: prod(node.in_shape[1:]) for node in self.layers if isinstance(node, Linear)},
         )
+        # Every parameter, and how to find it in a tensor like ``parameters`` or like ``deviations``
+        self.held: list[tuple[nn.Parameter, View]] = [
+            (module.get_parameter(path), partial(self._part, name, i))
+            for name, path in self.paths.items()
+            for i, module in enumerate(modules)
+        ]
+        self.held_factors: list[tuple[nn.Parameter, View]] = []
         self.deviations = self.deviation_momentum = like.new_zeros(0)
         self.factors: dict[str, tuple[int, int]] = {}
         if ranked:
             self._adopt_factors(modules[0])
+        self.flags: list[bool] = []
+        self.follow()
 
     @staticmethod
     def check(module: nn.Module, network: Network, ranked: bool) -> None:
@@ -90,11 +108,18 @@ class Master:
         layers = [node.name for node in network.nodes if isinstance(node, Conv | Linear)]
         known = set(paths(network, ranked).values())
         known |= {f"{name}.{kind}" for name in layers for kind in ("delta_r", "delta_s")} if ranked else set()
-        for name, parameter in module.named_parameters():
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for name in parameters:
             if name not in known:
                 raise InputError(f"parameter {name!r} is in none of the layers that were traced")
-            if not parameter.requires_grad:
-                raise InputError(f"parameter {name!r} does not require gradients; expected all of them to be trained")
+        for norm in (node.name for node in network.nodes if isinstance(node, Norm)):
+            if getattr(module.get_submodule(norm), "num_batches_tracked", None) is None:
+                raise InputError(f"BatchNorm {norm!r} counts no batches; expected num_batches_tracked")
+        shared = common_memory(trained_tensors(module))
+        if shared:
+            raise InputError(f"parameters {shared[0]!r} and {shared[1]!r} are tied; expected memory of their own")
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise InputError("no parameter requires gradients; expected some of them to be trained")
 
     def state(self) -> list[Tensor]:
         """Everything a step changes."""
@@ -142,13 +167,48 @@ class Master:
         )
         for layer in self.layout.layers:
             for kind, start, n in (("r", layer.r, layer.in_channels), ("s", layer.s, layer.out_channels)):
+                factor = module.get_parameter(f"{layer.name}.delta_{kind}")
                 self.factors[f"{layer.name}.delta_{kind}"] = (start, n)
-                move(module.get_parameter(f"{layer.name}.delta_{kind}"), self.deviations[:, start : start + n])
+                self.held_factors.append((factor, partial(torch.narrow, dim=1, start=start, length=n)))
+                move(factor, self.deviations[:, start : start + n])
+
+    def _part(self, name: str, i: int, flat: Tensor) -> Tensor:
+        return self.view(flat, name)[i]
+
+    def follow(self) -> bool:
+        """Take in which parameters require gradients; whether that has changed since the last call."""
+        flags = [parameter.requires_grad for parameter, _ in (*self.held, *self.held_factors)]
+        changed, self.flags = flags != self.flags, flags
+        if changed:
+            self.frozen = _frozen(self.held, self.parameters)
+            self.frozen_deviations = _frozen(self.held_factors, self.deviations)
+        return changed
+
+    @contextmanager
+    def frozen_kept(self) -> Iterator[None]:
+        """What is frozen has its value and momentum back afterwards, to the bit."""
+        flat, factors = (self.parameters, self.momentum), (self.deviations, self.deviation_momentum)
+        pairs = [(self.frozen, tensor) for tensor in flat] + [(self.frozen_deviations, tensor) for tensor in factors]
+        kept = [(mask, tensor, tensor.clone()) for mask, tensor in pairs if mask is not None]
+        yield
+        for mask, tensor, before in kept:
+            tensor.copy_(torch.where(mask, before, tensor))
 
     def momenta(self, i: int) -> dict[str, Tensor]:
         """Views of the momentum of module ``i``, by the module's own parameter names."""
         own = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
         return own | {name: self.deviation_momentum[:, at : at + n] for name, (at, n) in self.factors.items()}
+
+
+def _frozen(held: Sequence[tuple[nn.Parameter, View]], like: Tensor) -> Tensor | None:
+    """Where in a tensor like ``like`` the parameters lie that do not require gradients; None if all do."""
+    frozen = [view for parameter, view in held if not parameter.requires_grad]
+    if not frozen:
+        return None
+    mask = torch.zeros_like(like, dtype=torch.bool)
+    for view in frozen:
+        view(mask).fill_(True)
+    return mask
 
 
 def move(parameter: nn.Parameter, view: Tensor) -> None:

@@ -25,14 +25,13 @@ from fastensdistill.engine.trained import Runner, dead_after
 from fastensdistill.engine.weights import Weights
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
-from fastensdistill.method.modes import evaluating
 from fastensdistill.method.student import BatchEnsemble, LatentBE, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Affine, Network, Norm
 from fastensdistill.network.plan import plan
-from fastensdistill.network.trace import trace
+from fastensdistill.network.probe import compared
 
 State = Mapping[str, Tensor]
 Networks = Callable[[], Sequence[nn.Module]]
@@ -53,8 +52,7 @@ def architectures(networks: Sequence[nn.Module], shape: ImageShape) -> list[Netw
         if id(network) in found:
             continue
         try:
-            with evaluating(network):
-                found[id(network)] = trace(network, shape)
+            found[id(network)] = compared(network, shape, gradient=False)
             plan([found[id(network)]], [Group("")], "forward", 1)
         except InputError as error:
             raise InputError(f"network {i}: {error}") from error

@@ -24,18 +24,25 @@ from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan, teach_groups
-from fastensdistill.network.trace import trace
+from fastensdistill.network.probe import compared
+from fastensdistill.network.unseen import common_memory, refusing, trained_tensors
 
 
+@refusing("the fused engine")
 def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Network:
     """The traced architecture that all ``networks`` share. Raises InputError where they differ or cannot be planned."""
-    first, *others = [trace(network, shape) for network in networks]
+    first, *others = [compared(network, shape, trains=True) for network in networks]
     for i, other in enumerate(others):
         if other != first:
             raise InputError(f"network {i + 1} has another architecture than network 0, so they share no launches")
     for groups, way in teach_groups(len(networks)).values():
         plan([first], groups, way, 1)
-    Master.check(networks[0], first, ranked=False)
+    for network in networks:
+        Master.check(network, first, ranked=False)
+    named = (pair for i, network in enumerate(networks) for pair in trained_tensors(network, f"network {i}"))
+    shared = common_memory(named)
+    if shared:
+        raise InputError(f"{shared[0]!r} and {shared[1]!r} share their memory; expected networks of their own")
     return first
 
 
@@ -72,6 +79,7 @@ class FusedTeachStep(Capturing):
         self.images: Tensor | None = None
         self.loaders: list[DeviceLoader] = []
 
+    @refusing("the fused engine")
     def _build(self, shape: tuple[int, ...]) -> None:
         M, (B, C, H, W) = len(self.networks), shape
         check_parts(self.config, B)
@@ -120,6 +128,7 @@ class FusedTeachStep(Capturing):
             check_labels(labels, len(images))
         if self.images is None:
             self._build(tuple(batches[0][0].shape))
+        self._follow()
         assert self.images is not None
         for i, (images, labels) in enumerate(batches):
             self._check(tuple(images.shape))
@@ -138,11 +147,17 @@ class FusedTeachStep(Capturing):
             for loader in loaders:
                 self._check(loader.batch_shape)
             self.loaders = list(loaders)
+        self._follow()
         for loader in loaders:
             loader.advance()
         if self.graphs is None:
             return self._body_with_loaders()
         return self.graphs(tuple(loaders), self._body_with_loaders, [loader.generator for loader in loaders])
+
+    def _follow(self) -> None:
+        """Parameters may have been frozen, or may require gradients again, since the last step."""
+        if self.master.follow() and self.graphs:
+            self.graphs = Graphs(self.master.state, self.device)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         assert self.images is not None

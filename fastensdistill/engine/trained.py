@@ -155,10 +155,9 @@ class Trained:
     def update(self, rate: Tensor, momentum: float, decay: float) -> None:
         """Nesterov; r and s with K times the rate and 1/K of the decay (method of Nam et al., section 2)."""
         master = self.master
-        descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
-        if self.ranked:
-            K = len(master.deviations)
-            descend(
-                master.deviations, master.deviation_momentum, self.factor_gradients, rate, momentum, decay / K, scale=K
-            )  # fmt: skip
+        with master.frozen_kept():
+            descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
+            if self.ranked:
+                K, moments = len(master.deviations), master.deviation_momentum
+                descend(master.deviations, moments, self.factor_gradients, rate, momentum, decay / K, scale=K)
         del self.factor_gradients

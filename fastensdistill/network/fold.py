@@ -53,11 +53,17 @@ def _columns(values: Tensor, weight: Tensor) -> Tensor:
     return values[(..., None, slice(None), *[None] * (weight.dim() - 2))]
 
 
+def _wrapped(name: str, parameters: Parameters) -> tuple[str, str]:
+    """Path and kind of a rank-one layer's own tensor; a network may have other layers called "layer"."""
+    path, _, kind = name.rpartition(".layer.")
+    return (path, kind) if f"{path}.delta_r" in parameters else ("", "")
+
+
 def fold_branches(parameters: Parameters, branches: int) -> list[dict[str, Tensor]]:
     """The plain network that each branch of a student is: K mappings with a plain network's names."""
     folded: list[dict[str, Tensor]] = [{} for _ in range(branches)]
     for name, value in parameters.items():
-        path, _, kind = name.rpartition(".layer.")
+        path, kind = _wrapped(name, parameters)
         for k, branch in enumerate(folded):
             if kind == "weight":
                 r, s = 1 + parameters[f"{path}.delta_r"][k], 1 + parameters[f"{path}.delta_s"][k]
@@ -77,7 +83,7 @@ def unfold_branches(parameters: Parameters, gradients: Parameters) -> dict[str, 
     """
     result: dict[str, Tensor] = {}
     for name, value in parameters.items():
-        path, _, kind = name.rpartition(".layer.")
+        path, kind = _wrapped(name, parameters)
         if kind == "weight":
             d = gradients[f"{path}.weight"].view(-1, *value.shape)
             r, s = 1 + parameters[f"{path}.delta_r"], 1 + parameters[f"{path}.delta_s"]

@@ -1,0 +1,232 @@
+"""A traced network is compared with its module, once: what recording did not see shows as another number.
+
+A copy with all weights moved (so that zeros and fresh statistics hide nothing) takes a few random images in float64:
+
+    evaluation mode    logits, gradient of the image; no state changes, no random number is drawn
+    training mode      logits, gradient of every parameter, running statistics; nothing else changes
+
+against the plan of the same, run by ``execute.py``. The module, its modes and all generators are left as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import is_dataclass
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.errors import InputError
+from fastensdistill.network.execute import execute
+from fastensdistill.network.launch import Group
+from fastensdistill.network.nodes import Network, Norm, Shape
+from fastensdistill.network.plan import plan
+from fastensdistill.network.trace import trace
+from fastensdistill.network.unseen import generators_kept, refusing
+
+IMAGES = 2
+TOLERANCE = 1e-6  # in float64, of the largest value; right networks are within 1e-9
+REMEMBERED = 256
+_compared: OrderedDict[Hashable, None] = OrderedDict()  # modules that have been compared, by what they consist of
+
+
+def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradient: bool = True) -> Network:
+    """:func:`trace` of ``module``, which has been found to compute what ``module`` does.
+
+    Args:
+        input_size: of an image, (C, H, W).
+        trains: whether it is to be trained, not only evaluated.
+        gradient: whether the gradient of the image is needed in evaluation mode.
+
+    Raises InputError where the two differ, and as ``trace``.
+    """
+    network = trace(module, input_size, trains)
+    kind = type(module).__name__
+    with refusing(f"{kind}: cannot be compared with its plan"):
+        device = next(module.parameters()).device
+        consists = fingerprint(module)
+        key = (network, consists, trains, gradient, device.type)
+        if device.type == "meta" or (consists is not None and key in _compared):
+            return network
+        with generators_kept(module), torch.inference_mode(False), torch.enable_grad():
+            _Probe(module, network, input_size).run(trains, gradient)
+        if consists is not None:
+            _compared[key] = None
+            if len(_compared) > REMEMBERED:
+                _compared.popitem(last=False)
+    return network
+
+
+def fingerprint(module: nn.Module) -> Hashable | None:
+    """What decides about the operations of ``module`` besides its tensors; None where that cannot be told."""
+    found: list[Hashable] = []
+    for path, layer in module.named_modules():
+        kind = type(layer)
+        own = {name: value for name, value in vars(layer).items() if name not in _INTERNAL}
+        try:
+            found.append((path, kind, kind.forward, kind.train, _frozen(own)))
+        except TypeError:
+            return None
+    return tuple(found)
+
+
+def _frozen(value: Any) -> Hashable:
+    """A hashable equal of plain data; TypeError for what it cannot be told of when it changes."""
+    if value is None or isinstance(value, bool | int | float | str | type | FunctionType | torch.dtype):
+        return type(value), value
+    if isinstance(value, tuple | list):
+        return type(value), *map(_frozen, value)
+    if isinstance(value, dict):
+        return dict, *((_frozen(key), _frozen(own)) for key, own in value.items())
+    if is_dataclass(value):
+        return type(value), _frozen(vars(value))
+    raise TypeError(type(value).__name__)
+
+
+_INTERNAL = set(vars(nn.Module()))
+
+
+def _drawn(device: torch.device) -> list[Any]:
+    """The state of every generator that a forward might draw from."""
+    own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    numpy: Any = np.random.get_state()
+    return [*(t.tolist() for t in (torch.get_rng_state(), *own)), random.getstate(), numpy[1].tolist(), numpy[2:]]
+
+
+class _Probe:
+    """A moved copy of ``module`` in float64, and the same weights in the plan of ``network``."""
+
+    def __init__(self, module: nn.Module, network: Network, input_size: Shape):
+        self.network, self.kind = network, type(module).__name__
+        own = copy.deepcopy(module).requires_grad_(True)
+        self.device = next(own.parameters()).device
+        if self.device.type not in ("cpu", "cuda"):
+            own, self.device = own.cpu(), torch.device("cpu")
+        self.module = moved(own.double())
+        self.generator = torch.Generator().manual_seed(1)
+        self.images = self._random(torch.rand, IMAGES, *input_size)
+        self.seed = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
+
+    def _random(self, draw: Any, *shape: int) -> Tensor:
+        return draw(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
+
+    def refuse(self, why: str) -> InputError:
+        return InputError(f"{self.kind}: {why}; the fused engine would compute something else")
+
+    def run(self, trains: bool, gradient: bool) -> None:
+        self.evaluation(gradient)
+        if trains:
+            self.training()
+
+    def forward(self, images: Tensor, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The copy's logits and what its state was before; refuses random numbers and what is counted in Python."""
+        before = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        counts, drawn = self._counts(), _drawn(self.device)
+        logits = self.module(images)
+        for name, value in self._counts().items():
+            if value != counts.get(name, value):
+                raise self.refuse(f"{name!r} changes from {counts[name]} to {value} in a forward in {mode} mode")
+        if _drawn(self.device) != drawn:
+            raise self.refuse(f"draws random numbers in {mode} mode")
+        if not isinstance(logits, Tensor) or logits.shape != self.seed.shape:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise self.refuse(f"returns {found} in {mode} mode, not logits {tuple(self.seed.shape)}")
+        return logits, before
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            f"{path}.{name}".lstrip("."): value
+            for path, layer in self.module.named_modules()
+            for name, value in vars(layer).items()
+            if isinstance(value, int | float)
+        }
+
+    def planned(self, group: Group, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The buffers of a forward and, where ``group`` asks for a gradient, a backward pass."""
+        buffers = {"input": self.images[None], f"{self.network.output}.grad": self.seed[None]}
+        for direction in ("forward", "backward") if group.gradient else ("forward",):
+            (part,) = plan([self.network], [group], direction, IMAGES).parts
+            with torch.no_grad():
+                execute(part, [state], buffers)
+        return buffers
+
+    def evaluation(self, gradient: bool) -> None:
+        self.module.eval()
+        images = self.images.clone().requires_grad_(gradient)
+        logits, before = self.forward(images, "evaluation")
+        self.same_state(before, self.module.state_dict(), "evaluation")
+        found = self.planned(Group("", gradient="input" if gradient else None), before)
+        self.same("logits in evaluation mode", logits.detach(), found[self.network.output][0])
+        if gradient:
+            own = self.gradients(logits, {"image": images}, "evaluation")["image"]
+            self.same("gradient of the image", own, found["input.grad"][0])
+
+    def training(self) -> None:
+        self.module.train()
+        logits, before = self.forward(self.images.clone(), "training")
+        found = self.planned(Group("", statistics="", gradient="parameters"), before)
+        self.same("logits in training mode", logits.detach(), found[self.network.output][0])
+        expected = dict(before)
+        for node in self.network.nodes:
+            if isinstance(node, Norm):
+                mean, variance = found[f"{node.name}.running"][0]
+                count = before[f"{node.name}.num_batches_tracked"] + 1
+                moved_to = {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
+                expected |= {f"{node.name}.{kind}": value for kind, value in moved_to.items()}
+        self.same_state(expected, self.module.state_dict(), "training")
+        own = self.gradients(logits, dict(self.module.named_parameters()), "training")
+        scale = max(float(value.abs().max()) for value in own.values())
+        for name, value in own.items():
+            if f"{name}.grad" not in found:
+                raise self.refuse(f"its parameter {name!r} is in none of the layers that were traced")
+            self.same(f"gradient of {name!r}", value, found[f"{name}.grad"].view_as(value), 1e-3 * scale)
+
+    def gradients(self, logits: Tensor, inputs: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
+        if not logits.requires_grad:
+            raise self.refuse(f"gives no gradients in {mode} mode")
+        found = torch.autograd.grad(logits, list(inputs.values()), self.seed, allow_unused=True)
+        for name, value in zip(inputs, found, strict=True):
+            if value is None:
+                raise self.refuse(f"gives no gradient of {name!r} in {mode} mode")
+        return dict(zip(inputs, found, strict=True))
+
+    def same_state(self, expected: dict[str, Tensor], state: dict[str, Tensor], mode: str) -> None:
+        for name, value in state.items():
+            if not value.is_floating_point():
+                if not torch.equal(value, expected[name]):
+                    raise self.refuse(f"{name!r} changes in a forward in {mode} mode")
+            else:
+                self.same(f"{name!r} after a forward in {mode} mode", value, expected[name])
+
+    def same(self, what: str, own: Tensor, planned: Tensor, scale: float = 0.0) -> None:
+        """Refuse unless equal, up to rounding."""
+        apart, size = float((own - planned).abs().max()), max(float(planned.abs().max()), scale, 1e-30)
+        if not apart <= TOLERANCE * size:
+            raise self.refuse(f"its {what} is not what the layers that were traced give, apart by {apart / size:.0e}")
+
+
+@torch.no_grad()
+def moved(module: nn.Module) -> nn.Module:
+    """``module`` with every parameter and all of BatchNorm's statistics off their values, and finite, in place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():  # of a network whose training went wrong
+            tensor.nan_to_num_(0.0, 0.0, 0.0)
+    for parameter in module.parameters():
+        size = parameter.square().mean().sqrt().clamp(min=0.05)
+        parameter.add_((noise(parameter) - 0.5) * 0.5 * size)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+            layer.running_mean.add_(noise(layer.running_mean) - 0.5)
+            layer.running_var.mul_(0.5 + noise(layer.running_var))
+    return module

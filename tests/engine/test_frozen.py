@@ -1,0 +1,108 @@
+"""Parameters that do not require gradients: both engines leave them as they are, and train the rest alike."""
+
+import copy
+
+import pytest
+import torch
+
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.engine.teach import FusedTeachStep
+from tests.compare import check_close
+from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
+from tests.network import models
+
+FROZEN = {
+    "stem": ("latent-be", lambda name: "stem" in name),
+    "weights, factors trained": ("latent-be", lambda name: name.endswith(".layer.weight")),
+    "one side's factors": ("latent-be", lambda name: name.endswith("delta_r")),
+    "scale and shift": ("latent-be", lambda name: "bn" in name),
+    "all but the classifier": ("single", lambda name: "classifier" not in name),
+    "a bias alone": ("single", lambda name: name.endswith("classifier.bias")),
+    "one head of two": ("hydra", lambda name: "heads.1" in name),
+    "the body of the heads": ("hydra", lambda name: "heads" not in name),
+}
+
+
+def frozen(module, chosen):
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not chosen(name))
+    assert 0 < sum(p.requires_grad for p in module.parameters()) < len(list(module.parameters()))
+    return module
+
+
+def kept(module, before):
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_student_with_frozen_parameters(case):
+    kind, chosen = FROZEN[case]
+    changes = {"K": 1, "perturbation": "tdiv"} if kind == "single" else {}
+    student, teachers, config = setting(kind, **changes)
+    frozen(student, chosen)
+    before, other = copy.deepcopy(student.state_dict()), copy.deepcopy(student)
+    one = ReferenceStep(student, teachers, config, num_classes=CLASSES)
+    two = FusedStep(other, teachers, config)
+    for expected, actual in zip(steps(one, 2), steps(two, 2), strict=True):
+        check_close("loss", actual["loss"], expected["loss"], 1e-9)
+    check_equal(student, other, one, two, 1e-8)
+    kept(student, before)
+    kept(other, before)
+
+
+def test_networks_that_are_tuned_differently():
+    """Fine-tuning: each network has its own frozen part; statistics of BatchNorm move all the same."""
+    networks, config = teach_setting(2)
+    frozen(networks[0], lambda name: "classifier" not in name)
+    others, before = copy.deepcopy(networks), [copy.deepcopy(network.state_dict()) for network in networks]
+    one, two = TeachStep(networks, config), FusedTeachStep(others, config, image_shape=(3, 6, 6))
+    for i in range(2):
+        batches = [batch(10 * i + m) for m in range(2)]
+        check_close("loss", two(batches)["loss"], one(batches)["loss"], 1e-9)
+    for first, second, state in zip(networks, others, before, strict=True):
+        check_equal(first, second, one, two, 1e-8)
+        kept(first, state)
+        kept(second, state)
+
+
+def test_frozen_and_thawed_between_steps():
+    student, teachers, config = setting(perturbation="none")
+    other = copy.deepcopy(student)
+    one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
+    for i, flag in enumerate((True, False, True)):
+        for run, step in ((student, one), (other, two)):
+            run.module.stem.layer.weight.requires_grad_(flag)
+            step(*batch(i))
+        check_equal(student, other, one, two, 1e-8)
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_resumed_is_bit_equal(engine):
+    def make():
+        student, teachers, config = setting(student=models.resnet, teacher=models.resnet, perturbation="ods")
+        frozen(student, lambda name: "stem" in name or "bn" in name)
+        kinds = {"reference": lambda: ReferenceStep(student, teachers, config, num_classes=7)}
+        kinds["fused"] = lambda: FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+        return student, kinds[engine]()
+
+    (whole, one), (half, two), (rest, three) = make(), make(), make()
+    steps(one, 2)
+    steps(two, 1)
+    rest.load_state_dict(half.state_dict())
+    three.load_state_dict(two.state_dict())
+    three.set_learning_rate(0.05 / 2)
+    three(*batch(1))
+    for name, value in (whole.state_dict() | one.state_dict()).items():
+        assert torch.equal(value, (rest.state_dict() | three.state_dict())[name]), name
+
+
+def test_a_network_is_left_as_it_is_where_another_is_trained():
+    """Frozen only in one process's view of the flat buffer: the mask covers copies side by side, not each other."""
+    networks = [network(m) for m in range(3)]
+    frozen(networks[1], lambda name: "stem" in name)
+    step = FusedTeachStep(networks, teach_setting(3)[1], image_shape=(3, 6, 6))
+    stem = step.master.view(step.master.frozen, "stem.weight")
+    assert [bool(own.all()) for own in stem] == [bool(own.any()) for own in stem] == [False, True, False]
+    assert int(step.master.frozen.sum()) == stem[1].numel()
