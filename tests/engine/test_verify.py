@@ -73,3 +73,50 @@ def test_where_another_process_finds_a_fault_all_take_the_reference_engine(monke
     step, line = select.distillation_step(student, teachers, config, SHAPE, 5)
     assert isinstance(step, ReferenceStep)
     assert (asked, line) == ([None], "reference engine: process 1 differs")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("stem.weight"), "KeyError: 'stem.weight'"),
+        (IndexError(), "IndexError"),
+        (AssertionError("\nsize 3 != 4\nmore"), "AssertionError: size 3 != 4"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (NotImplementedError("no kernel"), "NotImplementedError: no kernel"),
+        (InputError("a line of ours"), "a line of ours"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("where", ["check_networks", "verify_distillation", "FusedStep"])
+def test_any_error_on_the_way_means_the_reference_engine_or_one_line(monkeypatch, where, error, line):
+    """Other people's code raises what it likes."""
+
+    def fails(*unused, **options):
+        raise error if where != "FusedStep" or isinstance(error, InputError) else InputError(line)
+
+    student, teachers, config = setting()
+    if where == "check_networks":
+        monkeypatch.setattr(select, "HAS_TRITON", True)
+        monkeypatch.setattr(select, "_on_cuda", lambda device: True)
+    else:
+        monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
+        monkeypatch.setattr(select, "verify_distillation", lambda *a: {"update": 0.0})
+    monkeypatch.setattr(select, where, fails)
+    with pytest.raises(InputError) as raised:
+        select.distillation_step(student, teachers, config, SHAPE, 5)
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+    config.engine = "auto"
+    step, said = select.distillation_step(student, teachers, config, SHAPE, 5)
+    assert isinstance(step, ReferenceStep)
+    assert said == f"reference engine: {line}"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_stop_is_no_error_of_the_check(monkeypatch, error):
+    def stopped(*unused):
+        raise error
+
+    monkeypatch.setattr(select, "verify_distillation", stopped)
+    with pytest.raises(error):
+        select.distillation_step(*setting(), SHAPE, 5)
