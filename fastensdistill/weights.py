@@ -169,8 +169,7 @@ def _own(path: Path, card: dict[str, Any], model: str | None, arguments: dict[st
     shape = {k: v for k, v in arguments.items() if k not in NORMALISATION}
     if model not in (None, card["model"]) or shape:
         common = kept if model in (None, card["model"]) else {k: kept[k] for k in ("num_classes", *NORMALISATION)}
-        with torch.device("meta"):
-            asked = create_model(model or card["model"], **{**common, **shape})
+        asked = _skeleton(model or card["model"], {**common, **shape})
         if _shapes(asked) != _shapes(network):
             said = ", ".join([model or card["model"], *(f"{k}={v}" for k, v in shape.items())])
             details = "".join(f", {k}={v}" for k, v in kept.items() if k not in NORMALISATION)
@@ -250,7 +249,10 @@ def _named(
 
 def _skeleton(model: str, arguments: dict[str, Any]) -> nn.Module:
     """The model without memory for its weights: only names and shapes."""
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            return create_model(model, **arguments)
+    except NotImplementedError:  # RegNets compute their widths from tensors
         return create_model(model, **arguments)
 
 

@@ -5,13 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastensdistill import export as module
 from fastensdistill.errors import InputError
 from fastensdistill.export import export_network
-from fastensdistill.method.student import LatentBE
-from fastensdistill.weights import load_network
+from fastensdistill.method.student import Hydra, LatentBE, Single
+from fastensdistill.models import Normalized
+from fastensdistill.weights import load_network, load_teachers
 from tests.compare import check_close
 from tests.test_student import scatter, tiny
 
@@ -26,7 +30,13 @@ def test_every_format_gives_the_same_logits_at_any_batch_size(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnx is an extra")
     pytest.importorskip("onnxscript", reason="onnx is an extra")
     net = network()
-    done = export_network(net, tmp_path, images=IMAGES, formats=("safetensors", "torch", "onnx"), card={"data": "x"})
+    done = export_network(
+        net,
+        tmp_path,
+        images=IMAGES,
+        formats=("safetensors", "torch", "onnx"),
+        card={"data": "x", "classes": ["a", "b", "c", "d", "e"]},
+    )
     assert [e.format for e in done] == ["safetensors", "torch", "onnx"]
     x = torch.rand(3, 3, 8, 8)
     with torch.no_grad():
@@ -41,6 +51,10 @@ def test_every_format_gives_the_same_logits_at_any_batch_size(tmp_path):
     assert card["input"]["mean"] == [0.5, 0.5, 0.5]
     assert card["parameters"] == sum(p.numel() for p in net.parameters())
     assert card["data"] == "x"
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["classes"]) == ["a", "b", "c", "d", "e"]
+    assert json.loads(said["mean"]) == [0.5, 0.5, 0.5]
+    assert json.loads(said["card"])["architecture"] == "preresnet"
     names = {"network.safetensors", "network.pt2", "network.onnx", "network.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
 
@@ -65,8 +79,35 @@ def test_refusals(tmp_path):
         export_network(network(), tmp_path, images=IMAGES, formats=("onx",))
     with pytest.raises(InputError, match=r"average\(\)"):
         export_network(LatentBE(tiny(), 2), tmp_path, images=IMAGES)
-    with pytest.raises(InputError, match="at least 2"):
-        export_network(network(), tmp_path, images=IMAGES[:1])
+    for student, words in ((Single(tiny()), "single .*export its module"), (Hydra(tiny(), 2), "it is an ensemble")):
+        with pytest.raises(InputError, match=words):
+            export_network(student, tmp_path, images=IMAGES)
+    with torch.device("meta"):
+        empty = own()
+    for given, words in (
+        (nn.DataParallel(LatentBE(tiny(), 2)), r"average\(\)"),
+        (LatentBE(tiny(), 2).module, "layers of a student with branches"),
+        (nn.Sequential(LatentBE(tiny(), 2)), "layers of a student with branches"),
+        (load_teachers([network(), network()]), "2 teachers are not one network"),
+        ("network.safetensors", "is a str"),
+        (empty, "on the meta device"),
+        (nn.Sequential(nn.Conv2d(7, 2, 1)), "Sequential does not take images"),
+        (nn.Sequential(nn.Conv2d(3, 2, 1)), r"returns shape \(5, 2, 8, 8\)"),
+    ):
+        with pytest.raises(InputError, match=words):
+            export_network(given, tmp_path, images=IMAGES)
+    for more, words in (
+        ({"images": IMAGES[:1]}, "at least 2"),
+        ({"images": (IMAGES * 255).byte()}, r"are torch\.uint8"),
+        ({"images": IMAGES.tolist()}, "are list"),
+        ({"formats": ()}, "no export formats given: expected any of safetensors, torch, onnx"),
+        ({"formats": None}, "no export formats given"),
+        ({"formats": [3]}, "unknown export format '3'"),
+        ({"name": "a/b"}, "name='a/b'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            export_network(network(), tmp_path, **{"images": IMAGES, **more})
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_format_may_be_a_name_and_the_exporters_warnings_are_not_the_users(tmp_path, recwarn):
@@ -74,6 +115,84 @@ def test_one_format_may_be_a_name_and_the_exporters_warnings_are_not_the_users(t
     (done,) = export_network(network, tmp_path, images=torch.rand(4, 3, 8, 8), formats="torch")
     assert (done.format, done.path.name) == ("torch", "network.pt2")
     assert not [str(w.message) for w in recwarn]
+
+
+def own(**more):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, **more), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def compiled_inside():
+    net = own()
+    net[0] = torch.compile(net[0], backend="eager")
+    return net
+
+
+WRAPPED = {
+    "compiled": lambda: torch.compile(own(), backend="eager"),
+    "data-parallel": lambda: nn.DataParallel(own()),
+    "compiled-data-parallel": lambda: torch.compile(nn.DataParallel(own()), backend="eager"),
+    "averaged": lambda: AveragedModel(own()),
+    "a-layer-compiled": compiled_inside,
+    "normalised": lambda: Normalized(own(), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_what_is_wrapped_is_exported_under_the_names_of_its_class(make, tmp_path):
+    net = scatter(make()).train()
+    net.requires_grad_(False)
+    formats = ("safetensors", "torch", "safetensors") if isinstance(net, Normalized) else ("safetensors",)
+    done = export_network(net, tmp_path, images=IMAGES, formats=formats)
+    assert [e.format for e in done] == list(dict.fromkeys(formats))
+    assert net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    mine = own().eval()
+    mine.load_state_dict(load_file(tmp_path / "network.safetensors"))
+    card = json.loads((tmp_path / "network.json").read_text())
+    assert card["class"] == "torch.nn.modules.container.Sequential"
+    x = IMAGES
+    if isinstance(net, Normalized):
+        mean, std = (torch.tensor(card["input"][k]).view(3, 1, 1) for k in ("mean", "std"))
+        x = (x - mean) / std
+        assert "for (image - mean) / std" in card["input"]["normalisation"]
+        again = load_network(tmp_path / "network.safetensors", own())
+        check_close("loaded", again(IMAGES), net.eval()(IMAGES), 0.0)
+    check_close("logits", mine(x), net.eval()(IMAGES), 1e-6)
+    with safe_open(tmp_path / "network.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_programs_take_float32_images_whatever_the_networks_precision(dtype, tmp_path):
+    net = scatter(own()).eval().to(dtype)
+    export_network(net, tmp_path, images=IMAGES)
+    logits = torch.export.load(tmp_path / "network.pt2").module()(IMAGES)
+    assert logits.dtype == torch.float32
+    check_close("program", logits, net(IMAGES.to(dtype)).float(), 0.0)
+    check_close("weights", load_network(tmp_path / "network.safetensors", own().to(dtype))(IMAGES.to(dtype)).float(),
+                logits, 0.0)  # fmt: skip
+    assert json.loads((tmp_path / "network.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert next(net.parameters()).dtype == dtype
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(20, 3)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.layer(x)
+
+
+def test_a_network_of_vectors_that_writes_into_its_input(tmp_path):
+    net, vectors = Writing().eval(), torch.rand(4, 20)
+    before = vectors.clone()
+    export_network(net, tmp_path, images=vectors)
+    assert torch.equal(vectors, before)
+    check_close(
+        "logits", torch.export.load(tmp_path / "network.pt2").module()(before.clone()), net(before.clone()), 1e-6
+    )
 
 
 class Branching(nn.Module):

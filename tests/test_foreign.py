@@ -516,9 +516,10 @@ def test_any_of_torchvisions_classifiers_and_what_their_auxiliary_heads_leave(tm
     x = torch.rand(1, 3, 64, 64)
     check_close("logits", loaded(x), net((x - 0.5) / 0.5), 1e-6)
     assert "mean 0.500 0.500 0.500" in capsys.readouterr().err
-    small = torchvision.models.squeezenet1_1(num_classes=7).eval()  # its head is a convolution
-    torch.save(small.state_dict(), tmp_path / "t.pth")
-    assert load_network(tmp_path / "t.pth", "squeezenet1_1")(x).shape == (1, 7)
+    for name in ("squeezenet1_1", "regnet_y_400mf"):  # a head that is a convolution; not made on the meta device
+        small = torchvision.models.get_model(name, num_classes=7).eval()
+        torch.save(small.state_dict(), tmp_path / "t.pth")
+        assert load_network(tmp_path / "t.pth", name)(x).shape == (1, 7)
 
 
 def test_a_state_dict_of_ours_keeps_the_normalisation_it_holds(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.comparison import count_macs, count_parameters
-from fastensdistill.models import create_model
+from fastensdistill.models import create_model, image_size, torchvision_models
 from fastensdistill.models.layers import BatchNorm2d, PadShortcut
 from tests.compare import check_close
 
@@ -100,8 +100,41 @@ def test_images_are_normalised_inside():
         ("wrn28_4", {"depth": 3}, "does not take"),
         ("resnet18", {"mean": (0.5,), "std": (0.5,)}, "3 channels"),
         ("wrn28_4", {"std": (0.5, 0.0, 0.5)}, "above 0"),
+        ("wrn28_4", {"mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7)}, "divide them by 255"),
+        ("wrn28_4", {"mean": 0.5, "std": 0.25}, "one of each per channel"),
+        ("wrn28_4", {"num_classes": "10"}, "num_classes=10"),
+        ("efficientnet_b9", {}, "did you mean 'efficientnet_b"),
+        ("fasterrcnn_resnet50_fpn", {}, "unknown model"),
+        (nn.Linear, {}, "expected a name"),
     ],
 )
 def test_refusals(name, arguments, words):
     with pytest.raises(InputError, match=words):
         create_model(name, **{"num_classes": 10, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("shufflenet_v2_x0_5", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("googlenet", (0.5,) * 3, (0.5,) * 3),
+        ("preresnet", (0.5,) * 3, (0.25,) * 3),
+    ],
+)
+def test_the_normalisation_that_a_name_stands_for(name, mean, std):
+    with torch.device("meta"):
+        network = create_model(name, 4)
+    assert network.spec.arguments == {"num_classes": 4, "mean": mean, "std": std}
+
+
+def test_every_classifier_of_torchvision_is_a_models_name_and_returns_logits():
+    names = torchvision_models()
+    assert {"resnet101", "vgg16", "googlenet", "inception_v3", "efficientnet_b0", "convnext_tiny", "vit_b_16"} <= {
+        *names
+    }
+    for name in ("inception_v3", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"):
+        with torch.device("meta"):
+            network = create_model(name, 4).train()
+            assert network(torch.zeros(2, 3, image_size(name), image_size(name))).shape == (2, 4), name
+    assert (image_size("inception_v3"), image_size("resnet101"), image_size("wrn28_4")) == (299, 224, 32)
