@@ -97,12 +97,13 @@ def teach(run: TeachRun) -> None:
     from fastensdistill.train.setup import seeded
     from fastensdistill.train.trainer import TeachTrainer
 
+    notes = [] if run.data else ["no --data was given: scikit-learn's digits"]
     run.data = run.data or "digits"
     data = prepare(run)
     networks = [seeded(run.seed + i, lambda: build_model(run, data)) for i in range(run.members)]
     record_model(run, networks[0])
     trainer = TeachTrainer(networks, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
-    trainer.saved_config = run
+    trainer.saved_config, trainer.notes = run, notes
     trainer.fit()
     if trainer.first:
         summarize(runs.find_candidates([run.out], data), data, run.out, trainer.device, "Teachers")
@@ -143,8 +144,7 @@ def distill(run: DistillRun) -> None:
     student = seeded(run.seed, lambda: STUDENTS[run.student](create(), branches))
     record_model(run, student.module)
     trainer = DistillTrainer(student, teachers, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
-    trainer.saved_config = run
-    say(line, notes)
+    trainer.saved_config, trainer.notes = run, [*([line] if line else []), *notes]
     trainer.fit()
     if trainer.first:
         beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)

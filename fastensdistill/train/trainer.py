@@ -28,7 +28,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.train import checkpoint, keeping
+from fastensdistill.train import checkpoint, keeping, summary
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.folder import RunFolder
 from fastensdistill.train.keeping import Keeper, Score
@@ -86,6 +86,8 @@ class Trainer:
         self.augment = augment or default_augment(self.data.name, self.data.image_size)
         self.validation = EvaluationSet(self.data.validation, self.device)
         self.saved_config: Any = config  # what config.yaml shall hold; the command line puts its own settings there
+        self.data_given = data if isinstance(data, str | Path) else None
+        self.notes: list[str] = []  # to tell before the first step
         self.step_index = 0
         self.phase = "new"  # then running, stopped (by a signal; it can go on) or finished
         self.loaders: list[DeviceLoader] = []
@@ -143,13 +145,16 @@ class Trainer:
             with parallel.together():
                 self.fingerprint = checkpoint.fingerprint(self.config, self.device, self.data, self.frozen())
                 checkpoint.check_same(parallel.exchange(self.fingerprint))
-                if self.out is not None and folder.claim(self.saved_config, self.resume):
+                if self.out is not None and folder.claim(summary.used(self), self.resume):
                     saved = checkpoint.load_checkpoint(self.out, self.fingerprint)
             saved = parallel.from_first(saved)
             if saved is not None:
                 self.load_state_dict(checkpoint.with_own_part(saved, parallel.rank()))
         self.not_finite = NotFinite(self.networks)
-        self.say(self.engine)
+        with parallel.together():
+            if self.first and not self.quiet:
+                with parallel.alone():
+                    self.say(summary.describe(self))
         hint = thread_hint(self.device)
         if hint:
             self.say(f"hint: {hint}")
@@ -304,8 +309,8 @@ class Trainer:
     def card(self, score: Score) -> dict[str, Any]:
         """What a network's file says besides its architecture: the data, and the look that its weights had."""
         return {
-            "data": self.data.name, "classes": list(self.data.classes), "validation_accuracy": score.accuracy,
-            "validation_nll": score.nll, "validation_images": len(self.validation), "step": score.step,
+            **summary.source(self), "validation_accuracy": score.accuracy, "validation_nll": score.nll,
+            "validation_images": len(self.validation), "step": score.step,
             "epoch": score.step / self.steps_per_epoch, "epochs": self.config.epochs,
         }  # fmt: skip
 
@@ -391,10 +396,9 @@ class DistillTrainer(Trainer):
             self._about_teachers = {"teacher_accuracy": accuracies}
             if len(self.teachers) > 1:
                 self._about_teachers |= {
-                    "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p)
+                    "ensemble_accuracy": metrics.accuracy(p.mean(0), self.validation.labels),
+                    "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p),
                 }  # fmt: skip
-            if not self.quiet:
-                print(f"teachers: validation {' '.join(f'{100 * a:.2f}' for a in accuracies)} %", file=sys.stderr)
         return self._about_teachers
 
     def save_last(self, out: Path) -> None:

@@ -1,0 +1,134 @@
+"""What a run begins with: the block it prints before its first step, and what it adds to its settings and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from torch import nn
+
+from fastensdistill.config import DistillConfig
+from fastensdistill.data.augment import Augment
+from fastensdistill.data.sources import Dataset
+from fastensdistill.engine.reference import precision_on
+
+if TYPE_CHECKING:
+    from fastensdistill.train.trainer import DistillTrainer, Trainer
+
+WIDTH, INDENT = 80, 15
+SOURCE = ("data", "root", "limit", "validation", "image_size")  # of the settings, what says which images
+
+
+def describe(trainer: Trainer) -> str:
+    """The block: data, augmentation, model, engine, and of a student its teachers. Measures the teachers."""
+    config, data = trainer.config, trainer.data
+    networks = list(trainer.networks.values())
+    distilled = trainer.title == "distill"
+    count = f"{len(networks)} networks"
+    where = f", into {trainer.out}" if trainer.out is not None else ""
+    rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs, seed {config.seed}"
+    lines = {
+        "recipe": f"{config.epochs} epochs of {trainer.steps_per_epoch} steps, batch {config.batch_size}, {rate}",
+        "data": splits(data),
+        "per class": per_class(data),
+        "images": f"{data.image_size[0]}x{data.image_size[1]}, {data.channels} channel{'s' * (data.channels > 1)}",
+        "augmentation": augmentation(trainer.augment),
+        "model": models(networks),
+        "engine": f"{trainer.engine}; precision {precision_on(config, trainer.device)} on {trainer.device}",
+    }
+    if distilled:
+        about = cast("DistillTrainer", trainer)
+        count = f"a student of {len(about.teachers)} teachers"
+        lines |= _about_student(about)
+    told_lines = [("", f"{trainer.title}: {count}{where}"), *lines.items()]
+    told_lines += [("note", note) for note in (*getattr(data, "notes", ()), *trainer.notes)]
+    return "\n".join(_line(label, text) for label, text in told_lines)
+
+
+def _about_student(trainer: DistillTrainer) -> dict[str, str]:
+    student, settings = trainer.student, trainer.config
+    assert isinstance(settings, DistillConfig)
+    told = trainer.about_teachers()
+    each = " ".join(f"{100 * a:.2f}" for a in told["teacher_accuracy"])
+    together = f", their ensemble {100 * told['ensemble_accuracy']:.2f} %" if "ensemble_accuracy" in told else ""
+    branches = f"{student.branches} branch{'es' * (student.branches > 1)}"
+    size = f" of size {255 * settings.step_size:.3g}/255" if settings.perturbation != "none" else ""
+    alone = student.branches == 1
+    return {
+        "model": models([student.module]) + ("" if alone else " with its branches"),
+        "teachers": f"{models(list(trainer.teachers.networks))}; validation {each} %{together}",
+        "student": f"{student.kind}, {branches}, perturbation {settings.perturbation}{size}",
+    }
+
+
+def splits(data: Dataset) -> str:
+    """The name of a data set and how many images its splits have."""
+    train, validation, test = (f"{len(split):,}" for split in (data.train, data.validation, data.test))
+    return f"{data.name}: {train} training, {validation} validation, {test} test images"
+
+
+def per_class(data: Dataset) -> str:
+    """The smallest and the largest class among the training images, and what the classes are called."""
+    counts = np.bincount(data.train.labels, minlength=data.num_classes)
+    low, high = int(counts.argmin()), int(counts.argmax())
+    few = f"{counts[low]:,} ({data.classes[low]}) to {counts[high]:,} ({data.classes[high]})"
+    named = data.classes if data.num_classes <= 5 else (*data.classes[:3], "...", data.classes[-1])
+    spread = f"{counts[low]:,} each" if counts[low] == counts[high] else few
+    return f"{spread} in training; {data.num_classes} classes: {', '.join(named)}"
+
+
+def augmentation(augment: Augment) -> str:
+    """What is done to an image at random, in words."""
+    moved = f"moved by up to {augment.pad} pixel{'s' * (augment.pad > 1)}" if augment.pad else "not moved"
+    return f"{moved}, {'mirrored at random' if augment.flip else 'not mirrored'}"
+
+
+def models(networks: list[nn.Module]) -> str:
+    """Of networks, what they are and how many parameters each has: "2 of preresnet (blocks 1 1), 1,384 parameters"."""
+    found = Counter(_model(network) for network in networks)
+    return "; ".join(f"{n} of {name}" if len(networks) > 1 else name for name, n in found.items())
+
+
+def used(trainer: Trainer) -> Any:
+    """The settings that config.yaml holds, with what "auto" meant in them: the engine and the precision."""
+    settings = trainer.saved_config
+    resolved = {"engine": trainer.engine.split()[0], "precision": precision_on(trainer.config, trainer.device)}
+    return dataclasses.replace(settings, **resolved)
+
+
+def source(trainer: Trainer) -> dict[str, Any]:
+    """For a file's card: the images a network was made for, and where they were loaded from, as far as is known."""
+    data, settings = trainer.data, trainer.saved_config
+    about = {"data": data.name, "classes": list(data.classes), "image_size": list(data.image_size),
+             "channels": data.channels}  # fmt: skip
+    said = {key: getattr(settings, key) for key in SOURCE} if getattr(settings, "data", None) else {}
+    if not said and trainer.data_given is not None:
+        path = Path(trainer.data_given).expanduser()
+        said = {"data": str(path.resolve()) if path.exists() else str(trainer.data_given)}
+    return {**about, **({"source": said} if said else {})}
+
+
+def _model(network: nn.Module) -> str:
+    spec = getattr(network, "spec", None)
+    name = spec.name if spec else type(network).__name__
+    shape = spec.arguments if spec else {}
+    told = [f"{k.replace('_', ' ')} {_plain(shape[k])}" for k in ("blocks", "widen", "in_planes") if shape.get(k)]
+    count = sum(p.numel() for p in network.parameters())
+    return f"{name} ({', '.join(told)}), {count:,} parameters" if told else f"{name}, {count:,} parameters"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _line(label: str, text: str) -> str:
+    if not label:
+        return text
+    return textwrap.fill(
+        text, WIDTH, initial_indent=f"  {label:{INDENT - 2}}", subsequent_indent=" " * INDENT, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
