@@ -88,7 +88,10 @@ def check_networks(student: Student, teachers: Teachers, shape: ImageShape) -> l
     ranked = isinstance(student, BatchEnsemble)
     Master.check(student.module if ranked else own, networks[-1], ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
+    dtype = next(student.parameters()).dtype
     for m, teacher in enumerate(teachers.networks):
+        if (found := next(teacher.parameters()).dtype) != dtype:
+            raise InputError(f"teacher {m} is {found}; the fused engine expects {dtype}, as the student is")
         shared = next((trained[p.data_ptr()] for p in teacher.parameters() if p.data_ptr() in trained), None)
         if shared:
             raise InputError(f"the student's parameter {shared!r} is teacher {m}'s too; expected networks of their own")

@@ -23,7 +23,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.layout import RankOneLayout
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
-from fastensdistill.network.unseen import common_memory, trained_tensors
+from fastensdistill.network.overlap import common_memory, trained_tensors
 
 View = Callable[[Tensor], Tensor]
 

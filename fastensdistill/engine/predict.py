@@ -60,9 +60,9 @@ def architectures(networks: Sequence[nn.Module], shape: ImageShape) -> list[Netw
         classes, expected = (net.by_name[net.output].shape[0] for net in (found[id(module)] for module in pair))
         if classes != expected:
             raise InputError(f"network {i} gives {classes} classes; expected {expected}, as network 0 does")
-        device, first = (next(module.parameters()).device for module in pair)
-        if device != first:
-            raise InputError(f"network {i} is on {device}; expected {first}, where network 0 is")
+        (device, dtype), first = ((p.device, p.dtype) for p in (next(module.parameters()) for module in pair))
+        if (device, dtype) != first:
+            raise InputError(f"network {i} is {dtype} on {device}; expected {first[1]} on {first[0]}, as network 0 is")
     return [found[id(network)] for network in networks]
 
 

@@ -21,6 +21,7 @@ from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.perturbation import Perturbation, Perturbed
 from fastensdistill.method.student import Single, Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.overlap import common_memory, dense
 
 State = dict[str, Tensor]
 
@@ -164,12 +165,22 @@ class TeachStep:
 
 
 def sgd(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum and coupled decay over all parameters; a student says how its factors differ."""
+    """SGD with Nesterov momentum and coupled decay over all parameters; a student says how its factors differ.
+
+    Parameters without gradients stay as they are. Raises InputError where there is nothing else, and for expanded ones.
+    """
     if isinstance(network, Student):
         groups = network.parameter_groups(config.weight_decay)
     else:
         groups = [{"params": list(network.parameters()), "lr_scale": 1.0, "weight_decay": config.weight_decay}]
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, fused=True)
+    parameters = dict(network.named_parameters())
+    repeated = next((name for name, p in parameters.items() if common_memory([(name, p)])), None)
+    if repeated:
+        raise InputError(f"parameter {repeated!r} is expanded; expected memory for every element, as clone() gives it")
+    if not any(p.requires_grad for p in parameters.values()):
+        raise InputError(f"no parameter of {type(network).__name__} requires gradients; expected some to be trained")
+    fused = all(map(dense, parameters.values()))  # the fused update walks memory, not elements
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, fused=fused)
     set_learning_rate(optimizer, config.learning_rate)
     return optimizer
 

@@ -23,9 +23,10 @@ from fastensdistill.engine.reference import check_images, check_labels, check_pa
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
+from fastensdistill.network.overlap import common_memory, trained_tensors
 from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.probe import compared
-from fastensdistill.network.unseen import common_memory, refusing, trained_tensors
+from fastensdistill.network.unseen import refusing
 
 
 @refusing("the fused engine")

@@ -49,6 +49,8 @@ def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradien
     network = trace(module, input_size, trains)
     kind = type(module).__name__
     with refusing(f"{kind}: cannot be compared with its plan"):
+        group = Group(kind, statistics=kind if trains else None, gradient="parameters" if trains else None)
+        plan([network], [group], "backward" if trains else "forward", 1)  # refuses dropout that trains
         device = next(module.parameters()).device
         consists = fingerprint(module)
         key = (network, consists, trains, gradient, device.type)
@@ -160,7 +162,7 @@ class _Probe:
         self.module.eval()
         images = self.images.clone().requires_grad_(gradient)
         logits, before = self.forward(images, "evaluation")
-        self.same_state(before, self.module.state_dict(), "evaluation")
+        self.same_state(before, {}, "evaluation")
         found = self.planned(Group("", gradient="input" if gradient else None), before)
         self.same("logits in evaluation mode", logits.detach(), found[self.network.output][0])
         if gradient:
@@ -172,14 +174,14 @@ class _Probe:
         logits, before = self.forward(self.images.clone(), "training")
         found = self.planned(Group("", statistics="", gradient="parameters"), before)
         self.same("logits in training mode", logits.detach(), found[self.network.output][0])
-        expected = dict(before)
+        expected: dict[str, Tensor] = {}
         for node in self.network.nodes:
             if isinstance(node, Norm):
                 mean, variance = found[f"{node.name}.running"][0]
                 count = before[f"{node.name}.num_batches_tracked"] + 1
                 moved_to = {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
                 expected |= {f"{node.name}.{kind}": value for kind, value in moved_to.items()}
-        self.same_state(expected, self.module.state_dict(), "training")
+        self.same_state(before, expected, "training")
         own = self.gradients(logits, dict(self.module.named_parameters()), "training")
         scale = max(float(value.abs().max()) for value in own.values())
         for name, value in own.items():
@@ -196,13 +198,13 @@ class _Probe:
                 raise self.refuse(f"gives no gradient of {name!r} in {mode} mode")
         return dict(zip(inputs, found, strict=True))
 
-    def same_state(self, expected: dict[str, Tensor], state: dict[str, Tensor], mode: str) -> None:
-        for name, value in state.items():
-            if not value.is_floating_point():
-                if not torch.equal(value, expected[name]):
-                    raise self.refuse(f"{name!r} changes in a forward in {mode} mode")
-            else:
-                self.same(f"{name!r} after a forward in {mode} mode", value, expected[name])
+    def same_state(self, before: dict[str, Tensor], expected: dict[str, Tensor], mode: str) -> None:
+        """Refuse unless the ``expected`` tensors have become that, and all others are what they were."""
+        for name, value in self.module.state_dict().items():
+            if name in expected:
+                self.same(f"{name!r} after a forward in {mode} mode", value.double(), expected[name])
+            elif not torch.equal(value, before[name]):
+                raise self.refuse(f"its {name!r} changes in a forward in {mode} mode")
 
     def same(self, what: str, own: Tensor, planned: Tensor, scale: float = 0.0) -> None:
         """Refuse unless equal, up to rounding."""

@@ -90,7 +90,8 @@ class Reader:
         return network
 
     def refuse(self, why: str) -> InputError:
-        place = f"module {self.where!r}" if self.where else "the outermost module"
+        where = self.where.partition("@")[0]  # the recorder counts the calls of a module
+        place = f"module {where!r}" if where else "the outermost module"
         kind = type(self.module).__name__
         return InputError(f"{kind}: {place}, operation {self.operation!r}: {why}")
 
@@ -125,7 +126,8 @@ class Reader:
     def layer(self, op: fx.Node, layer: nn.Module) -> None:
         path = str(op.target)
         if path in self.nodes and isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            raise self.refuse("a layer with parameters is used twice")
+            why = "a layer with parameters is used twice" if path != "input" else "has the name of the image"
+            raise self.refuse(why)
         source, value, shape = self.source(op, image=isinstance(layer, nn.Conv2d | nn.BatchNorm2d | Normalize))
         channels, height, width = shape
         name, inputs = self.free_name(path), (value,)

@@ -1,4 +1,4 @@
-"""What recording a network's operations cannot show: hooks, parametrisations, replaced methods, memory held in common.
+"""What recording a network's operations cannot show: hooks, parametrisations, replaced methods.
 
 A plan that left these out would train or evaluate another network without a word, so each is refused by name.
 """
@@ -6,13 +6,12 @@ A plan that left these out would train or evaluate another network without a wor
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
@@ -98,43 +97,3 @@ def _check_tensors(module: nn.Module) -> None:
         else:
             continue
         raise InputError(f"{type(module).__name__}: {why}")
-
-
-def trained_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and BatchNorm's statistics: what a step changes, each under every name that it has."""
-    yield from module.named_parameters(prefix, remove_duplicate=False)
-    for name, buffer in module.named_buffers(prefix, remove_duplicate=False):
-        if name.endswith((".running_mean", ".running_var")):
-            yield name, buffer
-
-
-def common_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors that have elements in common; one name twice for a tensor that repeats its own."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, tensor in named:
-        address = 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
-        if address and tensor.numel():
-            by_storage.setdefault(address, []).append((name, tensor))
-    for held in by_storage.values():
-        held.sort(key=lambda pair: pair[1].storage_offset())
-        spans = [_span(tensor) for _, tensor in held]
-        dense = all(span[1] - span[0] == tensor.numel() for span, (_, tensor) in zip(spans, held, strict=True))
-        if dense and all(one[1] <= other[0] for one, other in pairwise(spans)):
-            continue
-        owner = torch.full((max(span[1] for span in spans),), -1)
-        for i, (name, tensor) in enumerate(held):
-            own = torch.arange(len(owner)).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten()
-            others = owner[own]
-            if bool((others >= 0).any()):
-                return held[int(others.max())][0], name
-            if len(own.unique()) < len(own):
-                return name, name
-            owner[own] = i
-    return None
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First element in its storage, and the one after the last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    start = int(tensor.storage_offset())
-    return start, start + sum((int(size) - 1) * int(stride) for size, stride in steps) + 1

@@ -139,11 +139,12 @@ REFUSED = {
     # tensors
     "own parameter": (Net(lambda s, x: F.conv2d(x, s.w), w=nn.Parameter(torch.rand(4, 4, 1, 1))), "reads a tensor"),
     "constant": (Net(lambda s, x: x + torch.ones(1)), "reads a tensor of the module directly"),
+    "named as the image": (Net(lambda s, x: s.input(x), input=nn.Conv2d(4, 4, 1)), "has the name of the image"),
     "hidden overwriting": (Net(half_hidden, conv2=nn.Conv2d(4, 4, 1)), "and nothing reads its result"),
     # what only the numbers show
     "random": (Net(noisy), "draws random numbers in evaluation mode"),
     "counter": (Net(counting, seen=0), "'seen' changes from 0 to 1 in a forward"),
-    "buffer": (changed(lambda n: n.register_buffer("shift", torch.zeros(2)), then=moving), "'shift' after a forward"),
+    "buffer": (changed(lambda n: n.register_buffer("shift", torch.zeros(2)), then=moving), "its 'shift' changes in"),
     "by what it is given": (Net(by_isinstance, conv2=nn.Conv2d(4, 4, 1)), "logits in evaluation mode is not what"),
     "without gradient": (Net(without_gradient, conv2=nn.Conv2d(4, 4, 1)), "gives no gradient of 'image' in"),
 }
