@@ -54,6 +54,11 @@ class TrainConfig(Settings):
     """λ of the decay in the loss, over all parameters; rank-one factors are pulled towards one."""
     seed: int = setting(0, least=0, most=2**62)
     """Seed of the initialisation, the order of the images, their augmentation and every random choice."""
+    flip: bool | None = None
+    """Mirror training images at random. Unset: only where that is known to keep the class (CIFAR, ImageNet's classes),
+    never for digits, .npz files and folders of your own."""
+    pad: int | None = setting(None, least=0)
+    """Pixels by which training images are moved at random, zeros behind them. Unset: an eighth of their size."""
     device: str = setting("auto", check=check_device_name)
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
     precision: str = setting("auto", choices=PRECISIONS)
@@ -121,9 +126,10 @@ class DataConfig(Settings):
     root: Path | None = None
     """Folder that holds cifar-10-batches-py or cifar-100-python."""
     limit: int | None = setting(None, least=1)
-    """Use only the first so many training images."""
+    """Use only so many training images: of CIFAR and digits the first, else drawn class by class."""
     validation: int | None = setting(None, least=1)
-    """Training images set aside (the last ones). Unset: 5,000 for CIFAR, 300 for digits, a tenth otherwise."""
+    """Training images set aside: of CIFAR and digits the last, else drawn class by class, the same in every run. Unset:
+    5,000 for CIFAR, 300 for digits, a tenth otherwise."""
     image_size: int | None = setting(None, least=4, most=4096)
     """Height and width that the images of a folder are resized to."""
 

@@ -1,6 +1,6 @@
 """Data: sources (digits, torchvision, .npz files, folders) and the device-resident loader with its augmentation."""
 
-from fastensdistill.data.augment import Augment, augment, default_augment
+from fastensdistill.data.augment import Augment, augment, choose_augment
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import DATASETS, Dataset, Split, load_dataset
 
@@ -12,6 +12,6 @@ __all__ = [
     "EvaluationSet",
     "Split",
     "augment",
-    "default_augment",
+    "choose_augment",
     "load_dataset",
 ]

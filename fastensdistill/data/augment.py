@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import augment as kernels
 
@@ -35,14 +36,23 @@ class Augment:
             )
 
 
-def default_augment(dataset_name: str, image_size: tuple[int, int]) -> Augment:
-    """The augmentation that suits a set: an eighth of the image size and flips (4 pixels at 32x32).
+def choose_augment(
+    data: Dataset, flip: bool | None = None, pad: int | None = None, given: Augment | None = None
+) -> Augment:
+    """The augmentation of a run: ``given``, or what is set, and else what is safe for the data.
 
-    ``digits`` is moved by one pixel and never flipped: a mirrored digit is another symbol.
+    Flips are on only where an image and its mirror image are known to be of one class (``Dataset.mirrors``: CIFAR,
+    ImageNet and its parts); a mirrored digit, hand or arrow is another symbol. The crop moves an image by an eighth of
+    its size at most (4 pixels at 32x32), with zeros around it.
+    Raises ``InputError`` for a pad that does not fit the images, and where ``given`` is not what is set.
     """
-    if dataset_name == "digits":
-        return Augment(pad=1, flip=False)
-    return Augment(pad=min(image_size) // 8, flip=True)
+    if given is not None and (flip not in (None, given.flip) or pad not in (None, given.pad)):
+        raise InputError(f"augment is {given}, and the config says flip={flip}, pad={pad}; expected one of them")
+    chosen = given or Augment(
+        min(data.image_size) // 8 if pad is None else pad, data.mirrors if flip is None else flip
+    )
+    chosen.check(data.image_size)
+    return chosen
 
 
 def draw(

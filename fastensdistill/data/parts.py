@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,18 +20,22 @@ class Part:
 
     labels: np.ndarray
     read: Callable[[np.ndarray], np.ndarray]
+    image_bytes: int = 0  # that reading an image takes; 0 where it lies in memory
 
 
 @dataclass(frozen=True)
 class Source:
-    """The parts of a data set. ``validation`` is None where it is to be cut off the end of ``train``."""
+    """The parts of a data set as far as it has them; what it lacks is held out of ``train``."""
 
     train: Part
-    test: Part
+    test: Part | None
     validation: Part | None = None
     classes: tuple[str, ...] | None = None  # None: the numbers 0..largest training label
     statistics: Statistics | None = None  # mean and std; None: measured on the training split
-    default_validation: int | None = None  # None: 10 % of the training images
+    last: int | None = None  # the published validation split: so many of the last training images
+    mirrors: bool = False  # whether an image and its mirror image are known to be of one class
+    notes: list[str] = field(default_factory=list)
+    validation_name: str = ""  # as the user has it
 
 
 def array_part(images: np.ndarray, labels: np.ndarray, where: str) -> Part:

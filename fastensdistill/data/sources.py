@@ -6,16 +6,18 @@ validation split and the limit, reads what is left and measures mean and standar
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from fastensdistill.data.draws import draw_test, draw_validation, stratified_order
 from fastensdistill.data.folders import open_folder
-from fastensdistill.data.parts import MOST_CLASSES, Source, Statistics, array_part, check_count, check_range
+from fastensdistill.data.listing import readable
+from fastensdistill.data.memory import check_memory
+from fastensdistill.data.npz import open_npz
+from fastensdistill.data.parts import MOST_CLASSES, Part, Source, Statistics, array_part, check_count, check_range
 from fastensdistill.errors import InputError, unknown
 
 # A small training split, so that digit teachers disagree: with 300 images they err on different scans.
@@ -25,7 +27,8 @@ DIGITS_VALIDATION = 300
 DIGITS_SEED = 20220617  # of the one order of the scans; not an option, so that results can be compared
 
 CIFAR_VALIDATION = 5000
-VALIDATION_SHARE = 0.1  # of the training images, elsewhere
+IMAGE_SIZES = (4, 4096)  # that images can be resized to
+FEW, FEW_OF_A_CLASS = 100, 10  # validation images, below which the choice among epochs is coarse
 
 # Per channel, of pixels in [0, 1]: the constants of the experiments in Nam et al., ICML 2022.
 CIFAR10 = ((0.4915, 0.4821, 0.4464), (0.2472, 0.2437, 0.2617))
@@ -58,10 +61,17 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    """Lines worth saying about how the data was read."""
+    mirrors: bool = False
+    """Whether an image and its mirror image are known to be of one class, so that training may flip images."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise InputError(f"{self.name} has the classes {self.classes}; expected the names of at least 2")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if list(self.classes).count(name) > 1)
+            raise InputError(f"{self.name} has two classes {twice!r}; expected a name of its own for each")
         for part, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             where = f"{self.name}: {part}"
             for kind, values in (("images", split.images), ("labels", split.labels)):
@@ -92,6 +102,35 @@ class Dataset:
         """Height and width in pixels."""
         return self.train.images.shape[1], self.train.images.shape[2]
 
+    def for_channels(self, channels: int) -> Dataset:
+        """The data set for networks that take so many channels: grey images are repeated to three, and that is noted.
+
+        Raises ``InputError`` where the images cannot be made to fit: colour is not given up for one channel.
+        """
+        if channels == self.channels:
+            return self
+        if self.channels != 1:
+            raise InputError(f"{self.name} has images of {self.channels} channels, the network takes {channels}; "
+                             "expected the same, or grey images")  # fmt: skip
+        return self.repeated(channels)
+
+    def repeated(self, channels: int = 3) -> Dataset:
+        """Grey images with their channel repeated ``channels`` times, mean and std too, for colour networks.
+
+        Raises ``InputError`` for images that are not grey and for numbers of channels other than 1 and 3.
+        """
+        if self.channels != 1 or channels not in (1, 3):
+            raise InputError(f"{self.name} has images of {self.channels} channels; expected 1 to repeat to 3")
+        if channels == 1:
+            return self
+        splits = (self.train, self.validation, self.test)
+        check_memory(sum(split.images.nbytes for split in splits) * channels, f"{self.name} in {channels} channels")
+        train, validation, test = (Split(np.repeat(s.images, channels, axis=3), s.labels) for s in splits)
+        return replace(
+            self, train=train, validation=validation, test=test, mean=self.mean * channels, std=self.std * channels,
+            notes=(*self.notes, f"grey images, their channel repeated {channels} times for the network"),
+        )  # fmt: skip
+
 
 def load_dataset(
     name: str | Path,
@@ -109,53 +148,39 @@ def load_dataset(
     - ``digits``: scikit-learn's 1,797 scans, 8x8, one channel, 0..16 scaled to 0..255, in one fixed order: 300 train,
       300 validation, 1,197 test;
     - ``cifar10``, ``cifar100``: torchvision's files in ``root``; nothing is ever downloaded;
-    - an ``.npz`` file with ``train_images`` uint8 ``(N, H, W, C)``, ``train_labels``, ``test_images``, ``test_labels``,
-      and optionally ``validation_images``, ``validation_labels`` and ``classes`` (names); pickled objects are refused;
-    - a folder of images: ``train/<class>/*`` with ``test/<class>/*`` or ``val/<class>/*`` (with both, ``val`` is the
-      validation split); Tiny-ImageNet as it is unpacked, its ``val`` being the test split; or only class folders, of
-      which a ``seed``-ed 20 % of every class (rounded, at least one image) becomes the test split.
+    - an ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and, if it likes,
+      ``val_images``, ``val_labels`` and ``classes`` (names); other common names (``x_train``) and MedMNIST's files are
+      understood, images as :func:`fastensdistill.data.arrays.read_images` says; pickled objects are refused;
+    - a folder of images: ``train/<class>/*`` with ``test/<class>/*`` or ``val/<class>/*`` or both, under any of the
+      common names; Tiny-ImageNet as it is unpacked or as people rearrange it; or only class folders.
 
-    The validation split is the last ``validation`` training images (5,000 for CIFAR, 300 for digits, otherwise 10 %, at
-    least one). Training images stored class by class, as folders are, are put in a ``seed``-ed random order first.
-    ``limit`` then keeps the first training images; validation and test stay whole.
+    A split is never drawn where the data has one. With ``val`` alone, that is the test split. Without either, a
+    ``seed``-ed 20 % of every class (rounded, at least one image) becomes the test split.
+
+    The validation split is, where it is not given, the last training images of CIFAR (5,000) and digits (300), and else
+    ``validation`` images (10 %) drawn class by class, the same in every run. ``limit`` then keeps so many training
+    images, of CIFAR and digits the first, else drawn class by class too; validation and test stay whole.
 
     Images in a folder must agree in size; with ``image_size`` the largest centred square of each is resized to that
     height and width. CIFAR and Tiny-ImageNet come with the known mean and std; others are measured on the training
     split that is returned, to four decimals.
 
-    Raises ``InputError`` for anything that cannot be used.
+    ``notes`` of the data set say what was decided on the way. Raises ``InputError`` for anything that cannot be used,
+    data that does not fit into memory among it.
     """
     for what, value in (("limit", limit), ("validation", validation), ("image_size", image_size)):
         check_count(what, value)
+    if image_size is not None and not IMAGE_SIZES[0] <= image_size <= IMAGE_SIZES[1]:
+        raise InputError(f"image_size is {image_size}; expected {IMAGE_SIZES[0]} to {IMAGE_SIZES[1]} pixels")
     folder = Path(root).expanduser() if root is not None else None
-    label, source = open_source(str(name), folder, seed, image_size)
-    for part_name, part in (("train", source.train), ("test", source.test), ("validation", source.validation)):
-        if part is not None and len(part.labels) == 0:
-            raise InputError(f"{label}: the {part_name} split is empty; expected at least one image")
-    classes = source.classes
-    if classes is None:
-        check_range(source.train.labels, MOST_CLASSES, f"{label}: train")
-        classes = tuple(str(i) for i in range(int(source.train.labels.max()) + 1))
-    if len(classes) < 2:
-        raise InputError(f"{label} has the one class {classes[0]!r}; expected at least 2")
-
-    kept, held_out = cut_off_validation(source, validation, seed, label)
-    if limit is not None and limit > len(kept):
-        raise InputError(f"{label}: limit is {limit}; expected at most the {len(kept)} training images")
-    parts = {
-        "train": (source.train, kept[:limit]),
-        "validation": (source.validation or source.train, held_out),
-        "test": (source.test, np.arange(len(source.test.labels))),
-    }
-    splits: dict[str, Split] = {}
-    for part_name, (part, index) in parts.items():
-        check_range(part.labels, len(classes), f"{label}: {part_name}")
-        splits[part_name] = Split(part.read(index), part.labels[index])
-    mean, std = source.statistics or measure(splits["train"].images)
-    return Dataset(label, splits["train"], splits["validation"], splits["test"], classes, mean, std)
+    try:
+        label, source = open_source(str(name), folder, image_size)
+        return read_source(label, source, limit, validation, seed)
+    except MemoryError as error:
+        raise InputError(f"{str(name)!r} does not fit into memory; expected fewer or smaller images") from error
 
 
-def open_source(name: str, root: Path | None, seed: int, image_size: int | None) -> tuple[str, Source]:
+def open_source(name: str, root: Path | None, image_size: int | None) -> tuple[str, Source]:
     """The data set's short name and its parts: from the registry, else a path, else a path under ``root``."""
     path = Path(name).expanduser()
     if root is not None and name not in DATASETS and not path.exists():
@@ -165,31 +190,82 @@ def open_source(name: str, root: Path | None, seed: int, image_size: int | None)
     if name in DATASETS:
         return name, DATASETS[name](root)
     if path.is_dir():
-        return path.resolve().name, open_folder(path, seed, image_size)
+        return readable(path.resolve().name), open_folder(path, image_size)
     if path.is_file():
-        return path.name, open_npz(path)
+        return readable(path.name), open_npz(path)
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"there is no {str(path)!r}; expected an .npz file, a folder, or one of {', '.join(DATASETS)}")
     raise unknown("dataset", name, DATASETS)
 
 
-def cut_off_validation(
-    source: Source, validation: int | None, seed: int, label: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into the training part of what stays for training, and of the validation split (or into its own part)."""
-    labels = source.train.labels
-    order = np.arange(len(labels))
-    if np.all(labels[1:] >= labels[:-1]):
-        # stored class by class: the last images would all be of the last classes, the first ``limit`` of the first
-        order = np.random.default_rng(seed).permutation(len(labels))
-    if source.validation is not None:
+def read_source(label: str, source: Source, limit: int | None, validation: int | None, seed: int) -> Dataset:
+    """The data set made of what its source has: splits drawn where they are lacking, images read."""
+    given = {"train": source.train, "test": source.test, "validation": source.validation}
+    for part_name, part in given.items():
+        if part is not None and len(part.labels) == 0:
+            raise InputError(f"{label}: the {part_name} split is empty; expected at least one image")
+    classes = source.classes
+    if classes is None:
+        check_range(source.train.labels, MOST_CLASSES, f"{label}: train")
+        classes = tuple(str(i) for i in range(int(source.train.labels.max()) + 1))
+    if len(classes) < 2:
+        raise InputError(f"{label} has the one class {classes[0]!r}; expected at least 2")
+    for part_name, part in given.items():
+        if part is not None:
+            check_range(part.labels, len(classes), f"{label}: {part_name}")
+    notes = source.notes
+    absent = np.flatnonzero(np.bincount(source.train.labels, minlength=len(classes)) == 0)
+    if len(absent):
+        few = ", ".join(classes[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
+        notes.append(f"no training images of {len(absent)} of {len(classes)} classes: {few}")
+
+    parts = draw_splits(label, source, classes, validation, seed, notes)
+    part, kept = parts["train"]
+    if limit is not None:
+        if limit > len(kept):
+            raise InputError(f"{label}: limit is {limit}; expected at most the {len(kept)} training images")
+        order = np.arange(len(kept)) if source.last is not None else stratified_order(part.labels[kept])
+        parts["train"] = (part, kept[np.sort(order[:limit])])
+    check_memory(sum(part.image_bytes * len(index) for part, index in parts.values()), f"the images of {label}")
+    splits = {name: Split(part.read(index), part.labels[index]) for name, (part, index) in parts.items()}
+    mean, std = source.statistics or measure(splits["train"].images)
+    return Dataset(
+        label, splits["train"], splits["validation"], splits["test"], classes, mean, std, tuple(notes), source.mirrors
+    )
+
+
+def draw_splits(
+    label: str, source: Source, classes: tuple[str, ...], validation: int | None, seed: int, notes: list[str]
+) -> dict[str, tuple[Part, np.ndarray]]:
+    """Train, validation and test: the part that each is in, and the indices of its images there."""
+    train, test, held_out = source.train, source.test, source.validation
+    kept = np.arange(len(train.labels))
+    if test is None and held_out is not None:
+        test, held_out = held_out, None
+        notes.append(f"{source.validation_name} is the test split: there is no other that has labels")
+    if test is not None:
+        tested = (test, np.arange(len(test.labels)))
+    else:
+        kept, drawn = draw_test(train.labels, classes, seed, label)
+        tested = (train, drawn)
+        notes.append(f"there is no test split: {len(drawn):,} images, a fifth of every class, are held out as one")
+    if held_out is not None:
         if validation is not None:
             raise InputError(f"validation is {validation}, but {label} has its own validation split; expected none")
-        return order, np.arange(len(source.validation.labels))
-    count = validation or source.default_validation or max(1, round(VALIDATION_SHARE * len(labels)))
-    if count >= len(labels):
-        raise InputError(f"{label}: validation is {count}; expected less than the {len(labels)} training images")
-    return order[:-count], order[-count:]
+        chosen = (held_out, np.arange(len(held_out.labels)))
+    elif source.last is not None:
+        count = validation or source.last
+        if count >= len(kept):
+            raise InputError(f"{label}: validation is {count}; expected less than the {len(kept)} training images")
+        chosen, kept = (train, kept[-count:]), kept[:-count]
+    else:
+        rest, drawn = draw_validation(train.labels[kept], validation, label)
+        chosen, kept = (train, kept[drawn]), kept[rest]
+        notes.append(f"validation: {len(drawn):,} training images, drawn class by class, the same in every run")
+    count = len(chosen[1])
+    if count < max(FEW, FEW_OF_A_CLASS * len(classes)):
+        notes.append(f"only {count} validation images for {len(classes)} classes: which epoch is best is uncertain")
+    return {"train": (train, kept), "validation": chosen, "test": tested}
 
 
 def measure(images: np.ndarray) -> Statistics:
@@ -222,7 +298,7 @@ def open_digits(root: Path | None) -> Source:
         train=array_part(images[:cut], labels[:cut], "digits: train"),
         test=array_part(images[cut:], labels[cut:], "digits: test"),
         classes=tuple(str(digit) for digit in range(10)),
-        default_validation=DIGITS_VALIDATION,
+        last=DIGITS_VALIDATION,
     )
 
 
@@ -245,49 +321,8 @@ def open_cifar(root: Path | None, class_name: str, statistics: Statistics) -> So
         test=array_part(np.asarray(test.data), np.asarray(test.targets), f"{name}: test"),
         classes=tuple(train.classes),
         statistics=statistics,
-        default_validation=CIFAR_VALIDATION,
-    )
-
-
-def open_npz(path: Path) -> Source:
-    """An ``.npz`` file; nothing in it is unpickled."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is a single array; expected an .npz file")
-        with file:
-            known = {f"{part}_{kind}" for part in ("train", "test", "validation") for kind in ("images", "labels")}
-            found = file.files
-            arrays = {key: file[key] for key in file.files if key in known | {"classes"}}
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy takes whatever it does not know for a pickle, and advises to load it as one
-        why = " ".join(str(error).split()) if zipfile.is_zipfile(path) else "it is no archive, or not whole"
-        raise InputError(f"{path} cannot be read as an .npz file without pickled objects ({why})") from error
-    wanted = ["train_images", "train_labels", "test_images", "test_labels"]
-    if any(key.startswith("validation_") for key in arrays):
-        wanted += ["validation_images", "validation_labels"]
-    missing = [key for key in wanted if key not in arrays]
-    if missing:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}; expected the keys {', '.join(wanted)}, found {', '.join(found)}"
-        )
-    parts = {
-        part: array_part(arrays[f"{part}_images"], arrays[f"{part}_labels"], f"{path.name}: {part}")
-        for part in ("train", "test", "validation")
-        if f"{part}_images" in arrays
-    }
-    classes = arrays.get("classes")
-    if classes is not None and (classes.ndim != 1 or classes.dtype.kind not in "US" or not len(classes)):
-        raise InputError(f"{path.name}: classes are {classes.dtype} of shape {classes.shape}; expected names (C,)")
-    if classes is not None and classes.dtype.kind == "S":
-        classes = np.char.decode(classes, "utf-8", "replace")
-    return Source(
-        train=parts["train"],
-        test=parts["test"],
-        validation=parts.get("validation"),
-        classes=None if classes is None else tuple(str(text) for text in classes),
+        last=CIFAR_VALIDATION,
+        mirrors=True,
     )
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
-from fastensdistill.data.augment import Augment, default_augment
+from fastensdistill.data.augment import Augment, choose_augment
+from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
@@ -44,7 +45,7 @@ State = dict[str, Any]
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 
-def _checked(config: Settings, kind: type[Settings]) -> Settings:
+def _checked(config: TrainConfig, kind: type[Settings]) -> Settings:
     """``config``. Raises InputError unless it is of the ``kind`` that a trainer needs."""
     if not isinstance(config, kind):
         raise InputError(f"config is a {type(config).__name__}; expected a {kind.__name__}")
@@ -54,8 +55,10 @@ def _checked(config: Settings, kind: type[Settings]) -> Settings:
 class Trainer:
     """What both trainers share.
 
-    ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files; ``augment`` defaults to
-    what suits the data (CIFAR: zero-pad 4, crop, flip); ``resume`` continues the run in ``out``.
+    ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files; ``augment`` is what the
+    config's ``flip`` and ``pad`` say, or given whole; ``resume`` continues the run in ``out``. ``self.data`` is the
+    data as the networks take it (grey images repeated to three channels for colour networks), ``self.config`` the
+    config with the augmentation that is used.
     After :meth:`fit`, ``kept`` says in one line which epoch's weights the networks hold, and ``warnings`` what should
     make one doubt them.
     """
@@ -70,9 +73,8 @@ class Trainer:
     random: State  # PyTorch's generators when the run was stopped
 
     def __init__(self, config: TrainConfig, data: Dataset | str | Path, out: Path | str | None, resume: bool,
-                 augment: Augment | None, tensorboard: bool, quiet: bool):  # fmt: skip
+                 augment: Augment | None, tensorboard: bool, quiet: bool, networks: Sequence[object]):  # fmt: skip
         parallel.join()
-        self.config = config
         with parallel.together():
             self.device = choose_device(config.device)
             parallel.check_device(self.device)
@@ -80,10 +82,12 @@ class Trainer:
             self.data = load_dataset(data) if isinstance(data, str | Path) else data
             if not isinstance(self.data, Dataset):
                 raise InputError(f"data is a {type(data).__name__}; expected a Dataset, or the name or path of one")
+            self.data = for_networks(self.data, networks)
+            self.augment = choose_augment(self.data, config.flip, config.pad, augment)
+        self.config = config = replace(config, flip=self.augment.flip, pad=self.augment.pad)
         self.first = parallel.rank() == 0
         self.out = None if out is None else Path(out)
         self.resume, self.tensorboard, self.quiet = resume, tensorboard, quiet
-        self.augment = augment or default_augment(self.data.name, self.data.image_size)
         self.validation = EvaluationSet(self.data.validation, self.device)
         self.saved_config: Any = config  # what config.yaml shall hold; the command line puts its own settings there
         self.data_given = data if isinstance(data, str | Path) else None
@@ -350,7 +354,9 @@ class DistillTrainer(Trainer):
                  config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
                  augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         config = _checked(config or DistillConfig(), DistillConfig)
-        super().__init__(config, data, out, resume, augment, tensorboard, quiet)
+        given = [student, *(teachers if isinstance(teachers, Sequence) else [teachers])]
+        super().__init__(config, data, out, resume, augment, tensorboard, quiet, given)
+        config = _checked(self.config, DistillConfig)
         shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
         with parallel.together():
             if not isinstance(student, Student):
@@ -433,7 +439,8 @@ class TeachTrainer(Trainer):
                  out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
                  tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         config = _checked(config or TeachConfig(members=len(networks)), TeachConfig)
-        super().__init__(config, data, out, resume, augment, tensorboard, quiet)
+        super().__init__(config, data, out, resume, augment, tensorboard, quiet, networks)
+        config = _checked(self.config, TeachConfig)
         shape = (self.data.channels, *self.data.image_size)
         self.networks = {}
         with parallel.together():
