@@ -106,10 +106,11 @@ def teach(run: TeachRun) -> None:
     trainer.saved_config, trainer.notes = run, notes
     trainer.fit()
     if trainer.first:
-        summarize(runs.find_candidates([run.out], data), data, run.out, trainer.device, "Teachers")
+        summarize(runs.find_candidates([run.out], data), trainer.data, run.out, trainer.device, "Teachers")
 
 
 def distill(run: DistillRun) -> None:
+    from fastensdistill.data.channels import for_networks
     from fastensdistill.evaluate import runs
     from fastensdistill.evaluate.origin import choose_data, origins
     from fastensdistill.method.student import STUDENTS
@@ -129,6 +130,7 @@ def distill(run: DistillRun) -> None:
     notes: list[str] = []
     networks, files = runs.load_teachers_of(given, runs.teachers_of(vars(run)), data, notes)
     run.teachers = tuple(files)
+    data = for_networks(data, networks)
     teachers = Teachers(networks)
     if run.branches is None:
         run.branches = 1 if run.student == "single" else len(teachers)
@@ -149,7 +151,7 @@ def distill(run: DistillRun) -> None:
     if trainer.first:
         beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)
         rows = runs.named([*beside, *runs.find_candidates([run.out], data)])
-        summarize(rows, data, run.out, trainer.device, f"{run.student}, {run.perturbation}", notes)
+        summarize(rows, trainer.data, run.out, trainer.device, f"{run.student}, {run.perturbation}", notes)
 
 
 def evaluate(run: EvaluateRun) -> None:
@@ -162,7 +164,8 @@ def evaluate(run: EvaluateRun) -> None:
     if run.out is not None:
         comparison.check_writable(run.out)
     asked, line = choose_data(run, origins(run.paths, run.unfinished))
-    data, notes = asked.load(), list[str]()
+    data = asked.load()
+    notes = list(data.notes)
     foreign = runs.Foreign(run.model, run.mean, run.std)
     candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
@@ -179,6 +182,7 @@ def evaluate(run: EvaluateRun) -> None:
 def export(run: ExportRun) -> None:
     import torch
 
+    from fastensdistill.data.channels import for_networks
     from fastensdistill.data.loader import EvaluationSet
     from fastensdistill.evaluate import comparison, runs
     from fastensdistill.evaluate.classes import check_card, reordered
@@ -198,6 +202,7 @@ def export(run: ExportRun) -> None:
     asked, line = choose_data(run, [given])
     data, file, card = asked.load(), given.files[0], given.card
     network = runs.Foreign(run.model, run.mean, run.std).load(file, 0, 1, data)
+    data = for_networks(data, [network])
     order, notes = check_card(card, data, file)
     if isinstance(network, Student):
         if not isinstance(network, LatentBE):
@@ -266,13 +271,14 @@ def record_model(run: Any, network: Any) -> None:
 
 def build_model(run: ModelConfig, data: Any) -> Any:
     """The network the settings name; unset, a small one for small images and the paper's otherwise."""
-    from fastensdistill.models import create_model
+    from fastensdistill.models import TORCHVISION, create_model
 
     arguments = run.arguments()
     name = run.model or ("preresnet" if arguments or max(data.image_size) <= 16 else "wrn28_4")
     if run.model is None and not arguments and max(data.image_size) <= 16:
         arguments = {"blocks": (1, 1, 1)}
-    return create_model(name, data.num_classes, mean=data.mean, std=data.std, **arguments)
+    colours = 3 if name in TORCHVISION and data.channels == 1 else 1  # the trainer repeats the images as often
+    return create_model(name, data.num_classes, mean=data.mean * colours, std=data.std * colours, **arguments)
 
 
 def say(line: str, notes: Sequence[str]) -> None:

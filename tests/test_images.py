@@ -167,13 +167,13 @@ def test_data_beyond_the_memory_is_refused_before_it_is_read(tmp_path, monkeypat
 def test_grey_images_are_repeated_for_colour_networks(tmp_path):
     write_classes(tmp_path, {"a": 8, "b": 8}, channels=1)
     grey = load_dataset(tmp_path)
-    colour = grey.for_channels(3)
+    colour = grey.repeated(3)
     assert (colour.channels, colour.mean, colour.std) == (3, grey.mean * 3, grey.std * 3)
     for ours, theirs in ((colour.train, grey.train), (colour.validation, grey.validation), (colour.test, grey.test)):
         np.testing.assert_array_equal(ours.images, np.repeat(theirs.images, 3, 3))
         np.testing.assert_array_equal(ours.labels, theirs.labels)
     assert "grey images, their channel repeated 3 times for the network" in colour.notes
-    assert grey.for_channels(1) is grey
-    for wrong in (lambda: colour.for_channels(1), lambda: colour.repeated(3), lambda: grey.repeated(2)):
+    assert grey.repeated(1) is grey
+    for wrong in (lambda: colour.repeated(3), lambda: grey.repeated(2)):
         with pytest.raises(InputError, match="channels"):
             wrong()

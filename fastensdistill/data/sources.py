@@ -28,7 +28,6 @@ DIGITS_SEED = 20220617  # of the one order of the scans; not an option, so that 
 
 CIFAR_VALIDATION = 5000
 IMAGE_SIZES = (4, 4096)  # that images can be resized to
-FEW, FEW_OF_A_CLASS = 100, 10  # validation images, below which the choice among epochs is coarse
 
 # Per channel, of pixels in [0, 1]: the constants of the experiments in Nam et al., ICML 2022.
 CIFAR10 = ((0.4915, 0.4821, 0.4464), (0.2472, 0.2437, 0.2617))
@@ -101,18 +100,6 @@ class Dataset:
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.train.images.shape[1], self.train.images.shape[2]
-
-    def for_channels(self, channels: int) -> Dataset:
-        """The data set for networks that take so many channels: grey images are repeated to three, and that is noted.
-
-        Raises ``InputError`` where the images cannot be made to fit: colour is not given up for one channel.
-        """
-        if channels == self.channels:
-            return self
-        if self.channels != 1:
-            raise InputError(f"{self.name} has images of {self.channels} channels, the network takes {channels}; "
-                             "expected the same, or grey images")  # fmt: skip
-        return self.repeated(channels)
 
     def repeated(self, channels: int = 3) -> Dataset:
         """Grey images with their channel repeated ``channels`` times, mean and std too, for colour networks.
@@ -262,9 +249,6 @@ def draw_splits(
         rest, drawn = draw_validation(train.labels[kept], validation, label)
         chosen, kept = (train, kept[drawn]), kept[rest]
         notes.append(f"validation: {len(drawn):,} training images, drawn class by class, the same in every run")
-    count = len(chosen[1])
-    if count < max(FEW, FEW_OF_A_CLASS * len(classes)):
-        notes.append(f"only {count} validation images for {len(classes)} classes: which epoch is best is uncertain")
     return {"train": (train, kept), "validation": chosen, "test": tested}
 
 

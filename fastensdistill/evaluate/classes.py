@@ -33,7 +33,8 @@ class Reordered(nn.Module):
 
 
 def check_card(card: dict[str, Any], data: Dataset, path: Path) -> tuple[list[int] | None, list[str]]:
-    """Compare what a network's ``card`` says with ``data``; keys that it lacks are not compared.
+    """Compare what a network's ``card`` says with ``data``; keys that it lacks are not compared, and grey images fit a
+    colour network, which gets them repeated.
 
     Returns:
         For each class of the data its number in the network, or None where they are the same; and what to tell.
@@ -47,7 +48,7 @@ def check_card(card: dict[str, Any], data: Dataset, path: Path) -> tuple[list[in
     ):  # fmt: skip
         expected = card.get(key)
         expected = tuple(expected) if isinstance(expected, list) else expected
-        if expected is not None and expected != found:
+        if expected is not None and expected != found and not (key == "channels" and (expected, found) == (3, 1)):
             raise InputError(f"{path} was made for images of {name} {expected}; {data.name} has {found}")
     classes = card.get("classes")
     if not classes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
@@ -50,6 +51,7 @@ def evaluate_candidate(candidate: Candidate, data: Dataset, device: torch.device
 
     Raises InputError for a network whose output does not fit the data.
     """
+    data = for_networks(data, candidate.networks)
     test, validation = EvaluationSet(data.test, device), EvaluationSet(data.validation, device)
     found, first = [], None
     for network in candidate.networks:
@@ -83,6 +85,7 @@ def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], d
     """Test images, the same perturbed as the student was trained, and the names of their classes."""
     if config.get("perturbation", "none") == "none" or not {"step_size", "temperature"} <= set(config):
         return None
+    data = for_networks(data, [student, teachers])
     images = next(EvaluationSet(data.test, "cpu").batches(STRIP))
     pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     perturbation = Perturbation(

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastensdistill.data.channels import for_networks
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.classes import check_card, reordered
@@ -19,6 +20,7 @@ from fastensdistill.evaluate.names import Label, distinct
 from fastensdistill.evaluate.origin import Origin, origins, read_card, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.models import TORCHVISION
 from fastensdistill.weights import load, load_network
 
 # What runs of one row may differ in: their seed, and where and how they ran
@@ -136,7 +138,8 @@ def fit(networks: Sequence[nn.Module], files: Sequence[Path], data: Dataset, not
     for network, file in zip(networks, files, strict=True):
         order, told = check_card(read_card(file), data, file)
         if order is not None:
-            network = reordered(network, order, (data.channels, *data.image_size))
+            taken = for_networks(data, [network])
+            network = reordered(network, order, (taken.channels, *taken.image_size))
         for note in told:
             kind = note.replace(str(file), "")
             notes += [] if kind in said else [note]  # one file of a folder speaks for all
@@ -209,15 +212,17 @@ class Foreign:
         models = [self.models] if isinstance(self.models, str) else list(self.models or ())
         own = bool(read_card(path).get("model"))
         model = self._own("model", models, 1, index, count, own)
+        colours = 3 if data.channels == 1 and set(models) & set(TORCHVISION) else 1  # they take grey images repeated
+        channels = data.channels * colours
         given = {
-            "mean": self._own("mean", self.mean, data.channels, index, count, own),
-            "std": self._own("std", self.std, data.channels, index, count, own),
+            "mean": self._own("mean", self.mean, channels, index, count, own),
+            "std": self._own("std", self.std, channels, index, count, own),
         }
         arguments: dict[str, Any] = {k: v for k, v in given.items() if v}
         name = model[0] if model else None
         if name is not None and not own:
             arguments["num_classes"] = data.num_classes
-        return load(path, name, arguments, fallback=(data.mean, data.std))
+        return load(path, name, arguments, fallback=(data.mean * colours, data.std * colours))
 
     def _own(self, name: str, values: Sequence[Any], each: int, index: int, count: int, says: bool) -> Sequence[Any]:
         """The file's own of ``values``; none of those for all files where it says itself what it holds."""

@@ -94,9 +94,10 @@ def models(networks: list[nn.Module]) -> str:
 
 
 def used(trainer: Trainer) -> Any:
-    """The settings that config.yaml holds, with what "auto" meant in them: the engine and the precision."""
+    """The settings that config.yaml holds, with what "auto" meant in them: engine, precision and augmentation."""
     settings = trainer.saved_config
-    resolved = {"engine": trainer.engine.split()[0], "precision": precision_on(trainer.config, trainer.device)}
+    resolved = {"engine": trainer.engine.split()[0], "precision": precision_on(trainer.config, trainer.device),
+                "flip": trainer.augment.flip, "pad": trainer.augment.pad}  # fmt: skip
     return dataclasses.replace(settings, **resolved)
 
 
