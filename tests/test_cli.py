@@ -129,10 +129,10 @@ BAD = {
     ),
     "npz without keys": (lambda t, r, n: ["teach", "--data", bad_npz(t, train_labels=None)], "train_labels"),
     "float images": (
-        lambda t, r, n: ["teach", "--data", bad_npz(t, train_images=np.zeros((40, 8, 8, 3)))], "uint8",
+        lambda t, r, n: ["teach", "--data", bad_npz(t, train_images=np.full((40, 8, 8, 3), -0.5))], "pixels 0 to 255",
     ),
     "wrong shape": (
-        lambda t, r, n: ["teach", "--data", bad_npz(t, train_images=np.zeros((40, 8, 8), np.uint8))], r"\(N, H, W, C\)",
+        lambda t, r, n: ["teach", "--data", bad_npz(t, train_images=np.zeros((40, 64), np.uint8))], r"\(N, H, W, C\)",
     ),
     "folder of another run": (
         lambda t, r, n: ["teach", "--data", n, *SMALL, "--out", str(r / "teachers")], "not empty",

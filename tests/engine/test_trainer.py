@@ -42,9 +42,9 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path, settings):
 
 @pytest.mark.parametrize("engines", [("fused", "reference"), ("reference", "fused")], ids="-then-".join)
 def test_either_engine_continues_the_others_checkpoint(tmp_path, engines):
-    make(out=tmp_path / "whole", engine="reference", epochs=3).fit()
-    stopped(tmp_path / "run", 7, engine=engines[0], epochs=3)
-    resumed = make(out=tmp_path / "run", resume=True, engine=engines[1], epochs=3).fit()
+    make(out=tmp_path / "whole", engine="reference", epochs=3, flip=True).fit()
+    stopped(tmp_path / "run", 7, engine=engines[0], epochs=3, flip=True)
+    resumed = make(out=tmp_path / "run", resume=True, engine=engines[1], epochs=3, flip=True).fit()
     one, two = (load_file(tmp_path / f / "checkpoint.safetensors") for f in ("whole", "run"))
     assert one.keys() == two.keys()
     for name, value in one.items():
