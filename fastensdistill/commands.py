@@ -164,15 +164,14 @@ def evaluate(run: EvaluateRun) -> None:
     if run.out is not None:
         comparison.check_writable(run.out)
     asked, line = choose_data(run, origins(run.paths, run.unfinished))
-    data = asked.load()
-    notes = list(data.notes)
+    data, notes = asked.load(), list[str]()
     foreign = runs.Foreign(run.model, run.mean, run.std)
     candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
         candidates = runs.named([*candidates, runs.ensemble_of(candidates)])
     device = choose_device(run.device)
     found = comparison.compare(candidates, data, device)
-    say(line, notes)
+    say(line, [*data.notes, *notes])
     show([e.row for e in found], data)
     if run.out is not None:
         comparison.write(found, candidates, data, run.out, device, f"Evaluation on {data.name}", notes)

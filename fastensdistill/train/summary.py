@@ -45,7 +45,7 @@ def describe(trainer: Trainer) -> str:
         count = f"a student of {len(about.teachers)} teachers"
         lines |= _about_student(about)
     told_lines = [("", f"{trainer.title}: {count}{where}"), *lines.items()]
-    told_lines += [("note", note) for note in (*getattr(data, "notes", ()), *trainer.notes)]
+    told_lines += [("note", note) for note in (*data.notes, *trainer.notes)]
     return "\n".join(_line(label, text) for label, text in told_lines)
 
 
