@@ -107,6 +107,14 @@ def test_nothing_is_deleted_in_a_folder_that_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for out, words in ((tmp_path / "run", "run is a file"), (tmp_path / "run" / "inner", "cannot use .* Not a dir")):
+        with pytest.raises(InputError, match=words):
+            make(out=out, epochs=1).fit()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 @pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, number):
     def flock(*_):

@@ -210,3 +210,12 @@ def test_the_branches_accuracy_is_in_the_record(tmp_path):
     student = load_network(tmp_path / "student.safetensors")
     images = EvaluationSet(dataset().validation, "cpu")
     assert look["branch_accuracy"] == [accuracy(p, images.labels) for p in predict(student, images)]
+
+
+def test_a_student_far_below_its_teachers_is_warned_of(capsys):
+    trainer = make(epochs=1, learning_rate=1e-6)
+    trainer.quiet = False
+    trainer._about_teachers = {"teacher_accuracy": [1.0, 0.9]}
+    trainer.fit()
+    (line,) = [warning for warning in trainer.warnings if "its teachers have 95.0%" in warning]
+    assert f"warning: {line}\n" in capsys.readouterr().err

@@ -155,6 +155,16 @@ def test_a_log_says_something_while_a_step_takes_long(monkeypatch, capsys):
     assert re.fullmatch(r"teach: step 1/10, .* left", lines[0]), lines
 
 
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_with_colours_is_a_log(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "1")
+    shown = Progress("teach", 10)
+    with shown:
+        shown.at(1)
+        shown.log()
+    assert re.fullmatch(r"teach: step 1/10, \d+ s left\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_is_quiet(monkeypatch, capsys, quiet):
     monkeypatch.setattr(progress, "EVERY", 0.05)

@@ -52,9 +52,11 @@ class RunFolder:
             return False
         if resume and not (path / CONFIG).is_file():
             raise InputError(f"nothing to resume in {path}: no {CONFIG} there")
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file: expected a folder for the run")
         hint = ", or --resume the run in it" if (path / CONFIG).is_file() else ""
         occupied = InputError(f"{path} exists and is not empty: choose another --out{hint}")
-        if not resume and path.exists() and (not path.is_dir() or _contents(path)):
+        if not resume and path.exists() and _contents(path):
             # Not even a lock is left in a folder of someone else's
             raise self._in_use() if self._held_elsewhere() else occupied
         self._hold()
@@ -96,8 +98,8 @@ class RunFolder:
                     (self.path / EVENTS).rmdir()
         with contextlib.suppress(OSError):
             (self.path / LOCK).unlink(missing_ok=True)  # while it is held: whoever opened it looks again
-        if self.made and not _contents(self.path):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.made and not _contents(self.path):
                 self.path.rmdir()
         if self._lock is not None:
             os.close(self._lock)
@@ -106,8 +108,9 @@ class RunFolder:
     def _hold(self) -> None:
         assert self.path is not None
         try:
-            self.made = not self.path.exists()
+            existed = self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            self.made = not existed
             if fcntl is None:
                 return
             while self._lock is None:

@@ -93,7 +93,9 @@ class Progress:
         self.notes: Sequence[Piece] = ()
         self.besides: Callable[[], float] = lambda: 0.0  # seconds that what is not a step will take
         self.log_line: Callable[[], str] = self._log_line
-        interactive = self.console.is_terminal and not quiet
+        # FORCE_COLOR makes a terminal of any file in rich's eyes, but a log is no place for a line that moves
+        moving = self.console.is_terminal and not self.console.is_dumb_terminal
+        interactive = moving and not quiet and (console is not None or sys.stderr.isatty())
         self.logs = not interactive and not quiet
         self.live = Live(self, console=self.console, refresh_per_second=4, transient=transient) if interactive else None
         self.said = time.monotonic()
