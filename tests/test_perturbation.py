@@ -216,7 +216,8 @@ def test_teachers_stay_frozen_and_in_evaluation_mode():
     teachers = Teachers([tiny(), create_model("resnet", CLASSES, blocks=(1,), mean=(0.1,) * 3)])
     torch.nn.Sequential(teachers).train()
     assert not any(m.training for m in teachers.modules())
-    assert not any(p.requires_grad for p in teachers.parameters())
+    teachers(torch.rand(2, 3, SIZE, SIZE, requires_grad=True)).sum().backward()
+    assert all(p.grad is None for p in teachers.parameters())
     with pytest.raises(InputError, match="at least one"):
         Teachers([])
     with pytest.raises(InputError, match="teacher 0 returns 5 values per image; the data has 7 classes"):

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
+from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_parts
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture
 from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
-from fastensdistill.engine.reference import check_images, check_labels, check_parts, precision_on
+from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -162,6 +163,7 @@ class FusedStep(Capturing):
         self._rate = config.learning_rate
         self.networks: list[Network] = []
         self.images: Tensor | None = None
+        self.first = FirstBatch()
         self.loader: DeviceLoader | None = None
         if image_shape:
             self._adopt(image_shape)
@@ -179,6 +181,8 @@ class FusedStep(Capturing):
         if self.heads:
             self.heads.tie()
             self.heads.hold(self.master)
+        own = networks[-1]
+        self.classes = own.by_name[own.output].shape[0] // (self.heads.K if self.heads else 1)
         same_start(self.master.state())
         self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -302,6 +306,8 @@ class FusedStep(Capturing):
         if self.images is None:
             self._build(tuple(images.shape))
         self._check(tuple(images.shape))
+        self.first.see(images, labels, self.classes)
+        self.first.over = labels is not None
         assert self.images is not None
         self.images.copy_(images.permute(0, 2, 3, 1))
         if labels is not None:

@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
+from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_parts
 from fastensdistill.engine.parallel import average, processes, rank, same_start
 from fastensdistill.engine.statistics import part_momentum
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
+from fastensdistill.method.calls import call, dtype_of
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.perturbation import Perturbation, Perturbed
 from fastensdistill.method.student import Single, Student
 from fastensdistill.method.teachers import Teachers
@@ -49,6 +52,7 @@ class ReferenceStep:
             temperature=config.temperature, pick=self.pick, noise=self.noise,
         )  # fmt: skip
         self.optimizer = sgd(student, config)
+        self.dtype, self.first = dtype_of(student), FirstBatch()
         same_start(student.state_dict().values())
 
     def train_on(self, loader: DeviceLoader) -> dict[str, Tensor]:
@@ -59,15 +63,16 @@ class ReferenceStep:
         return self.distil(self.perturb(images), labels)
 
     def perturb(self, images: Tensor) -> Perturbed:
-        check_images(images)
+        check_images(images, self.dtype)
         check_parts(self.config, len(images))
+        self.first.see(images)
         with float32_products(self.config, self.device), autocast(self.config, self.device):
             return self.perturbation(images, self.teachers, self.student, self.num_classes, self.config.micro_batches)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""
         check_labels(labels, len(perturbed.images))
-        self.student.train()
+        set_mode(self.student, True)
         self.optimizer.zero_grad(set_to_none=True)
         n = self.config.micro_batches
         losses = []
@@ -76,6 +81,7 @@ class ReferenceStep:
                 losses.append(self._gradients(images, part, n))
         average_gradients(self.student)
         self.optimizer.step()
+        self.first.over = True
         loss, loss_kd, loss_ce = torch.stack(losses).mean(0)
         scalars = {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
         if perturbed.tdiv is not None:
@@ -120,6 +126,7 @@ class TeachStep:
         self.networks, self.config = list(networks), config
         self.device = next(self.networks[0].parameters()).device
         self.optimizers = [sgd(network, config) for network in self.networks]
+        self.dtype, self.first = dtype_of(self.networks[0]), FirstBatch()
         for network in self.networks:
             same_start(network.state_dict().values())
 
@@ -129,23 +136,31 @@ class TeachStep:
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         n, losses = self.config.micro_batches, []
-        for network, optimizer, (images, labels) in zip(self.networks, self.optimizers, batches, strict=True):
-            check_images(images)
+        if len(batches) != len(self.networks):
+            raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
+        for images, labels in batches:
+            check_images(images, self.dtype)
             check_labels(labels, len(images))
             check_parts(self.config, len(images))
-            network.train()
+        for m, (network, optimizer, (images, labels)) in enumerate(
+            zip(self.networks, self.optimizers, batches, strict=True)
+        ):
+            self.first.see(images)
+            set_mode(network, True)
             optimizer.zero_grad(set_to_none=True)
             with slower_statistics(network, n):
                 parts = zip(images.chunk(n), labels.chunk(n), strict=True)
-                found = [self._gradients(network, *part, n) for part in parts]
+                found = [self._gradients(m, *part, n) for part in parts]
             average_gradients(network)
             optimizer.step()
             losses.append(torch.stack(found).mean())
+        self.first.over = True
         return {"loss": torch.stack(losses)}
 
-    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor, parts: int) -> Tensor:
+    def _gradients(self, m: int, images: Tensor, labels: Tensor, parts: int) -> Tensor:
         with float32_products(self.config, self.device), autocast(self.config, self.device):
-            logits = network(images)
+            logits = call(self.networks[m], images, f"network {m}")
+        self.first.see(labels=labels, classes=logits.shape[-1])
         loss = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
         with float32_products(self.config, self.device):
             (loss / parts if parts > 1 else loss).backward()
@@ -214,29 +229,6 @@ def average_gradients(network: nn.Module) -> None:
         average(flat)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
-
-
-def check_images(images: Tensor) -> None:
-    """Raise InputError for what is no batch of images (B, channels, H, W) of floating type."""
-    if not isinstance(images, Tensor):
-        raise InputError(f"images are a {type(images).__name__}; expected a tensor (B, channels, H, W)")
-    if not images.is_floating_point() or images.ndim != 4:
-        what = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise InputError(f"images are {what}; expected floating values in [0, 1], (B, channels, H, W)")
-
-
-def check_labels(labels: Tensor, images: int) -> None:
-    """Raise InputError for what is not a label, int64, for each of so many images."""
-    if not isinstance(labels, Tensor):
-        raise InputError(f"labels are a {type(labels).__name__}; expected a tensor of int64")
-    if labels.dtype != torch.int64 or labels.shape != (images,):
-        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 ({images},)")
-
-
-def check_parts(config: TrainConfig, images: int) -> None:
-    """Raise InputError for a batch of so many images that do not fall into ``config.micro_batches`` equal parts."""
-    if images % config.micro_batches:
-        raise InputError(f"{images} images in micro_batches={config.micro_batches}: expected equal parts")
 
 
 @contextmanager

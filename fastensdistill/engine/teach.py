@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fastensdistill.config import TeachConfig
 from fastensdistill.data.loader import DeviceLoader
+from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_parts
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic, mean_of_parts
 from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
-from fastensdistill.engine.reference import check_images, check_labels, check_parts
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.network.nodes import Network
@@ -78,6 +78,7 @@ class FusedTeachStep(Capturing):
         self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)
         self.capture = capture and self.device.type == "cuda"
         self.images: Tensor | None = None
+        self.first = FirstBatch()
         self.loaders: list[DeviceLoader] = []
 
     @refusing("the fused engine")
@@ -127,6 +128,8 @@ class FusedTeachStep(Capturing):
         for images, labels in batches:
             check_images(images)
             check_labels(labels, len(images))
+            self.first.see(images, labels, self.network.by_name[self.network.output].shape[0])
+        self.first.over = True
         if self.images is None:
             self._build(tuple(batches[0][0].shape))
         self._follow()

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and gradients through a network but not into it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Training or evaluation mode; a program of ``torch.export`` has the one that it was exported in, for good."""
+    try:
+        module.train(training)
+    except NotImplementedError:
+        if training:
+            raise
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and every submodule's own mode back afterwards."""
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    set_mode(module, False)
     try:
         yield
     finally:
         for m, training in modes:
             m.training = training
+
+
+@contextmanager
+def without_weight_gradients(module: nn.Module) -> Iterator[None]:
+    """Inside, results depend on the input alone; afterwards every parameter has its own ``requires_grad`` back."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -21,6 +21,8 @@ from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.method.modes import evaluating
 
 PERTURBATIONS = ("none", "gaussian", "ods", "confods", "tdiv", "tdiv-sdiv")
+NEED_GRADIENT = ("ods", "confods", "tdiv", "tdiv-sdiv")
+"""Those that ascend the teachers' outputs."""
 Members = Callable[[Tensor, Sequence[int]], Tensor]
 
 

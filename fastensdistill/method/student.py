@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
+from fastensdistill.method.calls import call
 
 
 class RankOneLayer(nn.Module):
@@ -117,6 +118,9 @@ class Student(nn.Module):
         groups = self.parameter_groups(1.0)
         return sum((g["weight_decay"] * p.square().sum() for g in groups for p in g["params"]), torch.tensor(0.0)) / 2
 
+    def _named(self) -> str:
+        return f"the student's {type(self.module).__name__}"
+
     def _chosen(self, branches: Sequence[int] | None) -> tuple[int, ...]:
         chosen = tuple(range(self.branches)) if branches is None else tuple(branches)
         if not chosen or any(not 0 <= k < self.branches for k in chosen):
@@ -135,7 +139,7 @@ class Single(Student):
 
     def forward(self, x: Tensor, branches: Sequence[int] | None = None) -> Tensor:
         self._chosen(branches)
-        return self.module(x).unsqueeze(0)
+        return call(self.module, x, self._named()).unsqueeze(0)
 
     def deployed(self) -> nn.Module:
         return self.module
@@ -168,7 +172,12 @@ class BatchEnsemble(Student):
         chosen = self._chosen(branches)
         for layer in self.layers():
             layer.active = chosen
-        logits = self.module(torch.cat([x] * len(chosen)) if len(chosen) > 1 else x)
+        logits = call(self.module, torch.cat([x] * len(chosen)) if len(chosen) > 1 else x, self._named())
+        if len(logits) != len(chosen) * len(x):
+            raise InputError(
+                f"{self._named()} returned {tuple(logits.shape)} for {len(chosen)} branches of {len(x)} images; "
+                "expected a row for each"
+            )
         return logits.unflatten(0, (len(chosen), len(x)))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
@@ -222,7 +231,11 @@ class LatentBE(BatchEnsemble):
 
 
 class MultiHead(nn.Module):
-    """K copies of a linear layer, applied to the same features: (B, Cin) → (K, B, Cout)."""
+    """K copies of a linear layer, applied to the same features: (B, Cin) → (K·B, Cout).
+
+    Stacked along the batch, so that what follows in the network (a log-softmax over dimension 1) is done to each head's
+    logits as it is to the wrapped network's.
+    """
 
     active: tuple[int, ...]
 
@@ -237,7 +250,7 @@ class MultiHead(nn.Module):
         self.active = tuple(range(branches))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.heads[k](x) for k in self.active])
+        return torch.cat([self.heads[k](x) for k in self.active])
 
 
 class Hydra(Student):
@@ -268,13 +281,13 @@ class Hydra(Student):
         for m in self.module.modules():
             if isinstance(m, MultiHead):
                 m.active = chosen
-        logits = self.module(x)
-        if logits.ndim != 3 or logits.shape[:2] != (len(chosen), len(x)):
+        logits = call(self.module, x, self._named())
+        if logits.ndim != 2 or len(logits) != len(chosen) * len(x):
             raise InputError(
                 f"hydra: {type(self.module).__name__} returned {tuple(logits.shape)}, expected "
-                f"({len(chosen)}, {len(x)}, classes); its last Linear layer must be the end of the network"
+                f"({len(chosen) * len(x)}, classes); its last Linear layer must be the end of the network"
             )
-        return logits
+        return logits.unflatten(0, (len(chosen), len(x)))
 
 
 STUDENTS: dict[str, Callable[[nn.Module, int], Student]] = {

@@ -3,26 +3,119 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastensdistill.config import TrainConfig
+from fastensdistill.config import DistillConfig, TrainConfig
+from fastensdistill.data.augment import Augment
+from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
-from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.method.calls import dtype_of, habits_of, unwrapped
+from fastensdistill.method.inspection import check_network, check_values
+from fastensdistill.method.perturbation import NEED_GRADIENT
+from fastensdistill.method.student import Student
+from fastensdistill.method.teachers import Teachers, check_distinct
 
 Placed = TypeVar("Placed", bound=nn.Module)
 
 
 def place(network: Placed, device: torch.device) -> Placed:
-    """On the device, weights stored channels last, which is how the batches come."""
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """On the device, weights stored channels last, which is how the batches come, unless it was seen not to bear it."""
+    network = network.to(device)
+    if any(habits.contiguous for habits in habits_of(network)):
+        return network
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_arguments(data: Any, out: Any, augment: Any) -> None:
+    """Raise InputError for what a trainer cannot use as such."""
+    if not isinstance(data, Dataset):
+        raise InputError(
+            f"data is a {type(data).__name__}; expected a Dataset, or the name or path of one: an .npz of arrays, or a "
+            "folder of class folders"
+        )
+    if not isinstance(out, str | os.PathLike | None):
+        raise InputError(f"out is a {type(out).__name__}; expected the path of a folder, or None")
+    if not isinstance(augment, Augment | None):
+        raise InputError(f"augment is a {type(augment).__name__}; expected an Augment, or None for what suits the data")
+
+
+def ready_student(
+    student: Any, config: DistillConfig, device: torch.device, shape: ImageShape, classes: int
+) -> tuple[Student, list[str]]:
+    """The student on the device, and what to say of it. Raises InputError for one that cannot be trained."""
+    if not isinstance(student, Student):
+        about = f"student is {named(student)}"
+        if isinstance(student, Teachers | list | tuple):
+            raise InputError(f"{about}; expected DistillTrainer(student, teachers, ...), in this order")
+        raise InputError(f"{about}; expected a network that is wrapped: LatentBE(network, branches=4)")
+    ascended = config.perturbation if config.perturbation == "tdiv-sdiv" else ""
+    expected = [student.branches, classes]
+    notes = check_network(student, "student", shape, expected, device, trained=True, ascended=ascended)
+    return place(student, device), notes
+
+
+def ready_teachers(
+    teachers: Any, config: DistillConfig, device: torch.device, shape: ImageShape, classes: int
+) -> tuple[Teachers, list[str]]:
+    """Copies of the teachers in float32 on the device, and what to say of them. InputError for any that do not fit."""
+    if isinstance(teachers, Student):
+        raise InputError(f"teachers are {named(teachers)}; expected DistillTrainer(student, teachers, ...), "
+                         "in this order")  # fmt: skip
+    own, notes = Teachers(teachers), []
+    ascended = config.perturbation if config.perturbation in NEED_GRADIENT else ""
+    for i, network in enumerate(own.networks):
+        name = f"teacher {i}"
+        check_values(network, name)
+        dtype = dtype_of(network)
+        if dtype != torch.float32:
+            network.float()
+            notes.append(f"{name} ({type(network).__name__}) is of {dtype}: a copy of it in torch.float32 is used")
+        notes += check_network(network, name, shape, [classes], device, ascended=ascended)
+        place(network, device)
+    return own, notes
+
+
+def ready_networks(
+    networks: Sequence[nn.Module], device: torch.device, shape: ImageShape, classes: int
+) -> tuple[list[nn.Module], list[str]]:
+    """Networks that are to become teachers on the device, and what to say of them."""
+    given, notes = [unwrapped(network) for network in networks], []
+    check_distinct(given, "teachers", equal=False)
+    for i, network in enumerate(given):
+        notes += check_network(network, f"teacher {i}", shape, [classes], device, trained=True)
+    return [place(network, device) for network in given], notes
+
+
+def listed_networks(networks: Any) -> list[nn.Module]:
+    """The networks that a trainer of teachers was given. Raises InputError for what are none."""
+    if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList | nn.ModuleDict):
+        raise InputError(f"networks are {named(networks)}; expected a sequence of networks, such as [network]")
+    if isinstance(networks, str) or not isinstance(networks, Iterable):
+        raise InputError(f"networks are {named(networks)}; expected a sequence of nn.Module")
+    given = list(networks.values() if isinstance(networks, Mapping | nn.ModuleDict) else networks)
+    for i, network in enumerate(given):
+        if not isinstance(network, nn.Module) or isinstance(network, Student | Teachers):
+            raise InputError(f"network {i} is {named(network)}; expected an nn.Module that returns logits")
+    if not given:
+        raise InputError("no networks given; expected at least one")
+    return given
+
+
+def named(value: Any) -> str:
+    """What an argument is, for an error: the name 'resnet18', the class Net, a list."""
+    if isinstance(value, str | Path):
+        return f"the name {str(value)!r}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def check_shares(config: TrainConfig) -> None:

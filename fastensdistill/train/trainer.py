@@ -8,7 +8,7 @@ writes and prints.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,17 @@ from fastensdistill.train.folder import RunFolder
 from fastensdistill.train.keeping import Keeper, Score
 from fastensdistill.train.record import DivergedError, Recorder, tensorboard_writer
 from fastensdistill.train.schedule import Schedule, is_validation_epoch, make_schedule
-from fastensdistill.train.setup import check_shares, check_statistics, choose_device, enough_values, place
+from fastensdistill.train.setup import (
+    check_arguments,
+    check_shares,
+    check_statistics,
+    choose_device,
+    enough_values,
+    listed_networks,
+    ready_networks,
+    ready_student,
+    ready_teachers,
+)
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.train.threads import thread_hint
 from fastensdistill.weights import save_network
@@ -80,8 +90,7 @@ class Trainer:
             parallel.check_device(self.device)
             check_shares(config)
             self.data = load_dataset(data) if isinstance(data, str | Path) else data
-            if not isinstance(self.data, Dataset):
-                raise InputError(f"data is a {type(data).__name__}; expected a Dataset, or the name or path of one")
+            check_arguments(self.data, out, augment)
             self.data = for_networks(self.data, networks)
             self.augment = choose_augment(self.data, config.flip, config.pad, augment)
         self.config = config = replace(config, flip=self.augment.flip, pad=self.augment.pad)
@@ -345,6 +354,19 @@ class DistillTrainer(Trainer):
     ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network
     that the last step left.
     ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
+
+    Args:
+        student: a network that is wrapped, ``LatentBE(network, branches=4)``. It is trained and moved to the device;
+            ``Single(network)`` trains ``network`` itself, the others a copy.
+        teachers: a sequence of networks, or ``Teachers``. The run has copies of its own; these stay as they are.
+        data: a :class:`Dataset`, or the name or path of one, as ``load_dataset`` takes it.
+        config: the recipe; its defaults are the paper's.
+        out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
+        resume: continue the run in ``out`` from its checkpoint, bit for bit.
+        augment: crops and flips of the training images; None is what suits the data.
+        tensorboard: also write TensorBoard events to ``out`` (needs the extra).
+        quiet: print nothing on stderr.
+
     Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
     """
 
@@ -354,19 +376,20 @@ class DistillTrainer(Trainer):
                  config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
                  augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         config = _checked(config or DistillConfig(), DistillConfig)
+        teachers = list(teachers) if isinstance(teachers, Iterator) else teachers
         given = [student, *(teachers if isinstance(teachers, Sequence) else [teachers])]
         super().__init__(config, data, out, resume, augment, tensorboard, quiet, given)
         config = _checked(self.config, DistillConfig)
         shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
         with parallel.together():
-            if not isinstance(student, Student):
-                raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
-            if config.branches not in (None, student.branches):
-                raise InputError(f"branches={config.branches} for a student of {student.branches}: expected the same")
-            teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
-            self.student, self.teachers = place(student, self.device), place(teachers, self.device)
-            self.teachers.check(shape, classes)
-            Teachers.check_output(self.student, "student", shape, (student.branches, 1, classes))
+            # The teachers first: copies of what they are before a student that shares with them is trained
+            self.teachers, about = ready_teachers(teachers, config, self.device, shape, classes)
+            self.student, notes = ready_student(student, config, self.device, shape, classes)
+            if config.branches not in (None, self.student.branches):
+                raise InputError(
+                    f"branches={config.branches} for a student of {self.student.branches}: expected the same"
+                )
+        self.warn(about + notes)
         self.networks = {"student": self.student}
         self.seeds = [config.seed]
         with parallel.together():
@@ -374,7 +397,7 @@ class DistillTrainer(Trainer):
             check_statistics(config, self.distil, self.engine)
         self.step = self.distil
         self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
-        self.saved_config = replace(config, student=student.kind, branches=student.branches)
+        self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
         self._about_teachers: dict[str, Any] = {}
 
     def train_step(self) -> dict[str, Tensor]:
@@ -438,18 +461,17 @@ class TeachTrainer(Trainer):
     def __init__(self, networks: Sequence[nn.Module], data: Dataset | str | Path, config: TeachConfig | None = None, *,
                  out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
                  tensorboard: bool = False, quiet: bool = False):  # fmt: skip
+        networks = listed_networks(networks)
         config = _checked(config or TeachConfig(members=len(networks)), TeachConfig)
         super().__init__(config, data, out, resume, augment, tensorboard, quiet, networks)
         config = _checked(self.config, TeachConfig)
         shape = (self.data.channels, *self.data.image_size)
-        self.networks = {}
         with parallel.together():
             if len(networks) != config.members:
                 raise InputError(f"{len(networks)} networks for members={config.members}: expected as many")
-            for i, network in enumerate(networks):
-                network = place(network, self.device)
-                Teachers.check_output(network, f"teacher {i}", shape, (1, self.data.num_classes))
-                self.networks[f"teacher-{i}"] = network
+            placed, notes = ready_networks(networks, self.device, shape, self.data.num_classes)
+        self.networks = {f"teacher-{i}": network for i, network in enumerate(placed)}
+        self.warn(notes)
         self.seeds = [config.seed + i for i in range(config.members)]
         with parallel.together():
             self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)

@@ -239,8 +239,9 @@ def test_equal_teachers_and_equal_branches_leave_the_images_as_they_are():
         for layer in student.layers():
             layer.delta_r.zero_()
             layer.delta_s.zero_()
-    same = network(10)
-    step = FusedStep(student, Teachers([same, copy.deepcopy(same)]), config)
+    teachers = Teachers([network(10), network(11)])
+    teachers.networks[1].load_state_dict(teachers.networks[0].state_dict())  # given as such they would be refused
+    step = FusedStep(student, teachers, config)
     images, _ = batch(0)
     assert torch.equal(step.perturb(images).images, images)
 

@@ -1,0 +1,84 @@
+"""What a training step checks of a batch: shapes and dtypes always, values at the first batch.
+
+Values are on the device, and looking at them waits for it; a step does not, but for its first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastensdistill.config import TrainConfig
+from fastensdistill.errors import InputError
+
+SLACK = 1e-3  # beyond [0, 1] that rounding may leave
+CHANNELS = (1, 3, 4)  # that a batch stored as (B, H, W, channels) would have
+
+
+def check_images(images: Any, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError for what is no batch of images (B, channels, H, W) of floating type, or of another ``dtype``."""
+    if not isinstance(images, Tensor):
+        raise InputError(f"images are a {type(images).__name__}; expected a tensor (B, channels, H, W)")
+    what, wanted = f"{images.dtype} of shape {tuple(images.shape)}", "floating values in [0, 1], (B, channels, H, W)"
+    if not images.is_floating_point() or images.ndim != 4:
+        hint = ": images / 255" if images.dtype == torch.uint8 else ""
+        hint = ": one image is images[None]" if images.ndim == 3 and images.is_floating_point() else hint
+        raise InputError(f"images are {what}; expected {wanted}{hint}")
+    _, channels, height, width = images.shape
+    if width in CHANNELS and channels not in CHANNELS and height > width:
+        raise InputError(f"images are {what}; expected {wanted}: images.permute(0, 3, 1, 2)")
+    if dtype is not None and images.dtype != dtype:
+        raise InputError(f"images are {what}; expected {dtype}, as the network is")
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise InputError for values outside [0, 1]. Waits for the device."""
+    low, high = (float(value) for value in images.detach().float().aminmax())
+    if low >= -SLACK and high <= 1 + SLACK:
+        return
+    if low != low or abs(low) == float("inf") or abs(high) == float("inf"):
+        raise InputError("images hold values that are NaN or infinite; expected pixels in [0, 1]")
+    hint = "the network normalises them itself" if low < -SLACK else "divide them by 255" if high > 2 else "clamp them"
+    raise InputError(f"images hold values from {low:.4g} to {high:.4g}; expected pixels in [0, 1]: {hint}")
+
+
+def check_labels(labels: Any, images: int) -> None:
+    """Raise InputError for what is not a label, int64, for each of so many images."""
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels are a {type(labels).__name__}; expected a tensor of int64")
+    if labels.dtype != torch.int64 or labels.shape != (images,):
+        hint = ": labels.argmax(1)" if labels.ndim == 2 and labels.shape[0] == images and labels.shape[1] > 1 else ""
+        hint = ": labels.long()" if labels.shape == (images,) and not labels.is_floating_point() else hint
+        raise InputError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 ({images},){hint}"
+        )
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise InputError for labels outside 0..``classes`` − 1. Waits for the device."""
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise InputError(f"labels hold {low if low < 0 else high}; expected classes from 0 to {classes - 1}")
+
+
+def check_parts(config: TrainConfig, images: int) -> None:
+    """Raise InputError for a batch of so many images that do not fall into ``config.micro_batches`` equal parts."""
+    if images % config.micro_batches:
+        raise InputError(f"{images} images in micro_batches={config.micro_batches}: expected equal parts")
+    if not images:
+        raise InputError("a batch of no images; expected at least one")
+
+
+class FirstBatch:
+    """Looks at values until a step sets ``over``, which each does at the end of its first batch."""
+
+    over = False
+
+    def see(self, images: Tensor | None = None, labels: Tensor | None = None, classes: int = 0) -> None:
+        """Raise InputError for ``images`` outside [0, 1] and for ``labels`` of other than so many ``classes``."""
+        if not self.over and images is not None and not images.is_meta:
+            check_pixels(images)
+        if not self.over and labels is not None and not labels.is_meta:
+            check_classes(labels, classes)
