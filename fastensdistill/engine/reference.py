@@ -71,7 +71,9 @@ class ReferenceStep:
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         """The update on images that are perturbed already; teachers and student see only those."""
+        check_images(perturbed.images, self.dtype)
         check_labels(labels, len(perturbed.images))
+        self.first.see(labels=labels, classes=self.num_classes)
         set_mode(self.student, True)
         self.optimizer.zero_grad(set_to_none=True)
         n = self.config.micro_batches

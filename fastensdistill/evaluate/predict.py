@@ -14,7 +14,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.method.calls import call, device_of, not_about_images, refused, unwrapped
 from fastensdistill.method.inspection import check_values
 from fastensdistill.method.modes import evaluating
-from fastensdistill.method.outputs import check_logits
+from fastensdistill.method.outputs import check_logits, in_unit_interval
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.progress import advance
@@ -40,6 +40,9 @@ def predict(network: nn.Module, images: EvaluationSet | Split | Tensor, batch_si
             logits = _logits(network, batch)
             if i == 0:
                 check_logits(logits, type(network).__name__)
+                if in_unit_interval(logits):  # a sigmoid's? The graph says
+                    with torch.enable_grad():
+                        check_logits(_logits(network, batch[:2]), type(network).__name__)
             parts.append(logits.float().softmax(-1))
             advance(len(batch))
     return torch.cat(parts, dim=1)

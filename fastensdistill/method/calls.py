@@ -70,6 +70,7 @@ def _first(network: nn.Module, images: Tensor, name: str) -> Any:
     habits = Habits(contiguous=any(known.contiguous for known in _HABITS.get(network, {}).values()))
     images = contiguous(images) if habits.contiguous else images
     x = images.clone()
+    before = _version(x)
     try:
         output = network(x)
     except Exception as error:
@@ -78,11 +79,13 @@ def _first(network: nn.Module, images: Tensor, name: str) -> Any:
         if network.training or _in_order(images):
             raise refused(name, network, images, error) from error
         habits.contiguous, x = True, contiguous(images)
+        before = _version(x)
         try:
             output = network(x)
         except Exception:
             raise refused(name, network, images, error) from error
-    habits.writes = not torch.equal(x.detach(), images.detach())
+    # Values too: a write to x.data moves no version, and a ReLU no values where there is nothing below zero
+    habits.writes = _version(x) != before or not torch.equal(x.detach(), images.detach())
     habits.auxiliary = network.training and alike(output) > 1
     _HABITS.setdefault(network, {})[network.training] = habits
     return output

@@ -28,7 +28,7 @@ from fastensdistill.method.calls import (
 from fastensdistill.method.modes import evaluating, set_mode, without_weight_gradients
 from fastensdistill.method.outputs import check_logits
 
-IMAGES = 4
+IMAGES = 5
 ImageShape = tuple[int, int, int]
 
 
@@ -47,12 +47,19 @@ def check_output(network: nn.Module, name: str, image_shape: ImageShape, expecte
 
 def check_values(network: nn.Module, name: str) -> None:
     """Raise InputError for parameters that have no values yet: on the meta device, or of lazy layers."""
+    check_shapes(network, name)
     about = f"{name} ({type(network).__name__})"
     for key, p in [*network.named_parameters(), *network.named_buffers()]:
-        if is_lazy(p):
-            raise InputError(f"{about} has a lazy layer, {key!r} has no shape; expected a network that saw an image")
         if p.is_meta:
             raise InputError(f"{about} has {key!r} on the meta device, without values; expected it on a CPU or a GPU")
+
+
+def check_shapes(network: nn.Module, name: str) -> None:
+    """Raise InputError for parameters of lazy layers."""
+    for key, p in [*network.named_parameters(), *network.named_buffers()]:
+        if is_lazy(p):
+            about = f"{name} ({type(network).__name__})"
+            raise InputError(f"{about} has a lazy layer, {key!r} has no shape; expected a network that saw an image")
 
 
 def check_network(
@@ -170,10 +177,15 @@ def _noise(network: nn.Module, shape: ImageShape) -> Tensor:
 
 def copied(network: nn.Module, name: str) -> nn.Module:
     """A copy that shares nothing with ``network``. Raises InputError where there can be none."""
+    check_shapes(network, name)
     try:
-        return copy.deepcopy(network)
+        with torch.no_grad():  # a script module's copy would be part of a graph
+            made = copy.deepcopy(network)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"{name} ({type(network).__name__}) cannot be copied: {type(error).__name__}: {first}"
         ) from error
+    for own, given in zip(made.parameters(), network.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
+    return made

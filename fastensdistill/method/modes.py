@@ -32,7 +32,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_weight_gradients(module: nn.Module) -> Iterator[None]:
     """Inside, results depend on the input alone; afterwards every parameter has its own ``requires_grad`` back."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
     for p in trained:
         p.requires_grad_(False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,9 +77,21 @@ def check_logits(logits: Tensor, name: str) -> None:
             kind = "probabilities (each image's sum to one)"
         elif several and sums_to_one(z, -2):
             kind = "probabilities over the images of a batch (a softmax over the wrong dimension)"
-        elif type(logits.grad_fn).__name__.startswith("Sigmoid"):
+        elif _made_by(logits).startswith("Sigmoid"):
             kind = "probabilities of a sigmoid"
     elif several and float(z.max()) <= tolerance and sums_to_one(z.exp(), -2) and not sums_to_one(z.exp(), -1):
         kind = "log-probabilities over the images of a batch (a softmax over the wrong dimension)"
     if kind:
         raise InputError(f"{name} returns {kind}; expected logits: take off what ends it, or return its logarithm")
+
+
+def in_unit_interval(logits: Tensor) -> bool:
+    return float(logits.min()) >= 0 and float(logits.max()) <= 1
+
+
+def _made_by(logits: Tensor) -> str:
+    """The name of the last operation in the graph that does more than to arrange values; "" without a graph."""
+    node = logits.grad_fn
+    while node is not None and re.match(r"(Unsafe)?(View|Squeeze|Unsqueeze|Reshape|Clone|ToCopy|Cat)", node.name()):
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name()
