@@ -439,7 +439,7 @@ def test_what_is_no_teachers_is_refused(make, words):
 
 ARGUMENTS = {
     "a name": (lambda: DistillTrainer("latent-be", [Net()], dataset(16)), "student is the name 'latent-be'"),
-    "no student": (lambda: DistillTrainer(Net(), [Net()], dataset(16)), "student is a Net; expected.*LatentBE"),
+    "no student": (lambda: DistillTrainer(Net(), [Net()], dataset(16)), "student is a Net; wrap it: LatentBE"),
     "swapped": (lambda: DistillTrainer([Net()], Single(Net()), dataset(16)), "in this order"),
     "swapped Teachers": (lambda: DistillTrainer(Teachers([Net()]), Single(Net()), dataset(16)), "in this order"),
     "a dictionary": (lambda: DistillTrainer(Single(Net()), [Net()], dataset(16), {"epochs": 1}), "DistillConfig"),

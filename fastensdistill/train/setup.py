@@ -57,7 +57,7 @@ def ready_student(
         about = f"student is {named(student)}"
         if isinstance(student, Teachers | list | tuple):
             raise InputError(f"{about}; expected DistillTrainer(student, teachers, ...), in this order")
-        raise InputError(f"{about}; expected a network that is wrapped: LatentBE(network, branches=4)")
+        raise InputError(f"{about}; wrap it: LatentBE(network, branches=4)")
     ascended = config.perturbation if config.perturbation == "tdiv-sdiv" else ""
     expected = [student.branches, classes]
     notes = check_network(student, "student", shape, expected, device, trained=True, ascended=ascended)
