@@ -75,7 +75,7 @@ def check_network(
     check_values(network, name)
     about = f"{name} ({type(network).__name__})"
     if trained and not any(p.requires_grad for p in network.parameters()):
-        raise InputError(f"{about} has no parameter that requires a gradient; expected at least one to train")
+        raise InputError(f"{about} requires no gradients for any parameter; expected some to be trained")
     if trained and dtype_of(network) != torch.float32:
         raise InputError(f"{about} is of {dtype_of(network)}; expected torch.float32, network.float(), to train it")
     tried = copied(network, name).to(device)
