@@ -13,6 +13,7 @@ import pickle
 import sys
 import types
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def check_loaded(path, expected, model=None):
 
 def prefixed(prefix, state):
     return {prefix + name: value for name, value in state.items()}
+
+
+class Checkpoint(NamedTuple):
+    model: dict
+    epoch: int
 
 
 class Colour(enum.Enum):
@@ -110,6 +116,10 @@ NESTS = {
     "counters": lambda s: s | {"total_ops": torch.zeros(1), "conv.total_params": torch.ones(1), "n": torch.tensor(3)},
     "criterion": lambda s: {"state_dict": prefixed("model.", s) | {"criterion.weight": torch.ones(4)}},
     "criterion-beside": lambda s: s | {"criterion.weight": torch.ones(4), "train_acc.total": torch.ones(1)},
+    "an-averages-own": lambda s: {"ema": prefixed("module.", s) | {"decay": torch.tensor(0.9), "n": torch.tensor(3)}},
+    "named-tuple": lambda s: Checkpoint(s, 3),
+    "names-in-bytes": lambda s: {k.encode(): v for k, v in s.items()},
+    "half-with-the-counters": lambda s: {k: v.half().float() if "num" not in k else v.half() for k, v in s.items()},
     "no-counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     "plain-beside-the-average": lambda s: {"model": s, "model_ema": {k: v * 0 for k, v in s.items()}},
     "average-first": lambda s: {"ema_state_dict": {k: v * 0 for k, v in s.items()}, "state_dict": s},
@@ -120,7 +130,7 @@ NESTS = {
 
 @pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
 def test_weights_are_found_in_any_nest_and_under_any_prefix(nest, tmp_path):
-    net = network()
+    net = network().half().float()
     content = nest(net.state_dict())
     torch.save(content, tmp_path / "t.ckpt")
     loaded = load_network(tmp_path / "t.ckpt", Small())
@@ -417,7 +427,7 @@ def misfit(net, how):
     if how == "shape":
         return state | {"conv.weight": torch.ones(6, 3, 5, 5)}, r"conv.weight has shape \(6, 3, 5, 5\)"
     if how == "other-names":
-        return {"layer.w": torch.ones(2)}, "of its 8 tensors 8 are missing"
+        return {"layer.w": torch.ones(2)}, "none of its 8 tensors, such as 'bn.bias'; it has 'state_dict.layer.w'"
     if how == "integers":
         return state | {"fc.weight": torch.ones(4, 6, dtype=torch.int8)}, "'fc.weight' is torch.int8, expected"
     if how == "quantised":

@@ -39,7 +39,7 @@ def fill(network: nn.Module, found: Mapping[str, Entry], path: str | Path, name:
     choose(m, path)
     values = {}
     for k, entry in m.entries.items():
-        values[k] = _converted(entry.leaf.read(), state[k], k, path)
+        values[k] = _converted(entry.leaf.read(), state[k], k.removeprefix(m.outer), path)
     allocate(network, set(values), path, name)
     try:
         network.load_state_dict(values, strict=False)
@@ -56,7 +56,9 @@ def find(network: nn.Module, found: Mapping[str, Entry], wanted: Mapping[str, Sh
         first = "network" if isinstance(network, Normalized) else firsts.pop()
         inner = {k.removeprefix(f"{first}."): v for k, v in wanted.items() if k.startswith(f"{first}.")}
         other = match(found, inner, [k.removeprefix(f"{first}.") for k in optional])
+        best.outer = f"{first}." if isinstance(network, Normalized) else ""
         if other.fitting > best.fitting:
+            other.outer = f"{first}."
             outer = {f"{first}.{k}": e for k, e in other.entries.items()}
             for m in other.others:
                 m.entries = {f"{first}.{k}": e for k, e in m.entries.items()}
@@ -70,8 +72,13 @@ def check(m: Match, wanted: Mapping[str, Shape], path: str | Path, name: str) ->
     optional = {k for k in wanted if k.startswith("normalize.") or counts(k)}
     missing = sorted(set(wanted) - set(m.entries) - optional)
     needed = len(set(wanted) - optional)
+    if not m.entries:
+        raise InputError(
+            f"{path} does not fit {name}: it holds none of its {needed} tensors, such as "
+            f"{missing[0].removeprefix(m.outer)!r}; it has {', '.join(map(repr, m.held))}"
+        )
     if missing or m.extra:
-        example = (missing or sorted(m.extra))[0]
+        example = missing[0].removeprefix(m.outer) if missing else sorted(m.extra)[0]
         example = example.removeprefix(f"{m.where}.") if m.where else example
         kind = "is missing" if missing else "is unknown"
         raise InputError(
@@ -80,7 +87,8 @@ def check(m: Match, wanted: Mapping[str, Shape], path: str | Path, name: str) ->
         )
     for k, entry in m.entries.items():
         if entry.leaf.problem:
-            raise InputError(f"{path} cannot be used: {k!r} is {entry.leaf.problem}; expected an ordinary tensor")
+            shown = k.removeprefix(m.outer)
+            raise InputError(f"{path} cannot be used: {shown!r} is {entry.leaf.problem}; expected an ordinary tensor")
     wrong = [k for k, e in m.entries.items() if wanted[k] not in (None, e.leaf.shape) and not counts(k)]
     if wrong:
         k = wrong[0]
@@ -88,7 +96,8 @@ def check(m: Match, wanted: Mapping[str, Shape], path: str | Path, name: str) ->
         one_layer = len({w.rpartition(".")[0] for w in wrong}) == 1
         classes = one_layer and has and expected and has[1:] == expected[1:]
         hint = f" (it has {has[0]} classes, not {expected[0]})" if classes else ""
-        raise InputError(f"{path} does not fit {name}: {k} has shape {has}, expected {expected}{hint}")
+        shown = k.removeprefix(m.outer)
+        raise InputError(f"{path} does not fit {name}: {shown} has shape {has}, expected {expected}{hint}")
 
 
 def choose(m: Match, path: str | Path) -> None:
@@ -137,12 +146,14 @@ def _overlaps(t: Tensor) -> bool:
 
 def _converted(value: Tensor, target: Tensor, k: str, path: str | Path) -> Tensor:
     """``value`` in the dtype of ``target``."""
+    if value.shape != target.shape and value.numel() == target.numel() == 1:  # a counter as NumPy stores it
+        value = value.reshape(target.shape)
+    if counts(k):  # scripts that cast every tensor cast these too
+        return value.to(target.dtype)
     if value.is_floating_point() != target.is_floating_point() or value.is_complex() != target.is_complex():
         raise InputError(f"{path} cannot be used: {k!r} is {value.dtype}, expected {target.dtype}")
     if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
         raise InputError(f"{path} holds values that are not finite, in {k!r}")
-    if value.shape != target.shape and value.numel() == target.numel() == 1:  # a counter as NumPy stores it
-        value = value.reshape(target.shape)
     if value.dtype == target.dtype:
         return value
     converted = value.to(target.dtype)

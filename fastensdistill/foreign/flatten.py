@@ -34,7 +34,8 @@ class _Walk:
 
     def visit(self, node: Any, path: tuple[str, ...], home: str | None, depth: int = 0) -> None:
         if isinstance(node, Leaf):
-            self.found.setdefault(".".join(path), Entry(node, home or ""))
+            if path:
+                self.found.setdefault(".".join(path), Entry(node, home or ""))
             return
         if id(node) in self.above or depth > DEEPEST or len(self.found) > MANY:
             return
@@ -51,7 +52,7 @@ class _Walk:
 def children(node: Any) -> Iterator[tuple[str, Any]]:
     """What stands below ``node``, each under its key."""
     if isinstance(node, dict):
-        yield from ((str(k), v) for k, v in node.items())
+        yield from ((k.decode("latin1") if isinstance(k, bytes) else str(k), v) for k, v in node.items())
     elif isinstance(node, list | tuple):
         yield from ((str(i), v) for i, v in enumerate(node))
     elif isinstance(node, Stub):

@@ -19,7 +19,7 @@ WRAPPERS = {
 COPIES = re.compile(r"ema|avg|average|swa|shadow|teacher|momentum|target|best|last|old|init|backup|grad|exp_|copy|buf")
 # What stands beside weights and is none: counters, and what tools and training modules register
 COUNTERS = re.compile(
-    r"(^|\.)(num_batches_tracked|total_ops|total_params|n_averaged|relative_position_index|attn_mask|_extra_state)$"
+    r"(^|\.)(num_batches_tracked|total_ops|total_params|n_averaged|decay|ema_decay|num_updates|relative_position_index|attn_mask|_extra_state)$"
 )
 BESIDE = re.compile(
     r"^(criterion|loss\w*|\w+_loss|metrics?|\w+_(metrics?|acc|accuracy|auroc|f1)|acc|accuracy|optim\w*|\w*scheduler)(\.|$)"
@@ -31,15 +31,18 @@ Shape = tuple[int, ...] | None  # None: any
 class Match:
     """The entries of a file that fit a network's names, under the prefix ``where``.
 
-    ``extra`` are further names beside them; ``alternatives`` the prefixes under which as much fits.
+    ``extra`` are further names beside them; ``others`` the matches under other prefixes, of which as much fits;
+    ``held`` the first names of the file where nothing fits. ``outer`` is what the network's own names begin with that
+    the file's lack.
     """
 
     where: str = ""
     entries: dict[str, Entry] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     fitting: int = 0
-    alternatives: list[str] = field(default_factory=list)
     others: list[Match] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    outer: str = ""
 
 
 def match(found: Mapping[str, Entry], wanted: Mapping[str, Shape], optional: Iterable[str] = ()) -> Match:
@@ -62,14 +65,13 @@ def match(found: Mapping[str, Entry], wanted: Mapping[str, Shape], optional: Ite
                 if tail == names[name] or names[name] not in heads[head]:
                     heads[head][names[name]] = path
     if not heads:
-        return Match()
+        return Match(held=list(found)[:3])
     ranked = {head: _score(found, paths, wanted, passed) for head, paths in heads.items()}
     best = max(ranked.values())
     tied = sorted((h for h in heads if ranked[h] == best), key=lambda h: (bool(COPIES.search(h.lower())), len(h), h))
     matches = [_made(found, head, heads, best[0]) for head in tied]
-    first = matches[0]
-    first.others, first.alternatives = matches[1:], tied[1:]
-    return first
+    matches[0].others = matches[1:]
+    return matches[0]
 
 
 def plain_ones(names: Iterable[str]) -> list[str]:
