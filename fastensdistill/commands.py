@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name, check_model_name
+from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name
 from fastensdistill.errors import InputError
 from fastensdistill.export import FORMATS
+from fastensdistill.models import check_name
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.settings import Settings, setting
 
@@ -24,11 +25,11 @@ class EvaluateRun(DataConfig):
     """Files and run folders. Runs that differ only in their seed share a row."""
     out: Path | None = None
     """Folder for results.json, report.html and its pictures. Unset: only the table is printed."""
-    model: tuple[str, ...] = setting((), check=check_model_name)
+    model: tuple[str, ...] = setting((), check=check_name)
     """Architecture of files that do not say it: one for all, or one for each file."""
     mean: tuple[float, ...] = ()
     """Their normalisation: a mean for each channel of pixels in [0, 1], for all files, or for one after another. Unset:
-    the data's."""
+    that of published weights for torchvision's and timm's models, the data's for ours."""
     std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
     ensemble: bool = False
@@ -49,10 +50,11 @@ class ExportRun(DataConfig):
     """Folder for the exported files."""
     formats: tuple[str, ...] = setting(FORMATS[:2], choices=FORMATS)
     """Any of: safetensors, torch, onnx."""
-    model: str | None = setting(None, check=check_model_name)
+    model: str | None = setting(None, check=check_name)
     """Architecture of a file that does not say it."""
     mean: tuple[float, ...] = ()
-    """Its normalisation: a mean for each channel of pixels in [0, 1]. Unset: the data's."""
+    """Its normalisation: a mean for each channel of pixels in [0, 1]. Unset: that of published weights for
+    torchvision's and timm's models, the data's for ours."""
     std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
     unfinished: bool = False
@@ -80,7 +82,7 @@ class DoctorRun(Settings):
 class PlanRun(Settings):
     """Print a training step: launches, groups, shapes, fusions, work, least time on a named GPU, nodes of its graph."""
 
-    model: str = setting("wrn28_4", check=check_model_name, positional=True)
+    model: str = setting("wrn28_4", check=check_name, positional=True)
     """Architecture of the teachers and the student: a name as for teach --model."""
     teachers: int = setting(4, least=1, most=1000)
     """M."""

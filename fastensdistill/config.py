@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fastensdistill.data.sources import Dataset, load_dataset
-from fastensdistill.errors import InputError, unknown
+from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
-from fastensdistill.models import MODELS
+from fastensdistill.models import check_name
 from fastensdistill.settings import Settings, setting
 
 ENGINES = ("auto", "reference", "fused")
@@ -27,12 +27,6 @@ def check_device_name(name: str) -> None:
     """Raise InputError for what is no name of a device that a run can be on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"device {name!r}: expected auto, cpu, or cuda, which may have a number (cuda:1)")
-
-
-def check_model_name(name: str) -> None:
-    """Raise InputError for an architecture that is not known; timm says later which of its own there are."""
-    if name not in MODELS and not name.startswith("timm/"):
-        raise unknown("model", name, MODELS)
 
 
 @dataclass
@@ -149,7 +143,7 @@ class DataConfig(Settings):
 class ModelConfig(Settings):
     """Which network. The shape settings are for preresnet and resnet."""
 
-    model: str | None = setting(None, check=check_model_name)
+    model: str | None = setting(None, check=check_name)
     """wrn28_1, wrn28_4, wrn28_10, resnet32, ..., preresnet, resnet, a torchvision name, or timm/NAME."""
     blocks: tuple[int, ...] | None = setting(None, least=1, most=1000)
     """Blocks in each group."""
@@ -193,11 +187,11 @@ class DistillRun(RunConfig, DataConfig, ModelConfig, DistillConfig):
 
     teachers: tuple[Path, ...] = ()
     """Files of the teachers, or folders that ``teach`` wrote."""
-    teacher_model: tuple[str, ...] = setting((), check=check_model_name)
+    teacher_model: tuple[str, ...] = setting((), check=check_name)
     """Architecture of teachers whose files do not say it: one for all, or one for each."""
     teacher_mean: tuple[float, ...] = ()
     """Their normalisation: a mean for each channel of pixels in [0, 1], for all teachers, or for one after another.
-    Unset: the data's."""
+    Unset: that of published weights for torchvision's and timm's models, the data's for ours."""
     teacher_std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
     unfinished: bool = False

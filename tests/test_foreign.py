@@ -25,6 +25,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.optim.swa_utils import AveragedModel
 
 from fastensdistill.errors import InputError
+from fastensdistill.evaluate.runs import Foreign
 from fastensdistill.foreign.formats import read_any
 from fastensdistill.foreign.pickles import Stub
 from fastensdistill.models import create_model
@@ -579,3 +580,36 @@ def test_reading_a_pickle_gives_leaves_and_stubs(tmp_path):
     assert content["a"].read().tolist() == [[0, 2], [1, 3]]
     assert content["b"].path.endswith("Colour")
     assert content["c"].read().imag.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("resnet18", "published resnet18 weights, mean 0.485 0.456 0.406"), ("resnet32", "the data's, mean 0.100 0.200")],
+)
+def test_the_command_line_takes_the_normalisation_that_python_takes_and_the_datas_for_ours(
+    model, said, tmp_path, capsys
+):
+    network = create_model(model, 5).eval()
+    state = {k.removeprefix("network."): v for k, v in network.state_dict().items() if "normalize" not in k}
+    torch.save(state, tmp_path / "t.pt")
+    data = types.SimpleNamespace(mean=(0.1, 0.2, 0.3), std=(0.2,) * 3, channels=3, num_classes=5)
+    loaded = Foreign(model).load(tmp_path / "t.pt", 0, 1, data)
+    assert said in capsys.readouterr().err
+    x = torch.rand(1, 3, 32, 32)
+    if model == "resnet18":
+        check_close("as from Python", loaded(x), load_network(tmp_path / "t.pt", model)(x), 0.0)
+    else:
+        assert loaded.spec.arguments["mean"] == data.mean
+    given = Foreign(model, mean=(0.9,) * 3, std=(0.8,) * 3).load(tmp_path / "t.pt", 0, 1, data)
+    assert given.spec.arguments["mean"] == (0.9,) * 3
+
+
+def test_settings_for_all_files_are_for_those_that_do_not_say_them(tmp_path):
+    save_network(tmp_path / "ours.pt", tiny())
+    data = types.SimpleNamespace(mean=(0.1,) * 3, std=(0.2,) * 3, channels=3, num_classes=5)
+    foreign = Foreign("resnet18", mean=(0.9,) * 3, std=(0.8,) * 3)
+    assert foreign.load(tmp_path / "ours.pt", 0, 2, data).spec.arguments["mean"] == (0.5,) * 3
+    with pytest.raises(InputError, match=r"says mean=\(0\.5, 0\.5, 0\.5\) itself"):
+        foreign.load(tmp_path / "ours.pt", 0, 1, data)
+    with pytest.raises(InputError, match=r"holds preresnet.*not resnet18"):
+        Foreign("resnet18").load(tmp_path / "ours.pt", 0, 1, data)

@@ -140,19 +140,24 @@ def create_model(
     return model
 
 
-def _builder(name: str) -> Callable[..., nn.Module]:
+def check_name(name: str) -> None:
+    """Raise InputError for a model that is not known; which of ``timm/<name>`` there are is asked when one is made."""
     if not isinstance(name, str):
         raise InputError(f"model is a {type(name).__name__}: expected a name, such as 'wrn28_4'")
+    if name in MODELS or name.startswith("timm/"):
+        return
+    others = torchvision_models()
+    if name not in others:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+        raise unknown("model", name, MODELS if near else [*MODELS, *others])
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    check_name(name)
     if name.startswith("timm/"):
         _require_timm(name.removeprefix("timm/"))
         return partial(_timm, name.removeprefix("timm/"))
-    if name in MODELS:
-        return MODELS[name]
-    others = torchvision_models()
-    if name not in others:
-        near = not difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
-        raise unknown("model", name, [*MODELS, *others] if near else MODELS)
-    return partial(_torchvision, name)
+    return MODELS.get(name, partial(_torchvision, name))
 
 
 def _named(name: str) -> Callable[..., nn.Module]:
