@@ -251,7 +251,9 @@ def plan(run: PlanRun) -> None:
 def prepare(run: Any) -> Any:
     """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
     from fastensdistill.data.sources import DATASETS
+    from fastensdistill.train.setup import check_precision, choose_device
 
+    check_precision(run, choose_device(run.device))
     if run.data not in DATASETS and Path(run.data).expanduser().exists():
         run.data = str(Path(run.data).expanduser().resolve())
     if run.root is not None:

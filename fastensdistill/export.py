@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.files import write_atomically
+from fastensdistill.files import expanded, write_atomically
 from fastensdistill.method.student import MultiHead, RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import ModelSpec, Normalized
@@ -64,7 +64,7 @@ def export_network(
         raise InputError(f"the images to check the export on are {found}: expected a tensor of floats in [0, 1]")
     if len(images) < 2:
         raise InputError(f"{len(images)} images to check the export on; expected at least 2")
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:

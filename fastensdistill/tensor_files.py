@@ -46,7 +46,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], card: Mapping[
         data = save(flat, metadata=metadata)
     except (ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
-    write_atomically(Path(path).expanduser(), data)
+    write_atomically(path, data)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

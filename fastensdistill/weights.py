@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastensdistill.errors import InputError
+from fastensdistill.files import expanded
 from fastensdistill.foreign.fill import check, fill, find
 from fastensdistill.foreign.flatten import Entry, flatten
 from fastensdistill.foreign.formats import find_file, is_safetensors, read_any
@@ -126,7 +127,7 @@ def load_teachers(
         if arguments:
             raise InputError(f"{', '.join(arguments)} given without files: modules are taken as they are")
         return Teachers([m for m in modules if isinstance(m, nn.Module)])
-    files = [f for path in ([files] if isinstance(files, str | Path) else files) for f in members(Path(path))]
+    files = [f for path in ([files] if isinstance(files, str | Path) else files) for f in members(expanded(path))]
     models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
@@ -140,7 +141,7 @@ def teacher_files(folder: Path) -> list[Path]:
 
 def members(path: Path) -> list[Path]:
     """The files that ``path``, a file or a folder of ``teach``, stands for. Raises InputError for another folder."""
-    path = path.expanduser()
+    path = expanded(path)
     if not path.is_dir():
         return [path]
     found = teacher_files(path)

@@ -117,6 +117,30 @@ def test_a_tilde_is_the_home_folder_wherever_it_is_written(tmp_path, monkeypatch
     assert parse("teach", ["--config=~/c.yaml"]).epochs == 12
 
 
+def test_a_tilde_is_the_home_folder_in_python_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    networks = [fed.create_model("preresnet", 3, blocks=(1,), in_planes=4) for _ in range(2)]
+    for i, network in enumerate(networks):
+        fed.save_network(f"~/teacher-{i}.safetensors", network)
+    images, labels = np.zeros((12, 8, 8, 3), np.uint8), np.arange(12) % 3
+    images[:] = labels[:, None, None, None]
+    arrays = {f"{part}_{kind}": a for part in ("train", "test") for kind, a in (("images", images), ("labels", labels))}
+    np.savez(tmp_path / "home" / "d.npz", **arrays)
+    assert len(fed.load_teachers(files="~")) == 2
+    assert len(fed.load_teachers(files=["~/teacher-0.safetensors", "~/teacher-1.safetensors"])) == 2
+    network = fed.load_network("~/teacher-0.safetensors")
+    config = TeachConfig(epochs=1, batch_size=4, members=2, device="cpu")
+    fed.TeachTrainer(networks, "~/d.npz", config, out="~/run", quiet=True).fit()
+    fed.export_network(network, "~/export", images=torch.rand(2, 3, 8, 8), formats="safetensors")
+    found = {p.name for p in (tmp_path / "home").iterdir()}
+    assert found == {"teacher-0.safetensors", "teacher-1.safetensors", "d.npz", "run", "export"}
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+    for call in (fed.load_network, fed.load_dataset, lambda path: fed.load_teachers(files=[path])):
+        with pytest.raises(InputError, match="no home folder of that name"):
+            call("~nobody-of-that-name/x")
+
+
 def test_a_resumed_run_keeps_its_settings_unless_flags_say_other(tmp_path):
     saved = TeachRun(epochs=33, out=tmp_path, blocks=(1, 1), learning_rate=1e-5, warmup_epochs=0)
     (tmp_path / "config.yaml").write_text(to_yaml(saved))

@@ -19,6 +19,7 @@ from fastensdistill.data.memory import check_memory
 from fastensdistill.data.npz import open_npz
 from fastensdistill.data.parts import MOST_CLASSES, Part, Source, Statistics, array_part, check_count, check_range
 from fastensdistill.errors import InputError, unknown
+from fastensdistill.files import expanded
 
 # A small training split, so that digit teachers disagree: with 300 images they err on different scans.
 # What is left of the 1,797 scans, 1,197, is the test split.
@@ -159,7 +160,7 @@ def load_dataset(
         check_count(what, value)
     if image_size is not None and not IMAGE_SIZES[0] <= image_size <= IMAGE_SIZES[1]:
         raise InputError(f"image_size is {image_size}; expected {IMAGE_SIZES[0]} to {IMAGE_SIZES[1]} pixels")
-    folder = Path(root).expanduser() if root is not None else None
+    folder = expanded(root) if root is not None else None
     try:
         label, source = open_source(str(name), folder, image_size)
         return read_source(label, source, limit, validation, seed)
@@ -169,7 +170,7 @@ def load_dataset(
 
 def open_source(name: str, root: Path | None, image_size: int | None) -> tuple[str, Source]:
     """The data set's short name and its parts: from the registry, else a path, else a path under ``root``."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if root is not None and name not in DATASETS and not path.exists():
         path = root / path
     if image_size is not None and (name in DATASETS or not path.is_dir()):

@@ -20,6 +20,7 @@ from fastensdistill.config import DataConfig
 from fastensdistill.data.sources import DATASETS
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.report import read_metrics
+from fastensdistill.files import expanded
 from fastensdistill.weights import teacher_files
 
 KEPT = ("network.safetensors", "student.safetensors")  # of a distill run, the first of them that is there
@@ -75,7 +76,7 @@ class Origin:
 
 def origin(path: Path) -> Origin:
     """What ``path``, a file or a run's folder, stands for. Raises InputError for a path that holds no network."""
-    path = path.expanduser()
+    path = expanded(path)
     if not path.exists():
         raise InputError(f"no such file: {path}" if path.suffix else f"there is no {path}: expected a file or a folder")
     if path.is_file():

@@ -25,7 +25,7 @@ from fastensdistill.evaluate.plots import (
     reliability_diagram,
 )
 from fastensdistill.evaluate.tables import COLUMNS, Row, html_table, markdown_table, print_table, table, values
-from fastensdistill.files import write_atomically
+from fastensdistill.files import expanded, write_atomically
 
 __all__ = ["Row", "markdown_table", "print_table", "read_metrics", "table", "write_report"]
 
@@ -176,7 +176,7 @@ def write_report(
         f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
 
-    folder = Path(folder)
+    folder = expanded(folder)
     for stem, data in pictures.items():
         write_atomically(folder / f"{stem}.png", data)
     write_atomically(folder / "report.html", page.encode("utf-8"))

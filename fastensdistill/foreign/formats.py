@@ -24,6 +24,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fastensdistill.errors import InputError
+from fastensdistill.files import expanded
 from fastensdistill.foreign.leaf import Leaf
 from fastensdistill.foreign.pickles import read_pickle, read_stored
 
@@ -59,7 +60,7 @@ DAMAGE = (
 
 def find_file(path: str | Path) -> Path:
     """``path`` with ``~`` replaced. Raises InputError unless it is a file that holds something."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: expected a file of weights")
     if not path.is_file():

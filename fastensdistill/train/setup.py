@@ -129,6 +129,12 @@ def check_shares(config: TrainConfig) -> None:
                          "expected equal parts")  # fmt: skip
 
 
+def check_precision(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError for tensor cores' float32 on a device that has none."""
+    if config.precision == "tf32" and device.type == "cpu":
+        raise InputError("precision='tf32' on a CPU: expected auto, fp32 or bf16; tf32 is tensor cores' float32")
+
+
 def check_statistics(config: TrainConfig, step: AnyStep, engine: str) -> None:
     """Raise InputError where several processes are to share BatchNorm's statistics and the engine cannot."""
     if config.sync_batch_norm and parallel.processes() > 1 and not isinstance(step, FusedStep | FusedTeachStep):

@@ -27,6 +27,7 @@ from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.files import expanded
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint, keeping, summary
@@ -37,6 +38,7 @@ from fastensdistill.train.record import DivergedError, Recorder, tensorboard_wri
 from fastensdistill.train.schedule import Schedule, is_validation_epoch, make_schedule
 from fastensdistill.train.setup import (
     check_arguments,
+    check_precision,
     check_shares,
     check_statistics,
     choose_device,
@@ -88,6 +90,7 @@ class Trainer:
         with parallel.together():
             self.device = choose_device(config.device)
             parallel.check_device(self.device)
+            check_precision(config, self.device)
             check_shares(config)
             self.data = load_dataset(data) if isinstance(data, str | Path) else data
             check_arguments(self.data, out, augment)
@@ -95,7 +98,7 @@ class Trainer:
             self.augment = choose_augment(self.data, config.flip, config.pad, augment)
         self.config = config = replace(config, flip=self.augment.flip, pad=self.augment.pad)
         self.first = parallel.rank() == 0
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else expanded(out)
         self.resume, self.tensorboard, self.quiet = resume, tensorboard, quiet
         self.validation = EvaluationSet(self.data.validation, self.device)
         self.saved_config: Any = config  # what config.yaml shall hold; the command line puts its own settings there
