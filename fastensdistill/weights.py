@@ -131,7 +131,7 @@ def load_teachers(
     models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
-    return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])
+    return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)], copy=False)
 
 
 def teacher_files(folder: Path) -> list[Path]:
