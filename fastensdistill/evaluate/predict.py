@@ -62,7 +62,7 @@ def _batches(images: Any, device: torch.device, batch_size: int) -> Any:
         raise InputError("no images to predict; expected at least one")
     if isinstance(images, EvaluationSet):
         return images.batches(batch_size)
-    return (batch.to(device) for batch in images.split(batch_size))
+    return (batch.to(device) for batch in images.split(int(batch_size)))
 
 
 def _logits(network: nn.Module, batch: Tensor) -> Tensor:
