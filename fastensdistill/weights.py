@@ -74,7 +74,9 @@ def load_network(path: str | Path, model: str | nn.Module | None = None, **argum
     pixels in [0, 1], it comes behind that normalisation.
     Raises InputError for files that are missing, damaged or do not fit.
     """
-    return load(path, model, arguments)
+    network = load(path, model, arguments)
+    network.__dict__["card"] = read_card(find_file(path))  # for which images and classes, which a trainer compares
+    return network
 
 
 def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,18 @@ def check_card(card: dict[str, Any], data: Dataset, path: Path) -> tuple[list[in
     elif elsewhere:
         notes.append(f"{path} was made on {card['data']}, whose classes are those of {data.name}")
     return order, notes
+
+
+def check_teachers(networks: Iterable[nn.Module], data: Dataset) -> None:
+    """Raise InputError for a network from a file that says it was made for other classes, another order of them or
+    other images than the data's."""
+    for i, network in enumerate(networks):
+        card = getattr(network, "card", None)
+        if isinstance(card, dict) and check_card(card, data, Path(f"teacher {i}"))[0] is not None:
+            raise InputError(
+                f"teacher {i} has its classes in another order ({listed(card['classes'])}) than {data.name} "
+                f"({listed(data.classes)}): expected the same; the command line's distill reorders its logits"
+            )
 
 
 def match_classes(own: Sequence[str], wanted: Sequence[str], path: Path, name: str) -> list[int] | None:

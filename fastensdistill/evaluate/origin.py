@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
+from fastensdistill import tensor_files
 from fastensdistill.config import DataConfig
 from fastensdistill.data.sources import DATASETS
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.report import read_metrics
 from fastensdistill.files import expanded
+from fastensdistill.train.checkpoint import finished
 from fastensdistill.weights import teacher_files
 
 KEPT = ("network.safetensors", "student.safetensors")  # of a distill run, the first of them that is there
@@ -62,12 +64,17 @@ class Origin:
     def unfinished(self) -> str | None:
         """How far the run came that did not end; None for one that did, and where nothing is known."""
         epochs = self.config.get("epochs")
-        if self.folder is None or not isinstance(epochs, int) or not (self.folder / "metrics.jsonl").is_file():
+        if self.folder is None or not isinstance(epochs, int):
             return None
-        seen = [r.get("epoch", 0) for r in read_metrics(self.folder / "metrics.jsonl")]
-        reached = max(seen, default=0)
-        if reached < epochs:
-            return f"epoch {reached:.4g} of {epochs}"
+        step, steps = 0, 0
+        with contextlib.suppress(InputError):  # a damaged checkpoint says nothing of the networks beside it
+            _, step, steps = finished(self.folder)
+        if step < steps:
+            return f"epoch {epochs * step / steps:.4g} of {epochs}"
+        if not steps and (self.folder / "metrics.jsonl").is_file():  # a run of an older version, or without checkpoint
+            reached = max((r.get("epoch", 0) for r in read_metrics(self.folder / "metrics.jsonl")), default=0)
+            if reached < epochs:
+                return f"epoch {reached:.4g} of {epochs}"
         distilled = "student" in self.config and (self.folder / KEPT[1]).is_file()
         if distilled and self.config["student"] in ("single", "latent-be") and not (self.folder / KEPT[0]).is_file():
             return "its network was not written"
@@ -80,7 +87,7 @@ def origin(path: Path) -> Origin:
     if not path.exists():
         raise InputError(f"no such file: {path}" if path.suffix else f"there is no {path}: expected a file or a folder")
     if path.is_file():
-        ours = path.name in KEPT or path in teacher_files(path.parent)
+        ours = path.name in KEPT or path in teacher_files(path.parent) or re.match(r"last(-\d+)?\.", path.name)
         beside = ours and (path.parent / "config.yaml").is_file()
         return Origin(path, (path,), path.parent if beside else None)
     files = teacher_files(path) or [path / name for name in KEPT if (path / name).is_file()][:1]
@@ -151,9 +158,8 @@ def choose_data(asked: Asked, given: Sequence[Origin]) -> tuple[Asked, str]:
 def read_card(path: Path) -> dict[str, Any]:
     """What a file of ours says of itself, without its tensors; {} for a foreign or a damaged one."""
     try:
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {}).get("card", "{}"))
-    except (SafetensorError, ValueError, OSError):
+        card = tensor_files.read_card(path)
+    except InputError:  # whoever loads it says what is wrong
         return {}
     return card if isinstance(card, dict) else {}
 

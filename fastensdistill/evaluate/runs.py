@@ -67,6 +67,7 @@ def find_candidates(
             candidates.append(Candidate(label.short, "student", [network], [], [one.path], label))
             continue
         networks = fit([load_network(f) for f in one.files], one.files, data, notes)
+        check_copies(networks, one.files)
         if one.is_teachers:
             candidates += teacher_candidates(networks, one.files, one.path, mark)
             continue

@@ -27,6 +27,7 @@ from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.classes import check_teachers
 from fastensdistill.files import expanded
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
@@ -387,6 +388,7 @@ class DistillTrainer(Trainer):
         with parallel.together():
             # The teachers first: copies of what they are before a student that shares with them is trained
             self.teachers, about = ready_teachers(teachers, config, self.device, shape, classes)
+            check_teachers(self.teachers.networks, self.data)
             self.student, notes = ready_student(student, config, self.device, shape, classes)
             if config.branches not in (None, self.student.branches):
                 raise InputError(
