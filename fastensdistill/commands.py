@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,6 +188,7 @@ def export(run: ExportRun) -> None:
     from fastensdistill.evaluate.classes import check_card, reordered
     from fastensdistill.evaluate.origin import KEPT, choose_data, origins
     from fastensdistill.export import export_network
+    from fastensdistill.method.copying import copy_network
     from fastensdistill.method.student import LatentBE, Student
     from fastensdistill.weights import teacher_files
 
@@ -211,7 +211,7 @@ def export(run: ExportRun) -> None:
         network = network.average()
     measured = network
     if order is not None:  # what is exported stays in the order of the network's own classes, which its card names
-        measured = reordered(copy.deepcopy(network), order, (data.channels, *data.image_size))
+        measured = reordered(copy_network(network), order, (data.channels, *data.image_size))
     row = comparison.evaluate_candidate(runs.Candidate(file.stem, "student", [measured]), data, torch.device("cpu")).row
     about = {
         "data": data.name, "classes": list(card.get("classes") or data.classes), "image_size": list(data.image_size),

@@ -5,7 +5,6 @@ Files appear under their final names only after they passed, so a folder never h
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.files import expanded, write_atomically
+from fastensdistill.method.copying import copy_network
 from fastensdistill.method.student import MultiHead, RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import ModelSpec, Normalized
@@ -69,7 +69,7 @@ def export_network(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise InputError(f"cannot make the folder {folder}: {failure.strerror}") from failure
-    network = unwrap_inside(copy.deepcopy(network)).eval().cpu()  # the caller's stays where and as it is
+    network = unwrap_inside(copy_network(network)).eval().cpu()  # the caller's stays where and as it is
     images = images.detach().cpu().float()
     expected = _call(network, images)
     about = full_card(network, images, card or {})
@@ -206,7 +206,7 @@ def _write_safetensors(network: nn.Module, path: Path, images: Tensor, card: dic
 def _read_safetensors(path: Path, network: nn.Module, images: Tensor) -> Tensor:
     # A registry model is built anew from the file alone; for a network of the user's own only its weights are read
     bare = network.network if isinstance(network, Normalized) else network
-    bare_again = copy.deepcopy(bare)
+    bare_again = copy_network(bare)
     bare_again.load_state_dict(load_file(path), strict=True)
     return _call(load_network(path, None if getattr(network, "spec", None) else bare_again), images)
 

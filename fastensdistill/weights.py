@@ -6,7 +6,6 @@ mappings that training scripts nest the weights in are found and taken off.
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from fastensdistill.foreign.fill import check, fill, find
 from fastensdistill.foreign.flatten import Entry, flatten
 from fastensdistill.foreign.formats import find_file, is_safetensors, read_any
 from fastensdistill.foreign.leaf import Leaf
+from fastensdistill.method.copying import copy_network
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import Normalized, create_model
@@ -133,7 +133,7 @@ def load_teachers(
     models = [model] * len(files) if model is None or isinstance(model, str | nn.Module) else list(model)
     if len(models) != len(files):
         raise InputError(f"{len(models)} models for {len(files)} files: expected one model, or one for each file")
-    return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)], copy=False)
+    return Teachers([load_network(f, m, **arguments) for f, m in zip(files, models, strict=True)])
 
 
 def teacher_files(folder: Path) -> list[Path]:
@@ -190,7 +190,7 @@ def _into_module(path: Path, card: dict[str, Any], model: nn.Module, arguments: 
     others = [k for k in arguments if k not in NORMALISATION]
     if others:
         raise InputError(f"{', '.join(others)} given with a {type(model).__name__}: expected only mean and std")
-    network = copy.deepcopy(unwrap(model))
+    network = copy_network(unwrap(model))
     if "student" in card and not isinstance(network, Student):
         network = STUDENTS[card["student"]](network, card["branches"])
     fill(network, _entries(path), path, _name(network))

@@ -9,7 +9,6 @@ compared here are the run's own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -22,6 +21,7 @@ from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.reference import ReferenceStep, TeachStep, precision_on
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.method.copying import copy_network
 from fastensdistill.method.student import BatchEnsemble, Student
 from fastensdistill.method.teachers import Teachers
 
@@ -44,7 +44,7 @@ def verify_distillation(
 
     The student's factors are moved off one for the comparison, so that its branches differ.
     """
-    moved = copy.deepcopy(student)
+    moved = copy_network(student)
     generator = torch.Generator().manual_seed(0)
     if isinstance(moved, BatchEnsemble):
         with torch.no_grad():
@@ -53,7 +53,7 @@ def verify_distillation(
                     factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
     images, labels = _batch(moved, shape, num_classes, generator)
     plain = _undecayed(config)
-    exact, own, other = (copy.deepcopy(moved) for _ in range(3))
+    exact, own, other = (copy_network(moved) for _ in range(3))
     reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
     same = ReferenceStep(own, teachers, plain, num_classes=num_classes)
     fused = FusedStep(other, teachers, plain, image_shape=shape, capture=False)
@@ -72,13 +72,13 @@ def verify_distillation(
 def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:
     """1 − cosine between the engines of the update of all networks. Raises DisagreementError above the limit."""
     with torch.no_grad():
-        classes = copy.deepcopy(networks[0]).eval()(_batch(networks[0], shape, 2, torch.Generator())[0]).shape[1]
+        classes = copy_network(networks[0]).eval()(_batch(networks[0], shape, 2, torch.Generator())[0]).shape[1]
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(network, shape, classes, generator) for network in networks]
     images = batches[0][0]
     plain = _undecayed(config)
     before = nn.ModuleList(networks)
-    exact, own, other = (copy.deepcopy(before) for _ in range(3))
+    exact, own, other = (copy_network(before) for _ in range(3))
     for step in (
         TeachStep(list(exact), replace(plain, precision="fp32")),
         TeachStep(list(own), plain),
