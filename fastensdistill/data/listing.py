@@ -62,13 +62,11 @@ def folders(folder: str | Path) -> dict[str, str]:
 def images_in(folder: str, seen: Seen | None = None) -> list[str]:
     """The images in a folder, at any depth, sorted by path. ``seen`` counts the other files.
 
-    A file whose suffix is unknown is an image if Pillow opens it. A folder that links lead to again is read once, and
-    one that the class lies in never.
+    A file whose suffix is unknown is an image if Pillow opens it. A folder that links lead to again is read once.
     Raises ``InputError`` for an image that only other programs read (.heic, .dng, ...).
     """
     found: list[str] = []
-    above = [os.stat(parent) for parent in Path(folder).resolve().parents]
-    _walk(folder, found, {(status.st_dev, status.st_ino) for status in above}, seen)
+    _walk(folder, found, set(), seen)
     return sorted(found)
 
 

@@ -1,0 +1,79 @@
+"""What every student is to the trainer, and the simplest one (method §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.errors import InputError
+from fastensdistill.method.calls import call
+
+
+class Student(nn.Module):
+    """What the trainer needs of a student. ``forward(x, branches=[a, b])`` evaluates only those branches."""
+
+    kind: str
+    branches: int
+    module: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: set[tuple[int, ...]] = set()  # image shapes on which its branches were compared
+
+    def forward(self, x: Tensor, branches: Sequence[int] | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def deployed(self) -> nn.Module:
+        """What is tested, validated and shipped: an ordinary network, or the student itself, as an ensemble."""
+        return self
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale`` (method §2)."""
+        own = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": own, "lr_scale": 1.0, "weight_decay": weight_decay}]
+
+    def penalty(self) -> Tensor:
+        """``L_WD``: half the squared norm of all parameters; deviations of r and s count 1/K (method §2)."""
+        groups = self.parameter_groups(1.0)
+        return sum((g["weight_decay"] * p.square().sum() for g in groups for p in g["params"]), torch.tensor(0.0)) / 2
+
+    def check(self, x: Tensor) -> None:
+        """Raise InputError, at the first images of a size, for a network whose branches mix."""
+        if tuple(x.shape[1:]) not in self.checked and not torch.compiler.is_compiling():
+            from fastensdistill.method.branch_check import check_once  # which knows the students
+
+            check_once(self, x)
+
+    def _named(self) -> str:
+        return f"the student's {type(self.module).__name__}"
+
+    def _chosen(self, branches: Sequence[int] | None) -> tuple[int, ...]:
+        chosen = tuple(range(self.branches)) if branches is None else tuple(branches)
+        if not chosen or any(not 0 <= k < self.branches for k in chosen):
+            raise InputError(f"branches={list(chosen)}: expected indices from 0 to {self.branches - 1}")
+        return chosen
+
+
+class Single(Student):
+    """A plain network with the student's interface: logits (1, B, C). The student of plain distillation."""
+
+    kind = "single"
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.branches = module, 1
+
+    def forward(self, x: Tensor, branches: Sequence[int] | None = None) -> Tensor:
+        self._chosen(branches)
+        return call(self.module, x, self._named()).unsqueeze(0)
+
+    def deployed(self) -> nn.Module:
+        return self.module
+
+
+def check_count(branches: int) -> None:
+    """Raise InputError unless ``branches`` is an integer of at least 1."""
+    if not isinstance(branches, int) or isinstance(branches, bool) or branches < 1:
+        raise InputError(f"branches={branches!r}: expected an integer of at least 1")
