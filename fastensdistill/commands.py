@@ -274,13 +274,13 @@ def record_model(run: Any, network: Any) -> None:
 
 def build_model(run: ModelConfig, data: Any) -> Any:
     """The network the settings name; unset, a small one for small images and the paper's otherwise."""
-    from fastensdistill.models import TORCHVISION, create_model
+    from fastensdistill.models import create_model, takes_colour
 
     arguments = run.arguments()
     name = run.model or ("preresnet" if arguments or max(data.image_size) <= 16 else "wrn28_4")
     if run.model is None and not arguments and max(data.image_size) <= 16:
         arguments = {"blocks": (1, 1, 1)}
-    colours = 3 if name in TORCHVISION and data.channels == 1 else 1  # the trainer repeats the images as often
+    colours = 3 if takes_colour(name) and data.channels == 1 else 1  # the trainer repeats the images as often
     return create_model(name, data.num_classes, mean=data.mean * colours, std=data.std * colours, **arguments)
 
 

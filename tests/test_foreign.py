@@ -557,8 +557,9 @@ def test_timm_weights_keep_the_normalisation_that_timm_gives_them(tmp_path, caps
     x = torch.rand(1, 3, 224, 224)
     check_close("logits", loaded(x), net((x - mean) / std), 1e-5)
     assert "published timm/vit_tiny_patch16_224 weights, mean 0.500 0.500 0.500" in capsys.readouterr().err
-    with pytest.raises(InputError, match="unknown timm model"):
-        create_model("timm/resnet1888", 5)
+    for name, words in (("resnet1888", "unknown timm model"), ("resnet18.zzz", "Invalid pretrained tag")):
+        with pytest.raises(InputError, match=words):
+            create_model(f"timm/{name}", 5)
 
 
 def test_a_network_of_ours_reads_nothing_else_into_a_stub():

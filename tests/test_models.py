@@ -8,7 +8,7 @@ from torch import nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.comparison import count_macs, count_parameters
-from fastensdistill.models import create_model, image_size, torchvision_models
+from fastensdistill.models import create_model, image_size, takes_colour, torchvision_models
 from fastensdistill.models.layers import BatchNorm2d, PadShortcut
 from tests.compare import check_close
 
@@ -137,4 +137,5 @@ def test_every_classifier_of_torchvision_is_a_models_name_and_returns_logits():
         with torch.device("meta"):
             network = create_model(name, 4).train()
             assert network(torch.zeros(2, 3, image_size(name), image_size(name))).shape == (2, 4), name
+    assert [takes_colour(n) for n in ("vgg16", "resnet18", "wrn28_4", "timm/vgg16")] == [True, True, False, False]
     assert (image_size("inception_v3"), image_size("resnet101"), image_size("wrn28_4")) == (299, 224, 32)

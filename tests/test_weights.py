@@ -371,6 +371,8 @@ def test_what_is_no_network_or_model_is_named(tmp_path):
         (lambda: save_network(tmp_path / "u", "resnet18"), "to save is a str"),
         (lambda: load_network(tmp_path / "t.pt", torchvision.models.resnet18), "model is resnet18: expected a model's"),
         (lambda: load_network(tmp_path), "is a folder"),
+        (lambda: load_network("a" * 5000), "cannot be read: File name too long"),
+        (lambda: load_network(None), "is a NoneType: expected a path"),
         (lambda: load_network("~/no such file"), f"no such file: {Path.home()}"),
         (lambda: load_teachers([tiny()], mean=(0.5,) * 3), "mean given without files"),
     ):

@@ -20,7 +20,7 @@ from fastensdistill.evaluate.names import Label, distinct
 from fastensdistill.evaluate.origin import Origin, origins, read_card, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.models import TORCHVISION
+from fastensdistill.models import takes_colour
 from fastensdistill.weights import load, load_network
 
 # What runs of one row may differ in: their seed, and where and how they ran
@@ -213,7 +213,7 @@ class Foreign:
         models = [self.models] if isinstance(self.models, str) else list(self.models or ())
         own = bool(read_card(path).get("model"))
         model = self._own("model", models, 1, index, count, own)
-        colours = 3 if data.channels == 1 and set(models) & set(TORCHVISION) else 1  # they take grey images repeated
+        colours = 3 if data.channels == 1 and any(map(takes_colour, models)) else 1  # they take grey images repeated
         channels = data.channels * colours
         given = {
             "mean": self._own("mean", self.mean, channels, index, count, own),

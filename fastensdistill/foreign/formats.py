@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import re
 import struct
@@ -60,13 +61,19 @@ DAMAGE = (
 
 def find_file(path: str | Path) -> Path:
     """``path`` with ``~`` replaced. Raises InputError unless it is a file that holds something."""
-    path = expanded(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: expected a file of weights")
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty: {EXPECTED}")
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise InputError(f"the file of weights is a {type(path).__name__}: expected a path")
+    path = expanded(os.fsdecode(path))
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: expected a file of weights")
+        if not path.is_file():
+            raise InputError(f"no such file: {path}")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path} is empty: {EXPECTED}")
+    except OSError as error:
+        raise InputError(f"{str(path)[:200]} cannot be read: {error.strerror}") from error
     return path
 
 

@@ -11,13 +11,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.models.layers import Normalize
-from fastensdistill.models.normalisation import FRESH, per_channel, published
+from fastensdistill.models.normalisation import FRESH, per_channel, published, timm_config
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 
@@ -48,13 +49,16 @@ class Normalized(nn.Module):
 def image_size(name: str) -> int:
     """Height and width of the images that the architecture ``name`` was made for."""
     if name.startswith("timm/"):
-        import timm
-
-        config = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-        return config.input_size[-1] if config is not None else 224
+        config = timm_config(name)
+        return 224 if config is None else config.input_size[-1]
     if name in MODELS and name not in TORCHVISION:
         return 32
     return 299 if name == "inception_v3" else 224
+
+
+def takes_colour(name: str) -> bool:
+    """Whether the architecture ``name`` takes images of three channels and no others: torchvision's do."""
+    return not name.startswith("timm/") and (name in TORCHVISION or name not in MODELS)
 
 
 def torchvision_models() -> list[str]:
@@ -128,8 +132,9 @@ def create_model(
     Raises InputError for an unknown name or arguments the model does not take.
     """
     build = _builder(name)
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise InputError(f"num_classes={num_classes}: expected a whole number of at least 2")
+    if not isinstance(num_classes, Integral) or isinstance(num_classes, bool) or num_classes < 2:
+        raise InputError(f"num_classes={num_classes!r}: expected a whole number of at least 2")
+    num_classes = int(num_classes)
     usual = published(name) or FRESH
     means, stds = per_channel(usual[0] if mean is None else mean, usual[1] if std is None else std)
     try:
@@ -149,7 +154,7 @@ def check_name(name: str) -> None:
     others = torchvision_models()
     if name not in others:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
-        raise unknown("model", name, MODELS if near else [*MODELS, *others])
+        raise unknown("model", name, MODELS if near else {*MODELS, *others})
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

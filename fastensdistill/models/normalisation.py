@@ -59,15 +59,23 @@ def _numbers(name: str, value: Any) -> Channels | float:
 def published(name: str) -> tuple[Channels, Channels] | None:
     """Mean and std that published weights of the model ``name`` expect; None for our own models, which have none."""
     if name.startswith("timm/"):
-        import timm
-
-        config = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        config = timm_config(name)
         return (tuple(config.mean), tuple(config.std)) if config is not None else IMAGENET
     from fastensdistill.models import MODELS, TORCHVISION
 
     if name in MODELS and name not in TORCHVISION:
         return None
     return HALVES if name in ("googlenet", "inception_v3") else IMAGENET
+
+
+def timm_config(name: str) -> Any:
+    """What timm says of the published weights of ``timm/<name>``; None where there are none."""
+    import timm
+
+    try:
+        return timm.get_pretrained_cfg(name.removeprefix("timm/"))
+    except RuntimeError as error:  # no weights of that tag
+        raise InputError(f"model {name!r}: {error}") from error
 
 
 def same(a: Sequence[float], b: Sequence[float]) -> bool:
