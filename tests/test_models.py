@@ -102,7 +102,7 @@ def test_images_are_normalised_inside():
         ("wrn28_4", {"std": (0.5, 0.0, 0.5)}, "above 0"),
         ("wrn28_4", {"mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7)}, "divide them by 255"),
         ("wrn28_4", {"mean": 0.5, "std": 0.25}, "one of each per channel"),
-        ("wrn28_4", {"num_classes": "10"}, "num_classes=10"),
+        ("wrn28_4", {"num_classes": "10"}, "num_classes='10'"),
         ("efficientnet_b9", {}, "did you mean 'efficientnet_b"),
         ("fasterrcnn_resnet50_fpn", {}, "unknown model"),
         (nn.Linear, {}, "expected a name"),
