@@ -112,6 +112,9 @@ class Master:
         for name in parameters:
             if name not in known:
                 raise InputError(f"parameter {name!r} is in none of the layers that were traced")
+        for name in paths(network, ranked).values():
+            if name not in parameters:
+                raise InputError(f"{name!r} is no parameter, so it cannot be trained; expected an nn.Parameter")
         for norm in (node.name for node in network.nodes if isinstance(node, Norm)):
             if getattr(module.get_submodule(norm), "num_batches_tracked", None) is None:
                 raise InputError(f"BatchNorm {norm!r} counts no batches; expected num_batches_tracked")

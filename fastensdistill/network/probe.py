@@ -210,7 +210,7 @@ class _Probe:
         """Refuse unless equal, up to rounding."""
         apart, size = float((own - planned).abs().max()), max(float(planned.abs().max()), scale, 1e-30)
         if not apart <= TOLERANCE * size:
-            raise self.refuse(f"its {what} is not what the layers that were traced give, apart by {apart / size:.0e}")
+            raise self.refuse(f"its {what}: apart by {apart / size:.0e} from what the layers that were traced give")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.errors import InputError
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
 from tests.network import models
@@ -106,3 +107,11 @@ def test_a_network_is_left_as_it_is_where_another_is_trained():
     stem = step.master.view(step.master.frozen, "stem.weight")
     assert [bool(own.all()) for own in stem] == [bool(own.any()) for own in stem] == [False, True, False]
     assert int(step.master.frozen.sum()) == stem[1].numel()
+
+
+def test_a_weight_that_is_no_parameter_is_refused():
+    networks, config = teach_setting(1)
+    weight = networks[0].stem._parameters.pop("weight")
+    networks[0].stem.register_buffer("weight", weight.detach())
+    with pytest.raises(InputError, match=r"'stem.weight' is no parameter"):
+        FusedTeachStep(networks, config, image_shape=(3, 6, 6))
