@@ -76,8 +76,9 @@ def check_network(
     about = f"{name} ({type(network).__name__})"
     if trained and not any(p.requires_grad for p in network.parameters()):
         raise InputError(f"{about} requires no gradients for any parameter; expected some to be trained")
-    if trained and dtype_of(network) != torch.float32:
-        raise InputError(f"{about} is of {dtype_of(network)}; expected torch.float32, network.float(), to train it")
+    usual = torch.get_default_dtype()  # float32, but for whoever computes in float64 throughout
+    if trained and dtype_of(network) != usual:
+        raise InputError(f"{about} is of {dtype_of(network)}; expected {usual}, network.float(), to train it")
     tried = copied(network, name).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         images = _in_evaluation(tried, name, image_shape, expected)

@@ -77,9 +77,10 @@ def ready_teachers(
         name = f"teacher {i}"
         check_values(network, name)
         dtype = dtype_of(network)
-        if dtype != torch.float32:
-            network.float()
-            notes.append(f"{name} ({type(network).__name__}) is of {dtype}: a copy of it in torch.float32 is used")
+        usual = torch.get_default_dtype()  # float32, but for whoever computes in float64 throughout
+        if dtype != usual:
+            network.to(usual)
+            notes.append(f"{name} ({type(network).__name__}) is of {dtype}: a copy of it in {usual} is used")
         notes += check_network(network, name, shape, [classes], device, ascended=ascended)
         place(network, device)
     return own, notes
