@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from fastensdistill.method.student import reestimate_batch_norm as reestimate_batch_norm
     from fastensdistill.method.teachers import Teachers as Teachers
     from fastensdistill.models import create_model as create_model
-    from fastensdistill.train.trainer import DistillTrainer as DistillTrainer
-    from fastensdistill.train.trainer import TeachTrainer as TeachTrainer
+    from fastensdistill.train.distill import DistillTrainer as DistillTrainer
+    from fastensdistill.train.teach import TeachTrainer as TeachTrainer
     from fastensdistill.weights import load_network as load_network
     from fastensdistill.weights import load_teachers as load_teachers
     from fastensdistill.weights import save_network as save_network
@@ -56,7 +56,8 @@ _HOMES = {
     "method.student": ("BatchEnsemble", "Hydra", "LatentBE", "Single", "reestimate_batch_norm"),
     "method.teachers": ("Teachers",),
     "models": ("create_model",),
-    "train.trainer": ("DistillTrainer", "TeachTrainer"),
+    "train.distill": ("DistillTrainer",),
+    "train.teach": ("TeachTrainer",),
     "weights": ("load_network", "load_teachers", "save_network"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

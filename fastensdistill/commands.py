@@ -96,7 +96,7 @@ class PlanRun(Settings):
 def teach(run: TeachRun) -> None:
     from fastensdistill.evaluate import runs
     from fastensdistill.train.setup import seeded
-    from fastensdistill.train.trainer import TeachTrainer
+    from fastensdistill.train.teach import TeachTrainer
 
     notes = [] if run.data else ["no --data was given: scikit-learn's digits"]
     run.data = run.data or "digits"
@@ -117,8 +117,8 @@ def distill(run: DistillRun) -> None:
     from fastensdistill.method.student import STUDENTS
     from fastensdistill.method.teachers import Teachers
     from fastensdistill.models import ModelSpec, create_model
+    from fastensdistill.train.distill import DistillTrainer
     from fastensdistill.train.setup import seeded
-    from fastensdistill.train.trainer import DistillTrainer
     from fastensdistill.weights import members
 
     if not run.teachers:

@@ -22,7 +22,7 @@ from fastensdistill.evaluate.runs import find_candidates
 from fastensdistill.kernels import extension
 from fastensdistill.method.student import LatentBE
 from fastensdistill.models import create_model
-from fastensdistill.train.trainer import DistillTrainer
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, read_tensors, save_network
 from tests.test_trainer import dataset
 
@@ -220,7 +220,7 @@ def test_foreign_teachers_of_one_channel_from_start_to_end(tmp_path):
 
 def test_a_run_that_is_interrupted_says_how_to_go_on(npz, tmp_path):
     code = (
-        "import signal, sys; from fastensdistill.train.trainer import TeachTrainer as T; inner = T.train_step\n"
+        "import signal, sys; from fastensdistill.train.teach import TeachTrainer as T; inner = T.train_step\n"
         "def step(self):\n    self.step_index == 3 and signal.raise_signal(signal.SIGTERM)\n    return inner(self)\n"
         "T.train_step = step\nfrom fastensdistill.cli import main\nsys.exit(main(sys.argv[1:]))"
     )

@@ -14,8 +14,9 @@ from fastensdistill.data import Augment, Dataset, Split
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.setup import seeded
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
 from tests.test_student import tiny
 from tests.test_trainer import dataset, make

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fastensdistill.config import TeachConfig
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.record import DivergedError
-from fastensdistill.train.trainer import TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from tests.test_student import tiny
 from tests.test_trainer import dataset, make
 

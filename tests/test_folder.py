@@ -12,10 +12,10 @@ from fastensdistill.config import DistillConfig
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE
 from fastensdistill.train import folder as folders
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.folder import RunFolder
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import DistillTrainer
 from tests.test_student import tiny
 from tests.test_trainer import ROOT, StopAt, dataset, make
 

@@ -18,7 +18,8 @@ from fastensdistill.method.inspection import check_network
 from fastensdistill.method.outputs import logits_of
 from fastensdistill.method.student import STUDENTS, Hydra, LatentBE, Single
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
+from fastensdistill.train.distill import DistillTrainer
+from fastensdistill.train.teach import TeachTrainer
 from tests.compare import check_close
 from tests.test_trainer import dataset
 

@@ -18,7 +18,7 @@ from fastensdistill.train.keeping import Keeper, Score
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network, teacher_files
 from tests.test_student import tiny
 from tests.test_trainer import StopAt, dataset, make

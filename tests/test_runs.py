@@ -26,7 +26,7 @@ from fastensdistill.evaluate.runs import ensemble_of, find_candidates
 from fastensdistill.method.student import LatentBE
 from fastensdistill.models import create_model
 from fastensdistill.train.checkpoint import save_checkpoint
-from fastensdistill.train.trainer import DistillTrainer
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, load_teachers, save_network
 
 CLASSES = ("ant", "bee", "cat")

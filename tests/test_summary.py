@@ -13,7 +13,8 @@ from fastensdistill.evaluate.origin import read_card
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.models import create_model
 from fastensdistill.train import summary
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
+from fastensdistill.train.distill import DistillTrainer
+from fastensdistill.train.teach import TeachTrainer
 from tests.test_trainer import dataset
 
 

@@ -23,10 +23,11 @@ from fastensdistill.engine import parallel, select
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.setup import choose_device, seeded
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network, read_tensors
 from tests.compare import check_close
 from tests.test_cli import NETWORK

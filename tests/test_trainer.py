@@ -22,11 +22,12 @@ from fastensdistill.evaluate.metrics import accuracy, nll
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import STUDENTS, LatentBE
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.schedule import is_validation_epoch, make_schedule
 from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import DistillTrainer, TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
 from tests.test_student import tiny
 

@@ -17,7 +17,8 @@ from fastensdistill.data.sources import Dataset
 from fastensdistill.engine.reference import precision_on
 
 if TYPE_CHECKING:
-    from fastensdistill.train.trainer import DistillTrainer, Trainer
+    from fastensdistill.train.distill import DistillTrainer
+    from fastensdistill.train.trainer import Trainer
 
 WIDTH, INDENT = 80, 15
 SOURCE = ("data", "root", "limit", "validation", "image_size")  # of the settings, what says which images

@@ -1,4 +1,4 @@
-"""The training loop, once, and what differs between training teachers and distilling them.
+"""The training loop, once; ``train.distill`` and ``train.teach`` say what a step and a look at the images are.
 
 ``fit`` reads top to bottom: learning rate, step, record, and at the end of an epoch a look at the validation images
 and a checkpoint. Under ``torchrun`` every process runs it on its share of each batch; the first one alone validates,
@@ -8,7 +8,7 @@ writes and prints.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.config import TrainConfig
 from fastensdistill.data.augment import Augment, choose_augment
 from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
@@ -24,13 +24,9 @@ from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.reference import precision_on
-from fastensdistill.engine.select import AnyStep, distillation_step, teaching_step
+from fastensdistill.engine.select import AnyStep
 from fastensdistill.errors import InputError
-from fastensdistill.evaluate import metrics
-from fastensdistill.evaluate.classes import check_teachers
 from fastensdistill.files import expanded
-from fastensdistill.method.student import Student
-from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import checkpoint, keeping, summary
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.folder import RunFolder
@@ -41,13 +37,8 @@ from fastensdistill.train.setup import (
     check_arguments,
     check_precision,
     check_shares,
-    check_statistics,
     choose_device,
     enough_values,
-    listed_networks,
-    ready_networks,
-    ready_student,
-    ready_teachers,
 )
 from fastensdistill.train.stop import Interrupted, Stopper
 from fastensdistill.train.threads import thread_hint
@@ -58,7 +49,7 @@ State = dict[str, Any]
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 
-def _checked(config: TrainConfig, kind: type[Settings]) -> Settings:
+def checked(config: TrainConfig, kind: type[Settings]) -> Settings:
     """``config``. Raises InputError unless it is of the ``kind`` that a trainer needs."""
     if not isinstance(config, kind):
         raise InputError(f"config is a {type(config).__name__}; expected a {kind.__name__}")
@@ -349,152 +340,3 @@ class Trainer:
     def doubts(self) -> list[str]:
         """What should make one doubt the networks that were kept, a line each."""
         return []
-
-
-class DistillTrainer(Trainer):
-    """Distils ``teachers`` into ``student`` (method §2–5).
-
-    After :meth:`fit`, ``student.average()`` is the network that is kept. The run's folder holds it as
-    ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network
-    that the last step left.
-    ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
-
-    Args:
-        student: a network that is wrapped, ``LatentBE(network, branches=4)``. It is trained and moved to the device;
-            ``Single(network)`` trains ``network`` itself, the others a copy.
-        teachers: a sequence of networks, or ``Teachers``. The run has copies of its own; these stay as they are.
-        data: a :class:`Dataset`, or the name or path of one, as ``load_dataset`` takes it.
-        config: the recipe; its defaults are the paper's.
-        out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
-        resume: continue the run in ``out`` from its checkpoint, bit for bit.
-        augment: crops and flips of the training images; None is what suits the data.
-        tensorboard: also write TensorBoard events to ``out`` (needs the extra).
-        quiet: print nothing on stderr.
-
-    Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
-    """
-
-    title = "distill"
-
-    def __init__(self, student: Student, teachers: Teachers | Sequence[nn.Module], data: Dataset | str | Path,
-                 config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
-                 augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        config = _checked(config or DistillConfig(), DistillConfig)
-        teachers = list(teachers) if isinstance(teachers, Iterator) else teachers
-        given = [student, *(teachers if isinstance(teachers, Sequence) else [teachers])]
-        super().__init__(config, data, out, resume, augment, tensorboard, quiet, given)
-        config = _checked(self.config, DistillConfig)
-        shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
-        with parallel.together():
-            # The teachers first: copies of what they are before a student that shares with them is trained
-            self.teachers, about = ready_teachers(teachers, config, self.device, shape, classes)
-            check_teachers(self.teachers.networks, self.data)
-            self.student, notes = ready_student(student, config, self.device, shape, classes)
-            if config.branches not in (None, self.student.branches):
-                raise InputError(
-                    f"branches={config.branches} for a student of {self.student.branches}: expected the same"
-                )
-        self.warn(about + notes)
-        self.networks = {"student": self.student}
-        self.seeds = [config.seed]
-        with parallel.together():
-            self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
-            check_statistics(config, self.distil, self.engine)
-        self.step = self.distil
-        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
-        self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
-        self._about_teachers: dict[str, Any] = {}
-
-    def train_step(self) -> dict[str, Tensor]:
-        return self.distil.train_on(self.loaders[0])
-
-    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
-        labels = self.validation.labels
-        members, branches = self.evaluator.student(self.student, self.validation)
-        averaged = branches is not None and len(members) == 1
-        score = Score.of(members.mean(0), labels, branches if averaged else None)
-        record: dict[str, Any] = {"accuracy": score.accuracy, "nll": score.nll}
-        if branches is not None and bool(torch.isfinite(branches).all()):
-            record |= {
-                "branch_accuracy": [metrics.accuracy(branch, labels) for branch in branches],
-                "branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches),
-            }  # fmt: skip
-        return {"student": score}, record | self.about_teachers()
-
-    def about_teachers(self) -> dict[str, Any]:
-        """What the teachers do on the validation images, measured and told once: a teacher that was given another
-        normalisation than its own, or whose classes are in another order, shows here."""
-        if not self._about_teachers:
-            p = self.evaluator.teachers(self.teachers, self.validation)
-            accuracies = [metrics.accuracy(member, self.validation.labels) for member in p]
-            self._about_teachers = {"teacher_accuracy": accuracies}
-            if len(self.teachers) > 1:
-                self._about_teachers |= {
-                    "ensemble_accuracy": metrics.accuracy(p.mean(0), self.validation.labels),
-                    "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p),
-                }  # fmt: skip
-        return self._about_teachers
-
-    def save_last(self, out: Path) -> None:
-        save_network(out / "last.safetensors", self.student.deployed(), self.card(self.keeper.last["student"]))
-
-    def finish(self) -> None:
-        super().finish()
-        deployed = self.student.deployed()
-        with parallel.together():
-            if self.first and self.out is not None and deployed is not self.student:
-                save_network(self.out / "network.safetensors", deployed, self.card(self.keeper.kept()["student"]))
-
-    def doubts(self) -> list[str]:
-        teachers = self.about_teachers()["teacher_accuracy"]
-        return keeping.warn_of_student(self.keeper.kept()["student"], teachers, len(self.validation))
-
-    def frozen(self) -> Sequence[nn.Module]:
-        return list(self.teachers.networks)
-
-
-class TeachTrainer(Trainer):
-    """Trains M networks at once, each from its own seed, on its own order of images (method §2, "Teachers").
-
-    Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
-    PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
-    ``last-{i}.safetensors``.
-    """
-
-    title = "teach"
-
-    def __init__(self, networks: Sequence[nn.Module], data: Dataset | str | Path, config: TeachConfig | None = None, *,
-                 out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
-                 tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        networks = listed_networks(networks)
-        config = _checked(config or TeachConfig(members=len(networks)), TeachConfig)
-        super().__init__(config, data, out, resume, augment, tensorboard, quiet, networks)
-        config = _checked(self.config, TeachConfig)
-        shape = (self.data.channels, *self.data.image_size)
-        with parallel.together():
-            if len(networks) != config.members:
-                raise InputError(f"{len(networks)} networks for members={config.members}: expected as many")
-            placed, notes = ready_networks(networks, self.device, shape, self.data.num_classes)
-        self.networks = {f"teacher-{i}": network for i, network in enumerate(placed)}
-        self.warn(notes)
-        self.seeds = [config.seed + i for i in range(config.members)]
-        with parallel.together():
-            self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
-            check_statistics(config, self.teach, self.engine)
-        self.step = self.teach
-        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
-
-    def train_step(self) -> dict[str, Tensor]:
-        return self.teach.train_on(self.loaders)
-
-    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
-        members = self.evaluator.networks(list(self.networks.values()), self.validation)
-        scores = [Score.of(p, self.validation.labels) for p in members]
-        record: dict[str, Any] = {"accuracy": [s.accuracy for s in scores], "nll": [s.nll for s in scores]}
-        if len(members) > 1 and all(s.finite for s in scores):
-            record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
-        return dict(zip(self.networks, scores, strict=True)), record
-
-    def save_last(self, out: Path) -> None:
-        for i, (name, network) in enumerate(self.networks.items()):
-            save_network(out / f"last-{i}.safetensors", network, self.card(self.keeper.last[name]))

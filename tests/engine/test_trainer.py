@@ -12,7 +12,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
-from fastensdistill.train.trainer import TeachTrainer
+from fastensdistill.train.teach import TeachTrainer
 from tests.compare import check_close
 from tests.engine.cases import network, setting
 from tests.test_student import tiny

@@ -1,0 +1,130 @@
+"""Distilling teachers into a student: what a step, a look at the validation images, and the end of a run are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.config import DistillConfig
+from fastensdistill.data.augment import Augment
+from fastensdistill.data.sources import Dataset
+from fastensdistill.engine import parallel
+from fastensdistill.engine.predict import Evaluator
+from fastensdistill.engine.select import distillation_step
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.classes import check_teachers
+from fastensdistill.method.student import Student
+from fastensdistill.method.teachers import Teachers
+from fastensdistill.train import keeping
+from fastensdistill.train.keeping import Score
+from fastensdistill.train.setup import check_statistics, ready_student, ready_teachers
+from fastensdistill.train.trainer import Trainer, checked
+from fastensdistill.weights import save_network
+
+
+class DistillTrainer(Trainer):
+    """Distils ``teachers`` into ``student`` (method §2–5).
+
+    After :meth:`fit`, ``student.average()`` is the network that is kept. The run's folder holds it as
+    ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network
+    that the last step left.
+    ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
+
+    Args:
+        student: a network that is wrapped, ``LatentBE(network, branches=4)``. It is trained and moved to the device;
+            ``Single(network)`` trains ``network`` itself, the others a copy.
+        teachers: a sequence of networks, or ``Teachers``. The run has copies of its own; these stay as they are.
+        data: a :class:`Dataset`, or the name or path of one, as ``load_dataset`` takes it.
+        config: the recipe; its defaults are the paper's.
+        out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
+        resume: continue the run in ``out`` from its checkpoint, bit for bit.
+        augment: crops and flips of the training images; None is what suits the data.
+        tensorboard: also write TensorBoard events to ``out`` (needs the extra).
+        quiet: print nothing on stderr.
+
+    Raises InputError for teachers that do not fit the data, and settings that do not fit each other.
+    """
+
+    title = "distill"
+
+    def __init__(self, student: Student, teachers: Teachers | Sequence[nn.Module], data: Dataset | str | Path,
+                 config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
+                 augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
+        config = checked(config or DistillConfig(), DistillConfig)
+        teachers = list(teachers) if isinstance(teachers, Iterator) else teachers
+        given = [student, *(teachers if isinstance(teachers, Sequence) else [teachers])]
+        super().__init__(config, data, out, resume, augment, tensorboard, quiet, given)
+        config = checked(self.config, DistillConfig)
+        shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
+        with parallel.together():
+            # The teachers first: copies of what they are before a student that shares with them is trained
+            self.teachers, about = ready_teachers(teachers, config, self.device, shape, classes)
+            check_teachers(self.teachers.networks, self.data)
+            self.student, notes = ready_student(student, config, self.device, shape, classes)
+            if config.branches not in (None, self.student.branches):
+                raise InputError(
+                    f"branches={config.branches} for a student of {self.student.branches}: expected the same"
+                )
+        self.warn(about + notes)
+        self.networks = {"student": self.student}
+        self.seeds = [config.seed]
+        with parallel.together():
+            self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
+            check_statistics(config, self.distil, self.engine)
+        self.step = self.distil
+        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
+        self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
+        self._about_teachers: dict[str, Any] = {}
+
+    def train_step(self) -> dict[str, Tensor]:
+        return self.distil.train_on(self.loaders[0])
+
+    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
+        labels = self.validation.labels
+        members, branches = self.evaluator.student(self.student, self.validation)
+        averaged = branches is not None and len(members) == 1
+        score = Score.of(members.mean(0), labels, branches if averaged else None)
+        record: dict[str, Any] = {"accuracy": score.accuracy, "nll": score.nll}
+        if branches is not None and bool(torch.isfinite(branches).all()):
+            record |= {
+                "branch_accuracy": [metrics.accuracy(branch, labels) for branch in branches],
+                "branch_kl": metrics.pairwise_kl(branches), "branch_agreement": metrics.agreement(branches),
+            }  # fmt: skip
+        return {"student": score}, record | self.about_teachers()
+
+    def about_teachers(self) -> dict[str, Any]:
+        """What the teachers do on the validation images, measured and told once: a teacher that was given another
+        normalisation than its own, or whose classes are in another order, shows here."""
+        if not self._about_teachers:
+            p = self.evaluator.teachers(self.teachers, self.validation)
+            accuracies = [metrics.accuracy(member, self.validation.labels) for member in p]
+            self._about_teachers = {"teacher_accuracy": accuracies}
+            if len(self.teachers) > 1:
+                self._about_teachers |= {
+                    "ensemble_accuracy": metrics.accuracy(p.mean(0), self.validation.labels),
+                    "teacher_kl": metrics.pairwise_kl(p), "teacher_agreement": metrics.agreement(p),
+                }  # fmt: skip
+        return self._about_teachers
+
+    def save_last(self, out: Path) -> None:
+        save_network(out / "last.safetensors", self.student.deployed(), self.card(self.keeper.last["student"]))
+
+    def finish(self) -> None:
+        super().finish()
+        deployed = self.student.deployed()
+        with parallel.together():
+            if self.first and self.out is not None and deployed is not self.student:
+                save_network(self.out / "network.safetensors", deployed, self.card(self.keeper.kept()["student"]))
+
+    def doubts(self) -> list[str]:
+        teachers = self.about_teachers()["teacher_accuracy"]
+        return keeping.warn_of_student(self.keeper.kept()["student"], teachers, len(self.validation))
+
+    def frozen(self) -> Sequence[nn.Module]:
+        return list(self.teachers.networks)

@@ -1,0 +1,69 @@
+"""Training M teachers at once: what a step and a look at the validation images are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastensdistill.config import TeachConfig
+from fastensdistill.data.augment import Augment
+from fastensdistill.data.sources import Dataset
+from fastensdistill.engine import parallel
+from fastensdistill.engine.predict import Evaluator
+from fastensdistill.engine.select import teaching_step
+from fastensdistill.errors import InputError
+from fastensdistill.evaluate import metrics
+from fastensdistill.train.keeping import Score
+from fastensdistill.train.setup import check_statistics, listed_networks, ready_networks
+from fastensdistill.train.trainer import Trainer, checked
+from fastensdistill.weights import save_network
+
+
+class TeachTrainer(Trainer):
+    """Trains M networks at once, each from its own seed, on its own order of images (method §2, "Teachers").
+
+    Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
+    PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
+    ``last-{i}.safetensors``.
+    """
+
+    title = "teach"
+
+    def __init__(self, networks: Sequence[nn.Module], data: Dataset | str | Path, config: TeachConfig | None = None, *,
+                 out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
+                 tensorboard: bool = False, quiet: bool = False):  # fmt: skip
+        networks = listed_networks(networks)
+        config = checked(config or TeachConfig(members=len(networks)), TeachConfig)
+        super().__init__(config, data, out, resume, augment, tensorboard, quiet, networks)
+        config = checked(self.config, TeachConfig)
+        shape = (self.data.channels, *self.data.image_size)
+        with parallel.together():
+            if len(networks) != config.members:
+                raise InputError(f"{len(networks)} networks for members={config.members}: expected as many")
+            placed, notes = ready_networks(networks, self.device, shape, self.data.num_classes)
+        self.networks = {f"teacher-{i}": network for i, network in enumerate(placed)}
+        self.warn(notes)
+        self.seeds = [config.seed + i for i in range(config.members)]
+        with parallel.together():
+            self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
+            check_statistics(config, self.teach, self.engine)
+        self.step = self.teach
+        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
+
+    def train_step(self) -> dict[str, Tensor]:
+        return self.teach.train_on(self.loaders)
+
+    def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
+        members = self.evaluator.networks(list(self.networks.values()), self.validation)
+        scores = [Score.of(p, self.validation.labels) for p in members]
+        record: dict[str, Any] = {"accuracy": [s.accuracy for s in scores], "nll": [s.nll for s in scores]}
+        if len(members) > 1 and all(s.finite for s in scores):
+            record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
+        return dict(zip(self.networks, scores, strict=True)), record
+
+    def save_last(self, out: Path) -> None:
+        for i, (name, network) in enumerate(self.networks.items()):
+            save_network(out / f"last-{i}.safetensors", network, self.card(self.keeper.last[name]))
