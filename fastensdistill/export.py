@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.files import expanded, write_atomically
+from fastensdistill.method.calls import dtype_of
 from fastensdistill.method.copying import copy_network
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.student import MultiHead, RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import ModelSpec, Normalized
@@ -69,7 +71,7 @@ def export_network(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise InputError(f"cannot make the folder {folder}: {failure.strerror}") from failure
-    network = unwrap_inside(copy_network(network)).eval().cpu()  # the caller's stays where and as it is
+    network = set_mode(unwrap_inside(copy_network(network)), False).cpu()  # the caller's stays where and as it is
     images = images.detach().cpu().float()
     expected = _call(network, images)
     about = full_card(network, images, card or {})
@@ -116,7 +118,7 @@ def full_card(network: nn.Module, images: Tensor, card: dict[str, Any]) -> dict[
         "architecture": spec.name or type(bare).__qualname__,
         "arguments": spec.arguments,
         "class": own,
-        "dtype": str(_dtype(network)).removeprefix("torch."),
+        "dtype": str(dtype_of(network)).removeprefix("torch."),
         "parameters": sum(p.numel() for p in network.parameters()),
         "input": {
             "shape": ["batch", *images.shape[1:]],
@@ -138,14 +140,14 @@ class _Program(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.dtype = network, _dtype(network)
+        self.network, self.dtype = network, dtype_of(network)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.to(self.dtype)).float()
 
 
 def _program(network: nn.Module) -> nn.Module:
-    return network if _dtype(network) == torch.float32 else _Program(network).eval()
+    return network if dtype_of(network) == torch.float32 else _Program(network).eval()
 
 
 @torch.no_grad()
@@ -153,7 +155,7 @@ def _call(network: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, C). Raises InputError for a network that cannot take the images, or gives something else."""
     own = type(network).__name__
     try:
-        logits = network(images.to(_dtype(network)).clone())  # it may write into them
+        logits = network(images.to(dtype_of(network)).clone())  # it may write into them
     except Exception as failure:  # whatever a network of the user's raises
         first = next(iter(str(failure).splitlines()), type(failure).__name__)
         raise InputError(f"{own} does not take images of shape {tuple(images.shape)}: {first}") from failure
@@ -161,10 +163,6 @@ def _call(network: nn.Module, images: Tensor) -> Tensor:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(f"{own} returns {found}: expected logits ({len(images)}, classes)")
     return logits.float()
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _formats(given: Any) -> list[str]:
@@ -257,7 +255,7 @@ def _require_onnx() -> None:
 
 def _allowed(f: str, network: nn.Module) -> float:
     """Half precision rounds every layer: other kernels differ by its resolution."""
-    return max(TOLERANCE[f], 16 * torch.finfo(_dtype(network)).eps) if f == "onnx" else TOLERANCE[f]
+    return max(TOLERANCE[f], 16 * torch.finfo(dtype_of(network)).eps) if f == "onnx" else TOLERANCE[f]
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -21,7 +21,9 @@ from fastensdistill.foreign.fill import check, fill, find
 from fastensdistill.foreign.flatten import Entry, flatten
 from fastensdistill.foreign.formats import find_file, is_safetensors, read_any
 from fastensdistill.foreign.leaf import Leaf
+from fastensdistill.method.calls import device_of, dtype_of
 from fastensdistill.method.copying import copy_network
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import Normalized, create_model
@@ -182,7 +184,7 @@ def _own(path: Path, card: dict[str, Any], model: str | None, arguments: dict[st
     if "student" in card:
         network = STUDENTS[card["student"]](network, card["branches"])
     fill(network, _entries(path), path, card["model"])
-    return network.eval()
+    return set_mode(network, False)
 
 
 def _into_module(path: Path, card: dict[str, Any], model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
@@ -199,14 +201,14 @@ def _into_module(path: Path, card: dict[str, Any], model: nn.Module, arguments: 
     if normalised:
         if arguments:
             raise InputError(f"mean and std given with a {_name(network)}, which normalises its images itself")
-        return network.eval()
+        return set_mode(network, False)
     if kept and arguments and not all(same(arguments[k], kept[k]) for k in NORMALISATION):
         raise InputError(f"{path} says mean={tuple(kept['mean'])} itself: not mean={arguments['mean']}")
     values = arguments or kept
     if not values:
-        return network.eval()
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    return Normalized(network, values["mean"], values["std"]).to(like.device, like.dtype).eval()
+        return set_mode(network, False)
+    device, dtype = device_of(network), dtype_of(network)
+    return set_mode(Normalized(network, values["mean"], values["std"]).to(device, dtype), False)
 
 
 def _named(
@@ -247,7 +249,7 @@ def _named(
         arguments |= {"mean": mean, "std": std}
     network = create_model(model, **arguments)
     fill(network, found, path, model)
-    return network.eval()
+    return set_mode(network, False)
 
 
 def _skeleton(model: str, arguments: dict[str, Any]) -> nn.Module:

@@ -21,7 +21,9 @@ from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.reference import ReferenceStep, TeachStep, precision_on
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.student import BatchEnsemble, Student
 from fastensdistill.method.teachers import Teachers
 
@@ -72,7 +74,8 @@ def verify_distillation(
 def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:
     """1 − cosine between the engines of the update of all networks. Raises DisagreementError above the limit."""
     with torch.no_grad():
-        classes = copy_network(networks[0]).eval()(_batch(networks[0], shape, 2, torch.Generator())[0]).shape[1]
+        images, _ = _batch(networks[0], shape, 2, torch.Generator())
+        classes = call(set_mode(copy_network(networks[0]), False), images).shape[1]
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(network, shape, classes, generator) for network in networks]
     images = batches[0][0]

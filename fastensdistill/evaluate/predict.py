@@ -11,12 +11,13 @@ from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.data.sources import Split
 from fastensdistill.engine.checks import check_images, check_pixels
 from fastensdistill.errors import InputError
-from fastensdistill.method.calls import call, device_of, not_about_images, refused, unwrapped
+from fastensdistill.method.calls import call, device_of, not_about_images, refused
 from fastensdistill.method.inspection import check_values
 from fastensdistill.method.modes import evaluating
 from fastensdistill.method.outputs import check_logits, in_unit_interval
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.models.wrappers import unwrap
 from fastensdistill.train.progress import advance
 
 
@@ -33,7 +34,7 @@ def predict(network: nn.Module, images: EvaluationSet | Split | Tensor, batch_si
         raise InputError(f"network is a {type(network).__name__}; expected an nn.Module; load_network reads files")
     check_values(network, "network")
     batches = _batches(images, device_of(network), batch_size)
-    network = unwrapped(network)
+    network = unwrap(network)
     parts = []
     with evaluating(network):
         for i, batch in enumerate(batches):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fastensdistill.errors import InputError
 from fastensdistill.foreign.flatten import Entry
 from fastensdistill.foreign.names import Match, Shape, counts, match, plain_ones
+from fastensdistill.method.copying import check_complete
 from fastensdistill.models import Normalized
 
 # Heads for training alone, which a network made for use does not have
@@ -26,12 +26,7 @@ def fill(network: nn.Module, found: Mapping[str, Entry], path: str | Path, name:
     Raises InputError where names are missing or left over, shapes differ, or a value is not finite; the network is
     then as it was.
     """
-    for layer, module in network.named_modules():
-        if any(is_lazy(p) for p in (*module._parameters.values(), *module._buffers.values()) if p is not None):
-            raise InputError(
-                f"{layer or name} is a {type(module).__name__}, whose shape is not known yet: "
-                "run the network on one batch of images first"
-            )
+    check_complete(network)
     state = network.state_dict()
     wanted = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
     m = find(network, found, wanted)
@@ -72,10 +67,11 @@ def check(m: Match, wanted: Mapping[str, Shape], path: str | Path, name: str) ->
     optional = {k for k in wanted if k.startswith("normalize.") or counts(k)}
     missing = sorted(set(wanted) - set(m.entries) - optional)
     needed = len(set(wanted) - optional)
-    if not m.entries:
+    if not m.entries and (missing or m.held):
+        example = f", such as {missing[0].removeprefix(m.outer)!r}" if missing else ""
         raise InputError(
-            f"{path} does not fit {name}: it holds none of its {needed} tensors, such as "
-            f"{missing[0].removeprefix(m.outer)!r}; it has {', '.join(map(repr, m.held))}"
+            f"{path} does not fit {name}: it holds none of its {needed} tensors{example}; it has "
+            f"{', '.join(map(repr, m.held))}"
         )
     if missing or m.extra:
         example = missing[0].removeprefix(m.outer) if missing else sorted(m.extra)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ class Single(Student):
         return self.module
 
 
-def check_count(branches: int) -> None:
-    """Raise InputError unless ``branches`` is an integer of at least 1."""
-    if not isinstance(branches, int) or isinstance(branches, bool) or branches < 1:
+def check_count(branches: int) -> int:
+    """``branches``, which may be NumPy's. Raises InputError unless it is an integer of at least 1."""
+    if not isinstance(branches, Integral) or isinstance(branches, bool) or branches < 1:
         raise InputError(f"branches={branches!r}: expected an integer of at least 1")
+    return int(branches)

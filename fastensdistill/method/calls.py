@@ -125,16 +125,6 @@ def learn_contiguous(network: nn.Module) -> None:
         habits.contiguous = True
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network in what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` make of it."""
-    while True:
-        parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner = network.module if parallel else network.__dict__.get("_modules", {}).get("_orig_mod")
-        if not isinstance(inner, nn.Module):
-            return network
-        network = inner
-
-
 def dtype_of(network: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
     """That of its floating parameters, the first of them; ``default`` where there are none."""
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)

@@ -13,6 +13,7 @@ from fastensdistill.method.base import Student, check_count
 from fastensdistill.method.calls import call
 from fastensdistill.method.computed_weights import originals, take_hooks, write
 from fastensdistill.method.copying import copy_network
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.shared_weight import SharedWeight
 from fastensdistill.method.wrapping import check_copyable, check_references, tied_groups
 from fastensdistill.models.wrappers import unwrap
@@ -80,8 +81,7 @@ class Hydra(Student):
 
     def __init__(self, module: nn.Module, branches: int):
         super().__init__()
-        check_count(branches)
-        self.branches = branches
+        self.branches = branches = check_count(branches)
         module = unwrap(module)
         check_copyable(module)
         layers = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -97,7 +97,7 @@ class Hydra(Student):
     def branch(self, k: int) -> nn.Module:
         """One ordinary network of the wrapped class, with head ``k``, in evaluation mode, sharing nothing."""
         self._chosen([k])
-        network = copy_network(self.module, forget=True).eval()
+        network = set_mode(copy_network(self.module, forget=True), False)
         for m in [m for m in network.modules() if isinstance(m, MultiHead)]:
             head = m.heads[k]
             m.__class__, m.__dict__ = type(head), head.__dict__  # type: ignore[assignment]

@@ -6,12 +6,10 @@ channels last, which is how the loader gives them and faster, and decides how th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fastensdistill.errors import InputError
 from fastensdistill.method.calls import (
@@ -25,6 +23,7 @@ from fastensdistill.method.calls import (
     refused,
     remember,
 )
+from fastensdistill.method.copying import check_complete, copy_network, named
 from fastensdistill.method.modes import evaluating, set_mode, without_weight_gradients
 from fastensdistill.method.outputs import check_logits
 
@@ -47,19 +46,11 @@ def check_output(network: nn.Module, name: str, image_shape: ImageShape, expecte
 
 def check_values(network: nn.Module, name: str) -> None:
     """Raise InputError for parameters that have no values yet: on the meta device, or of lazy layers."""
-    check_shapes(network, name)
-    about = f"{name} ({type(network).__name__})"
+    check_complete(network, name)
+    about = named(network, name)
     for key, p in [*network.named_parameters(), *network.named_buffers()]:
         if p.is_meta:
             raise InputError(f"{about} has {key!r} on the meta device, without values; expected it on a CPU or a GPU")
-
-
-def check_shapes(network: nn.Module, name: str) -> None:
-    """Raise InputError for parameters of lazy layers."""
-    for key, p in [*network.named_parameters(), *network.named_buffers()]:
-        if is_lazy(p):
-            about = f"{name} ({type(network).__name__})"
-            raise InputError(f"{about} has a lazy layer, {key!r} has no shape; expected a network that saw an image")
 
 
 def check_network(
@@ -73,13 +64,13 @@ def check_network(
     for a network to be trained whose parameters are all frozen or are not float32.
     """
     check_values(network, name)
-    about = f"{name} ({type(network).__name__})"
+    about = named(network, name)
     if trained and not any(p.requires_grad for p in network.parameters()):
         raise InputError(f"{about} requires no gradients for any parameter; expected some to be trained")
     usual = torch.get_default_dtype()  # float32, but for whoever computes in float64 throughout
     if trained and dtype_of(network) != usual:
         raise InputError(f"{about} is of {dtype_of(network)}; expected {usual}, network.float(), to train it")
-    tried = copied(network, name).to(device)
+    tried = copy_network(network, forget=True, name=name).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         images = _in_evaluation(tried, name, image_shape, expected)
         if ascended:
@@ -174,19 +165,3 @@ def _logits(network: nn.Module, name: str, images: Tensor, expected: Sequence[in
 def _noise(network: nn.Module, shape: ImageShape) -> Tensor:
     images = torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     return images.to(device_of(network))
-
-
-def copied(network: nn.Module, name: str) -> nn.Module:
-    """A copy that shares nothing with ``network``. Raises InputError where there can be none."""
-    check_shapes(network, name)
-    try:
-        with torch.no_grad():  # a script module's copy would be part of a graph
-            made = copy.deepcopy(network)
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise InputError(
-            f"{name} ({type(network).__name__}) cannot be copied: {type(error).__name__}: {first}"
-        ) from error
-    for own, given in zip(made.parameters(), network.parameters(), strict=True):
-        own.requires_grad_(given.requires_grad)
-    return made

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 
+Moded = TypeVar("Moded", bound=nn.Module)
 
-def set_mode(module: nn.Module, training: bool) -> None:
-    """Training or evaluation mode; a program of ``torch.export`` has the one that it was exported in, for good."""
+
+def set_mode(module: Moded, training: bool) -> Moded:
+    """``module`` in training or evaluation mode; a program of ``torch.export`` stays in that of its export.
+
+    By ``train``, which networks that keep layers in evaluation mode override, some without returning themselves.
+    """
     try:
         module.train(training)
     except NotImplementedError:
         if training:
             raise
+    return module
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fastensdistill.method.base import Single, Student, check_count
 from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.hydra import Hydra, MultiHead
+from fastensdistill.method.modes import set_mode
 from fastensdistill.method.rank_one_layer import RankOneLayer
 from fastensdistill.method.wrapping import ranked_copy
 
@@ -49,8 +50,7 @@ class BatchEnsemble(Student):
 
     def __init__(self, module: nn.Module, branches: int):
         super().__init__()
-        check_count(branches)
-        self.branches = branches
+        self.branches = branches = check_count(branches)
         self.module = ranked_copy(module, branches)
         if not self.layers():
             raise InputError(f"{type(module).__name__} has no Conv2d or Linear layer for {self.kind} to wrap")
@@ -120,7 +120,7 @@ class BatchEnsemble(Student):
     @torch.no_grad()
     def _merge(self, merge: Callable[[RankOneLayer], Merged]) -> nn.Module:
         # In evaluation mode: straight after training its first use would otherwise change the running statistics
-        network = copy_network(self.module, forget=True).eval()
+        network = set_mode(copy_network(self.module, forget=True), False)
         layers = [m for m in network.modules() if isinstance(m, RankOneLayer)]
         for layer in layers:
             layer.compute()
@@ -165,7 +165,7 @@ def reestimate_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> nn.M
     try:
         for images in batches:
             if not seen:  # nothing is lost where there are no batches
-                network.eval()
+                set_mode(network, False)
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.train()

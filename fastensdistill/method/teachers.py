@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.method.calls import call, unwrapped
-from fastensdistill.method.inspection import check_output, copied
+from fastensdistill.method.calls import call
+from fastensdistill.method.copying import copy_network
+from fastensdistill.method.inspection import check_output
 from fastensdistill.method.modes import set_mode, without_weight_gradients
 from fastensdistill.method.student import Single, Student
+from fastensdistill.models.wrappers import unwrap
 
 
 class Teachers(nn.Module):
@@ -37,7 +39,7 @@ class Teachers(nn.Module):
         if not given:
             raise InputError("no teachers given: expected at least one network")
         check_distinct(given, "teachers", equal=True)
-        held = [copied(network, f"teacher {i}") for i, network in enumerate(given)] if copy else given
+        held = [copy_network(network, name=f"teacher {i}") for i, network in enumerate(given)] if copy else given
         for network in held:
             set_mode(network, False)
         self.networks = nn.ModuleList(held)
@@ -107,7 +109,7 @@ def _network(index: int, network: Any) -> nn.Module:
         raise InputError(
             f"teacher {index} is a {type(network).__name__}: expected an nn.Module; load_teachers reads files"
         )
-    network = unwrapped(network)
+    network = unwrap(network)
     if isinstance(network, Single):
         network = network.module
     if isinstance(network, Student):

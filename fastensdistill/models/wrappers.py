@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
 def unwrap(network: nn.Module) -> nn.Module:
     """The network inside torch.compile's, DataParallel's, DistributedDataParallel's and AveragedModel's wrappers."""
     while True:
-        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel) or (
-            type(network).__name__ == "AveragedModel" and type(network).__module__ == "torch.optim.swa_utils"
-        ):
-            network = network.module  # type: ignore[assignment]
-        elif isinstance(network, nn.Module) and isinstance(network._modules.get("_orig_mod"), nn.Module):
-            network = network._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
+        kind = type(network)
+        averaged = (kind.__module__, kind.__name__) == ("torch.optim.swa_utils", "AveragedModel")
+        wrapped = averaged or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner: Any = getattr(network, "module" if wrapped else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return network
+        network = inner
 
 
 def unwrap_inside(network: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ against the plan of the same, run by ``execute.py``. The module, its modes and a
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
+from fastensdistill.method.copying import copy_network
 from fastensdistill.network.execute import execute
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network, Norm, Shape
@@ -106,7 +106,7 @@ class _Probe:
 
     def __init__(self, module: nn.Module, network: Network, input_size: Shape):
         self.network, self.kind = network, type(module).__name__
-        own = copy.deepcopy(module).requires_grad_(True)
+        own = copy_network(module, forget=True).requires_grad_(True)
         self.device = next(own.parameters()).device
         if self.device.type not in ("cpu", "cuda"):
             own, self.device = own.cpu(), torch.device("cpu")

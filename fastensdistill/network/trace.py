@@ -8,7 +8,6 @@ module itself.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from fastensdistill.errors import InputError
+from fastensdistill.method.copying import copy_network
 from fastensdistill.models.layers import BatchNorm2d, Normalize, PadShortcut
 from fastensdistill.network.nodes import Network, Shape
 from fastensdistill.network.reader import Reader
@@ -52,7 +52,7 @@ def trace(module: nn.Module, input_size: Shape, trains: bool = False) -> Network
     kind = type(module).__name__
     with refusing(f"{kind}: cannot be traced"):
         check_unseen(module)
-        own = copy.deepcopy(module)
+        own = copy_network(module, forget=True)
     evaluated = _traced(own, input_size, False)
     if not trains:
         return evaluated

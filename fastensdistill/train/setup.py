@@ -19,11 +19,12 @@ from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
-from fastensdistill.method.calls import dtype_of, habits_of, unwrapped
+from fastensdistill.method.calls import dtype_of, habits_of
 from fastensdistill.method.inspection import check_network, check_values
 from fastensdistill.method.perturbation import NEED_GRADIENT
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers, check_distinct
+from fastensdistill.models.wrappers import unwrap
 
 Placed = TypeVar("Placed", bound=nn.Module)
 
@@ -90,7 +91,7 @@ def ready_networks(
     networks: Sequence[nn.Module], device: torch.device, shape: ImageShape, classes: int
 ) -> tuple[list[nn.Module], list[str]]:
     """Networks that are to become teachers on the device, and what to say of them."""
-    given, notes = [unwrapped(network) for network in networks], []
+    given, notes = [unwrap(network) for network in networks], []
     check_distinct(given, "teachers", equal=False)
     for i, network in enumerate(given):
         notes += check_network(network, f"teacher {i}", shape, [classes], device, trained=True)

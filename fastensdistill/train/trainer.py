@@ -27,6 +27,7 @@ from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
+from fastensdistill.method.modes import set_mode
 from fastensdistill.train import checkpoint, keeping, summary
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.folder import RunFolder
@@ -222,7 +223,7 @@ class Trainer:
             self.networks[name].load_state_dict(weights)
         for network in self.networks.values():
             parallel.same_start(network.state_dict().values())
-            network.eval()
+            set_mode(network, False)
         if self.first:
             with parallel.alone():
                 self.warn(self.doubts())

@@ -260,7 +260,7 @@ def test_the_engine_raises_nothing_else():
         def train(self, mode=True):
             raise KeyError("mode")
 
-    with pytest.raises(InputError, match=r"^Uncopied: cannot be traced: RuntimeError: no copies$"):
+    with pytest.raises(InputError, match=r"^Uncopied cannot be copied: no copies$"):
         compared(Uncopied(), SIZE)
     with pytest.raises(InputError, match=r"^Failing: cannot be traced after module '': 'mode'$"):
         compared(Failing(), SIZE)
