@@ -70,6 +70,23 @@ def test_a_test_folder_without_labels_is_not_read(unlabelled, val, tmp_path):
     assert any(note.startswith("test/ has no labels") or note.startswith("test") for note in data.notes)
 
 
+def test_the_set_is_found_beside_documents(tmp_path):
+    written = write_classes(tmp_path / "a/data/train", {"cat": 4, "dog": 4})
+    test = write_classes(tmp_path / "a/data/test", {"cat": 2, "dog": 2}, 1)
+    images = write_classes(tmp_path / "b/images", {"cat": 5, "dog": 5}, 2)
+    for beside in ("a/docs", "b/docs"):
+        for i in range(3):
+            write_image(tmp_path / beside / f"{i}.png", PIXELS)
+    data = load_dataset(tmp_path / "a")
+    assert classes_of(data.train, data) | classes_of(data.validation, data) == written
+    assert classes_of(data.test, data) == test
+    assert "left out, as they lie beside data/: docs" in data.notes
+    data = load_dataset(tmp_path / "b")
+    assert sorted(pairs(data.train, data.validation, data.test)) == sorted(
+        (image, ["cat", "dog"].index(name)) for image, name in images.items()
+    )
+
+
 def test_train_alone_is_split_and_a_class_of_trains_is_a_class(tmp_path):
     written = write_classes(tmp_path / "a/train", {"cat": 10, "dog": 10})
     data = load_dataset(str(tmp_path / "a"))
@@ -107,6 +124,7 @@ def test_hidden_folders_are_left_out_and_linked_ones_read(tmp_path):
     write_image(tmp_path / "linked.png", one)
     (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "linked.png")
     (tmp_path / "set/dog/round").symlink_to(tmp_path / "set/dog")  # no end to it
+    (tmp_path / "set/dog/up").symlink_to(tmp_path / "set")  # cats and eels
     data = load_dataset(tmp_path / "set")
     found = [classes_of(split, data) for split in (data.train, data.validation, data.test)]
     written = {image: name.split("/")[0] for image, name in written.items()} | {one.tobytes(): "cat"}
@@ -318,7 +336,7 @@ LAYOUTS = [
     pytest.param(["val/a/0.png", "test/a/0.png"], "has test, val but no train", id="no-train"),
     pytest.param([f"{c}/{s}/0.png" for c in "ab" for s in ("train", "test")], "test, train in each", id="inside-out"),
     pytest.param([f"{d}/{c}/0.png" for c in "ab" for d in ("art", "photo")], "a, b in each of art", id="domains"),
-    pytest.param(["a/0.png"], "has the one class 'a'; expected at least 2", id="one-class"),
+    pytest.param(["a/0.png", "a/1.png"], "has the one class 'a'; expected at least 2", id="one-class"),
 ]
 
 

@@ -4,6 +4,7 @@ import collections
 import copy
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -316,7 +317,7 @@ def test_one_image_of_a_network_that_squeezes():
             return self.head(self.body(x).squeeze())
 
     network = Squeezing()
-    p = predict(network, images(5), batch_size=2)
+    p = predict(network, images(5), batch_size=np.int64(2))
     check_close("it", p, predict(Net(), images(5)), 1e-6)
 
 
@@ -453,6 +454,9 @@ ARGUMENTS = {
     "none": (lambda: TeachTrainer([], dataset(16)), "no networks"),
     "one twice": (lambda: TeachTrainer([Net()] * 2, dataset(16)), "0 and 1 are one network"),
     "an augmentation": (lambda: TeachTrainer([Net()], dataset(16), augment=True), "augment is a bool"),
+    "members": (lambda: Teachers([Net()])(images(), members=[1]), "members=.*from 0 to 0"),
+    "a step's network": (lambda: ReferenceStep(Net(), [Net()], config(), num_classes=CLASSES), "wrap it: LatentBE"),
+    "a whole data set": (lambda: predict(Net(), dataset(16)), "expected a split of it"),
     "a folder": (lambda: TeachTrainer([Net()], dataset(16), out=3), "out is a int"),
 }
 
@@ -509,7 +513,7 @@ def test_labels_that_are_refused(labels, words):
 
 
 def test_values_are_looked_at_once():
-    step = ReferenceStep(Single(Net()), Teachers([Net(seed=1)]), config(), num_classes=CLASSES)
+    step = ReferenceStep(Single(Net()), [Net(seed=1)], config(), num_classes=CLASSES)
     labels = torch.arange(8) % CLASSES
     step(X, labels)
     step(255 * X, labels)  # what a look would refuse

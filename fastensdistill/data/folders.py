@@ -22,6 +22,7 @@ from fastensdistill.errors import InputError
 TINY_IMAGENET = ((0.4802, 0.4481, 0.3976), (0.2770, 0.2691, 0.2822))
 
 PICTURES = {"images", "image", "imgs", "img", "jpegimages"}
+SETS = PICTURES | {"data", "dataset"}
 ANSWERS = {"labels", "label", "annotations", "annotation", "masks", "mask", "bboxes", "segmentation"}
 
 COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".webp")
@@ -40,7 +41,7 @@ def open_folder(folder: Path, image_size: int | None) -> Source:
     of differing sizes without ``image_size``, or that cannot be decoded.
     """
     notes: list[str] = []
-    root = unpacked(str(folder))
+    root = unpacked(str(folder), notes=notes)
     inside = folders(root)
     splits = find_splits(root, inside)
     seen = Seen()
@@ -71,23 +72,35 @@ def open_folder(folder: Path, image_size: int | None) -> Source:
     )  # fmt: skip
 
 
-def unpacked(folder: str, known: Collection[str] = ()) -> str:
+def unpacked(folder: str, known: Collection[str] = (), notes: list[str] | None = None) -> str:
     """The folder in which the splits or classes lie: archives unpack to folders in folders, ``set/set/train``, and
     images may have a folder of their own beside documents. Folders with ``known`` names, the classes, are not entered.
+    ``notes`` gets what lies beside and holds images too.
     """
     for _ in range(4):
         if own_images(folder):
             break
         filled = {name: path for name, path in folders(folder).items() if has_images(path)}
-        if len(filled) != 1:
+        chosen = filled if len(filled) == 1 or known else {n: p for n, p in filled.items() if _is_set(n, p)}
+        if len(chosen) != 1:
             break
-        ((name, inner),) = filled.items()
+        ((name, inner),) = chosen.items()
         role = split_words(name)[0]
         again = role is not None and role == split_words(os.path.basename(folder))[0]  # seg_train/seg_train
         if name in known or own_images(inner) or (role is not None and not again):
             break
         folder = inner
+        if notes is not None and len(filled) > 1:
+            notes.append(f"left out, as they lie beside {name}/: {', '.join(n for n in filled if n != name)}")
     return folder
+
+
+def _is_set(name: str, folder: str) -> bool:
+    """Whether a folder beside others is the data set itself: it has splits, or is called ``images`` and has classes."""
+    inside = [inner for inner, path in folders(folder).items() if has_images(path)]
+    if own_images(folder) or split_words(name)[0] is not None:
+        return False
+    return "train" in (split_words(inner)[0] for inner in inside) or (name.lower() in SETS and len(inside) > 1)
 
 
 def find_splits(root: str, inside: dict[str, str]) -> dict[str, str]:
@@ -140,7 +153,9 @@ def class_folders(folder: str, root: str) -> dict[str, str]:
     if not found and own_images(folder):
         raise flat(folder, root)
     if not found:
-        raise InputError(f"{readable(folder)} holds no folders; expected one folder of images for each class")
+        cifar = {"data_batch_1", "batches.meta", "meta"} & {entry.name for entry in entries(folder)}
+        hint = "; CIFAR's own files are read as cifar10 or cifar100, with the folder above as root" if cifar else ""
+        raise InputError(f"{readable(folder)} holds no folders; expected one folder of images for each class{hint}")
     inner = [{name for name, path in folders(at).items() if has_images(path)} for at in found.values()]
     shared = sorted(set.intersection(*inner)) if len(inner) > 1 else []
     if len(shared) > 1:  # classes inside something else, or splits inside classes

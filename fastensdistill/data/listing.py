@@ -62,11 +62,13 @@ def folders(folder: str | Path) -> dict[str, str]:
 def images_in(folder: str, seen: Seen | None = None) -> list[str]:
     """The images in a folder, at any depth, sorted by path. ``seen`` counts the other files.
 
-    A file whose suffix is unknown is an image if Pillow opens it. A folder that links lead to again is read once.
+    A file whose suffix is unknown is an image if Pillow opens it. A folder that links lead to again is read once, and
+    one that the class lies in never.
     Raises ``InputError`` for an image that only other programs read (.heic, .dng, ...).
     """
     found: list[str] = []
-    _walk(folder, found, set(), seen)
+    above = [os.stat(parent) for parent in Path(folder).resolve().parents]
+    _walk(folder, found, {(status.st_dev, status.st_ino) for status in above}, seen)
     return sorted(found)
 
 

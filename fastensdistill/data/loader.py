@@ -174,7 +174,7 @@ class DeviceLoader:
 
 def check_batch_size(batch_size: int) -> None:
     """Raise ``InputError`` unless ``batch_size`` is a whole number of at least 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise InputError(f"batch size is {batch_size!r}; expected a whole number of at least 1")
 
 

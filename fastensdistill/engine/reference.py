@@ -40,7 +40,12 @@ class ReferenceStep:
     statistics, one update by the mean gradient.
     """
 
-    def __init__(self, student: Student, teachers: Teachers, config: DistillConfig, *, num_classes: int):
+    def __init__(
+        self, student: Student, teachers: Teachers | Sequence[nn.Module], config: DistillConfig, *, num_classes: int
+    ):
+        if not isinstance(student, Student):
+            raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
+        teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
         self.target = "mean" if isinstance(student, Single) else "one-to-one"

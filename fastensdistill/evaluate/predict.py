@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
-from fastensdistill.data.sources import Split
+from fastensdistill.data.sources import Dataset, Split
 from fastensdistill.engine.checks import check_images, check_pixels
 from fastensdistill.errors import InputError
 from fastensdistill.method.calls import call, device_of, not_about_images, refused
@@ -53,6 +53,8 @@ def _batches(images: Any, device: torch.device, batch_size: int) -> Any:
     check_batch_size(batch_size)
     if isinstance(images, Split):
         images = EvaluationSet(images, device)
+    elif isinstance(images, Dataset):
+        raise InputError("images are a Dataset; expected a split of it, such as data.test")
     elif not isinstance(images, EvaluationSet):
         check_images(images)
         if len(images):
@@ -61,7 +63,7 @@ def _batches(images: Any, device: torch.device, batch_size: int) -> Any:
         raise InputError("no images to predict; expected at least one")
     if isinstance(images, EvaluationSet):
         return images.batches(batch_size)
-    return (batch.to(device) for batch in images.split(batch_size))
+    return (batch.to(device) for batch in images.split(int(batch_size)))
 
 
 def _logits(network: nn.Module, batch: Tensor) -> Tensor:

@@ -53,6 +53,10 @@ class Teachers(nn.Module):
 
     def forward(self, x: Tensor, members: Sequence[int] | None = None) -> Tensor:
         chosen = range(len(self)) if members is None else members
+        if not isinstance(x, Tensor):
+            raise InputError(f"images are a {type(x).__name__}; expected a tensor (B, channels, H, W)")
+        if not chosen or any(not 0 <= m < len(self) for m in chosen):
+            raise InputError(f"members={list(chosen)}: expected indices from 0 to {len(self) - 1}")
         with without_weight_gradients(self):
             logits = [call(self.networks[m], x, f"teacher {m}") for m in chosen]
         if len({z.shape for z in logits}) > 1:
