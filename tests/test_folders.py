@@ -97,6 +97,22 @@ def test_train_alone_is_split_and_a_class_of_trains_is_a_class(tmp_path):
     assert load_dataset(tmp_path / "b").classes == ("car", "sea", "train")
 
 
+def test_tiny_imagenet_with_its_validation_images_beside_their_list(tmp_path):
+    train = write_classes(tmp_path / "train", {"n01": 5, "n02": 5})
+    shown = write_classes(tmp_path / "elsewhere", {"n01": 2, "n02": 2}, 1)
+    (tmp_path / "val").mkdir()
+    lines = []
+    for i, file in enumerate(sorted((tmp_path / "elsewhere").glob("*/*"))):
+        lines.append(f"val_{i}.png\t{file.parent.name}\t0\t0\t7\t7\n")
+        file.rename(tmp_path / f"val/val_{i}.png")
+    for name in ("n01", "n02", ""):
+        (tmp_path / "elsewhere" / name).rmdir()
+    (tmp_path / "val/val_annotations.txt").write_text("".join(lines))
+    data = load_dataset(tmp_path)
+    assert classes_of(data.test, data) == shown
+    assert classes_of(data.train, data) | classes_of(data.validation, data) == train
+
+
 @pytest.mark.parametrize("layout", ["val/{name}", "val/{name}/images"])
 def test_tiny_imagenet_put_into_class_folders(layout, tmp_path):
     test = {}
@@ -124,7 +140,9 @@ def test_hidden_folders_are_left_out_and_linked_ones_read(tmp_path):
     write_image(tmp_path / "linked.png", one)
     (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "linked.png")
     (tmp_path / "set/dog/round").symlink_to(tmp_path / "set/dog")  # no end to it
-    (tmp_path / "set/dog/up").symlink_to(tmp_path / "set")  # cats and eels
+    (tmp_path / "set/dog/above").symlink_to(tmp_path / "set")  # where cats are
+    (tmp_path / "set/dog/itself").symlink_to(tmp_path / "set/dog/itself")
+    os.mkfifo(tmp_path / "set/dog/pipe")
     data = load_dataset(tmp_path / "set")
     found = [classes_of(split, data) for split in (data.train, data.validation, data.test)]
     written = {image: name.split("/")[0] for image, name in written.items()} | {one.tobytes(): "cat"}
@@ -132,6 +150,9 @@ def test_hidden_folders_are_left_out_and_linked_ones_read(tmp_path):
     assert found[0] | found[1] | found[2] == written
     (tmp_path / "linked.png").unlink()
     with pytest.raises(InputError, match=r"linked.png is not a readable image"):
+        load_dataset(tmp_path / "set")
+    (tmp_path / "set/fox").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"set/fox is a link to what is not there"):
         load_dataset(tmp_path / "set")
 
 

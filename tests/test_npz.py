@@ -48,6 +48,7 @@ def test_npz_below_root_with_own_validation_and_names(tmp_path):
 @pytest.mark.parametrize(("name", "key"), [
     ("train_images", Key("train", "images")), ("x_train", Key("train", "images")), ("X_train", Key("train", "images")),
     ("y_test", Key("test", "labels")), ("ytest", Key("test", "labels")), ("xTrain", Key("train", "images")),
+    ("trainX", Key("train", "images")), ("testLabels", Key("test", "labels")), ("x_trn", Key("trn", "images")),
     ("val_labels", Key("val", "labels")), ("valid/data", Key("valid", "images")), ("train-x", Key("train", "images")),
     ("training.targets", Key("training", "labels")), ("images", Key("", "images")), ("y", Key("", "labels")),
     ("arr_0", None), ("train_ids", None), ("classes", None), ("train_images_small", None), ("train_test_x", None),

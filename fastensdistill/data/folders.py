@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from fastensdistill.data.images import COLOUR, read_image, read_mode, read_size
-from fastensdistill.data.listing import Seen, entries, folders, has_images, images_in, own_images, readable
+from fastensdistill.data.listing import Seen, check_links, entries, folders, has_images, images_in, own_images, readable
 from fastensdistill.data.parts import Part, Source
 from fastensdistill.data.splits import assign, split_words
 from fastensdistill.data.tiny import annotated, class_words
@@ -42,6 +42,7 @@ def open_folder(folder: Path, image_size: int | None) -> Source:
     """
     notes: list[str] = []
     root = unpacked(str(folder), notes=notes)
+    check_links(root)
     inside = folders(root)
     splits = find_splits(root, inside)
     seen = Seen()
@@ -139,6 +140,7 @@ def class_folders(folder: str, root: str) -> dict[str, str]:
 
     Raises ``InputError`` where there is none, and for the layouts of detection and segmentation.
     """
+    check_links(folder)
     found = folders(folder)
     answers = [name for name in found if name.lower() in ANSWERS]
     pictures = [name for name in found if name.lower() in PICTURES]

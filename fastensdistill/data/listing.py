@@ -44,6 +44,14 @@ def entries(folder: str | Path) -> list[os.DirEntry[str]]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def folders(folder: str | Path) -> dict[str, str]:
     """The folders in a folder, links among them: their paths by readable names, in the order of names.
 
@@ -51,7 +59,7 @@ def folders(folder: str | Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for entry in entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             name = readable(entry.name)
             if name in found:
                 raise InputError(f"{readable(str(folder))} has two folders that read {name!r}; expected other names")
@@ -59,15 +67,22 @@ def folders(folder: str | Path) -> dict[str, str]:
     return found
 
 
+def check_links(folder: str) -> None:
+    """Raise ``InputError`` for a link in a folder whose class or split is not there any more."""
+    for entry in entries(folder):
+        if not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
+            raise InputError(f"{readable(entry.path)} is a link to what is not there; expected it mended, or removed")
+
+
 def images_in(folder: str, seen: Seen | None = None) -> list[str]:
     """The images in a folder, at any depth, sorted by path. ``seen`` counts the other files.
 
     A file whose suffix is unknown is an image if Pillow opens it. A folder that links lead to again is read once, and
-    one that the class lies in never.
+    one that ``folder`` lies in is not entered: it holds other classes.
     Raises ``InputError`` for an image that only other programs read (.heic, .dng, ...).
     """
     found: list[str] = []
-    above = [os.stat(parent) for parent in Path(folder).resolve().parents]
+    above = (parent.stat() for parent in (*Path(folder).absolute().parents, *Path(folder).resolve().parents))
     _walk(folder, found, {(status.st_dev, status.st_ino) for status in above}, seen)
     return sorted(found)
 
@@ -78,7 +93,7 @@ def _walk(folder: str, found: list[str], visited: set[tuple[int, int]], seen: Se
         return
     visited.add((status.st_dev, status.st_ino))
     for entry in entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             _walk(entry.path, found, visited, seen)
         elif _image(entry, seen):
             found.append(entry.path)
@@ -87,14 +102,14 @@ def _walk(folder: str, found: list[str], visited: set[tuple[int, int]], seen: Se
 def has_images(folder: str, depth: int = 8) -> bool:
     """Whether there is an image in a folder, or ``depth`` folders below; it stops at the first."""
     content = entries(folder)
-    if any(not entry.is_dir() and _image(entry, None) for entry in content):
+    if any(not is_folder(entry) and _image(entry, None) for entry in content):
         return True
-    return depth > 0 and any(has_images(entry.path, depth - 1) for entry in content if entry.is_dir())
+    return depth > 0 and any(has_images(entry.path, depth - 1) for entry in content if is_folder(entry))
 
 
 def own_images(folder: str | Path) -> list[str]:
     """The images that lie in a folder itself."""
-    return [entry.path for entry in entries(folder) if not entry.is_dir() and _image(entry, None)]
+    return [entry.path for entry in entries(folder) if not is_folder(entry) and _image(entry, None)]
 
 
 def _image(entry: os.DirEntry[str], seen: Seen | None) -> bool:
@@ -103,7 +118,7 @@ def _image(entry: os.DirEntry[str], seen: Seen | None) -> bool:
         return True
     if suffix in BESIDE or entry.name == "Thumbs.db":
         return False
-    if is_image(entry.path):
+    if os.path.isfile(entry.path) and is_image(entry.path):  # to open a pipe is to wait for its other end
         return True
     if suffix in FOREIGN:
         raise InputError(f"{entry.path} is an image that Pillow does not read; expected it converted, or moved away")

@@ -32,8 +32,9 @@ class Key(NamedTuple):
 
 
 def read_key(name: str) -> Key | None:
-    """``train_images``, ``x_train``, ``X-val``, ``ytest``, ``data``; None for names of anything else."""
-    words = [word for word in re.split(r"[\s_./-]+", name.lower()) if word]
+    """``train_images``, ``x_train``, ``X-val``, ``trainX``, ``ytest``, ``data``; None for names of anything else."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)  # trainImages
+    words = [word for word in re.split(r"[\s_./-]+", spaced.lower()) if word]
     if len(words) == 1 and words[0][0] in "xy" and words[0][1:] in WORDS:  # xtrain
         words = [words[0][0], words[0][1:]]
     splits = [word for word in words if word in WORDS]

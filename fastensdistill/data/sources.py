@@ -6,6 +6,7 @@ validation split and the limit, reads what is left and measures mean and standar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,6 +172,8 @@ def load_dataset(
 def open_source(name: str, root: Path | None, image_size: int | None) -> tuple[str, Source]:
     """The data set's short name and its parts: from the registry, else a path, else a path under ``root``."""
     path = expanded(name)
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):  # which the system refuses to look for
+        raise InputError(f"there is no {name[:60]!r}...; expected a shorter name of a file or folder")
     if root is not None and name not in DATASETS and not path.exists():
         path = root / path
     if image_size is not None and (name in DATASETS or not path.is_dir()):

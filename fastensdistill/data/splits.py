@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fastensdistill.errors import InputError
 
 WORDS = {
-    "train": "train", "training": "train", "trainset": "train",
+    "train": "train", "training": "train", "trainset": "train", "trn": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation", "valset": "validation",
     "test": "test", "testing": "test", "testset": "test", "tst": "test",
     "eval": "eval", "evaluation": "eval",

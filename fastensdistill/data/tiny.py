@@ -11,16 +11,18 @@ from fastensdistill.errors import InputError
 def annotated(folder: Path, names: Sequence[str]) -> list[tuple[str, int]]:
     """Files and labels that ``val_annotations.txt`` lists: file name, class and a box, separated by tabs.
 
-    Empty where there is no such file, or its images were put into class folders.
+    The files are in ``images``, or beside it. Empty where there is no such file, or its images were put into class
+    folders.
     """
     annotations = folder / "val_annotations.txt"
-    if not annotations.is_file() or not (folder / "images").is_dir():
+    if not annotations.is_file():
         return []
+    images = folder / "images" if (folder / "images").is_dir() else folder
     numbers = {name: label for label, name in enumerate(names)}
     files: list[tuple[str, int]] = []
     for number, line in enumerate(read_lines(annotations), start=1):
         name, wnid = [*line.split("\t"), ""][:2]
-        path = folder / "images" / Path(name).name
+        path = images / Path(name).name
         if number == 1 and not path.is_file():
             return []
         if wnid not in numbers:

@@ -97,7 +97,7 @@ def _in_evaluation(tried: nn.Module, name: str, shape: ImageShape, expected: Seq
         except InputError:
             again = torch.full_like(logits, torch.nan)
     if any(h.contiguous for h in habits_of(tried)) or not torch.allclose(
-        again, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())
+        again, logits, rtol=1e-2, atol=1e-2 * float(logits.detach().abs().max())
     ):
         return _kept_contiguous(tried, images)
     return images.to(memory_format=last)
