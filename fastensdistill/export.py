@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.files import expanded, write_atomically
-from fastensdistill.method.calls import dtype_of
+from fastensdistill.method.calls import call, dtype_of, habits_of
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
+from fastensdistill.method.outputs import logits_of
 from fastensdistill.method.student import MultiHead, RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import ModelSpec, Normalized
@@ -136,32 +137,30 @@ def full_card(network: nn.Module, images: Tensor, card: dict[str, Any]) -> dict[
 
 
 class _Program(nn.Module):
-    """A network of another dtype as a program: float32 images to float32 logits."""
+    """A network of another dtype, with more outputs or that writes into its images: float32 images to float32 logits,
+    and the images stay."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network, self.dtype = network, dtype_of(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.dtype)).float()
+        return logits_of(self.network(images.clone().to(self.dtype))).float()
 
 
-def _program(network: nn.Module) -> nn.Module:
-    return network if dtype_of(network) == torch.float32 else _Program(network).eval()
+@torch.no_grad()
+def _program(network: nn.Module, images: Tensor) -> nn.Module:
+    plain = dtype_of(network) == torch.float32 and isinstance(network(images.clone()), Tensor)
+    return network if plain and not any(habits.writes for habits in habits_of(network)) else _Program(network).eval()
 
 
 @torch.no_grad()
 def _call(network: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, C). Raises InputError for a network that cannot take the images, or gives something else."""
-    own = type(network).__name__
-    try:
-        logits = network(images.to(dtype_of(network)).clone())  # it may write into them
-    except Exception as failure:  # whatever a network of the user's raises
-        first = next(iter(str(failure).splitlines()), type(failure).__name__)
-        raise InputError(f"{own} does not take images of shape {tuple(images.shape)}: {first}") from failure
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise InputError(f"{own} returns {found}: expected logits ({len(images)}, classes)")
+    logits = call(network, images)
+    if logits.ndim != 2 or len(logits) != len(images):
+        own = type(network).__name__
+        raise InputError(f"{own} returns shape {tuple(logits.shape)}: expected logits ({len(images)}, classes)")
     return logits.float()
 
 
@@ -211,7 +210,7 @@ def _read_safetensors(path: Path, network: nn.Module, images: Tensor) -> Tensor:
 
 def _write_torch(network: nn.Module, path: Path, images: Tensor, card: dict[str, Any]) -> None:
     program = torch.export.export(
-        _program(network), (images[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        _program(network, images[:2]), (images[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     buffer = io.BytesIO()  # onto a full disk PyTorch's own writer ends the whole process
     torch.export.save(program, buffer, extra_files={"card.json": json.dumps(card, default=str)})
@@ -228,7 +227,7 @@ def _write_onnx(network: nn.Module, path: Path, images: Tensor, card: dict[str, 
     import onnx
 
     torch.onnx.export(
-        _program(network), (images[:2].clone(),), path, dynamo=True, external_data=False, verbose=False,
+        _program(network, images[:2]), (images[:2].clone(),), path, dynamo=True, external_data=False, verbose=False,
         input_names=["images"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )  # fmt: skip
     model = onnx.load(path)

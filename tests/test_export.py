@@ -212,3 +212,39 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"file write failed$"):
         export_network(scatter(tiny()).eval(), tmp_path, images=images, formats=("safetensors", "torch"))
     assert not list(tmp_path.iterdir())
+
+
+class Returning(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.conv, self.output = nn.Conv2d(3, 5, 3), output
+
+    def forward(self, x):
+        x -= 0.5
+        features = self.conv(x)
+        return self.output(features.mean((2, 3)), features)
+
+
+OUTPUTS = {
+    "logits": lambda z, f: z,
+    "logits and features": lambda z, f: (z, f),
+    "a mapping": lambda z, f: {"features": f, "logits": z},
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+def test_programs_return_the_logits_and_leave_the_images(output, tmp_path):
+    network, kept = Returning(output), IMAGES.clone()
+    expected = network.conv(IMAGES - 0.5).mean((2, 3)).detach()
+    export_network(network, tmp_path, images=IMAGES)
+    logits = torch.export.load(tmp_path / "network.pt2").module()(IMAGES)
+    check_close("logits", logits.detach(), expected, 1e-5)
+    assert torch.equal(IMAGES, kept)
+
+
+def test_what_returns_no_logits_is_not_exported(tmp_path):
+    with pytest.raises(InputError, match="returns a mapping of 'features', 'value'"):
+        export_network(Returning(lambda z, f: {"features": f, "value": z}), tmp_path, images=IMAGES)
+    with pytest.raises(InputError, match="RecursiveScriptModule"):
+        export_network(torch.jit.script(nn.Conv2d(3, 5, 3)), tmp_path, images=IMAGES)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import collections
 import copy
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.predict import predict
@@ -21,6 +23,7 @@ from fastensdistill.method.student import STUDENTS, Hydra, LatentBE, Single
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.teach import TeachTrainer
+from fastensdistill.weights import load_network
 from tests.compare import check_close
 from tests.test_trainer import dataset
 
@@ -54,6 +57,9 @@ class WithView(Net):
 
 def images(n=5):
     return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+X = images(8)
 
 
 def check(network, **options):
@@ -412,6 +418,38 @@ def test_networks_that_only_look_equal_are_two():
     assert len(Teachers([Scaled(torch.ones(1)), Scaled(torch.zeros(1))])) == 2
 
 
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1))
+
+
+class Silent(Net):
+    """``train`` and ``eval`` overridden as many do, without ``return self``."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def eval(self):
+        super().eval()
+
+
+@pytest.mark.parametrize("kind", ["latent-be", "hydra", "single"])
+def test_a_train_that_returns_nothing(kind):
+    student = STUDENTS[kind](Silent(), np.int64(2))
+    step = ReferenceStep(student, [Silent(seed=1), Net(seed=2)], config(), num_classes=CLASSES)
+    step(X, torch.arange(8) % CLASSES)
+    assert student.module.body[1].num_batches_tracked == 1
+    one = student.deployed() if kind == "latent-be" else student.module if kind == "single" else student.branch(1)
+    assert isinstance(one, Silent)
+    p = predict(one, X)[0]
+    Silent.eval(one)
+    check_close("in evaluation mode", p, one(X).softmax(-1), 1e-6)
+
+
 def one_network():
     return Net()
 
@@ -456,6 +494,21 @@ ARGUMENTS = {
     "an augmentation": (lambda: TeachTrainer([Net()], dataset(16), augment=True), "augment is a bool"),
     "members": (lambda: Teachers([Net()])(images(), members=[1]), "members=.*from 0 to 0"),
     "a step's network": (lambda: ReferenceStep(Net(), [Net()], config(), num_classes=CLASSES), "wrap it: LatentBE"),
+    "a student in a wrapper": (
+        lambda: ReferenceStep(nn.DataParallel(LatentBE(Net(), 2)), [Net()], config(), num_classes=CLASSES),
+        "around a LatentBE",
+    ),
+    "a step's config": (lambda: ReferenceStep(Single(Net()), [Net()], TeachConfig(), num_classes=4), "DistillConfig"),
+    "a step's classes": (lambda: ReferenceStep(Single(Net()), [Net()], config(), num_classes="4"), "num_classes='4'"),
+    "other classes": (
+        lambda: ReferenceStep(Single(Net()), [Net(seed=1)], config(), num_classes=7)(X, torch.arange(8) % CLASSES),
+        "student: 4 logits per image; expected num_classes=7",
+    ),
+    "a step's Sequential": (lambda: TeachStep(nn.Sequential(Net()), TeachConfig()), "networks are a Sequential"),
+    "a step's student": (lambda: TeachStep([Single(Net())], TeachConfig()), "network 0 is a Single"),
+    "a lazy layer": (lambda: TeachStep([nn.LazyLinear(4)], TeachConfig()), "no shape yet"),
+    "a fused step's network": (lambda: FusedStep(Net(), [Net()], config()), "wrap it: LatentBE"),
+    "a script": (lambda: LatentBE(torch.jit.script(Plain()), 2), "no Conv2d or Linear"),
     "a whole data set": (lambda: predict(Net(), dataset(16)), "expected a split of it"),
     "a folder": (lambda: TeachTrainer([Net()], dataset(16), out=3), "out is a int"),
 }
@@ -467,7 +520,6 @@ def test_arguments_of_trainers(make, words):
         make()
 
 
-X = images(8)
 IMAGES = {
     "channels last": (X.permute(0, 2, 3, 1), r"images.permute\(0, 3, 1, 2\)"),
     "one": (X[0], r"images\[None\]"),
@@ -524,3 +576,47 @@ def test_values_are_looked_at_once():
 def test_outputs_without_a_name():
     with pytest.raises(InputError, match="the network returns a str"):
         logits_of("logits")
+
+
+class Expanded(Net):
+    """A buffer that repeats one number in memory, and two that overlap."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        numbers = torch.arange(9.0)
+        self.register_buffer("one", torch.tensor([0.25]).expand(6))
+        self.register_buffer("low", numbers[:6])
+        self.register_buffer("high", numbers[3:])
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1) * self.one + self.low - self.high)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: LatentBE(network, 2), Single], ids=["latent-be", "single"])
+def test_buffers_that_share_memory_go_through_a_run(wrap, tmp_path):
+    plain = config(student=wrap(Net()).kind)
+    student, teachers = wrap(Expanded()), [Net(seed=i) for i in (1, 2)]
+    trainer = DistillTrainer(student, teachers, dataset(16), plain, out=tmp_path, quiet=True).fit()
+    saved = load_network(tmp_path / "network.safetensors", Expanded(seed=3))
+    check_close("one", saved.get_buffer("one"), torch.full((6,), 0.25), 0.0)
+    check_close("high", saved.get_buffer("high"), torch.arange(3.0, 9.0), 0.0)
+    again = wrap(Expanded(seed=4))
+    DistillTrainer(again, teachers, dataset(16), plain, out=tmp_path, resume=True, quiet=True).fit()
+    for name, value in student.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert trainer.kept
+
+
+def test_a_teacher_without_gradients_in_the_fused_engine():
+    """Where nothing ascends the images, no gradient of a teacher is needed."""
+
+    class Blind(Net):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    losses = []
+    for engine in (partial(ReferenceStep, num_classes=CLASSES), partial(FusedStep, image_shape=SHAPE)):
+        step = engine(LatentBE(Net(), 2), [Blind(seed=1), Net(seed=2)], config(perturbation="none"))
+        losses.append(step(X, torch.arange(8) % CLASSES)["loss"])
+    check_close("loss", losses[1], losses[0], 1e-5)

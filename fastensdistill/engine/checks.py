@@ -5,6 +5,8 @@ Values are on the device, and looking at them waits for it; a step does not, but
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,6 +73,12 @@ def check_parts(config: TrainConfig, images: int) -> None:
         raise InputError("a batch of no images; expected at least one")
 
 
+def check_class_count(classes: Any) -> None:
+    """Raise InputError unless ``num_classes`` is an integer of at least 1."""
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
+        raise InputError(f"num_classes={classes!r}: expected an integer of at least 1")
+
+
 class FirstBatch:
     """Looks at values until a step sets ``over``, which each does at the end of its first batch."""
 
@@ -82,3 +90,9 @@ class FirstBatch:
             check_pixels(images)
         if not self.over and labels is not None and not labels.is_meta:
             check_classes(labels, classes)
+
+    def see_logits(self, logits: Mapping[str, Tensor], classes: int) -> None:
+        """Raise InputError unless all ``logits`` (..., C) are of so many ``classes``; keys say whose they are."""
+        for name, values in () if self.over else logits.items():
+            if values.shape[-1] != classes:
+                raise InputError(f"{name}: {values.shape[-1]} logits per image; expected num_classes={classes!r}")

@@ -38,7 +38,8 @@ from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
-from fastensdistill.method.perturbation import Perturbation, Perturbed
+from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
+from fastensdistill.method.perturbation import NEED_GRADIENT, Perturbation, Perturbed
 from fastensdistill.method.student import BatchEnsemble, Hydra, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
@@ -75,16 +76,21 @@ def plain(student: Student) -> nn.Module:
 
 
 @refusing("the fused engine")
-def check_networks(student: Student, teachers: Teachers, shape: ImageShape) -> list[Network]:
+def check_networks(
+    student: Student, teachers: Teachers, shape: ImageShape, perturbation: str = "tdiv-sdiv"
+) -> list[Network]:
     """Traced networks of the teachers, in order, and of the student last.
+
+    Of the teachers a gradient with respect to the images is asked only where the ``perturbation`` needs one.
 
     Raises InputError for what the engine cannot run, or would run as something else: an operation that cannot be traced
     or planned, hooks, dropout in the student, a teacher that the student shares weights with.
     """
     check_unseen(student)
     check_unseen(teachers)
-    own = plain(student)
-    networks = [*(compared(teacher, shape) for teacher in teachers.networks), compared(own, shape, trains=True)]
+    own, ascended = plain(student), perturbation in NEED_GRADIENT
+    networks = [compared(teacher, shape, gradient=ascended) for teacher in teachers.networks]
+    networks.append(compared(own, shape, trains=True))
     plan(networks, distillation_groups(networks, student), "backward", 1)
     ranked = isinstance(student, BatchEnsemble)
     Master.check(student.module if ranked else own, networks[-1], ranked)
@@ -144,8 +150,8 @@ class FusedStep(Capturing):
         capture: bool = True,
         implementations: Dispatch | None = None,
     ):
-        self.student, self.config = student, config
-        self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
+        self.student, self.teachers = checked_student(student), checked_teachers(teachers)
+        self.config = checked_config(config, DistillConfig)
         self.device = next(student.parameters()).device
         self.target = "mean" if isinstance(student, Single) else "one-to-one"
         seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
@@ -173,7 +179,7 @@ class FusedStep(Capturing):
     @refusing("the fused engine")
     def _adopt(self, shape: ImageShape) -> None:
         """Trace, and take over the student's parameters."""
-        networks = check_networks(self.student, self.teachers, shape)
+        networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
         ranked = isinstance(self.student, BatchEnsemble)
         self.heads = Heads(self.student) if isinstance(self.student, Hydra) else None
         module = self.heads.module if self.heads else self.student.module

@@ -104,7 +104,7 @@ class Master:
 
     @staticmethod
     def check(module: nn.Module, network: Network, ranked: bool) -> None:
-        """Raise InputError for a parameter that no layer of ``network`` has, or that is not to be trained."""
+        """Raise InputError for a parameter that no layer of ``network`` has, and where none is to be trained."""
         layers = [node.name for node in network.nodes if isinstance(node, Conv | Linear)]
         known = set(paths(network, ranked).values())
         known |= {f"{name}.{kind}" for name in layers for kind in ("delta_r", "delta_s")} if ranked else set()

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data.loader import DeviceLoader
-from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_parts
+from fastensdistill.engine.checks import FirstBatch, check_class_count, check_images, check_labels, check_parts
 from fastensdistill.engine.parallel import average, processes, rank, same_start
 from fastensdistill.engine.statistics import part_momentum
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
+from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers, listed_networks
 from fastensdistill.method.calls import call, dtype_of
+from fastensdistill.method.inspection import check_values
 from fastensdistill.method.modes import set_mode
 from fastensdistill.method.perturbation import Perturbation, Perturbed
 from fastensdistill.method.student import Single, Student
@@ -43,11 +45,13 @@ class ReferenceStep:
     def __init__(
         self, student: Student, teachers: Teachers | Sequence[nn.Module], config: DistillConfig, *, num_classes: int
     ):
-        if not isinstance(student, Student):
-            raise InputError(f"student is a {type(student).__name__}; wrap it: LatentBE(network, branches=4)")
-        teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
+        student, teachers = checked_student(student), checked_teachers(teachers)
+        config = checked_config(config, DistillConfig)
+        for network, name in ((student, "student"), *((t, f"teacher {i}") for i, t in enumerate(teachers.networks))):
+            check_values(network, name)
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
+        check_class_count(num_classes)
         self.target = "mean" if isinstance(student, Single) else "one-to-one"
         seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
         self.pick = torch.Generator().manual_seed(seed)
@@ -103,6 +107,7 @@ class ReferenceStep:
             with torch.no_grad():
                 teacher_logits = self.teachers(images)
             branch_logits = self.student(images)
+        self.first.see_logits({"student": branch_logits, "teachers": teacher_logits}, self.num_classes)
         loss, loss_kd, loss_ce, _ = distillation_loss(
             teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
         )
@@ -130,7 +135,9 @@ class TeachStep:
     """
 
     def __init__(self, networks: Sequence[nn.Module], config: TeachConfig):
-        self.networks, self.config = list(networks), config
+        self.networks, self.config = listed_networks(networks), checked_config(config, TeachConfig)
+        for i, network in enumerate(self.networks):
+            check_values(network, f"network {i}")
         self.device = next(self.networks[0].parameters()).device
         self.optimizers = [sgd(network, config) for network in self.networks]
         self.dtype, self.first = dtype_of(self.networks[0]), FirstBatch()

@@ -55,7 +55,7 @@ def _obstacle(
         if isinstance(trained, Student):
             assert isinstance(config, DistillConfig)
             assert teachers is not None
-            check_networks(trained, teachers, image_shape)
+            check_networks(trained, teachers, image_shape, config.perturbation)
         else:
             common_architecture(trained, image_shape)
     except Exception as error:  # of other people's code, too

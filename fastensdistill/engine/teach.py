@@ -22,6 +22,7 @@ from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
+from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.overlap import common_memory, trained_tensors
 from fastensdistill.network.plan import plan, teach_groups
@@ -67,7 +68,7 @@ class FusedTeachStep(Capturing):
         capture: bool = True,
         implementations: Dispatch | None = None,
     ):
-        self.networks, self.config = list(networks), config
+        self.networks, self.config = listed_networks(networks), checked_config(config, TeachConfig)
         self.network = common_architecture(self.networks, image_shape)
         self.device = next(self.networks[0].parameters()).device
         self.dtype, precision = arithmetic(config, self.networks[0])

@@ -31,9 +31,11 @@ class Student(nn.Module):
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale`` (method §2)."""
-        own = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": own, "lr_scale": 1.0, "weight_decay": weight_decay}]
+        """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale`` (method §2).
+
+        Frozen parameters too, which may be thawed later: SGD leaves what has no gradient as it is.
+        """
+        return [{"params": list(self.parameters()), "lr_scale": 1.0, "weight_decay": weight_decay}]
 
     def penalty(self) -> Tensor:
         """``L_WD``: half the squared norm of all parameters; deviations of r and s count 1/K (method §2)."""

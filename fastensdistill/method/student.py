@@ -79,15 +79,12 @@ class BatchEnsemble(Student):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         # ½‖δ‖²/K in the loss and a gradient multiplied by K is plain SGD at K times the rate and 1/K the decay.
         factors = {id(p): p for layer in self.layers() for p in (layer.delta_r, layer.delta_s)}  # tied ones once
-        shared = [p for p in self.parameters() if id(p) not in factors and p.requires_grad]
+        shared = [p for p in self.parameters() if id(p) not in factors]
         k = self.branches
         return [
             {"params": shared, "lr_scale": 1.0, "weight_decay": weight_decay},
-            {
-                "params": [p for p in factors.values() if p.requires_grad],
-                "lr_scale": float(k), "weight_decay": weight_decay / k,
-            },
-        ]  # fmt: skip
+            {"params": list(factors.values()), "lr_scale": float(k), "weight_decay": weight_decay / k},
+        ]
 
     def branch(self, k: int) -> nn.Module:
         """One ordinary network of the wrapped class: branch ``k``, in evaluation mode, sharing nothing."""

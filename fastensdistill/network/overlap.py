@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 import torch
@@ -40,6 +40,16 @@ def common_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None
                 return name, name
             owner[own] = i
     return None
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """A strict ``load_state_dict``. An expanded buffer cannot be written to: it gets memory for every element first."""
+    new: dict[int, Tensor] = {}
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and common_memory([(name, buffer)]):
+                owner._buffers[name] = new.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format))
+    module.load_state_dict(state)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -19,12 +19,13 @@ from fastensdistill.engine.select import distillation_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.classes import check_teachers
+from fastensdistill.method.arguments import checked_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train import keeping
 from fastensdistill.train.keeping import Score
 from fastensdistill.train.setup import check_statistics, ready_student, ready_teachers
-from fastensdistill.train.trainer import Trainer, checked
+from fastensdistill.train.trainer import Trainer
 from fastensdistill.weights import save_network
 
 
@@ -56,11 +57,11 @@ class DistillTrainer(Trainer):
     def __init__(self, student: Student, teachers: Teachers | Sequence[nn.Module], data: Dataset | str | Path,
                  config: DistillConfig | None = None, *, out: Path | str | None = None, resume: bool = False,
                  augment: Augment | None = None, tensorboard: bool = False, quiet: bool = False):  # fmt: skip
-        config = checked(config or DistillConfig(), DistillConfig)
+        config = checked_config(config or DistillConfig(), DistillConfig)
         teachers = list(teachers) if isinstance(teachers, Iterator) else teachers
         given = [student, *(teachers if isinstance(teachers, Sequence) else [teachers])]
         super().__init__(config, data, out, resume, augment, tensorboard, quiet, given)
-        config = checked(self.config, DistillConfig)
+        config = checked_config(self.config, DistillConfig)
         shape, classes = (self.data.channels, *self.data.image_size), self.data.num_classes
         with parallel.together():
             # The teachers first: copies of what they are before a student that shares with them is trained

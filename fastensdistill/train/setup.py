@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +18,13 @@ from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.method.arguments import checked_student, named
+from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.calls import dtype_of, habits_of
 from fastensdistill.method.inspection import check_network, check_values
 from fastensdistill.method.perturbation import NEED_GRADIENT
 from fastensdistill.method.student import Student
-from fastensdistill.method.teachers import Teachers, check_distinct
+from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.wrappers import unwrap
 
 Placed = TypeVar("Placed", bound=nn.Module)
@@ -54,11 +55,9 @@ def ready_student(
     student: Any, config: DistillConfig, device: torch.device, shape: ImageShape, classes: int
 ) -> tuple[Student, list[str]]:
     """The student on the device, and what to say of it. Raises InputError for one that cannot be trained."""
-    if not isinstance(student, Student):
-        about = f"student is {named(student)}"
-        if isinstance(student, Teachers | list | tuple):
-            raise InputError(f"{about}; expected DistillTrainer(student, teachers, ...), in this order")
-        raise InputError(f"{about}; wrap it: LatentBE(network, branches=4)")
+    student = checked_student(student)
+    check_values(student, "student")
+    check_branches(student, shape)
     ascended = config.perturbation if config.perturbation == "tdiv-sdiv" else ""
     expected = [student.branches, classes]
     notes = check_network(student, "student", shape, expected, device, trained=True, ascended=ascended)
@@ -70,8 +69,7 @@ def ready_teachers(
 ) -> tuple[Teachers, list[str]]:
     """Copies of the teachers in float32 on the device, and what to say of them. InputError for any that do not fit."""
     if isinstance(teachers, Student):
-        raise InputError(f"teachers are {named(teachers)}; expected DistillTrainer(student, teachers, ...), "
-                         "in this order")  # fmt: skip
+        raise InputError(f"teachers are {named(teachers)}; expected student, teachers, in this order")
     own, notes = Teachers(teachers), []
     ascended = config.perturbation if config.perturbation in NEED_GRADIENT else ""
     for i, network in enumerate(own.networks):
@@ -92,32 +90,9 @@ def ready_networks(
 ) -> tuple[list[nn.Module], list[str]]:
     """Networks that are to become teachers on the device, and what to say of them."""
     given, notes = [unwrap(network) for network in networks], []
-    check_distinct(given, "teachers", equal=False)
     for i, network in enumerate(given):
         notes += check_network(network, f"teacher {i}", shape, [classes], device, trained=True)
     return [place(network, device) for network in given], notes
-
-
-def listed_networks(networks: Any) -> list[nn.Module]:
-    """The networks that a trainer of teachers was given. Raises InputError for what are none."""
-    if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList | nn.ModuleDict):
-        raise InputError(f"networks are {named(networks)}; expected a sequence of networks, such as [network]")
-    if isinstance(networks, str) or not isinstance(networks, Iterable):
-        raise InputError(f"networks are {named(networks)}; expected a sequence of nn.Module")
-    given = list(networks.values() if isinstance(networks, Mapping | nn.ModuleDict) else networks)
-    for i, network in enumerate(given):
-        if not isinstance(network, nn.Module) or isinstance(network, Student | Teachers):
-            raise InputError(f"network {i} is {named(network)}; expected an nn.Module that returns logits")
-    if not given:
-        raise InputError("no networks given; expected at least one")
-    return given
-
-
-def named(value: Any) -> str:
-    """What an argument is, for an error: the name 'resnet18', the class Net, a list."""
-    if isinstance(value, str | Path):
-        return f"the name {str(value)!r}"
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def check_shares(config: TrainConfig) -> None:

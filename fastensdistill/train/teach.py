@@ -16,9 +16,10 @@ from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.select import teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.train.keeping import Score
-from fastensdistill.train.setup import check_statistics, listed_networks, ready_networks
-from fastensdistill.train.trainer import Trainer, checked
+from fastensdistill.train.setup import check_statistics, ready_networks
+from fastensdistill.train.trainer import Trainer
 from fastensdistill.weights import save_network
 
 
@@ -36,9 +37,9 @@ class TeachTrainer(Trainer):
                  out: Path | str | None = None, resume: bool = False, augment: Augment | None = None,
                  tensorboard: bool = False, quiet: bool = False):  # fmt: skip
         networks = listed_networks(networks)
-        config = checked(config or TeachConfig(members=len(networks)), TeachConfig)
+        config = checked_config(config or TeachConfig(members=len(networks)), TeachConfig)
         super().__init__(config, data, out, resume, augment, tensorboard, quiet, networks)
-        config = checked(self.config, TeachConfig)
+        config = checked_config(self.config, TeachConfig)
         shape = (self.data.channels, *self.data.image_size)
         with parallel.together():
             if len(networks) != config.members:

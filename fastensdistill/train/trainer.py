@@ -28,6 +28,7 @@ from fastensdistill.engine.select import AnyStep
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.method.modes import set_mode
+from fastensdistill.network.overlap import load_state
 from fastensdistill.train import checkpoint, keeping, summary
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.folder import RunFolder
@@ -48,13 +49,6 @@ from fastensdistill.weights import save_network
 RECORD_EVERY = 20  # steps
 State = dict[str, Any]
 Settings = TypeVar("Settings", bound=TrainConfig)
-
-
-def checked(config: TrainConfig, kind: type[Settings]) -> Settings:
-    """``config``. Raises InputError unless it is of the ``kind`` that a trainer needs."""
-    if not isinstance(config, kind):
-        raise InputError(f"config is a {type(config).__name__}; expected a {kind.__name__}")
-    return config
 
 
 class Trainer:
@@ -220,7 +214,7 @@ class Trainer:
             if self.first and self.out is not None:
                 self.save_last(self.out)
         for name, (_, weights) in self.keeper.best.items():
-            self.networks[name].load_state_dict(weights)
+            load_state(self.networks[name], weights)
         for network in self.networks.values():
             parallel.same_start(network.state_dict().values())
             set_mode(network, False)
@@ -291,7 +285,7 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         self.step_index = state["step_index"]
         for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
+            load_state(network, state["networks"][name])
         self.step.load_state_dict(state["step"])
         for i, loader in enumerate(self.loaders):
             loader.load_state_dict(state["loaders"][str(i)])
