@@ -165,8 +165,10 @@ def test_least_work(kind, perturbation, forwards, pixel_gradients):
     config = DistillConfig(student=kind, perturbation=perturbation)
     step = ReferenceStep(student, teachers, config, num_classes=CLASSES)
     convolutions = sum(isinstance(c, torch.nn.Conv2d) for c in tiny().modules())
+    batch = torch.rand(2, 3, SIZE, SIZE), torch.tensor([0, 1])
+    step(*batch)  # the first one also looks whether the networks are what they are taken for
     with Count() as count:
-        step(torch.rand(2, 3, SIZE, SIZE), torch.tensor([0, 1]))
+        step(*batch)
     assert count.forward == (forwards + m + k) * convolutions
     assert count.weights == k * convolutions
     # training needs no gradient of the images, so the stem's is missing there

@@ -230,7 +230,7 @@ def test_what_goes_wrong_on_one_is_raised_on_both(results, what):
 
 
 def test_where_a_kernel_does_not_run_on_one_both_take_the_reference_engine(results):
-    assert [result["engine"] for result in results] == ["reference engine: this kernel does not run"] * 2
+    assert [result["engine"] for result in results] == ["reference engine: RuntimeError: this kernel does not run"] * 2
 
 
 def test_divergence_keeps_the_last_good_checkpoint(folder, results):
