@@ -364,7 +364,7 @@ def test_refusals():
         GroupedPredictor([network(0), models.resnet(0)], SHAPE)
     with torch.device("meta"):
         elsewhere = PreResNet(5, (1, 1), in_planes=4)
-    with pytest.raises(InputError, match="network 1 is torch.float32 on meta; expected torch.float64 on cpu"):
+    with pytest.raises(InputError, match=r"network 1 is torch.float32 on meta; expected torch.float64 on cpu"):
         GroupedPredictor([network(0), elsewhere], SHAPE)
     with pytest.raises(InputError, match="unknown precision 'fp8'"):
         GroupedPredictor([network(0)], SHAPE, precision="fp8")
