@@ -124,7 +124,7 @@ def test_short_counts(count: int, expected: str) -> None:
     assert short(count) == expected
 
 
-@pytest.mark.parametrize("width", [80, 130, 220])
+@pytest.mark.parametrize("width", [30, 50, 80, 130, 220])
 @pytest.mark.parametrize("name", ["KD", "a student with quite a long name, and all of its settings"])
 def test_print_table_breaks_no_number(width: int, name: str) -> None:
     rows = [*ROWS, Row(name, "student", [metrics(0.8123, 0.4567), metrics(0.8323, 0.4767)], 375_348, 54_970_000)]
@@ -133,8 +133,10 @@ def test_print_table_breaks_no_number(width: int, name: str) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for value in ("82.23", "0.467", "80.09", "375.3 k", "219.9 M", "0.312", "agreement", "<i>alone</i>"):
+    for value in ("82.23", "0.467", "80.09", "375.3 k", "219.9 M", "0.312", "agreement", "seeds"):
         assert value in text, value
+    for title in ("ACC %", "NLL", "ECE", "cNLL", "cECE", "Brier", "KL", "agreement", "parameters", "MACs"):
+        assert len(re.findall(rf"(?<!\w){title}(?!\w)", text)) == 1, title
     assert re.search(r"±\s?1\.41", text)
     single = next(line for line in text.splitlines() if "80.09" in line)
     assert "±" not in single

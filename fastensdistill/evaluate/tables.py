@@ -18,6 +18,7 @@ from fastensdistill.evaluate.metrics import Metrics
 
 GROUPS = ("teachers", "student", "ensemble")
 MISSING = "–"
+NAMES = 32  # columns of a terminal for the names of rows, at most
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,35 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print the table, as wide as the console allows.
 
     Mean and standard deviation stand beside each other where there is room, else one above the other; a console
-    that is too narrow for that gets two tables, quality first, then diversity and size.
+    that is too narrow for that gets several tables, quality first, then diversity and size. No number is ever broken.
     """
     lines = table(rows)
-    quality, diversity = [c for c in COLUMNS if c.better], [c for c in COLUMNS if not c.better]
+    quality: list[Column | str] = ["seeds", *(c for c in COLUMNS if c.better)]
+    others: list[Column | str] = [*(c for c in COLUMNS if not c.better), *(key for key, _ in _SIZES)]
     for separator in (" ± ", "\n±"):
-        whole = _rich_table(lines, list(COLUMNS), separator, seeds=True, sizes=True)
+        whole = _rich_table(lines, [*quality, *others], separator)
         if _fits(whole, console):
             console.print(whole)
             return
-    console.print(_rich_table(lines, quality, "\n±", seeds=True, sizes=False))
-    console.print(_rich_table(lines, diversity, "\n±", seeds=False, sizes=True))
+    parts = [_rich_table(lines, half, "\n±") for half in (quality, others)]
+    if not all(_fits(part, console) for part in parts):
+        parts = _as_fits(lines, [*quality, *others], console)
+    for part in parts:
+        console.print(part)
+
+
+def _as_fits(lines: Sequence[dict[str, Any]], columns: Sequence[Column | str], console: Console) -> list[Table]:
+    """Tables of as many ``columns`` each as fit, for a narrow console: names are broken, and columns are close."""
+    parts = []
+    names = min(NAMES, max(12, console.width // 3))
+    while columns:
+        for count in range(len(columns), 0, -1):
+            part = _rich_table(lines, columns[:count], "\n±", names, padding=(0, 1, 0, 0))
+            if _fits(part, console):
+                break
+        parts.append(part)
+        columns = columns[count:]
+    return parts
 
 
 def _fits(candidate: Table, console: Console) -> bool:
@@ -171,27 +190,25 @@ def _fits(candidate: Table, console: Console) -> bool:
 
 
 def _rich_table(
-    lines: Sequence[dict[str, Any]], columns: Sequence[Column], separator: str, *, seeds: bool, sizes: bool
-) -> Table:
-    """One table for the terminal: the names, and of the rest what is asked for; a rule between groups."""
+    lines: Sequence[dict[str, Any]], columns: Sequence[Column | str], separator: str, names: int = NAMES,
+    padding: tuple[int, ...] = (0, 1),
+) -> Table:  # fmt: skip
+    """One table for the terminal: the names, at most so wide, and ``columns``: metrics, or keys of what is a text."""
     from rich.box import SIMPLE_HEAD
 
-    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    out.add_column("", max_width=32)
-    if seeds:
-        out.add_column("seeds", justify="right", no_wrap=True)
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=padding)  # type: ignore[arg-type]
+    out.add_column("", max_width=names)
+    cells = []
     for column in columns:
-        out.add_column(Text(column.title, justify="right"), no_wrap=True)
-    for _, title in _SIZES if sizes else ():
-        out.add_column(title, justify="right", no_wrap=True)
-    cells = [_rich_cells([line[column.key] for line in lines], column.title, separator) for column in columns]
+        if isinstance(column, Column):
+            out.add_column(Text(column.title, justify="right"), no_wrap=True)
+            cells.append(_rich_cells([line[column.key] for line in lines], column.title, separator))
+        else:
+            out.add_column(dict(_SIZES).get(column, column), justify="right", no_wrap=True)
+            cells.append([Text(line[column]) for line in lines])
     for i, line in enumerate(lines):
-        row = [Text(line["name"])]
-        row += [Text(line["seeds"])] if seeds else []
-        row += [cell[i] for cell in cells]
-        row += [Text(line[key]) for key, _ in _SIZES] if sizes else []
-        last = i + 1 < len(lines) and lines[i + 1]["group"] != line["group"]
-        out.add_row(*row, end_section=last)
+        last = i + 1 < len(lines) and lines[i + 1]["group"] != line["group"]  # of its group: a rule follows
+        out.add_row(Text(line["name"]), *(cell[i] for cell in cells), end_section=last)
     return out
 
 
