@@ -82,4 +82,4 @@ def test_images_stored_class_by_class(stored, tmp_path):
     assert np.bincount(few.train.labels).tolist() == [10] * 4
     assert pairs(other.validation) == pairs(data.validation) == pairs(few.validation)  # of no run's seed
     assert len({image for image, _ in pairs(data.train, data.validation)}) == 400
-    assert "validation: 40 training images, drawn class by class, the same in every run" in data.notes
+    assert "validation: 40 training images drawn class by class, always the same" in data.notes

@@ -112,6 +112,7 @@ def test_a_run_says_and_saves_what_it_kept(tmp_path, capsys):
     looks, (kept,) = validations(tmp_path)
     assert (kept["kept_epoch"], kept["nll"], kept["last_nll"], kept["step"]) == (3, 1.1, 1.2, 20)
     assert kept["last_accuracy"] == looks[-1]["accuracy"]
+    assert (kept["said"], kept["warnings"]) == (trainer.kept, trainer.warnings)
     shown = [100 * looks[i]["accuracy"] for i in (2, 3)]
     line = f"kept epoch 3 of 4, validation {shown[0]:.1f}% (last: {shown[1]:.1f}%), by NLL 1.100 (last: 1.200)"
     assert trainer.kept == line

@@ -446,12 +446,17 @@ def test_a_folder_of_teachers_is_not_exported(npz, tmp_path, capsys):
     assert str(run / "teacher-0.safetensors") in line
 
 
-def test_the_perturbation_is_left_out_where_the_teachers_are_gone(npz, tmp_path):
+def test_a_report_says_what_the_runs_said_and_that_their_teachers_are_gone(npz, tmp_path):
     gone = [str(tmp_path / "gone" / f"teacher-{i}.safetensors") for i in range(2)]
     run = make_run(tmp_path / "run", npz, seeds=(0,), teachers=gone)
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "teachers": gone}))
+    end = {"event": "kept", "said": "kept epoch 2 of 3", "warnings": ["few images", "a low rate"]}
+    (run / "metrics.jsonl").write_text(json.dumps(end))
     assert main(["evaluate", str(run), "--out", str(tmp_path / "out")]) == 0
     facts = json.loads((tmp_path / "out" / "results.json").read_text())["facts"]
-    assert facts["note"] == f"the teachers of run are not in {tmp_path / 'gone'} any more"
+    notes = load_dataset(config["data"]).notes
+    assert facts["note"] == "; ".join([*notes, f"the teachers of run are not in {tmp_path / 'gone'} any more"])
+    assert facts["kept weights"] == "run: kept epoch 2 of 3"
+    assert facts["warnings"] == "run: few images; run: a low rate"
     assert not (tmp_path / "out" / "perturbation.png").exists()

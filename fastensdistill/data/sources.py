@@ -239,7 +239,7 @@ def draw_splits(
     else:
         kept, drawn = draw_test(train.labels, classes, seed, label)
         tested = (train, drawn)
-        notes.append(f"there is no test split: {len(drawn):,} images, a fifth of every class, are held out as one")
+        notes.append(f"no test split: {len(drawn):,} images, a fifth of every class, held out as one")
     if held_out is not None:
         if validation is not None:
             raise InputError(f"validation is {validation}, but {label} has its own validation split; expected none")
@@ -252,7 +252,7 @@ def draw_splits(
     else:
         rest, drawn = draw_validation(train.labels[kept], validation, label)
         chosen, kept = (train, kept[drawn]), kept[rest]
-        notes.append(f"validation: {len(drawn):,} training images, drawn class by class, the same in every run")
+        notes.append(f"validation: {len(drawn):,} training images drawn class by class, always the same")
     return {"train": (train, kept), "validation": chosen, "test": tested}
 
 

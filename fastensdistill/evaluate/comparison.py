@@ -127,7 +127,7 @@ def write(
     title: str, notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write ``results.json``, ``report.html`` and its pictures to ``out``. Raises InputError where that cannot be."""
-    notes = list(notes)
+    notes = [*data.notes, *notes]
     curves = {}
     for candidate in candidates:
         for folder in candidate.folders:
@@ -164,22 +164,43 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
     counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()
     few, many = (f"{n:,} ({data.classes[counts.index(n)]})" for n in (min(counts), max(counts)))
-    when = []
-    for candidate in candidates:
-        reached = [k for k in kept(candidate) if k.get("epoch") is not None]
-        if reached and candidate.group != "ensemble":
-            epochs = ", ".join(f"{k['epoch']:g}" for k in reached)
-            best = ", ".join(f"{100 * k['validation_accuracy']:.1f}" for k in reached if "validation_accuracy" in k)
-            when.append(f"{candidate.name}: epoch {epochs}" + (f" (validation {best} %)" if best else ""))
+    kept_weights, warnings = told(candidates)
     return {
         "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
         f"{len(data.test):,} test images, {data.num_classes} classes",
         "test images per class": f"{few} to {many}",
         **{k: values.pop() for k, values in found.items() if len(values) == 1},
-        **({"kept weights": "; ".join(when)} if when else {}),
+        **({"kept weights": kept_weights} if kept_weights else {}), **({"warnings": warnings} if warnings else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }  # fmt: skip
+
+
+def told(candidates: Sequence[Candidate]) -> tuple[str, str]:
+    """What the rows' runs said at their ends: which weights they kept, and warnings, each with the rows it is about.
+
+    Of files without their run it is what their cards hold."""
+    when, warnings = [], dict[str, list[str]]()
+    for candidate in candidates:
+        if candidate.group == "ensemble":
+            continue
+        ends = [end for folder in candidate.folders for end in _ends(folder)]
+        for warning in dict.fromkeys(line for end in ends for line in end.get("warnings", ())):
+            warnings.setdefault(warning, []).append(candidate.name)
+        said = [end["said"] for end in ends if "said" in end]
+        reached = [k for k in kept(candidate) if k.get("epoch") is not None]
+        if said:
+            when.append(f"{candidate.name}: {', '.join(said)}")
+        elif reached:
+            epochs = ", ".join(f"{k['epoch']:g}" for k in reached)
+            best = ", ".join(f"{100 * k['validation_accuracy']:.1f}" for k in reached if "validation_accuracy" in k)
+            when.append(f"{candidate.name}: epoch {epochs}" + (f" (validation {best} %)" if best else ""))
+    return "; ".join(when), "; ".join(f"{', '.join(names)}: {warning}" for warning, names in warnings.items())
+
+
+def _ends(folder: Path) -> list[dict[str, Any]]:
+    records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    return [record for record in records if record.get("event") == "kept"][-1:]
 
 
 def perturbed(candidates: Sequence[Candidate], data: Dataset, notes: list[str]) -> tuple[Any, ...] | None:

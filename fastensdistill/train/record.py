@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,10 @@ class Recorder:
         self.looked_at = record["step"]
         self.progress.log()
 
-    def kept(self, kept: Mapping[str, Score], last: Mapping[str, Score]) -> None:
-        """What the run ends with, by network: the epochs of the weights that are kept, their scores, the last ones."""
+    def kept(self, kept: Mapping[str, Score], last: Mapping[str, Score], said: str, warnings: Sequence[str]) -> None:
+        """What the run ends with, by network: the epochs of the weights that are kept, their scores, the last ones.
+
+        ``said`` and ``warnings`` are what the user is told of them, for the report."""
 
         def each(value: Callable[[Score], float], scores: Mapping[str, Score]) -> Any:
             values = [value(score) for score in scores.values()]
@@ -177,6 +179,7 @@ class Recorder:
             "kept_epoch": each(lambda s: s.step / self.steps_per_epoch, kept),
             "accuracy": each(lambda s: s.accuracy, kept), "nll": each(lambda s: s.nll, kept),
             "last_accuracy": each(lambda s: s.accuracy, last), "last_nll": each(lambda s: s.nll, last),
+            "said": said, "warnings": list(warnings),
         })  # fmt: skip
 
     def write(self, record: dict[str, Any]) -> None:
@@ -189,7 +192,7 @@ class Recorder:
                 raise InputError(f"cannot write {self.path}: {error.strerror}") from error
         if self.writer is not None:
             for name, value in record.items():
-                if name in ("event", "step", "epoch"):
+                if name in ("event", "step", "epoch", "said", "warnings"):
                     continue
                 members = {f"/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {"": value}
                 for suffix, v in members.items():

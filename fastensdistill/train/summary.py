@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from rich.console import Console
 from torch import nn
 
 from fastensdistill.config import DistillConfig
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from fastensdistill.train.distill import DistillTrainer
     from fastensdistill.train.trainer import Trainer
 
-WIDTH, INDENT = 80, 15
+WIDTH, INDENT = 80, 12  # of a log, or a terminal that is not narrower
 SOURCE = ("data", "root", "limit", "validation", "image_size")  # of the settings, what says which images
 
 
@@ -29,25 +31,29 @@ def describe(trainer: Trainer) -> str:
     config, data = trainer.config, trainer.data
     networks = list(trainer.networks.values())
     distilled = trainer.title == "distill"
-    count = f"{len(networks)} networks"
+    seeds = f"seed {trainer.seeds[0]}" + (f" to {trainer.seeds[-1]}" if len(trainer.seeds) > 1 else "")
+    count = f"{_several(len(networks), 'network')}, {seeds}"
     where = f", into {trainer.out}" if trainer.out is not None else ""
-    rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs, seed {config.seed}"
+    length = f"{_several(config.epochs, 'epoch')} of {_several(trainer.steps_per_epoch, 'step')}"
+    rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
+    size = f"{data.image_size[0]}x{data.image_size[1]}, {_several(data.channels, 'channel')}"
+    device = "" if f"on {trainer.device}" in trainer.engine else f" on {trainer.device}"
     lines = {
-        "recipe": f"{config.epochs} epochs of {trainer.steps_per_epoch} steps, batch {config.batch_size}, {rate}",
+        "recipe": f"{length}, batch {config.batch_size}, {rate}",
         "data": splits(data),
-        "per class": per_class(data),
-        "images": f"{data.image_size[0]}x{data.image_size[1]}, {data.channels} channel{'s' * (data.channels > 1)}",
-        "augmentation": augmentation(trainer.augment),
+        "classes": per_class(data),
+        "images": f"{size}; in training {augmentation(trainer.augment)}",
         "model": models(networks),
-        "engine": f"{trainer.engine}; precision {precision_on(config, trainer.device)} on {trainer.device}",
+        "engine": f"{trainer.engine}; precision {precision_on(config, trainer.device)}{device}",
     }
     if distilled:
         about = cast("DistillTrainer", trainer)
-        count = f"a student of {len(about.teachers)} teachers"
+        count = f"a student of {_several(len(about.teachers), 'teacher')}, {seeds}"
         lines |= _about_student(about)
     told_lines = [("", f"{trainer.title}: {count}{where}"), *lines.items()]
     told_lines += [("note", note) for note in (*data.notes, *trainer.notes)]
-    return "\n".join(_line(label, text) for label, text in told_lines)
+    width = min(WIDTH, max(40, Console(stderr=True).width)) if sys.stderr.isatty() else WIDTH
+    return "\n".join(_line(label, text, width) for label, text in told_lines)
 
 
 def _about_student(trainer: DistillTrainer) -> dict[str, str]:
@@ -56,7 +62,7 @@ def _about_student(trainer: DistillTrainer) -> dict[str, str]:
     told = trainer.about_teachers()
     each = " ".join(f"{100 * a:.2f}" for a in told["teacher_accuracy"])
     together = f", their ensemble {100 * told['ensemble_accuracy']:.2f} %" if "ensemble_accuracy" in told else ""
-    branches = f"{student.branches} branch{'es' * (student.branches > 1)}"
+    branches = _several(student.branches, "branch", "es")
     size = f" of size {255 * settings.step_size:.3g}/255" if settings.perturbation != "none" else ""
     alone = student.branches == 1
     return {
@@ -73,18 +79,18 @@ def splits(data: Dataset) -> str:
 
 
 def per_class(data: Dataset) -> str:
-    """The smallest and the largest class among the training images, and what the classes are called."""
+    """What the classes are called, and the smallest and the largest of them among the training images."""
     counts = np.bincount(data.train.labels, minlength=data.num_classes)
     low, high = int(counts.argmin()), int(counts.argmax())
     few = f"{counts[low]:,} ({data.classes[low]}) to {counts[high]:,} ({data.classes[high]})"
     named = data.classes if data.num_classes <= 5 else (*data.classes[:3], "...", data.classes[-1])
     spread = f"{counts[low]:,} each" if counts[low] == counts[high] else few
-    return f"{spread} in training; {data.num_classes} classes: {', '.join(named)}"
+    return f"{data.num_classes}: {', '.join(named)}; training images: {spread}"
 
 
 def augmentation(augment: Augment) -> str:
     """What is done to an image at random, in words."""
-    moved = f"moved by up to {augment.pad} pixel{'s' * (augment.pad > 1)}" if augment.pad else "not moved"
+    moved = f"moved by up to {_several(augment.pad, 'pixel')}" if augment.pad else "not moved"
     return f"{moved}, {'mirrored at random' if augment.flip else 'not mirrored'}"
 
 
@@ -127,10 +133,14 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _line(label: str, text: str) -> str:
+def _several(count: int, what: str, ending: str = "s") -> str:
+    return f"{count} {what}{ending * (count != 1)}"
+
+
+def _line(label: str, text: str, width: int) -> str:
     if not label:
         return text
     return textwrap.fill(
-        text, WIDTH, initial_indent=f"  {label:{INDENT - 2}}", subsequent_indent=" " * INDENT, break_long_words=False,
+        text, width, initial_indent=f"  {label:{INDENT - 2}}", subsequent_indent=" " * INDENT, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip

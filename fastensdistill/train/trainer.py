@@ -96,6 +96,7 @@ class Trainer:
         self.loaders: list[DeviceLoader] = []
         self.kept = ""
         self.warnings: list[str] = []
+        self.doubted: list[str] = []  # warnings that the end of the run gave
         with parallel.together():
             for name, given in (("resume", resume), ("tensorboard", tensorboard)):
                 if given and self.out is None:
@@ -206,7 +207,13 @@ class Trainer:
             with parallel.together():
                 if self.first:
                     self.check_kept()
-                    recorder.kept(self.keeper.kept(), self.keeper.last)
+                    kept = self.keeper.kept()
+                    self.kept = keeping.in_words(
+                        kept, self.keeper.last, self.steps_per_epoch, self.config.epochs, len(self.validation)
+                    )
+                    with parallel.alone():
+                        self.doubted = self.doubts()
+                    recorder.kept(kept, self.keeper.last, self.kept, [*self.warnings, *self.doubted])
 
     def finish(self) -> None:
         """Save the last weights, and leave the networks with those that are kept."""
@@ -219,11 +226,7 @@ class Trainer:
             parallel.same_start(network.state_dict().values())
             set_mode(network, False)
         if self.first:
-            with parallel.alone():
-                self.warn(self.doubts())
-            self.kept = keeping.in_words(
-                self.keeper.kept(), self.keeper.last, self.steps_per_epoch, self.config.epochs, len(self.validation)
-            )
+            self.warn(self.doubted)
             self.say(self.kept)
         self.phase = "finished"
 
