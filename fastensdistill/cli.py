@@ -8,8 +8,10 @@ override it. Whatever goes wrong ends in one line and exit code 2. ``teach`` and
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +52,10 @@ def parse(name: str, argv: Sequence[str]) -> Any:
 
 
 def usage() -> str:
+    width = min(shutil.get_terminal_size().columns, 120)
     lines = ["usage: fastensdistill COMMAND [--config FILE] [--FLAG VALUE ...]", ""]
-    lines += [f"  {name:9} {about(cls)}" for name, (cls, _) in COMMANDS.items()]
+    for name, (cls, _) in COMMANDS.items():
+        lines += textwrap.wrap(f"  {name:9} {about(cls)}", max(width, 40), subsequent_indent=" " * 12)
     return "\n".join([*lines, "", "fastensdistill COMMAND --help lists the flags of a command."])
 
 
