@@ -451,7 +451,8 @@ def test_a_report_says_what_the_runs_said_and_that_their_teachers_are_gone(npz, 
     run = make_run(tmp_path / "run", npz, seeds=(0,), teachers=gone)
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "teachers": gone}))
-    end = {"event": "kept", "step": 2, "epoch": 2.0, "said": "kept epoch 2 of 3", "warnings": ["few images", "a low rate"]}
+    said = {"said": "kept epoch 2 of 3", "warnings": ["few images", "a low rate"]}
+    end = {"event": "kept", "step": 2, "epoch": 2.0, **said}
     (run / "metrics.jsonl").write_text(json.dumps(end))
     assert main(["evaluate", str(run), "--out", str(tmp_path / "out")]) == 0
     facts = json.loads((tmp_path / "out" / "results.json").read_text())["facts"]
