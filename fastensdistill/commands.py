@@ -107,7 +107,8 @@ def teach(run: TeachRun) -> None:
     trainer.saved_config, trainer.notes = run, notes
     trainer.fit()
     if trainer.first:
-        summarize(runs.find_candidates([run.out], data), trainer.data, run.out, trainer.device, "Teachers")
+        rows = runs.find_candidates([run.out], data)
+        summarize(rows, trainer.data, run.out, trainer.device, "Teachers", trainer.warnings)
 
 
 def distill(run: DistillRun) -> None:
@@ -152,7 +153,8 @@ def distill(run: DistillRun) -> None:
     if trainer.first:
         beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)
         rows = runs.named([*beside, *runs.find_candidates([run.out], data)])
-        summarize(rows, trainer.data, run.out, trainer.device, f"{run.student}, {run.perturbation}", notes)
+        told = [*notes, *trainer.warnings]
+        summarize(rows, trainer.data, run.out, trainer.device, f"{run.student}, {run.perturbation}", told)
 
 
 def evaluate(run: EvaluateRun) -> None:

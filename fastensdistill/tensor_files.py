@@ -84,9 +84,12 @@ def _card(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if metadata.get("format") != OLD_FORMAT and "fastensdistill" not in metadata:
         return {}
     try:
-        return json.loads(metadata["card"])
+        card = json.loads(metadata["card"])
     except (json.JSONDecodeError, KeyError) as error:
         raise InputError(f"{path} is damaged: its card is not JSON") from error
+    if not isinstance(card, dict):
+        raise InputError(f"{path} is damaged: its card is a {type(card).__name__}, not an object")
+    return card
 
 
 def _jsonable(value: Any) -> Any:

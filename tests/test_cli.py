@@ -59,6 +59,8 @@ def test_the_whole_job(runs, npz, tmp_path, capsys):
     for file in ("config.yaml", "checkpoint.safetensors", "metrics.jsonl", "network.safetensors", "results.json",
                  "report.html", "perturbation.png"):  # fmt: skip
         assert (runs / "student-0" / file).stat().st_size > 0, file
+    for folder in ("teachers", "student-0"):  # what training warned of
+        assert "have a standard error of" in (runs / folder / "report.html").read_text()
     student = load_network(runs / "student-0" / "student.safetensors")
     assert student.branches == 2
     assert student.module.spec.arguments["in_planes"] == 4, "the student's shape is its teachers'"

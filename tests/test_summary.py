@@ -9,9 +9,9 @@ import yaml
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset, Split
-from fastensdistill.evaluate.origin import read_card
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.models import create_model
+from fastensdistill.tensor_files import read_card
 from fastensdistill.train import summary
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.teach import TeachTrainer

@@ -20,7 +20,7 @@ from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
-from fastensdistill.evaluate.origin import origin, read_card, read_config
+from fastensdistill.evaluate.origin import origin, read_config
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.report import Row, read_metrics, write_report
 from fastensdistill.evaluate.runs import Candidate, fit, load_teachers_of, teachers_of
@@ -30,7 +30,7 @@ from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.progress import Piece, Progress, shown
-from fastensdistill.weights import load_network
+from fastensdistill.weights import load_network, read_card
 
 STRIP = 8  # images beside their perturbed versions
 SHOWN = (

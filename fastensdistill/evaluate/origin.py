@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastensdistill import tensor_files
 from fastensdistill.config import DataConfig
 from fastensdistill.data.sources import DATASETS
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.report import read_metrics
 from fastensdistill.files import expanded
 from fastensdistill.train.checkpoint import finished
-from fastensdistill.weights import teacher_files
+from fastensdistill.weights import read_card, teacher_files
 
 KEPT = ("network.safetensors", "student.safetensors")  # of a distill run, the first of them that is there
 Asked = TypeVar("Asked", bound=DataConfig)
@@ -153,15 +152,6 @@ def choose_data(asked: Asked, given: Sequence[Origin]) -> tuple[Asked, str]:
     if not taken:
         return chosen, ""
     return chosen, f"data: {', '.join([str(chosen.data), *details])} (from {first.path})"
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    """What a file of ours says of itself, without its tensors; {} for a foreign or a damaged one."""
-    try:
-        card = tensor_files.read_card(path)
-    except InputError:  # whoever loads it says what is wrong
-        return {}
-    return card if isinstance(card, dict) else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

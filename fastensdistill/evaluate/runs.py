@@ -17,11 +17,11 @@ from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.classes import check_card, reordered
 from fastensdistill.evaluate.names import Label, distinct
-from fastensdistill.evaluate.origin import Origin, origins, read_card, read_config
+from fastensdistill.evaluate.origin import Origin, origins, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import takes_colour
-from fastensdistill.weights import load, load_network
+from fastensdistill.weights import load, load_network, read_card
 
 # What runs of one row may differ in: their seed, and where and how they ran
 APART = ("seed", "out", "resume", "tensorboard", "device", "engine", "unfinished")
