@@ -14,7 +14,7 @@ from fastensdistill import export as module
 from fastensdistill.errors import InputError
 from fastensdistill.export import export_network
 from fastensdistill.method.student import Hydra, LatentBE, Single
-from fastensdistill.models import Normalized
+from fastensdistill.models import Normalized, create_model
 from fastensdistill.weights import load_network, load_teachers
 from tests.compare import check_close
 from tests.test_student import scatter, tiny
@@ -24,6 +24,12 @@ IMAGES = torch.rand(5, 3, 8, 8)
 
 def network():
     return scatter(LatentBE(tiny(), 2)).average().eval()
+
+
+def test_a_network_whose_weights_lie_channels_last_as_training_leaves_them(tmp_path):
+    net = create_model("preresnet", 5, blocks=(1,), in_planes=4).eval().to(memory_format=torch.channels_last)
+    assert [e.error for e in export_network(net, tmp_path, images=IMAGES, formats="safetensors")] == [0.0]
+    assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)  # the caller's stays
 
 
 def test_every_format_gives_the_same_logits_at_any_batch_size(tmp_path):
