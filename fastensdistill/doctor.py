@@ -43,7 +43,9 @@ def facts() -> list[tuple[str, str]]:
         rows.append(("CUDA", f"{torch.version.cuda}, driver {_driver()}"))
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        rows.append(("GPU", f"none found ({built}); training runs on the CPU, {torch.get_num_threads()} threads"))
+        threads = torch.get_num_threads()
+        own = f"{threads} thread{'s' * (threads > 1)}"
+        rows.append(("GPU", f"none found ({built}); training runs on the CPU, {own}"))
     fused = "fused (CUDA graph of Triton kernels)"
     if not HAS_TRITON:
         fused += ", not here: Triton is not installed"

@@ -168,7 +168,7 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     return {
         "data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, "
         f"{len(data.test):,} test images, {data.num_classes} classes",
-        "test images per class": f"{few} to {many}",
+        "test images per class": f"{few} to {many}" if min(counts) < max(counts) else f"{max(counts):,}",
         **{k: values.pop() for k, values in found.items() if len(values) == 1},
         **({"kept weights": kept_weights} if kept_weights else {}), **({"warnings": warnings} if warnings else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",

@@ -121,8 +121,8 @@ def warn_of_images(images: int) -> list[str]:
     if images >= 200:
         return []
     error = 100 * 0.5 / math.sqrt(images)
-    return [f"{images} validation images: accuracies near one half have a standard error of {error:.1f} points; set "
-            "more aside (validation=)"]  # fmt: skip
+    return [f"{images} validation images: accuracies near one half have a standard error of {error:.1f} points; the "
+            "setting validation sets more aside"]  # fmt: skip
 
 
 def warn_of_student(score: Score, teachers: list[float], images: int) -> list[str]:
