@@ -10,7 +10,7 @@ PyTorch's search, loaders, scaling. ``--plan`` prints the stages with their expe
 
 Needed there: Python with torch, Triton and numpy, PyYAML, Pillow, safetensors, scikit-learn and nvidia-ml-py as the
 package has them, a C compiler for Triton, nvcc where the extension is not carried; pytest for the stages csrc and tests
-(left out without it); neither tyro nor rich nor matplotlib. Carry, if you can: the extension built here for that card
+(left out without it); neither rich nor matplotlib. Carry, if you can: the extension built here for that card
 (``TORCH_CUDA_ARCH_LIST=9.0a python setup.py build_ext --inplace``; it has no Python in it), missing packages in a
 folder (``--packages``), and for a second start the ``caches.tgz.*`` of the first (``--caches DIR``).
 
