@@ -11,6 +11,7 @@ from typing import Any
 from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name
 from fastensdistill.errors import InputError
 from fastensdistill.export import FORMATS
+from fastensdistill.files import expanded
 from fastensdistill.models import check_name
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.settings import Settings, setting
@@ -125,7 +126,7 @@ def distill(run: DistillRun) -> None:
     if not run.teachers:
         raise InputError("no teachers given: expected --teachers with files, or a folder that teach wrote")
     for path in run.teachers:
-        members(path.expanduser())  # what is no file and holds no teachers is named before anything is read
+        members(path)  # what is no file and holds no teachers is named before anything is read
     given = origins(run.teachers, run.unfinished)
     run, line = choose_data(run, given)
     data = prepare(run)
@@ -152,7 +153,7 @@ def distill(run: DistillRun) -> None:
     trainer.fit()
     if trainer.first:
         beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)
-        rows = runs.named([*beside, *runs.find_candidates([run.out], data)])
+        rows = runs.uniquely_named([*beside, *runs.find_candidates([run.out], data)])
         told = [*notes, *trainer.warnings]
         summarize(rows, trainer.data, run.out, trainer.device, f"{run.student}, {run.perturbation}", told)
 
@@ -171,7 +172,7 @@ def evaluate(run: EvaluateRun) -> None:
     foreign = runs.Foreign(run.model, run.mean, run.std)
     candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
-        candidates = runs.named([*candidates, runs.ensemble_of(candidates)])
+        candidates = runs.uniquely_named([*candidates, runs.ensemble_of(candidates)])
     device = choose_device(run.device)
     found = comparison.compare(candidates, data, device)
     say(line, [*data.notes, *notes])
@@ -194,7 +195,7 @@ def export(run: ExportRun) -> None:
     from fastensdistill.method.student import LatentBE, Student
     from fastensdistill.weights import teacher_files
 
-    path = run.path.expanduser()
+    path = run.path
     if path.is_dir() and not any((path / f).is_file() for f in KEPT):
         if teacher_files(path):
             raise InputError(f"{path} holds teachers, each a network of its own: name one of them, as in "
@@ -253,13 +254,13 @@ def plan(run: PlanRun) -> None:
 def prepare(run: Any) -> Any:
     """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
     from fastensdistill.data.sources import DATASETS
-    from fastensdistill.train.setup import check_precision, choose_device
+    from fastensdistill.train.setup import check_tf32, choose_device
 
-    check_precision(run, choose_device(run.device))
-    if run.data not in DATASETS and Path(run.data).expanduser().exists():
-        run.data = str(Path(run.data).expanduser().resolve())
+    check_tf32(run, choose_device(run.device))
+    if run.data not in DATASETS and expanded(run.data).exists():
+        run.data = str(expanded(run.data).resolve())
     if run.root is not None:
-        run.root = str(Path(run.root).expanduser().resolve())
+        run.root = str(expanded(run.root).resolve())
     return run.load()
 
 

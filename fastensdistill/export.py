@@ -73,7 +73,8 @@ def export_network(
     except OSError as failure:
         raise InputError(f"cannot make the folder {folder}: {failure.strerror}") from failure
     network = set_mode(unwrap_inside(copy_network(network)), False).cpu()  # the caller's stays where and as it is
-    network.to(memory_format=torch.contiguous_format)  # as files hold weights: another layout has other last digits
+    # As files hold weights: in another layout the last digits are others
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     images = images.detach().cpu().float()
     expected = _call(network, images)
     about = full_card(network, images, card or {})

@@ -18,7 +18,7 @@ from torch import nn
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.foreign.fill import check, fill, find
-from fastensdistill.foreign.flatten import Entry, flatten
+from fastensdistill.foreign.flatten import FileTensor, flatten
 from fastensdistill.foreign.formats import find_file, is_safetensors, read_any
 from fastensdistill.foreign.leaf import Leaf
 from fastensdistill.method.calls import device_of, dtype_of
@@ -154,7 +154,7 @@ def members(path: Path) -> list[Path]:
     return found
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def _entries(path: Path) -> dict[str, FileTensor]:
     if is_safetensors(path):
         tensors, _ = read_tensors(path)
         return flatten({name: Leaf.of(t) for name, t in tensors.items()})

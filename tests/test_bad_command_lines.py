@@ -206,7 +206,7 @@ BAD = [
     ("teach --data DATA --batch-size 8 --epochs 1 --out folder", "folder"),
     ("teach --data DATA --batch-size 8 --epochs 1 --out /", "/"),
     ("teach --data DATA --batch-size 8 --epochs 1 --out /proc/run", "/proc/run"),
-    ("teach --data DATA --batch-size 8 --epochs 1 --out " + "x" * 300, "xxx"),
+    ("teach --data DATA --batch-size 8 --epochs 1 --out " + "n" * 300, "nnn"),
     # files of settings
     ("teach --config", "--config: expected a path after it"),
     ("teach --config=", "--config: expected a path, got ''"),

@@ -50,7 +50,7 @@ def test_limit_comes_after_validation():
 ARGUMENTS = [
     pytest.param({"name": "digit"}, "unknown dataset 'digit'; did you mean 'digits'", id="near-name"),
     pytest.param({"name": "cifra100"}, "unknown dataset 'cifra100'; did you mean 'cifar100'", id="swapped-letters"),
-    pytest.param({"name": "x" * 300}, "there is no 'xxx", id="too-long-a-name"),
+    pytest.param({"name": "n" * 300}, "there is no 'nnn", id="too-long-a-name"),
     pytest.param({"name": "missing.npz"}, "there is no 'missing.npz'; expected an .npz file", id="no-file"),
     pytest.param({"limit": 0}, "limit is 0; expected a whole number of at least 1", id="limit-0"),
     pytest.param({"limit": -2}, "limit is -2", id="limit-negative"),

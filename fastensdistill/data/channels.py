@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastensdistill.data.sources import Dataset
+from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import evaluating
 
 COLOURS = 3
@@ -31,8 +32,9 @@ def _needs_colour(network: nn.Module, data: Dataset) -> bool:
     place = next((p for p in network.parameters()), torch.empty(0))
     grey = torch.zeros(2, 1, *data.image_size, device=place.device)
     try:
-        with evaluating(network), torch.no_grad():
-            network(grey)
+        tried = copy_network(network, forget=True)  # a forward may leave something in the user's own
+        with evaluating(tried), torch.no_grad():
+            tried(grey)
     except Exception:  # whatever a network raises that meets another number of channels
         return True
     return False

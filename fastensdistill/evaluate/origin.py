@@ -114,8 +114,7 @@ def origins(paths: Sequence[Path], unfinished: bool = False) -> list[Origin]:
 
 
 def choose_data(asked: Asked, given: Sequence[Origin]) -> tuple[Asked, str]:
-    """The data that ``asked`` names, else that of the runs and files ``given``; and a line that says so, or
-    "".
+    """The data that ``asked`` names, else that of the runs and files ``given``; and a line that says so, or "".
 
     Settings that were not asked for (root, validation, ...) are the runs' where the data is theirs. Raises InputError
     where nothing says which data, where two say otherwise, and where it is not there any more.
@@ -145,7 +144,7 @@ def choose_data(asked: Asked, given: Sequence[Origin]) -> tuple[Asked, str]:
     chosen = replace(asked, **settings)
     for key in ("data", "root"):
         value = settings.get(key)
-        if value and (key == "root" or value not in DATASETS) and not Path(value).expanduser().exists():
+        if value and (key == "root" or value not in DATASETS) and not expanded(value).exists():
             raise InputError(f"{value}, the {key} of {first.path}, is not there any more: pass --{key}")
     taken = {k: v for k, v in settings.items() if v is not None}
     details = [f"{k.replace('_', ' ')} {v}" for k, v in taken.items() if k not in ("data", "root")]
@@ -170,9 +169,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _place(value: Any) -> Any:
     """Of a path to a file or folder that is there, where it is; anything else as it stands."""
-    if not isinstance(value, str) or value in DATASETS or not Path(value).expanduser().exists():
+    if not isinstance(value, str) or value in DATASETS or not expanded(value).exists():
         return value
-    return str(Path(value).expanduser().resolve())
+    return str(expanded(value).resolve())
 
 
 def _as(first: Path, second: Path) -> str:

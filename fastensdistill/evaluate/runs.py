@@ -95,7 +95,7 @@ def find_candidates(
         raise InputError("nothing to evaluate: expected at least one file or run folder")
     for candidate in candidates:
         check_copies(candidate.networks, candidate.files)
-    return named(candidates)
+    return uniquely_named(candidates)
 
 
 def teacher_candidates(
@@ -125,7 +125,7 @@ def ensemble_of(candidates: Sequence[Candidate]) -> Candidate:
     return Candidate(f"ensemble of {len(networks)}", "ensemble", [Teachers(networks)], [], files)
 
 
-def named(candidates: list[Candidate]) -> list[Candidate]:
+def uniquely_named(candidates: list[Candidate]) -> list[Candidate]:
     """The same, no two of one name."""
     labels = [c.label or Label(c.name) for c in candidates]
     for candidate, name in zip(candidates, distinct(labels), strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.foreign.flatten import Entry
+from fastensdistill.foreign.flatten import FileTensor
 from fastensdistill.foreign.names import Match, Shape, counts, match, plain_ones
 from fastensdistill.method.copying import check_complete
 from fastensdistill.models import Normalized
@@ -20,7 +20,7 @@ from fastensdistill.models import Normalized
 AUXILIARY = re.compile(r"(^|\.)(AuxLogits|aux1|aux2)\.")
 
 
-def fill(network: nn.Module, found: Mapping[str, Entry], path: str | Path, name: str) -> None:
+def fill(network: nn.Module, found: Mapping[str, FileTensor], path: str | Path, name: str) -> None:
     """Write the tensors of the file at ``path`` into ``network``, in its own dtypes; ``name`` is the network's.
 
     Raises InputError where names are missing or left over, shapes differ, or a value is not finite; the network is
@@ -42,7 +42,7 @@ def fill(network: nn.Module, found: Mapping[str, Entry], path: str | Path, name:
         raise InputError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from error
 
 
-def find(network: nn.Module, found: Mapping[str, Entry], wanted: Mapping[str, Shape]) -> Match:
+def find(network: nn.Module, found: Mapping[str, FileTensor], wanted: Mapping[str, Shape]) -> Match:
     """The match of a file and a network, whose own outermost prefix the file may lack."""
     optional = [k for k in wanted if k.startswith("normalize.") or counts(k)]
     best = match(found, wanted, optional)

@@ -18,7 +18,7 @@ MANY = 1_000_000  # tensors
 
 
 @dataclass
-class Entry:
+class FileTensor:
     """A tensor under its path. ``home`` is the path of the mapping it stands in; ``parts`` name the entries that it was
     made of, where it stands in no file as it is (a weight of weight norm)."""
 
@@ -29,13 +29,13 @@ class Entry:
 
 @dataclass
 class _Walk:
-    found: dict[str, Entry] = field(default_factory=dict)
+    found: dict[str, FileTensor] = field(default_factory=dict)
     above: set[int] = field(default_factory=set)
 
     def visit(self, node: Any, path: tuple[str, ...], home: str | None, depth: int = 0) -> None:
         if isinstance(node, Leaf):
             if path:
-                self.found.setdefault(".".join(path), Entry(node, home or ""))
+                self.found.setdefault(".".join(path), FileTensor(node, home or ""))
             return
         if id(node) in self.above or depth > DEEPEST or len(self.found) > MANY:
             return
@@ -72,14 +72,14 @@ def children(node: Any) -> Iterator[tuple[str, Any]]:
             yield from ((str(i), v) for i, v in enumerate(node.args))
 
 
-def flatten(content: Any) -> dict[str, Entry]:
+def flatten(content: Any) -> dict[str, FileTensor]:
     """Every tensor of a file under its path, and the weights that parametrisations stand for under theirs."""
     walk = _Walk()
     walk.visit(content, (), None)
     return baked(walk.found)
 
 
-def baked(found: dict[str, Entry]) -> dict[str, Entry]:
+def baked(found: dict[str, FileTensor]) -> dict[str, FileTensor]:
     """``found``, the published names of DenseNet's layers mended, with the weights added that pairs of tensors make:
     weight norm, spectral norm and pruning, by their old names and as parametrisations."""
     # torchvision's published DenseNets say norm.1 where the network says norm1
@@ -94,7 +94,7 @@ def baked(found: dict[str, Entry]) -> dict[str, Entry]:
             plain = re.sub(r"(^|\.)parametrizations\.(\w+)$", r"\1\2", stem)
             leaves = [mended[k].leaf for k in kept]
             if plain not in mended and all(leaf.shape is not None for leaf in leaves):
-                more[plain] = Entry(make(*leaves), mended[name].home, kept)
+                more[plain] = FileTensor(make(*leaves), mended[name].home, kept)
     return mended | more
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastensdistill.foreign.flatten import Entry
+from fastensdistill.foreign.flatten import FileTensor
 
 # What wrappers put into names, anywhere in them
 WRAPPERS = {
@@ -37,7 +37,7 @@ class Match:
     """
 
     where: str = ""
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, FileTensor] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     fitting: int = 0
     others: list[Match] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Match:
     outer: str = ""
 
 
-def match(found: Mapping[str, Entry], wanted: Mapping[str, Shape], optional: Iterable[str] = ()) -> Match:
+def match(found: Mapping[str, FileTensor], wanted: Mapping[str, Shape], optional: Iterable[str] = ()) -> Match:
     """The prefix in ``found`` under which most of ``wanted``'s names stand with their shapes.
 
     ``optional`` names do not count. Of prefixes under which equally many fit, one that speaks of no copy is taken
@@ -89,14 +89,14 @@ def counts(name: str) -> bool:
 
 
 def _score(
-    found: Mapping[str, Entry], paths: dict[str, str], wanted: Mapping[str, Shape], optional: set[str]
+    found: Mapping[str, FileTensor], paths: dict[str, str], wanted: Mapping[str, Shape], optional: set[str]
 ) -> tuple[int, int]:
     needed = [(name, found[path].leaf) for name, path in paths.items() if name not in optional]
     shapes = [wanted[name] in (None, leaf.shape) for name, leaf in needed]
     return sum(shapes), len(needed)
 
 
-def _made(found: Mapping[str, Entry], head: str, heads: dict[str, dict[str, str]], fitting: int) -> Match:
+def _made(found: Mapping[str, FileTensor], head: str, heads: dict[str, dict[str, str]], fitting: int) -> Match:
     paths = heads[head]
     entries = {name: found[path] for name, path in paths.items()}
     homes = {e.home for e in entries.values()}

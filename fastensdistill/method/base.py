@@ -76,7 +76,7 @@ class Single(Student):
         return self.module
 
 
-def check_count(branches: int) -> int:
+def check_branch_count(branches: int) -> int:
     """``branches``, which may be NumPy's. Raises InputError unless it is an integer of at least 1."""
     if not isinstance(branches, Integral) or isinstance(branches, bool) or branches < 1:
         raise InputError(f"branches={branches!r}: expected an integer of at least 1")

@@ -40,14 +40,14 @@ def copy_network(module: Copied, *, forget: bool = False, name: str = "") -> Cop
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         culprit = _culprit(module, before)
         why = f"its attribute {culprit[0]} is a {type(culprit[1]).__name__} ({reason})" if culprit else reason
-        raise InputError(f"{named(module, name)} cannot be copied: {why}") from error
+        raise InputError(f"{error_name(module, name)} cannot be copied: {why}") from error
     if isinstance(module, torch.jit.ScriptModule):
         for parameter, given in zip(copied.parameters(), module.parameters(), strict=True):
             parameter.requires_grad_(given.requires_grad)
     return copied
 
 
-def named(module: nn.Module, name: str = "") -> str:
+def error_name(module: nn.Module, name: str = "") -> str:
     """What errors call a network: ``name``, where there is one, and its class."""
     own = type(module).__name__
     return f"{name} ({own})" if name else own
@@ -59,7 +59,7 @@ def check_complete(module: nn.Module, name: str = "") -> None:
         for value in (*owner._parameters.values(), *owner._buffers.values()):
             if value is not None and is_lazy(value):
                 raise InputError(
-                    f"{named(module, name)}: the lazy layer {path!r} has no shape yet; "
+                    f"{error_name(module, name)}: the lazy layer {path!r} has no shape yet; "
                     "call the network once on a batch of images before it is handed over"
                 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.method.base import Student, check_count
+from fastensdistill.method.base import Student, check_branch_count
 from fastensdistill.method.calls import call
 from fastensdistill.method.computed_weights import originals, take_hooks, write
 from fastensdistill.method.copying import copy_network
@@ -81,7 +81,7 @@ class Hydra(Student):
 
     def __init__(self, module: nn.Module, branches: int):
         super().__init__()
-        self.branches = branches = check_count(branches)
+        self.branches = branches = check_branch_count(branches)
         module = unwrap(module)
         check_copyable(module)
         layers = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]

@@ -23,7 +23,7 @@ from fastensdistill.method.calls import (
     refused,
     remember,
 )
-from fastensdistill.method.copying import check_complete, copy_network, named
+from fastensdistill.method.copying import check_complete, copy_network, error_name
 from fastensdistill.method.modes import evaluating, set_mode, without_weight_gradients
 from fastensdistill.method.outputs import check_logits
 
@@ -47,7 +47,7 @@ def check_output(network: nn.Module, name: str, image_shape: ImageShape, expecte
 def check_values(network: nn.Module, name: str) -> None:
     """Raise InputError for parameters that have no values yet: on the meta device, or of lazy layers."""
     check_complete(network, name)
-    about = named(network, name)
+    about = error_name(network, name)
     for key, p in [*network.named_parameters(), *network.named_buffers()]:
         if p.is_meta:
             raise InputError(f"{about} has {key!r} on the meta device, without values; expected it on a CPU or a GPU")
@@ -64,7 +64,7 @@ def check_network(
     for a network to be trained whose parameters are all frozen or are not float32.
     """
     check_values(network, name)
-    about = named(network, name)
+    about = error_name(network, name)
     if trained and not any(p.requires_grad for p in network.parameters()):
         raise InputError(f"{about} requires no gradients for any parameter; expected some to be trained")
     usual = torch.get_default_dtype()  # float32, but for whoever computes in float64 throughout

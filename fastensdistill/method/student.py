@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
-from fastensdistill.method.base import Single, Student, check_count
+from fastensdistill.method.base import Single, Student, check_branch_count
 from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.hydra import Hydra, MultiHead
@@ -50,7 +50,7 @@ class BatchEnsemble(Student):
 
     def __init__(self, module: nn.Module, branches: int):
         super().__init__()
-        self.branches = branches = check_count(branches)
+        self.branches = branches = check_branch_count(branches)
         self.module = ranked_copy(module, branches)
         if not self.layers():
             raise InputError(f"{type(module).__name__} has no Conv2d or Linear layer for {self.kind} to wrap")

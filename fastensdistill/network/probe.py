@@ -52,7 +52,7 @@ def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradien
         group = Group(kind, statistics=kind if trains else None, gradient="parameters" if trains else None)
         plan([network], [group], "backward" if trains else "forward", 1)  # refuses dropout that trains
         device = next(module.parameters()).device
-        consists = fingerprint(module)
+        consists = construction(module)
         key = (network, consists, trains, gradient, device.type)
         if device.type == "meta" or (consists is not None and key in _compared):
             return network
@@ -65,7 +65,7 @@ def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradien
     return network
 
 
-def fingerprint(module: nn.Module) -> Hashable | None:
+def construction(module: nn.Module) -> Hashable | None:
     """What decides about the operations of ``module`` besides its tensors; None where that cannot be told."""
     found: list[Hashable] = []
     for path, layer in module.named_modules():

@@ -18,7 +18,7 @@ from fastensdistill.engine.fused import FusedStep, ImageShape
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
-from fastensdistill.method.arguments import checked_student, named
+from fastensdistill.method.arguments import checked_student, checked_teachers
 from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.calls import dtype_of, habits_of
 from fastensdistill.method.inspection import check_network, check_values
@@ -68,9 +68,7 @@ def ready_teachers(
     teachers: Any, config: DistillConfig, device: torch.device, shape: ImageShape, classes: int
 ) -> tuple[Teachers, list[str]]:
     """Copies of the teachers in float32 on the device, and what to say of them. InputError for any that do not fit."""
-    if isinstance(teachers, Student):
-        raise InputError(f"teachers are {named(teachers)}; expected student, teachers, in this order")
-    own, notes = Teachers(teachers), []
+    own, notes = Teachers(teachers.networks) if isinstance(teachers, Teachers) else checked_teachers(teachers), []
     ascended = config.perturbation if config.perturbation in NEED_GRADIENT else ""
     for i, network in enumerate(own.networks):
         name = f"teacher {i}"
@@ -106,7 +104,7 @@ def check_shares(config: TrainConfig) -> None:
                          "expected equal parts")  # fmt: skip
 
 
-def check_precision(config: TrainConfig, device: torch.device) -> None:
+def check_tf32(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError for tensor cores' float32 on a device that has none."""
     if config.precision == "tf32" and device.type == "cpu":
         raise InputError("precision='tf32' on a CPU: expected auto, fp32 or bf16; tf32 is tensor cores' float32")

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 import textwrap
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastensdistill.config import DistillConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine.reference import precision_on
+from fastensdistill.files import expanded
 
 if TYPE_CHECKING:
     from fastensdistill.train.distill import DistillTrainer
@@ -115,7 +115,7 @@ def source(trainer: Trainer) -> dict[str, Any]:
              "channels": data.channels}  # fmt: skip
     said = {key: getattr(settings, key) for key in SOURCE} if getattr(settings, "data", None) else {}
     if not said and trainer.data_given is not None:
-        path = Path(trainer.data_given).expanduser()
+        path = expanded(trainer.data_given)
         said = {"data": str(path.resolve()) if path.exists() else str(trainer.data_given)}
     return {**about, **({"source": said} if said else {})}
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ from fastensdistill.train.record import DivergedError, Recorder, tensorboard_wri
 from fastensdistill.train.schedule import Schedule, is_validation_epoch, make_schedule
 from fastensdistill.train.setup import (
     check_arguments,
-    check_precision,
     check_shares,
+    check_tf32,
     choose_device,
     enough_values,
 )
@@ -48,7 +48,6 @@ from fastensdistill.weights import save_network
 
 RECORD_EVERY = 20  # steps
 State = dict[str, Any]
-Settings = TypeVar("Settings", bound=TrainConfig)
 
 
 class Trainer:
@@ -77,7 +76,7 @@ class Trainer:
         with parallel.together():
             self.device = choose_device(config.device)
             parallel.check_device(self.device)
-            check_precision(config, self.device)
+            check_tf32(config, self.device)
             check_shares(config)
             self.data = load_dataset(data) if isinstance(data, str | Path) else data
             check_arguments(self.data, out, augment)
