@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from fastensdistill.errors import InputError
 from fastensdistill.network import probe
-from fastensdistill.network.probe import compared, fingerprint
+from fastensdistill.network.probe import compared, construction
 from fastensdistill.network.trace import trace
 from tests.network import models
 
@@ -244,9 +244,9 @@ def test_compared_once_and_again_when_anything_differs(monkeypatch):
     net.drop_rate = 0.5
     compared(net, (3, 11, 11))
     assert len(runs) == 3
-    assert fingerprint(net) is not None
+    assert construction(net) is not None
     net.kept = torch.zeros(1)
-    assert fingerprint(net) is None
+    assert construction(net) is None
 
 
 def test_the_engine_raises_nothing_else():
