@@ -209,9 +209,7 @@ def compare(prepared: Prepared, right: Expected | None = None) -> Iterator[tuple
     yield from errors(written(prepared), right, prepared.weights.dtype)
 
 
-def errors(
-    actual: dict[str, Tensor], right: Expected, dtype: torch.dtype
-) -> Iterator[tuple[str, float, float]]:
+def errors(actual: dict[str, Tensor], right: Expected, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
     """As ``compare``, of what a launch with weights of ``dtype`` has written."""
     for name, value in actual.items():
         e = right.exact[name].double()

@@ -140,5 +140,3 @@ def test_a_data_set_made_by_hand_is_checked(change, message):
     with pytest.raises(InputError, match=message) as error:
         Dataset(**(whole | change))
     assert "mine" in one_line(error)
-
-

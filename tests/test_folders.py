@@ -290,15 +290,25 @@ FOLDERS = [
     pytest.param(lambda f: write_classes(f / "test", {"c": 1}), "class folder 'c'; expected only", id="new-class"),
     pytest.param(lambda f: (f / "train/c").mkdir(), "c holds no images", id="empty-class"),
     pytest.param(lambda f: (f / "train").rename(f / "held"), "folders a, b in each of held, test", id="no-train"),
-    pytest.param(lambda f: [write_classes(f / p, {"a": 1, "b": 1}) for p in ("val", "valid")], "both val and valid",
-                 id="val-twice"),
+    pytest.param(
+        lambda f: [write_classes(f / p, {"a": 1, "b": 1}) for p in ("val", "valid")],
+        "both val and valid",
+        id="val-twice",
+    ),
     pytest.param(lambda f: write_classes(f / "TRAIN", {"a": 1}), "has both TRAIN and train", id="train-twice"),
-    pytest.param(lambda f: [write_image(f / p, PIXELS) for p in ("val/0.png", "val/1.png")], "val holds images but no",
-                 id="flat-val"),
-    pytest.param(lambda f: [write_image(f / p, PIXELS) for p in ("test/c/0.png", "test/d/1.png")], "class folder 'c'",
-                 id="new-classes"),
-    pytest.param(lambda f: (f / "train/a/0.heic").write_bytes(b"0000ftypheic"), "0.heic is an image that Pillow",
-                 id="heic"),
+    pytest.param(
+        lambda f: [write_image(f / p, PIXELS) for p in ("val/0.png", "val/1.png")],
+        "val holds images but no",
+        id="flat-val",
+    ),
+    pytest.param(
+        lambda f: [write_image(f / p, PIXELS) for p in ("test/c/0.png", "test/d/1.png")],
+        "class folder 'c'",
+        id="new-classes",
+    ),
+    pytest.param(
+        lambda f: (f / "train/a/0.heic").write_bytes(b"0000ftypheic"), "0.heic is an image that Pillow", id="heic"
+    ),
     pytest.param(
         lambda f: Image.fromarray(np.full((6, 5), 999, np.uint16)).save(f / "train/a/001.png"),
         "mode 'I;16'; expected 8-bit",

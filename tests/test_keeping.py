@@ -70,8 +70,9 @@ def test_what_is_said_of_it():
 
 def test_what_is_warned_of():
     assert keeping.warn_of_images(5000) == keeping.warn_of_images(200) == []
-    assert "60 validation images: .* standard error of 6.5 points".replace(".*", "accuracies near one half have a") in (
-        keeping.warn_of_images(60)[0]
+    assert (
+        "60 validation images: .* standard error of 6.5 points".replace(".*", "accuracies near one half have a")
+        in (keeping.warn_of_images(60)[0])
     )
     assert keeping.warn_of_student(Score(0.7, 1.0, branches=0.72), [0.75, 0.8], 300) == []
     (line,) = keeping.warn_of_student(Score(0.32, 1.0), [0.75, 0.81], 300)

@@ -179,8 +179,17 @@ def test_data_other_than_the_card_s_is_refused(command, changes, data, words, np
         (("x", "0"), ("0", "1"), None),
         (("A", "a"), ("a", "A"), [1, 0]),
     ],
-    ids=["same", "swapped", "turned", "spelled otherwise", "folders of numbers", "numbers", "numbered data",
-         "a number among names", "case"],
+    ids=[
+        "same",
+        "swapped",
+        "turned",
+        "spelled otherwise",
+        "folders of numbers",
+        "numbers",
+        "numbered data",
+        "a number among names",
+        "case",
+    ],
 )
 def test_match_classes(own, wanted, order):
     assert match_classes(own, wanted, Path("f"), "d") == order

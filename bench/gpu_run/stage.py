@@ -230,9 +230,7 @@ RUN: dict[str, Callable[[Context], None]] = {
     "kernels": timing.every_launch,
     "tuned": timing.tuned,
     "other-first": lambda c: timing.first(c, c.sizes.other),
-    "other": lambda c: timing.table(
-        c, ["fused", "captured", "compiled"], c.setting(c.sizes.batches[0], c.sizes.other)
-    ),
+    "other": lambda c: timing.table(c, ["fused", "captured", "compiled"], c.setting(c.sizes.batches[0], c.sizes.other)),
     "small": lambda c: timing.table(c, ["fused", "captured"], c.setting(c.sizes.batches[-1])),
     "csrc": csrc,
     "sanitize": sanitize,

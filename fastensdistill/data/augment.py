@@ -48,9 +48,7 @@ def choose_augment(
     """
     if given is not None and (flip not in (None, given.flip) or pad not in (None, given.pad)):
         raise InputError(f"augment is {given}, and the config says flip={flip}, pad={pad}; expected one of them")
-    chosen = given or Augment(
-        min(data.image_size) // 8 if pad is None else pad, data.mirrors if flip is None else flip
-    )
+    chosen = given or Augment(min(data.image_size) // 8 if pad is None else pad, data.mirrors if flip is None else flip)
     chosen.check(data.image_size)
     return chosen
 

@@ -149,9 +149,7 @@ def teaching_step(
         fused, why = built(config, why, lambda: FusedTeachStep(networks, config, image_shape=image_shape))
     if fused:
         share = config.batch_size // processes()
-        found = estimate_teaching(
-            fused.network, len(networks), share, fused.dtype.itemsize, parts=config.micro_batches
-        )
+        found = estimate_teaching(fused.network, len(networks), share, fused.dtype.itemsize, parts=config.micro_batches)
         return fused, described(fused, found.peak, why)
     return TeachStep(networks, config), f"reference engine: {why}"
 

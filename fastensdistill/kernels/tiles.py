@@ -212,9 +212,7 @@ def weight_gradient_split(
 
 
 @functools.cache
-def _split(
-    tile: Tile, arch: int, groups: int, positions: int, taps: int, channels: int, out_channels: int
-) -> Split:
+def _split(tile: Tile, arch: int, groups: int, positions: int, taps: int, channels: int, out_channels: int) -> Split:
     rows = -(-taps * channels // tile.BLOCK_M) if channels < tile.BLOCK_M else taps * -(-channels // tile.BLOCK_M)
     blocks, total = rows * -(-out_channels // tile.BLOCK_N), -(-positions // tile.BLOCK_K)
     multiprocessors, rate, bandwidth = _DEVICES[_generation(arch)]

@@ -107,9 +107,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> N
     for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
         if block in kernel.arg_names:
             arguments.setdefault(block, getattr(tile, block))
-    one = Launch(
-        kernel, grid, arguments, tile.num_warps, tile.num_stages, maxnreg=tile.maxnreg, programs=tile.programs
-    )
+    one = Launch(kernel, grid, arguments, tile.num_warps, tile.num_stages, maxnreg=tile.maxnreg, programs=tile.programs)
     if _recorded is not None:
         _recorded.append(one)
         return

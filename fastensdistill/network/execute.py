@@ -149,8 +149,10 @@ class _Run:
 
     def count(self, norm: str) -> int:
         """Values per channel of one set."""
-        return self.buffers[self.nodes[norm].inputs[0]][0].numel() // self.nodes[norm].shape[0] * (
-            self.groups // self.part.sets
+        return (
+            self.buffers[self.nodes[norm].inputs[0]][0].numel()
+            // self.nodes[norm].shape[0]
+            * (self.groups // self.part.sets)
         )
 
     def conv(self, launch: Launch) -> None:

@@ -153,6 +153,4 @@ class Forward(Builder):
             self.buffer(f"{linear.name}.pooled", (N, features), FLOAT),
         ]
         steps = [Step("bias")] if linear.bias else []
-        self.launch(
-            "head", linear.name, reads, writes, steps, prologue, macs=linear.macs, weights=self.weights(linear)
-        )
+        self.launch("head", linear.name, reads, writes, steps, prologue, macs=linear.macs, weights=self.weights(linear))

@@ -499,9 +499,7 @@ def test_what_is_captured_right_needs_no_remedy(here):
     assert not (here.out / NAME).exists()
 
 
-@pytest.mark.parametrize(
-    ("method", "fault"), [*((method, "captured") for method in METHODS), ("kd", "uncapturable")]
-)
+@pytest.mark.parametrize(("method", "fault"), [*((method, "captured") for method in METHODS), ("kd", "uncapturable")])
 def test_a_capture_that_differs_is_traced_to_its_launch(here, method, fault):
     setting = Setting("tiny", method, 2, 2)
     with planted([fault]):

@@ -135,6 +135,4 @@ def test_without_a_place_for_errors_one_ends_the_run():
 def test_a_query_that_nvml_does_not_have_is_no_reading():
     meter = Meter(CPU)
     meter.nvml, meter.handle = SimpleNamespace(NVMLError=OSError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2), object()
-    assert meter.clocks() == dict.fromkeys(
-        ["sm_mhz", "sm_max_mhz", "memory_mhz", "power_limit_w", "temperature_c"]
-    )
+    assert meter.clocks() == dict.fromkeys(["sm_mhz", "sm_max_mhz", "memory_mhz", "power_limit_w", "temperature_c"])

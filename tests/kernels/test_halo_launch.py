@@ -65,9 +65,7 @@ def test_the_limit_of_shared_memory_is_set_once_and_to_the_most(runtime, sizes):
                 assert runtime.launch(columns, *size, 640, gradient) == 0
     found = events(runtime)
     limits = [event[2:] for event in found if event[1] == "limit"]
-    assert limits == [
-        (str(columns), way, str(MOST[columns])) for columns in MOST for way in ("forward", "gradient")
-    ]
+    assert limits == [(str(columns), way, str(MOST[columns])) for columns in MOST for way in ("forward", "gradient")]
     assert len([event for event in found if event[1] == "launch"]) == 8 * len(sizes)
     assert max(int(event[4]) for event in found if event[1] == "launch") == MOST[128] == runtime.most_shared()
     runtime.use_device(1, 227 * 1024, 90)

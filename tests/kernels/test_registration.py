@@ -43,8 +43,6 @@ def _packed(dtype):
     return torch.zeros(LAYOUT.packed_size, dtype=dtype), torch.zeros(LAYOUT.packed_size, dtype=dtype)
 
 
-
-
 def _conv(*options):
     return (X, W, SLOTS, None, None, None, False, *options, 3, 1, 1, "ieee")
 
