@@ -1,8 +1,7 @@
-"""Pooling of grouped activations: maximum over windows, mean over all positions; and their backward.
+"""Maximum pooling of grouped activations, and its backward.
 
 y[p] = max over taps of x[p · stride − padding + tap],  taps[p] = the first tap that attains it
 dx[q] = Σ over the windows p whose chosen tap lies on q of d[p]          (gathered: no atomics)
-mean: y = Σ x / (H·W),  dx = d / (H·W)
 """
 
 from typing import NamedTuple
@@ -150,23 +149,19 @@ def max_pool_backward_kernel(
     tl.store(p_dx + o_x, acc.to(p_dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
-def mean_pool_kernel(p_x, p_y, POSITIONS: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    i_image = tl.program_id(0).to(tl.int64)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < C
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    p_x += i_image * (POSITIONS * C)
-    for i in range(0, POSITIONS, BLOCK_M):
-        o_m = i + tl.arange(0, BLOCK_M)
-        m_x = (o_m < POSITIONS)[:, None] & m_n[None, :]
-        acc += tl.load(p_x + (o_m[:, None] * C + o_n[None, :]), mask=m_x, other=0.0).to(tl.float32)
-    tl.store(p_y + i_image * C + o_n, tl.sum(acc, 0) * (1.0 / POSITIONS), mask=m_n)
+def _empty(x, kernel, stride, padding):
+    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
+    y = x.new_empty(x.shape[0], x.shape[1], height, width, x.shape[4])
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+def _empty_backward(d, taps, height, width, kernel, stride, padding):
+    return d.new_empty(d.shape[0], d.shape[1], height, width, d.shape[4])
 
 
 def _launch_max_pool(x, kernel, stride, padding):
     groups, images, height, width, channels = x.shape
-    y, taps = _max_pool_fake(x, kernel, stride, padding)
+    y, taps = _empty(x, kernel, stride, padding)
     tile = rows_tile(channels)
     positions = images * y.shape[2] * y.shape[3]
     launch(
@@ -190,7 +185,7 @@ def _launch_max_pool(x, kernel, stride, padding):
 
 
 def _launch_max_pool_backward(d, taps, height, width, kernel, stride, padding):
-    dx = _max_pool_backward_fake(d, taps, height, width, kernel, stride, padding)
+    dx = _empty_backward(d, taps, height, width, kernel, stride, padding)
     tile = rows_tile(d.shape[4])
     positions = d.shape[1] * height * width
     launch(
@@ -213,52 +208,32 @@ def _launch_max_pool_backward(d, taps, height, width, kernel, stride, padding):
     return dx
 
 
-def _launch_mean_pool(x):
-    y = _mean_pool_fake(x)
-    tile = rows_tile(x.shape[4])
-    launch(
-        mean_pool_kernel,
-        (x.shape[0] * x.shape[1], -(-x.shape[4] // tile.BLOCK_N)),
-        tile,
-        p_x=x,
-        p_y=y,
-        POSITIONS=x.shape[2] * x.shape[3],
-        C=x.shape[4],
-        BLOCK_M=16,
-    )
-    return y
-
-
-def _max_pool_fake(x, kernel, stride, padding):
-    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
-    y = x.new_empty(x.shape[0], x.shape[1], height, width, x.shape[4])
-    return y, torch.empty_like(y, dtype=torch.uint8)
-
-
-_max_pool = define("max_pool", max_pool_reference, _launch_max_pool, _max_pool_fake, decided_by="x")
+_max_pool = define("max_pool", max_pool_reference, _launch_max_pool, _empty, decided_by="x")
+_max_pool_backward = define(
+    "max_pool_backward", max_pool_backward_reference, _launch_max_pool_backward, _empty_backward, decided_by="d"
+)
 
 
 def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoolOutput:
-    """Maximum over kernel x kernel windows of ``x`` (G, N, H, W, C), with the tap that attained it."""
+    """Maximum over kernel x kernel windows of ``x`` (G, N, H, W, C), contiguous, and the tap that attains it.
+
+    ``y`` (G, N, Ho, Wo, C) is in x's dtype, ``taps`` uint8 like it. Raises InputError for another number of
+    dimensions, and where not 2·padding ≤ kernel ≤ 15.
+    """
     check_tensor("x", x, 5)
     good = 0 <= 2 * padding <= kernel <= 15
     require(good, f"kernel {kernel} with padding {padding}: expected 2·padding ≤ kernel ≤ 15")
     return MaxPoolOutput(*_max_pool(x, kernel, stride, padding))
 
 
-def _max_pool_backward_fake(d, taps, height, width, kernel, stride, padding):
-    return d.new_empty(d.shape[0], d.shape[1], height, width, d.shape[4])
-
-
-_max_pool_backward = define(
-    "max_pool_backward", max_pool_backward_reference, _launch_max_pool_backward, _max_pool_backward_fake, decided_by="d"
-)
-
-
 def max_pool_backward(
     d: Tensor, taps: Tensor, *, in_size: tuple[int, int], kernel: int, stride: int, padding: int = 0
 ) -> Tensor:
-    """Gradient (G, N, H, W, C) of ``max_pool``'s input from its output's ``d`` and ``taps`` (G, N, Ho, Wo, C)."""
+    """Gradient (G, N, H, W, C) of ``max_pool``'s input from its output's ``d`` and ``taps`` (G, N, Ho, Wo, C).
+
+    ``in_size`` is (H, W) of the input; the gradient is in d's dtype. Raises InputError for taps that are not uint8 or
+    not like d, and for a size that does not lead to d's.
+    """
     check_tensor("d", d, 5)
     require(
         taps.shape == d.shape and taps.dtype == torch.uint8,
@@ -267,27 +242,3 @@ def max_pool_backward(
     size = tuple(out_size(s, kernel, stride, padding) for s in in_size)
     require(size == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {size} for input {in_size}")
     return _max_pool_backward(d, taps, *in_size, kernel, stride, padding)
-
-
-def mean_pool_reference(x: Tensor) -> Tensor:
-    return x.to(accumulator(x.dtype)).mean((2, 3))
-
-
-def _mean_pool_fake(x):
-    return x.new_empty(x.shape[0], x.shape[1], x.shape[4], dtype=accumulator(x.dtype))
-
-
-_mean_pool = define("mean_pool", mean_pool_reference, _launch_mean_pool, _mean_pool_fake, decided_by="x")
-
-
-def mean_pool(x: Tensor) -> Tensor:
-    """Mean over all positions: (G, N, H, W, C) → (G, N, C) float32."""
-    check_tensor("x", x, 5)
-    return _mean_pool(x)
-
-
-def mean_pool_backward(d: Tensor, *, in_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Gradient (G, N, H, W, C) of ``mean_pool``'s input from ``d`` (G, N, C): the same value at every position."""
-    height, width = in_size
-    share = (d / (height * width)).to(dtype)
-    return share[:, :, None, None, :].expand(-1, -1, height, width, -1).contiguous()

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.pool import max_pool, max_pool_backward, mean_pool, mean_pool_backward
+from fastensdistill.kernels.pool import max_pool, max_pool_backward
 from tests.compare import check_close
 from tests.kernels.both import check_op, values
 
@@ -40,20 +40,6 @@ def test_max_pool_passes_nan_on():
     y = max_pool(x, kernel=2, stride=2).y
     assert torch.isnan(y).sum() == 1
     assert torch.isnan(y[0, 0, 0, 0, 3])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@each_shape
-def test_mean_pool(shape, dtype):
-    x = values(*shape, dtype=dtype)
-    y = check_op(mean_pool, x)
-    assert y.dtype == torch.float32
-    leaf = x.double().requires_grad_()
-    mean = leaf.mean((2, 3))
-    check_close("mean", y, mean, 1e-6)
-    d = values(*y.shape, seed=1)
-    back = mean_pool_backward(d, in_size=shape[2:4], dtype=torch.float32)
-    check_close("dx", back, torch.autograd.grad(mean, leaf, d.double())[0], 1e-6)
 
 
 def test_refusals():
