@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.gather import load_shortcut, store_bits, sum_rows
-from fastensdistill.kernels.sums import add_rows
-from fastensdistill.kernels.tiles import Tile, rows_tile
+from fastensdistill.kernels.gather import load_shortcut, store_bits
+from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
+from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
     absent,
@@ -37,13 +37,6 @@ from fastensdistill.kernels.triton_utils import (
     wide,
 )
 
-# The sums over rows of partials: 8 channels are one 32-byte sector, 1024 rows of them 16 values a thread. A layer at
-# 32 x 32 has 1024 rows per group, and few programs read them: latency decides, so many loads are in flight.
-SUMS_CHANNELS = 8
-SUMS_BLOCKS = {"BLOCK_R": 1024, "BLOCK_C": SUMS_CHANNELS}
-FEW_ROWS = 4096
-SUMS_TILE = Tile(0, 0, 0, 16, 1, "one program per 8 channels")
-
 
 class NormStatistics(NamedTuple):
     mean: Tensor  # each (Q, C) float32
@@ -55,24 +48,6 @@ class NormStatistics(NamedTuple):
 class NormOutput(NamedTuple):
     y: Tensor  # (G, N, H, W, C)
     mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
-
-
-def fewer_rows(partials: Tensor, sets: int) -> Tensor:
-    """The rows of partials of each set, (Q, P, 2C): 1024 rows made of them first where there are many.
-
-    At 64 channels of 32 x 32 and B = 512, 16,384 rows of 8 channels are 1 MB for one multiprocessor, about 20 µs by
-    estimate, and 8 multiprocessors have work; all of them read the rows in about 2. Up to 4 blocks of rows a launch
-    more would cost what it saves.
-    """
-    rows = partials.view(sets, -1, 2 * partials.shape[3])
-    return add_rows(rows, SUMS_BLOCKS["BLOCK_R"]) if rows.shape[1] > FEW_ROWS else rows
-
-
-def set_sums(partials: Tensor, sets: int) -> tuple[Tensor, Tensor]:
-    """Both sums of each set, (Q, C), of rows of partials (G, P, 2, C)."""
-    sums = partials.sum(1)
-    first, second = (sums.sum(0, keepdim=True) if sets == 1 else sums).unbind(1)
-    return first, second
 
 
 def batch_norm_statistics_reference(
@@ -140,8 +115,8 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
     rows = fewer_rows(partials, sets)
     launch(
         batch_norm_statistics_kernel,
-        (-(-channels // SUMS_CHANNELS), sets),
-        SUMS_TILE,
+        set_grid(sets, channels),
+        SET_TILE,
         p_partials=rows,
         p_weight=weight,
         p_bias=bias,
@@ -157,7 +132,7 @@ def _launch_statistics(partials, count, weight, bias, running_mean, running_var,
         eps=eps,
         correction=correction,
         C=channels,
-        **SUMS_BLOCKS,
+        **SET_BLOCKS,
     )
     return mean, inv_std, scale, shift
 

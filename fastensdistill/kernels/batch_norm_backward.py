@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.batch_norm import SUMS_BLOCKS, SUMS_CHANNELS, SUMS_TILE, fewer_rows, set_sums
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
-from fastensdistill.kernels.gather import sum_rows
+from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
 from fastensdistill.kernels.tiles import rows_tile
 from fastensdistill.kernels.triton_utils import (
     BATCH_SIZES,
@@ -155,8 +154,8 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_w
     coefficients = weight.new_empty(sets, 3, channels)
     launch(
         batch_norm_coefficients_kernel,
-        (-(-channels // SUMS_CHANNELS), sets),
-        SUMS_TILE,
+        set_grid(sets, channels),
+        SET_TILE,
         p_partials=rows,
         p_weight=weight,
         p_mean=mean,
@@ -168,7 +167,7 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_w
         share=1.0 / count,
         C=channels,
         ADD=add,
-        **SUMS_BLOCKS,
+        **SET_BLOCKS,
     )
     tile = rows_tile(channels)
     positions = d.shape[1] * d.shape[2] * d.shape[3]

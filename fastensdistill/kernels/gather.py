@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: a convolution's inner loop, residuals, 1-bit masks, sums of partials."""
+"""Device functions that several kernels share: a convolution's inner loop, residuals, 1-bit masks."""
 
 from fastensdistill.kernels.triton_utils import tl, triton
 
@@ -165,17 +165,3 @@ def load_spread(
     o_r = ((image * HR + i_h // STRIDE) * WR + i_w // STRIDE) * CR
     m_r = on_grid[:, None] & (m_n & (o_n < CR))[None, :]
     return tl.load(p_residual + (o_r[:, None] + o_n[None, :]), mask=m_r, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def sum_rows(p_partials, i_first, n_rows, o_c, m_c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums over rows i_first .. i_first + n_rows of (rows, 2, C), in one fixed order."""
-    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for i in range(0, n_rows, BLOCK_R):
-        o_r = i + tl.arange(0, BLOCK_R)
-        m_r = (o_r < n_rows)[:, None] & m_c[None, :]
-        o = ((i_first + o_r) * (2 * C))[:, None] + o_c[None, :]
-        first += tl.load(p_partials + o, mask=m_r, other=0.0)
-        second += tl.load(p_partials + C + o, mask=m_r, other=0.0)
-    return tl.sum(first, 0), tl.sum(second, 0)

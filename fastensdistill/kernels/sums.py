@@ -1,8 +1,11 @@
-"""Sums of rows in a fixed order, without atomics.
+"""Partial sums of many programs, added up in a fixed order, without atomics.
 
-    out[set, r] = Σ_t rows[set, t · kept + r]
+    out[set, r] = Σ_t rows[set, t · kept + r]                                       (add_rows)
+    first, second [set, c] = Σ over the groups and rows of a set of partials        (sum_rows, set_sums)
 
-Weight gradients add the partial results of their splits with it (kept = 1), BatchNorm makes few rows of many.
+Partials (G, P, 2, C) hold two sums per channel, one row per program. The Q sets of groups that share a BatchNorm's
+statistics are one (all K branches of a student) or G (teachers, each its own). Weight gradients add the partial results
+of their splits (kept = 1).
 """
 
 from torch import Tensor
@@ -12,6 +15,32 @@ from fastensdistill.kernels.triton_utils import BATCH_SIZES, launch, tl, triton
 
 TERMS = 8
 SUM_TILE = Tile(0, 512, 0, 4, 1, "8 rows of 512 values: 8 loads of 16 bytes in flight a thread, or latency decides")
+# Sums of a set: 8 channels are one 32-byte sector, 1024 rows of them 16 values a thread. A layer at 32 x 32 has 1024
+# rows per group, and few programs read them: latency decides, so many loads are in flight.
+SET_BLOCKS = {"BLOCK_R": 1024, "BLOCK_C": 8}
+SET_TILE = Tile(0, 0, 0, 16, 1, "one program per 8 channels")
+FEW_ROWS = 4096
+
+
+def set_sums(partials: Tensor, sets: int) -> tuple[Tensor, Tensor]:
+    """Both sums of each set, (Q, C), of partials (G, P, 2, C): the reference of ``sum_rows``."""
+    sums = partials.sum(1)
+    first, second = (sums.sum(0, keepdim=True) if sets == 1 else sums).unbind(1)
+    return first, second
+
+
+@triton.jit
+def sum_rows(p_partials, i_first, n_rows, o_c, m_c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Both sums over rows i_first .. i_first + n_rows of (rows, 2, C), in one fixed order."""
+    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in range(0, n_rows, BLOCK_R):
+        o_r = i + tl.arange(0, BLOCK_R)
+        m_r = (o_r < n_rows)[:, None] & m_c[None, :]
+        o = ((i_first + o_r) * (2 * C))[:, None] + o_c[None, :]
+        first += tl.load(p_partials + o, mask=m_r, other=0.0)
+        second += tl.load(p_partials + C + o, mask=m_r, other=0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "n_kept"])
@@ -53,3 +82,19 @@ def add_rows(rows: Tensor, kept: int, out: Tensor | None = None, add: bool = Fal
         TERMS=TERMS,
     )
     return out
+
+
+def fewer_rows(partials: Tensor, sets: int) -> Tensor:
+    """The rows of partials of each set, (Q, P, 2C): 1024 rows made of them first where there are many.
+
+    At 64 channels of 32 x 32 and B = 512, 16,384 rows of 8 channels are 1 MB for one multiprocessor, about 20 µs by
+    estimate, and 8 multiprocessors have work; all of them read the rows in about 2. Up to 4 blocks of rows a launch
+    more would cost what it saves.
+    """
+    rows = partials.view(sets, -1, 2 * partials.shape[3])
+    return add_rows(rows, SET_BLOCKS["BLOCK_R"]) if rows.shape[1] > FEW_ROWS else rows
+
+
+def set_grid(sets: int, channels: int) -> tuple[int, int]:
+    """Programs of a kernel that adds up a set's rows with ``sum_rows``: by channels and set."""
+    return -(-channels // SET_BLOCKS["BLOCK_C"]), sets

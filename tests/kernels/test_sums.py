@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastensdistill.kernels import batch_norm
+from fastensdistill.kernels import sums
 from fastensdistill.kernels.batch_norm import batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
 from fastensdistill.kernels.sums import TERMS, add_rows
@@ -23,7 +23,7 @@ def test_add_rows(sets, rows, width, kept):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_batch_norm_with_many_rows(shared, monkeypatch):
     """With more rows than a few, they are first added up to 1024; the results stay what they are."""
-    monkeypatch.setattr(batch_norm, "FEW_ROWS", 1024)
+    monkeypatch.setattr(sums, "FEW_ROWS", 1024)
     groups, rows, channels = 2, 1100, 20
     sets = 1 if shared else groups
     partials = values(groups, rows, 2, channels)
