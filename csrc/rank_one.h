@@ -21,7 +21,7 @@ template <class A>
 constexpr int tile_row = 1152 / int(sizeof(A));
 
 struct Layer {
-  int64_t weight, bias, r, s, packed;  // offsets as in RankOneLayer
+  int64_t weight, bias, r, s, packed;  // offsets as in LayerOffsets
   int64_t partial_r, partial_s;  // offsets in the workspace
   int Co, Ci, taps, groups;  // Ci: input channels of one group
   int tile_i, first_tile, first_factor;

@@ -28,7 +28,7 @@ from fastensdistill.network.launch import Launch
 
 WAYS = (Capture(keep_buffers=True), Capture(warm_up=6), Capture(pool_per_graph=True))
 WHOLE = "the whole step"
-STATE = (  # of ``Master.state``, in its order
+STATE = (  # of ``FlatParameters.state``, in its order
     "parameters", "momentum", "deviations", "deviations' momentum", "running means", "running variances", "batches",
 )  # fmt: skip
 Tensors = dict[str, Tensor]
@@ -182,9 +182,9 @@ class Parts:
         return [tensor.clone() for tensor in self.kept().values()]
 
     def kept(self) -> Tensors:
-        trained, master = self.step.trained, self.step.master
-        state = dict(zip(STATE, master.state(), strict=True))
-        return state | {"the layers' gradients": trained.gradients, "the gradient": master.gradient}
+        trained, parameters = self.step.trained, self.step.parameters
+        state = dict(zip(STATE, parameters.state(), strict=True))
+        return state | {"the layers' gradients": trained.gradients, "the gradient": parameters.gradient}
 
     def put_back(self, state: list[Tensor]) -> None:
         for tensor, value in zip(self.kept().values(), state, strict=True):
@@ -235,9 +235,9 @@ class Parts:
         def body() -> Tensors:
             held.clear()
             held.update(self.run(name, Beginning(most)))
-            return {"done": self.step.master.parameters[0]}
+            return {"done": self.step.parameters.values[0]}
 
-        graphs = self.graphs(self.step.master.state, self.context.device)
+        graphs = self.graphs(self.step.parameters.state, self.context.device)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             graphs(name, body, [self.step.noise] if hasattr(self.step, "noise") else [])

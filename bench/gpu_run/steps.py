@@ -102,7 +102,7 @@ def build(
         step = FusedStep(problem.student, problem.teachers, problem.config, **own)
     step._build((setting.batch, 3, setting.size, setting.size))
     if capture and context.rehearse:
-        step.graphs = StandInGraphs(step.master.state, context.device)
+        step.graphs = StandInGraphs(step.parameters.state, context.device)
     return Engine(step, problem)
 
 

@@ -44,7 +44,7 @@ def walk(context: Context, setting: Setting) -> Row:
     with references_only():
         exact = build(context, setting, Remedies(), capture=False, dtype=torch.float64)
         run_step(exact, context, 0)
-        start = changed(exact.step.master)
+        start = changed(exact.step.parameters)
         second_step(exact, start, context, lambda key, value: right.append((key, value)))
         peer = build(context, setting, Remedies(), capture=False)
         run_step(peer, context, 0)
@@ -81,12 +81,12 @@ def run_step(engine: Engine, context: Context, i: int) -> Any:
     """Its results on the ``i``-th batch, the same for all."""
     setting = engine.problem.setting
     pairs = drawn_pairs(setting, engine.problem.config.seed, 2)
-    return engine(batches(setting, 2, context.device, pairs, engine.step.master.dtype)[i])
+    return engine(batches(setting, 2, context.device, pairs, engine.step.parameters.dtype)[i])
 
 
 def second_step(engine: Engine, start: list[Tensor], context: Context, sink: Sink) -> None:
     """From the state ``start``; ``sink`` is told everything."""
-    for mine, value in zip(engine.step.master.state(), start, strict=True):
+    for mine, value in zip(engine.step.parameters.state(), start, strict=True):
         mine.copy_(value)
     with watched(engine.step, sink):
         results = run_step(engine, context, 1)
@@ -109,13 +109,13 @@ def errors_beside(
     return found
 
 
-def changed(master: Any) -> list[Tensor]:
+def changed(parameters: Any) -> list[Tensor]:
     """The state with every weight a quarter larger or smaller, at random: no activation grows by it."""
     generator = torch.Generator().manual_seed(4)
     found = []
-    for tensor in master.state():
+    for tensor in parameters.state():
         value = tensor.clone()
-        if tensor is master.parameters or tensor is master.deviations:
+        if tensor is parameters.values or tensor is parameters.deviations:
             signs = torch.randint(2, tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor)
             value *= 1 + CHANGE * signs
         found.append(value)
@@ -187,7 +187,7 @@ class Watch:
         def run() -> None:
             finish()
             trained = self.step.trained
-            self._between("gradients", "gradient", trained.master.gradient)
+            self._between("gradients", "gradient", trained.parameters.gradient)
             if trained.factor_gradients is not None:
                 self._between("gradients", "factor_gradients", trained.factor_gradients)
 
@@ -195,12 +195,15 @@ class Watch:
 
     def around_update(self, update: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
-            master = self.step.master
-            kinds = ("parameters", "momentum", "deviations", "deviation_momentum")
-            before = [getattr(master, kind).clone() for kind in kinds]
+            parameters = self.step.parameters
+            trained = {
+                "parameters": parameters.values, "momentum": parameters.momentum,
+                "deviations": parameters.deviations, "deviation_momentum": parameters.deviation_momentum,
+            }  # fmt: skip
+            before = [tensor.clone() for tensor in trained.values()]
             update(*arguments)
-            for kind, value in zip(kinds, before, strict=True):
-                self._between("update", kind, getattr(master, kind) - value)
+            for (name, tensor), value in zip(trained.items(), before, strict=True):
+                self._between("update", name, tensor - value)
 
         return run
 

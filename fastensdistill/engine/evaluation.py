@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.heads import Heads, join, split
-from fastensdistill.engine.master import Master
+from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Buffers
 from fastensdistill.engine.slots import BranchSlots
 from fastensdistill.engine.trained import Runner, dead_after
@@ -52,12 +52,12 @@ class Slots:
         """The teachers of one architecture; slot i is the i-th of them."""
         return [m for m, own in enumerate(self.networks[:-1]) if own == network]
 
-    def add(self, part: Part, master: Master | None = None) -> Weights:
-        """The slots that ``part`` runs with; given the student's ``master``, its branches' follow the teachers'."""
+    def add(self, part: Part, parameters: FlatParameters | None = None) -> Weights:
+        """The slots that ``part`` runs with; given the student's ``parameters``, its branches' follow the teachers'."""
         if part.network not in self.weights:
             members = self.members(part.network)
-            if master and part.network == self.networks[-1]:
-                self.branches = BranchSlots(part, master, self.dtype, len(members))
+            if parameters and part.network == self.networks[-1]:
+                self.branches = BranchSlots(part, parameters, self.dtype, len(members))
                 weights = self.branches.weights
             else:
                 weights = Weights(part, len(members), self.dtype, self.device)
@@ -105,7 +105,7 @@ class FusedPerturbation:
         config: DistillConfig,
         perturbation: Perturbation,
         slots: Slots,
-        master: Master,
+        parameters: FlatParameters,
         batch: int,
         run: Runner,
         choices: Sequence[tuple[int, int]] = (),
@@ -124,7 +124,7 @@ class FusedPerturbation:
         gradient = {part.network: part for part in backward}
         for first in forward:
             second = gradient.get(first.network)
-            weights = slots.add(first, master if any(group.name == "Sa" for group in first.groups) else None)
+            weights = slots.add(first, parameters if any(group.name == "Sa" for group in first.groups) else None)
             table = [[self._slot(group.name, choice) for group in first.groups] for choice in self.choices]
             output = first.network.output
             dead = dead_after([first, second] if second else [first], ["input", output, f"{output}.grad", "input.grad"])

@@ -1,10 +1,10 @@
 """The fused step: the whole of a distillation step as one fixed list of launches, captured once as a CUDA graph.
 
-    evaluation slots of the branches ← master weights             only for TDiv − SDiv
+    evaluation slots of the branches ← flat parameters            only for TDiv − SDiv
     perturbation: forward, seed, input gradient, ascent           images → perturbed images
-    training slots of the branches ← master weights
+    training slots of the branches ← flat parameters
     distillation: teachers forward, branches forward, loss        → ∂loss/∂logits
-    backward, un-fold, (mean over processes), update              master weights ← master weights
+    backward, un-fold, (mean over processes), update              flat parameters ← flat parameters
 
 Micro-batches go through the perturbation one after another, and then each through distillation and backward; slots are
 written, gradients un-folded and weights updated once for the whole batch.
@@ -32,8 +32,8 @@ from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture
 from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.heads import Heads, join, split
-from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import rank, same_start
+from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
@@ -93,7 +93,7 @@ def check_networks(
     networks.append(compared(own, shape, trains=True))
     plan(networks, distillation_groups(networks, student), "backward", 1)
     ranked = isinstance(student, BatchEnsemble)
-    Master.check(student.module if ranked else own, networks[-1], ranked)
+    FlatParameters.check(student.module if ranked else own, networks[-1], ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
     dtype = next(student.parameters()).dtype
     for m, teacher in enumerate(teachers.networks):
@@ -183,14 +183,14 @@ class FusedStep(Capturing):
         ranked = isinstance(self.student, BatchEnsemble)
         self.heads = Heads(self.student) if isinstance(self.student, Hydra) else None
         module = self.heads.module if self.heads else self.student.module
-        self.master = Master([module], networks[-1], ranked)
+        self.parameters = FlatParameters([module], networks[-1], ranked)
         if self.heads:
             self.heads.tie()
-            self.heads.hold(self.master)
+            self.heads.hold(self.parameters)
         own = networks[-1]
         self.classes = own.by_name[own.output].shape[0] // (self.heads.K if self.heads else 1)
-        same_start(self.master.state())
-        self.rate = torch.tensor(self._rate, dtype=self.master.dtype, device=self.device)
+        same_start(self.parameters.state())
+        self.rate = torch.tensor(self._rate, dtype=self.parameters.dtype, device=self.device)
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.networks = networks
 
@@ -201,23 +201,23 @@ class FusedStep(Capturing):
         check_parts(self.config, B)
         if not self.networks:
             self._adopt((C, H, W))
-        self.images = torch.zeros(B, H, W, C, dtype=self.master.dtype, device=self.device)
+        self.images = torch.zeros(B, H, W, C, dtype=self.parameters.dtype, device=self.device)
         self.labels = torch.zeros(B, dtype=torch.int64, device=self.device)
         groups = distillation_groups(self.networks, self.student)
         part = B // self.parts
         forward, backward = (plan(self.networks, groups, way, part).parts for way in ("forward", "backward"))
         (gradient,) = backward
         trained = next(part for part in forward if part.training)
-        self.trained = Trained(self.networks[-1], trained, gradient, self.master, self.dtype, self.run)
+        self.trained = Trained(self.networks[-1], trained, gradient, self.parameters, self.dtype, self.run)
         slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
         lists, self.places = by_architecture(self.perturbation, slots)
         self.ascends = [
-            FusedPerturbation(self.config, self.perturbation, slots, self.master, part, self.run, choices)
+            FusedPerturbation(self.config, self.perturbation, slots, self.parameters, part, self.run, choices)
             for choices in lists
         ]
         self.ascend = self.ascends[0]
         self.targets = Targets([part for part in forward if not part.training], slots, self.run)
-        self.graphs = Graphs(self.master.state, self.device) if self.capture else None
+        self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
 
     # ---- the launches
 
@@ -261,7 +261,7 @@ class FusedStep(Capturing):
         """The same on the batch that the loader has chosen."""
         assert self.loader is not None
         images, labels = self.loader.read()
-        parts, diversities = self._perturb(images.permute(0, 2, 3, 1).to(self.master.dtype).contiguous())
+        parts, diversities = self._perturb(images.permute(0, 2, 3, 1).to(self.parameters.dtype).contiguous())
         return self._distil(parts, labels) | diversities
 
     # ---- what the trainer calls
@@ -322,8 +322,8 @@ class FusedStep(Capturing):
 
     def _follow(self) -> None:
         """Parameters may have been frozen, or may require gradients again, since the last step."""
-        if self.master.follow() and self.graphs:
-            self.graphs = Graphs(self.master.state, self.device)
+        if self.parameters.follow() and self.graphs:
+            self.graphs = Graphs(self.parameters.state, self.device)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         assert self.images is not None
@@ -380,7 +380,7 @@ class FusedStep(Capturing):
     def _momenta(self) -> list[Tensor]:
         """Momentum buffers in the order of the reference engine's optimiser."""
         names = {id(p): name for name, p in self.student.module.named_parameters()}
-        buffers = self.master.momenta(0)
+        buffers = self.parameters.momenta(0)
         buffers = self.heads.by_head(buffers) if self.heads else buffers
         groups = self.student.parameter_groups(0.0)
         return [buffers[names[id(p)]] for group in groups for p in group["params"]]

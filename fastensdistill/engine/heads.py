@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.engine.master import Master, View
+from fastensdistill.engine.parameters import FlatParameters, View
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import Hydra, MultiHead
 
@@ -66,16 +66,16 @@ class Heads:
             for head, rows in zip(self.heads.heads, parameter.data.chunk(self.K), strict=True):
                 head.get_parameter(name).data = rows
 
-    def hold(self, master: Master) -> None:
-        """Make the heads' parameters those that ``master`` asks whether they are frozen, instead of the layer's."""
+    def hold(self, parameters: FlatParameters) -> None:
+        """Make the heads' parameters those that ``parameters`` asks whether they are frozen, instead of the layer's."""
         layer = {id(parameter): name for name, parameter in self.layer.named_parameters()}
         heads = list(enumerate(self.heads.heads))
-        master.held = [
+        parameters.held = [
             (head.get_parameter(layer[id(p)]), partial(self._rows, view, k)) if head is not None else (p, view)
-            for p, view in master.held
+            for p, view in parameters.held
             for k, head in (heads if id(p) in layer else [(0, None)])
         ]
-        master.follow()
+        parameters.follow()
 
     def _rows(self, view: View, k: int, flat: Tensor) -> Tensor:
         return view(flat).chunk(self.K)[k]

@@ -69,7 +69,7 @@ class Timeline:
         for launch, names in zip(part.launches, dead, strict=True):
             for written in launch.writes:
                 if written.endswith(".running") or written in taken or (space, written) in self.live:
-                    continue  # running statistics are the master's
+                    continue  # running statistics are FlatParameters'
                 size = self.size(part, written)
                 self.live[space, written] = size
                 current.buffers += 1

@@ -6,7 +6,7 @@
 
 so that both modes are one call of ``pack_weights`` for all layers (bf16: 0.2 GB moved for WRN-28-4 with K = 4, 0.05 ms
 of an H200's bandwidth). Biases, scales, shifts and s'_k of all layers are one call of ``branch_rows``. They are written
-at the start of every pass that reads them: a step depends on nothing but the master weights. ``PlainSlots`` packs
+at the start of every pass that reads them: a step depends on nothing but the flat parameters. ``PlainSlots`` packs
 networks as they are, in one call too.
 """
 
@@ -19,23 +19,22 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.master import Master
+from fastensdistill.engine.parameters import FlatParameters, flat_layout
 from fastensdistill.engine.weights import LayerWeights, Weights
 from fastensdistill.kernels.branch_rows import branch_rows
-from fastensdistill.kernels.layout import RankOneLayout
 from fastensdistill.kernels.pack import pack_weights
 from fastensdistill.network.fold import image_scale_shift
 from fastensdistill.network.launch import Part
-from fastensdistill.network.nodes import Affine, Linear, Norm
+from fastensdistill.network.nodes import Affine, Norm
 
 
 @torch.no_grad()
-def write_images(weights: Weights, master: Master, slots: Sequence[int]) -> None:
+def write_images(weights: Weights, parameters: FlatParameters, slots: Sequence[int]) -> None:
     """The normalisation of the image, which no step changes; several slots may belong to one module."""
     for i, slot in enumerate(slots):
-        for node in master.network.nodes:
+        for node in parameters.network.nodes:
             if isinstance(node, Affine):
-                values = image_scale_shift(master.buffers[i % master.copies], node.name)
+                values = image_scale_shift(parameters.buffers[i % parameters.copies], node.name)
                 for rows, value in zip(weights.scale_shift[node.name], values, strict=True):
                     rows[slot].copy_(value)
 
@@ -43,15 +42,10 @@ def write_images(weights: Weights, master: Master, slots: Sequence[int]) -> None
 class PackedLayers:
     """Every layer's two packings in two flat buffers, which one launch fills."""
 
-    def __init__(self, weights: Weights, master: Master, slots: int):
-        self.layout = RankOneLayout.build(
-            [(node.name, master.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in master.layers],
-            plain=2 * master.norm_size,
-            slots=slots,
-            positions={node.name: prod(node.in_shape[1:]) for node in master.layers if isinstance(node, Linear)},
-        )
+    def __init__(self, weights: Weights, parameters: FlatParameters, slots: int):
+        self.layout = flat_layout(parameters.network, slots)
         self.packed, self.packed_gradient = (
-            torch.zeros(self.layout.packed_size, dtype=weights.dtype, device=master.device) for _ in range(2)
+            torch.zeros(self.layout.packed_size, dtype=weights.dtype, device=parameters.device) for _ in range(2)
         )
         for layer in self.layout.layers:
             at = slice(layer.packed, layer.packed + slots * layer.weight_size)
@@ -67,21 +61,21 @@ class PackedLayers:
 
 
 class PlainSlots:
-    """Training weights of networks without factors, slot i being copy i; biases are the master's own memory."""
+    """Training weights of networks without factors, slot i being copy i; biases are FlatParameters' own."""
 
-    def __init__(self, part: Part, master: Master, dtype: torch.dtype):
-        self.master, self.weights = master, Weights(part, len(part.groups), dtype, master.device)
-        self.layers = PackedLayers(self.weights, master, len(part.groups))
-        for node in master.layers:
+    def __init__(self, part: Part, parameters: FlatParameters, dtype: torch.dtype):
+        self.parameters, self.weights = parameters, Weights(part, len(part.groups), dtype, parameters.device)
+        self.layers = PackedLayers(self.weights, parameters, len(part.groups))
+        for node in parameters.layers:
             if node.bias:
-                self.weights.layers[node.name].bias = master.view(master.parameters, f"{node.name}.bias")
-        for norm in master.norms:
-            self.weights.norms[norm.name] = master.norm_weights(norm)
-        write_images(self.weights, master, range(len(part.groups)))
+                self.weights.layers[node.name].bias = parameters.view(parameters.values, f"{node.name}.bias")
+        for norm in parameters.norms:
+            self.weights.norms[norm.name] = parameters.norm_weights(norm)
+        write_images(self.weights, parameters, range(len(part.groups)))
 
     @torch.no_grad()
     def write(self) -> None:
-        self.layers.write(self.master.parameters, None)
+        self.layers.write(self.parameters.values, None)
 
 
 class Rows:
@@ -122,46 +116,46 @@ ABSENT, OTHER = -1, -2  # of ``branch_rows``: no factor, no summand; the paramet
 class BranchSlots:
     """The last K of ``first + K`` slots, for the branches of a rank-one student; for a student without factors, one."""
 
-    def __init__(self, part: Part, master: Master, dtype: torch.dtype, first: int = 0):
-        own = master.deviations
-        self.factors = own if len(own) else master.parameters.new_zeros(1, master.layout.factors)
-        self.master, self.first, self.K = master, first, len(self.factors)
+    def __init__(self, part: Part, parameters: FlatParameters, dtype: torch.dtype, first: int = 0):
+        own = parameters.deviations
+        self.factors = own if len(own) else parameters.values.new_zeros(1, parameters.layout.factors)
+        self.parameters, self.first, self.K = parameters, first, len(self.factors)
         slots = first + self.K
-        self.weights = Weights(part, slots, dtype, master.device)
+        self.weights = Weights(part, slots, dtype, parameters.device)
         self.evaluation = not part.training
-        for norm in [] if self.evaluation else master.norms:
-            self.weights.norms[norm.name] = master.norm_weights(norm)
-        write_images(self.weights, master, [first + k for k in range(self.K)])
-        self.layers = PackedLayers(self.weights, master, slots)
+        for norm in [] if self.evaluation else parameters.norms:
+            self.weights.norms[norm.name] = parameters.norm_weights(norm)
+        write_images(self.weights, parameters, [first + k for k in range(self.K)])
+        self.layers = PackedLayers(self.weights, parameters, slots)
         self.deviations = self.factors
         self._plan_rows(slots)
 
     def _plan_rows(self, slots: int) -> None:
         """Where every layer's bias, every BatchNorm's scale and shift, and the branches' s'_k come from."""
-        master, K, R = self.master, self.K, self.master.layout.factors
+        parameters, K, R = self.parameters, self.K, self.parameters.layout.factors
         folded = torch.full((R,), ABSENT)  # of the deviations → channel of the BatchNorm that is folded in
         self.rows = Rows(slots, self.first, K)
-        for node, layer in zip(master.layers, master.layout.layers, strict=True):
+        for node, layer in zip(parameters.layers, parameters.layout.layers, strict=True):
             norm, C, weights = self.weights.norm_of(node), layer.out_channels, self.weights.layers[node.name]
             channels: Tensor | int = ABSENT
             if norm:
-                channels = folded[layer.s : layer.s + C] = master.norm_offsets[norm.name] + torch.arange(C)
+                channels = folded[layer.s : layer.s + C] = parameters.norm_offsets[norm.name] + torch.arange(C)
             if weights.bias is not None:
                 s = torch.arange(K)[:, None] * R + layer.s + torch.arange(C)
                 b = layer.bias + torch.arange(C) if node.bias else ABSENT
                 self.rows.add(partial(setattr, weights, "bias"), C, s, channels, b, channels)
         for name in self.weights.scale_shift:
-            if isinstance(user := master.network.by_name[name], Norm):
+            if isinstance(user := parameters.network.by_name[name], Norm):
                 C = user.shape[0]
-                channels = master.norm_offsets[name] + torch.arange(C)
+                channels = parameters.norm_offsets[name] + torch.arange(C)
                 self.rows.add(partial(self._set_row, name, 0), C, ABSENT, channels, OTHER, ABSENT)
                 self.rows.add(partial(self._set_row, name, 1), C, ABSENT, ABSENT, ABSENT, channels)
         if self.evaluation:
             every = torch.arange(K * R).view(K, R)
             self.rows.add_branches(partial(setattr, self, "deviations"), R, every, folded, OTHER, OTHER)
-        self.rows.finish(master.device, master.dtype)
-        eps = [torch.full((norm.shape[0],), norm.eps, dtype=master.dtype) for norm in master.norms]
-        self.eps = torch.cat([*eps, torch.zeros(0, dtype=master.dtype)]).to(master.device)
+        self.rows.finish(parameters.device, parameters.dtype)
+        eps = [torch.full((norm.shape[0],), norm.eps, dtype=parameters.dtype) for norm in parameters.norms]
+        self.eps = torch.cat([*eps, torch.zeros(0, dtype=parameters.dtype)]).to(parameters.device)
 
     def _set_row(self, name: str, which: int, view: Tensor) -> None:
         pair = list(self.weights.scale_shift[name])
@@ -170,10 +164,10 @@ class BranchSlots:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Fill the branches' slots from the master weights and, in evaluation mode, the running statistics."""
-        master = self.master
+        """Fill the branches' slots from the flat parameters and, in evaluation mode, the running statistics."""
+        parameters = self.parameters
         branch_rows(
-            self.rows.values, self.rows.table, master.parameters, self.factors, master.running_mean,
-            master.running_var, self.eps, master.layout.ranked,
+            self.rows.values, self.rows.table, parameters.values, self.factors, parameters.running_mean,
+            parameters.running_var, self.eps, parameters.layout.ranked,
         )  # fmt: skip
-        self.layers.write(master.parameters, self.deviations, self.first)
+        self.layers.write(parameters.values, self.deviations, self.first)

@@ -18,8 +18,8 @@ from fastensdistill.engine.checks import FirstBatch, check_images, check_labels,
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, State, arithmetic, mean_of_parts
 from fastensdistill.engine.graph import Capturing, Graphs
-from fastensdistill.engine.master import Master
 from fastensdistill.engine.parallel import same_start
+from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.errors import InputError
 from fastensdistill.method.arguments import checked_config, listed_networks
@@ -40,7 +40,7 @@ def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Net
     for groups, way in teach_groups(len(networks)).values():
         plan([first], groups, way, 1)
     for network in networks:
-        Master.check(network, first, ranked=False)
+        FlatParameters.check(network, first, ranked=False)
     named = (pair for i, network in enumerate(networks) for pair in trained_tensors(network, f"network {i}"))
     shared = common_memory(named)
     if shared:
@@ -74,9 +74,9 @@ class FusedTeachStep(Capturing):
         self.dtype, precision = arithmetic(config, self.networks[0])
         self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
         self.run = Runner(precision, self.implementations, config.sync_batch_norm, self.parts)
-        self.master = Master(self.networks, self.network, ranked=False)
-        same_start(self.master.state())
-        self.rate = torch.tensor(config.learning_rate, dtype=self.master.dtype, device=self.device)
+        self.parameters = FlatParameters(self.networks, self.network, ranked=False)
+        same_start(self.parameters.state())
+        self.rate = torch.tensor(config.learning_rate, dtype=self.parameters.dtype, device=self.device)
         self.capture = capture and self.device.type == "cuda"
         self.images: Tensor | None = None
         self.first = FirstBatch()
@@ -86,13 +86,13 @@ class FusedTeachStep(Capturing):
     def _build(self, shape: tuple[int, ...]) -> None:
         M, (B, C, H, W) = len(self.networks), shape
         check_parts(self.config, B)
-        self.images = torch.zeros(M, B, H, W, C, dtype=self.master.dtype, device=self.device)
+        self.images = torch.zeros(M, B, H, W, C, dtype=self.parameters.dtype, device=self.device)
         self.labels = torch.zeros(M, B, dtype=torch.int64, device=self.device)
         (forward,), (backward,) = (
             plan([self.network], groups, way, B // self.parts).parts for groups, way in teach_groups(M).values()
         )
-        self.trained = Trained(self.network, forward, backward, self.master, self.dtype, self.run)
-        self.graphs = Graphs(self.master.state, self.device) if self.capture else None
+        self.trained = Trained(self.network, forward, backward, self.parameters, self.dtype, self.run)
+        self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
 
     def _body(self) -> dict[str, Tensor]:
         assert self.images is not None
@@ -102,7 +102,7 @@ class FusedTeachStep(Capturing):
         images, labels = zip(*(loader.read() for loader in self.loaders), strict=True)
         # Stacked as they lie in memory, channels last: one copy
         stacked = torch.stack([x.permute(0, 2, 3, 1) for x in images])
-        return self._step(stacked.to(self.master.dtype), torch.stack(labels))
+        return self._step(stacked.to(self.parameters.dtype), torch.stack(labels))
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """``images`` (M, B, H, W, C), ``labels`` (M, B)."""
@@ -161,8 +161,8 @@ class FusedTeachStep(Capturing):
 
     def _follow(self) -> None:
         """Parameters may have been frozen, or may require gradients again, since the last step."""
-        if self.master.follow() and self.graphs:
-            self.graphs = Graphs(self.master.state, self.device)
+        if self.parameters.follow() and self.graphs:
+            self.graphs = Graphs(self.parameters.state, self.device)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         assert self.images is not None
@@ -177,7 +177,7 @@ class FusedTeachStep(Capturing):
         """Views of the momentum, named as the reference engine names its own."""
         named: dict[str, Tensor] = {}
         for m, network in enumerate(self.networks):
-            own = self.master.momenta(m)
+            own = self.parameters.momenta(m)
             named |= {f"{m}.momentum.{i}": own[name] for i, (name, _) in enumerate(network.named_parameters())}
         return named
 

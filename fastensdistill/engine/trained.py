@@ -8,11 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.master import Master, descend
 from fastensdistill.engine.parallel import average, processes
+from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Buffers, Implement, run_part
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.weights import Weights
+from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.unfold import unfold_gradients
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Network
@@ -87,7 +88,7 @@ class Trained:
     Args:
         network: their architecture.
         forward, backward: the parts of the plan that train them; the groups of a student are its K branches.
-        master: their parameters.
+        parameters: their parameters.
         dtype: of activations and packed weights.
     """
 
@@ -96,44 +97,44 @@ class Trained:
         network: Network,
         forward: Part,
         backward: Part,
-        master: Master,
+        parameters: FlatParameters,
         dtype: torch.dtype,
         run: Runner,
     ):
-        self.network, self.parts, self.master, self.run = network, (forward, backward), master, run
-        self.ranked = len(master.deviations) > 0
+        self.network, self.parts, self.parameters, self.run = network, (forward, backward), parameters, run
+        self.ranked = len(parameters.deviations) > 0
         K = len(forward.groups)
         self.slots: BranchSlots | PlainSlots = (
-            BranchSlots(forward, master, dtype) if self.ranked else PlainSlots(forward, master, dtype)
+            BranchSlots(forward, parameters, dtype) if self.ranked else PlainSlots(forward, parameters, dtype)
         )
-        self.index = torch.arange(K, dtype=torch.int32, device=master.device)
-        # Layers' gradients as the kernels leave them, of every branch or copy; un-folding brings them to the master's
-        self.gradients = master.parameters.new_zeros(K * master.layout.ranked)
-        self.layers = {layer.name: layer for layer in master.layout.layers}
-        self.sinks = {f"{name}.grad": self._sink(name) for name in master.entries}
+        self.index = torch.arange(K, dtype=torch.int32, device=parameters.device)
+        # Layers' gradients as the kernels leave them, of every branch or copy, before they are un-folded
+        self.gradients = parameters.values.new_zeros(K * parameters.layout.ranked)
+        self.layers = {layer.name: layer for layer in parameters.layout.layers}
+        self.sinks = {f"{name}.grad": self._sink(name) for name in parameters.shapes}
         output = network.output
         self.dead = dead_after(self.parts, ["input", output, f"{output}.grad", *self.sinks])
         self.buffers: Buffers = {}
 
     def _sink(self, name: str) -> Tensor:
-        """Where a gradient is written: what needs no un-folding goes to the master's gradient at once."""
+        """Where a gradient is written: what needs no un-folding goes to the flat gradient at once."""
         path, _, kind = name.rpartition(".")
         layer = self.layers.get(path)
         if layer is None or (kind == "bias" and not self.ranked):
-            return self.master.view(self.master.gradient, name)
+            return self.parameters.view(self.parameters.gradient, name)
         K, start = len(self.index), layer.weight if kind == "weight" else layer.bias
         shape = (layer.taps, layer.in_channels, layer.out_channels) if kind == "weight" else (layer.out_channels,)
         return self.gradients[K * start : K * (start + prod(shape))].view(K, *shape)
 
     def write(self) -> None:
-        """Pack the master weights: once before the first forward of a step."""
+        """Pack the flat parameters: once before the first forward of a step."""
         self.slots.write()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
         self.buffers = {"input": images}
         self.run(self.parts[0], self.slots.weights, self.index, self.buffers, self.dead[0])
-        self.master.batches.add_(1)
+        self.parameters.batches.add_(1)
         return self.buffers[self.network.output]
 
     def backward(self, seed: Tensor, add: bool = False) -> None:
@@ -144,20 +145,26 @@ class Trained:
 
     def finish(self) -> None:
         """Un-fold the gradients and average them over processes: once, before the update."""
-        master, deviations = self.master, self.master.deviations if self.ranked else None
+        parameters, deviations = self.parameters, self.parameters.deviations if self.ranked else None
         self.factor_gradients = unfold_gradients(
-            self.gradients, master.parameters, deviations, master.layout, master.gradient
+            self.gradients, parameters.values, deviations, parameters.layout, parameters.gradient
         )
         if self.ranked:
             average(self.factor_gradients)
-        average(master.gradient)
+        average(parameters.gradient)
 
     def update(self, rate: Tensor, momentum: float, decay: float) -> None:
         """Nesterov; r and s with K times the rate and 1/K of the decay (method of Nam et al., section 2)."""
-        master = self.master
-        with master.frozen_kept():
-            descend(master.parameters, master.momentum, master.gradient, rate, momentum, decay)
+        parameters = self.parameters
+        with parameters.frozen_kept():
+            sgd(
+                parameters.values, parameters.momentum, parameters.gradient, rate,
+                momentum=momentum, weight_decay=decay,
+            )  # fmt: skip
             if self.ranked:
-                K, moments = len(master.deviations), master.deviation_momentum
-                descend(master.deviations, moments, self.factor_gradients, rate, momentum, decay / K, scale=K)
+                K, moments = len(parameters.deviations), parameters.deviation_momentum
+                sgd(
+                    parameters.deviations, moments, self.factor_gradients, rate,
+                    momentum=momentum, weight_decay=decay / K, scale=K,
+                )  # fmt: skip
         del self.factor_gradients

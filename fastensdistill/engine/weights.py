@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastensdistill.engine.parameters import NormWeights
 from fastensdistill.kernels.conv_data_gradient import flip_weight
 from fastensdistill.kernels.triton_utils import accumulator
 from fastensdistill.network.build import folded, sole
@@ -27,16 +28,6 @@ class LayerWeights:
     forward: Tensor  # (S, taps, Ci, Co)
     gradient: Tensor  # (S, taps reversed, Co, Ci)
     bias: Tensor | None  # (S, Co)
-
-
-@dataclass
-class NormWeights:
-    """A training-mode BatchNorm's own tensors, (Q, C) each; the running estimates are moved in place by a pass."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
 
 
 def pack_layer(weight: Tensor, in_shape: Shape) -> Tensor:

@@ -24,10 +24,10 @@ PACKED_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class RankOneLayer:
+class LayerOffsets:
     """Where one convolution or linear layer lies in the flat buffers (offsets and sizes count elements).
 
-    The order of the fields is that of the integers the ops receive, see :attr:`RankOneLayout.fields`.
+    The order of the fields is that of the integers the ops receive, see :attr:`Layout.fields`.
     """
 
     name: str
@@ -62,7 +62,7 @@ OFFSETS = 2**31  # kernels count elements inside of a layer in 32 bits
 
 
 @dataclass(frozen=True)
-class RankOneLayout:
+class Layout:
     """Table of the layers of a network in its flat buffers.
 
     parameters [size]: every layer's W and b first (``ranked`` values), then ``plain`` values without factors, such as
@@ -71,7 +71,7 @@ class RankOneLayout:
     packed, packed_gradient [packed_size] bf16: per layer ``slots`` weights, one after the other.
     """
 
-    layers: tuple[RankOneLayer, ...]
+    layers: tuple[LayerOffsets, ...]
     ranked: int
     plain: int
     factors: int
@@ -98,7 +98,7 @@ class RankOneLayout:
         plain: int = 0,
         slots: int = 1,
         positions: Mapping[str, int] | None = None,
-    ) -> RankOneLayout:
+    ) -> Layout:
         """Lays the layers out one after the other.
 
         Args:
@@ -111,7 +111,7 @@ class RankOneLayout:
         Raises:
             InputError: a shape that is not a layer's, or no layers.
         """
-        layers: list[RankOneLayer] = []
+        layers: list[LayerOffsets] = []
         ranked = factors = packed = 0
         for name, shape, groups, has_bias in weights:
             if len(shape) not in (2, 4) or groups < 1 or min(shape) < 1 or shape[0] % groups:
@@ -131,28 +131,28 @@ class RankOneLayout:
                 raise InputError(f"layer {name!r} has {slots} x {Co * Ci * taps} weights; expected less than {OFFSETS}")
             bias = ranked + Co * Ci * taps if has_bias else -1
             layers.append(
-                RankOneLayer(name, ranked, bias, factors, factors + Ci * groups, packed, Co, Ci, taps, groups, P)
+                LayerOffsets(name, ranked, bias, factors, factors + Ci * groups, packed, Co, Ci, taps, groups, P)
             )
             ranked += Co * Ci * taps + Co * has_bias
             factors += Ci * groups + Co
             packed += -(-slots * Co * Ci * taps // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
         if not layers:
             raise InputError("the layout has no layers; expected at least one")
-        return RankOneLayout(tuple(layers), ranked, plain, factors, slots, packed)
+        return Layout(tuple(layers), ranked, plain, factors, slots, packed)
 
 
-def layers_of(fields: Sequence[int], width: int = FIELDS) -> list[RankOneLayer]:
+def layers_of(fields: Sequence[int], width: int = FIELDS) -> list[LayerOffsets]:
     """The layers behind an op's integers, ``width`` (``FIELDS`` or ``PACK_FIELDS``) each."""
-    return [RankOneLayer("", *fields[at : at + width]) for at in range(0, len(fields), width)]
+    return [LayerOffsets("", *fields[at : at + width]) for at in range(0, len(fields), width)]
 
 
-def layer_weight(flat: Tensor, layer: RankOneLayer) -> Tensor:
+def layer_weight(flat: Tensor, layer: LayerOffsets) -> Tensor:
     """[…, groups, Co/groups, Ci/groups, taps] view of the layer's weight in a flat buffer."""
     shape = (layer.groups, layer.out_channels // layer.groups, layer.group_channels, layer.taps)
     return flat[..., layer.weight : layer.weight + layer.weight_size].unflatten(-1, shape)
 
 
-def layer_factors(deviations: Tensor, layer: RankOneLayer) -> tuple[Tensor, Tensor]:
+def layer_factors(deviations: Tensor, layer: LayerOffsets) -> tuple[Tensor, Tensor]:
     """r [K, groups, 1, Ci/groups, 1] and s [K, groups, Co/groups, 1, 1]."""
     r = 1 + deviations[:, layer.r : layer.r + layer.in_channels]
     s = 1 + deviations[:, layer.s : layer.s + layer.out_channels]
@@ -188,7 +188,7 @@ def implementation(op: str, x: Tensor) -> str:
 
 
 def check_buffers(
-    layout: RankOneLayout,
+    layout: Layout,
     parameters: Tensor,
     deviations: Tensor | None,
     extra: Iterable[tuple[str, Tensor, tuple[int, ...]]] = (),
@@ -211,7 +211,7 @@ def check_buffers(
 
 
 def check_packed(
-    layout: RankOneLayout,
+    layout: Layout,
     parameters: Tensor,
     count: int,
     packed: Tensor,

@@ -24,8 +24,8 @@ from torch import Tensor
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.layout import (
     PACK_FIELDS,
-    RankOneLayer,
-    RankOneLayout,
+    LayerOffsets,
+    Layout,
     Rows,
     check_buffers,
     check_packed,
@@ -44,7 +44,7 @@ COLUMNS = 17
 # ---- reference
 
 
-def _weights(parameters: Tensor, deviations: Tensor | None, layer: RankOneLayer, copies: int) -> Tensor:
+def _weights(parameters: Tensor, deviations: Tensor | None, layer: LayerOffsets, copies: int) -> Tensor:
     """W_k, [K, groups, Co/groups, Ci/groups, taps]."""
     if deviations is not None:
         r, s = layer_factors(deviations, layer)
@@ -233,7 +233,7 @@ extension.define(
 def pack_weights(
     parameters: Tensor,
     deviations: Tensor | None,
-    layout: RankOneLayout,
+    layout: Layout,
     packed: Tensor,
     packed_gradient: Tensor,
     first_slot: int = 0,

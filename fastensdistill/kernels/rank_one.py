@@ -10,7 +10,7 @@ and, from the gradients dW_k, db_k of those ordinary layers,
     db = Σ_k s_k · db_k             ds_k[o] = Σ_{i,t} r_k[i] · W · dW_k + b[o] · db_k[o]
 
 No multiplication of activations by r or s is ever needed. All layers live in flat buffers described by a
-:class:`RankOneLayout`; r and s are stored as deviations from one, [K, R], so that decay pulls them towards one.
+:class:`Layout`; r and s are stored as deviations from one, [K, R], so that decay pulls them towards one.
 
 The step is PyTorch's SGD with Nesterov momentum on every value p with buffer v, decay part of the gradient:
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.inputs import check_contiguous
 from fastensdistill.kernels.layout import (
-    RankOneLayout,
+    Layout,
     check_buffers,
     check_packed,
     layer_factors,
@@ -137,11 +137,11 @@ torch.library.register_autograd("fastensdistill::fold_rank_one", _fold_backward,
 # ---- public functions
 
 
-def fold_rank_one(parameters: Tensor, deviations: Tensor, layout: RankOneLayout) -> Tensor:
+def fold_rank_one(parameters: Tensor, deviations: Tensor, layout: Layout) -> Tensor:
     """Weights and biases of every branch as ordinary layers.
 
     Args:
-        parameters: [layout.size] float32 or float64, see :class:`RankOneLayout`.
+        parameters: [layout.size] float32 or float64, see :class:`Layout`.
         deviations: [K, layout.factors], r − 1 and s − 1, the same dtype and device.
         layout: the table of layers.
 
@@ -159,7 +159,7 @@ def fold_rank_one(parameters: Tensor, deviations: Tensor, layout: RankOneLayout)
 
 
 def unfold_rank_one(
-    branch_gradients: Tensor, parameters: Tensor, deviations: Tensor, layout: RankOneLayout
+    branch_gradients: Tensor, parameters: Tensor, deviations: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Adjoint of :func:`fold_rank_one`: from the gradients of the folded layers to those of W, b, r and s.
 
@@ -182,7 +182,7 @@ def unfold_rank_one(
 def pack_rank_one(
     parameters: Tensor,
     deviations: Tensor,
-    layout: RankOneLayout,
+    layout: Layout,
     packed: Tensor,
     packed_gradient: Tensor,
     first_slot: int = 0,
@@ -213,7 +213,7 @@ def rank_one_step(
     branch_gradients: Tensor,
     plain_gradients: Tensor,
     learning_rate: Tensor,
-    layout: RankOneLayout,
+    layout: Layout,
     packed: Tensor,
     packed_gradient: Tensor,
     *,

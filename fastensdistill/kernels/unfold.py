@@ -24,8 +24,8 @@ from torch import Tensor
 from fastensdistill.kernels.inputs import check_contiguous
 from fastensdistill.kernels.layout import (
     PACK_FIELDS,
-    RankOneLayer,
-    RankOneLayout,
+    LayerOffsets,
+    Layout,
     Rows,
     check_buffers,
     device_tables,
@@ -43,7 +43,7 @@ UNFOLD_COLUMNS, FACTOR_COLUMNS = 16, 11
 # ---- references
 
 
-def kernel_order(gradients: Tensor, layer: RankOneLayer, copies: int) -> Tensor:
+def kernel_order(gradients: Tensor, layer: LayerOffsets, copies: int) -> Tensor:
     """[copies, groups, Co/groups, Ci/groups, taps] of what the kernels left of one layer's weight in ``gradients``."""
     start, P = copies * layer.weight, layer.positions
     d = gradients[start : start + copies * layer.weight_size]
@@ -52,7 +52,7 @@ def kernel_order(gradients: Tensor, layer: RankOneLayer, copies: int) -> Tensor:
 
 
 def _unfold_layer(
-    layer: RankOneLayer,
+    layer: LayerOffsets,
     dW_k: Tensor,
     db_k: Tensor | None,
     parameters: Tensor,
@@ -126,7 +126,7 @@ def _tables(fields: Sequence[int]) -> tuple[Rows, ...]:
     return tiles, factors
 
 
-def _tile_counts(layer: RankOneLayer) -> tuple[int, int, int]:
+def _tile_counts(layer: LayerOffsets) -> tuple[int, int, int]:
     """Tiles over the output channels of a group, tiles along its rows, and the length of a row."""
     J = layer.group_channels * layer.taps
     Co = layer.out_channels // layer.groups
@@ -139,7 +139,7 @@ def _partial_count(fields: Sequence[int]) -> int:
     return sum(layer.groups * tiles_o * J + layer.out_channels * tiles_j for layer, tiles_o, tiles_j, J in counts)
 
 
-def _add_group(layer: RankOneLayer, group: int, at: int, tiles: Rows, factors: Rows) -> int:
+def _add_group(layer: LayerOffsets, group: int, at: int, tiles: Rows, factors: Rows) -> int:
     Co, Ci, taps, P = layer.out_channels // layer.groups, layer.group_channels, layer.taps, layer.positions
     tiles_o, tiles_j, J = _tile_counts(layer)
     r, s = layer.r + group * Ci, layer.s + group * Co
@@ -313,7 +313,7 @@ _unfold_gradients = define(
 
 
 def unfold_gradients(
-    gradients: Tensor, parameters: Tensor, deviations: Tensor | None, layout: RankOneLayout, gradient: Tensor
+    gradients: Tensor, parameters: Tensor, deviations: Tensor | None, layout: Layout, gradient: Tensor
 ) -> Tensor:
     """The gradients of all layers' parameters from those of the weights which the kernels multiply with.
 

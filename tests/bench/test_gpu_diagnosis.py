@@ -23,12 +23,12 @@ from bench.setting import Setting
 from fastensdistill.engine import evaluation, fused, graph, passes, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
-from fastensdistill.engine.master import descend
 from fastensdistill.engine.trained import Runner, Trained
 from fastensdistill.kernels import tiles, triton_utils
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.kernels.perturb_step import perturb_step
+from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.tiles import Tile, changed_tiles
 from fastensdistill.kernels.triton_utils import around_launches, record_launches
 
@@ -424,7 +424,7 @@ def turned(*arguments, **options):
 def forgetful(p, v, g, *rest, **options):
     if not oracle():
         v.zero_()
-    descend(p, v, g, *rest, **options)
+    sgd(p, v, g, *rest, **options)
 
 
 def unmoved(x, *arguments, **options):
@@ -447,7 +447,7 @@ WALKED = {
     "a gradient that is not where it is read": (passes, "conv_weight_gradient", lost, {
         "pass": "distillation, backward", "op": "weight gradient", "node": "groups.1.0.shortcut",
     }),
-    "no momentum": (trained, "descend", forgetful, {"pass": "update", "buffer": "parameters"}),
+    "no momentum": (trained, "sgd", forgetful, {"pass": "update", "buffer": "parameters"}),
     "no perturbation": (evaluation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
                                                               "buffer": "perturbation of the images"}),
 }  # fmt: skip
@@ -555,11 +555,11 @@ def test_a_way_in_which_the_process_died_is_passed_over(here, monkeypatch):
 
 def test_what_differs_outside_of_any_launch_is_told_by_its_part(here, monkeypatch):
     def spoiled(p, v, g, *rest, **options):
-        descend(p, v, g, *rest, **options)
+        sgd(p, v, g, *rest, **options)
         if StandIn.replaying:
             p.mul_(2)
 
-    monkeypatch.setattr(trained, "descend", spoiled)
+    monkeypatch.setattr(trained, "sgd", spoiled)
     row = diagnose_capture(here, SETTING)
     assert (row["differs_in"], row["launch"], row["how"]) == ("un-fold and update", None, "parameters, deviations")
 

@@ -104,9 +104,9 @@ def test_a_network_is_left_as_it_is_where_another_is_trained():
     networks = [network(m) for m in range(3)]
     frozen(networks[1], lambda name: "stem" in name)
     step = FusedTeachStep(networks, teach_setting(3)[1], image_shape=(3, 6, 6))
-    stem = step.master.view(step.master.frozen, "stem.weight")
+    stem = step.parameters.view(step.parameters.frozen, "stem.weight")
     assert [bool(own.all()) for own in stem] == [bool(own.any()) for own in stem] == [False, True, False]
-    assert int(step.master.frozen.sum()) == stem[1].numel()
+    assert int(step.parameters.frozen.sum()) == stem[1].numel()
 
 
 def test_a_weight_that_is_no_parameter_is_refused():

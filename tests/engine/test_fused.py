@@ -55,12 +55,12 @@ def stale_branches(monkeypatch):
 
 
 def no_decay_of_factors(monkeypatch):
-    right = trained.descend
+    right = trained.sgd
 
-    def wrong(p, v, g, rate, momentum, decay, **options):
-        right(p, v, g, rate, momentum, 0.0 if p.dim() == 2 else decay, **options)
+    def wrong(p, v, g, rate, *, weight_decay, **options):
+        right(p, v, g, rate, weight_decay=0.0 if p.dim() == 2 else weight_decay, **options)
 
-    monkeypatch.setattr(trained, "descend", wrong)
+    monkeypatch.setattr(trained, "sgd", wrong)
 
 
 FAULTS = {

@@ -72,7 +72,7 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
     two._load(*batch(0))
-    addresses = [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.master.state())]
+    addresses = [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.parameters.state())]
     drawn = set()
     for i in range(4):
         images, labels = batch(i)
@@ -89,7 +89,7 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
         for name, value in expected.items():
             check_close(name, actual[name], value, 1e-9)
     check_equal(student, other, one, two, 1e-8)
-    assert addresses == [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.master.state())]
+    assert addresses == [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.parameters.state())]
     assert len(drawn) > 1 or perturbation == "gaussian"
 
 
@@ -105,7 +105,7 @@ def test_warm_up_leaves_no_trace():
         return step._body()
 
     with torch.no_grad():
-        warm_up(body, step.master.state, [step.noise])
+        warm_up(body, step.parameters.state, [step.noise])
     assert len(ran) == 2
     for name, value in (student.state_dict() | step.state_dict()).items():
         assert torch.equal(value, before[name]), name
@@ -413,7 +413,7 @@ def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):
         config.seed += 2 * len(averaged)  # as a process of its own
         step = FusedStep(student, teachers, config)
         step._load(*batch(0))
-        step.graphs = Graphs(step.master.state, torch.device("cpu")) if capture else None
+        step.graphs = Graphs(step.parameters.state, torch.device("cpu")) if capture else None
         assert len(step.ascends) == 3
         averaged.append([])
         for i in range(6):

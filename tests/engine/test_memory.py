@@ -55,7 +55,7 @@ def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
 def tensors_of(step: FusedStep) -> list[torch.Tensor]:
     """Everything the step itself holds for the whole run."""
     writers = [w for w in (step.trained.slots, step.ascend.slots.branches) if w]
-    kept = [step.images, step.master.gradient, step.trained.gradients, *step.master.state()]
+    kept = [step.images, step.parameters.gradient, step.trained.gradients, *step.parameters.state()]
     for weights in {id(w): w for w in [step.trained.slots.weights, *step.ascend.slots.weights.values()]}.values():
         kept += [t for layer in weights.layers.values() for t in (layer.forward, layer.gradient)]
     return [*kept, *(writer.rows.values for writer in writers)]

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.master import Master
+from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.engine.weights import pack
@@ -42,7 +42,7 @@ def branch_slots(training: bool, dtype: torch.dtype, first: int) -> BranchSlots:
     step = FusedStep(student, copy.deepcopy(_), config, image_shape=(3, 12, 12))
     step._load(*batch(0, size=12, dtype=wide))
     writer = step.trained.slots if training else step.ascend.slots.branches
-    return BranchSlots(writer.weights.part, step.master, dtype, first)
+    return BranchSlots(writer.weights.part, step.parameters, dtype, first)
 
 
 def plain_slots(dtype: torch.dtype) -> PlainSlots:
@@ -50,23 +50,23 @@ def plain_slots(dtype: torch.dtype) -> PlainSlots:
     network = trace(networks[0], (3, 12, 12))
     groups, way = teach_groups(3)["forward"]
     (part,) = plan([network], groups, way, 2).parts
-    return PlainSlots(part, Master(networks, network, ranked=False), dtype)
+    return PlainSlots(part, FlatParameters(networks, network, ranked=False), dtype)
 
 
 def write_layers(slots: BranchSlots | PlainSlots) -> None:
     """Both packings of every layer, one layer after the other, from views alone."""
-    master = slots.master
+    parameters = slots.parameters
     if isinstance(slots, BranchSlots):
-        first, folded = slots.first, fold_rank_one(master.parameters, slots.deviations, master.layout)
-        offsets = {layer.name: layer.weight for layer in master.layout.layers}
+        first, folded = slots.first, fold_rank_one(parameters.values, slots.deviations, parameters.layout)
+        offsets = {layer.name: layer.weight for layer in parameters.layout.layers}
     else:
         first = 0
     for name, layer in slots.weights.layers.items():
-        node, entry = master.network.by_name[name], master.entries[f"{name}.weight"]
+        node, shape = parameters.network.by_name[name], parameters.shapes[f"{name}.weight"]
         if isinstance(slots, BranchSlots):
-            W = folded[:, offsets[name] : offsets[name] + prod(entry.shape)].unflatten(1, entry.shape)
+            W = folded[:, offsets[name] : offsets[name] + prod(shape)].unflatten(1, shape)
         else:
-            W = master.view(master.parameters, f"{name}.weight")
+            W = parameters.view(parameters.values, f"{name}.weight")
         own = slice(first, first + len(W))
         W = W.unflatten(2, node.in_shape) if isinstance(node, Linear) else W
         packed = W.permute(0, 3, 4, 2, 1)  # taps or positions, channels in, channels out
@@ -112,9 +112,9 @@ def test_at_once_is_layer_by_layer(writer, dtype):
 def test_copies_are_packed_as_frozen_networks_are():
     slots = plain_slots(torch.float64)
     slots.write()
-    master = slots.master
+    parameters = slots.parameters
     states = [
-        {**{name: master.view(master.parameters, name)[i] for name in master.entries}, **master.buffers[i]}
+        {**{name: parameters.view(parameters.values, name)[i] for name in parameters.shapes}, **parameters.buffers[i]}
         for i in range(3)
     ]
     expected = pack(slots.weights.part, states, torch.float64)

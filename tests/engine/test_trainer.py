@@ -89,7 +89,7 @@ def test_everyone_who_reads_the_student_sees_the_current_weights():
     assert not torch.equal(before["module.stem.layer.weight"], after["module.stem.layer.weight"])
     assert not torch.equal(average, trainer.student.average().state_dict()["stem.weight"])
     assert int(after["module.bn.num_batches_tracked"]) == 5
-    flat = trainer.step.master.parameters
+    flat = trainer.step.parameters.values
     assert trainer.student.module.stem.layer.weight.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
 

@@ -8,7 +8,7 @@ import torch
 from fastensdistill.kernels import distillation_loss, diversity_seed, perturb_step, rank_one
 
 OPS = torch.ops.fastensdistill
-LAYOUT = rank_one.RankOneLayout.build([("a", (4, 3, 3, 3), 1, False), ("b", (5, 4), 1, True)], plain=3, slots=3)
+LAYOUT = rank_one.Layout.build([("a", (4, 3, 3, 3), 1, False), ("b", (5, 4), 1, True)], plain=3, slots=3)
 
 
 def operands(name: str, dtype: torch.dtype, grad: bool) -> tuple:

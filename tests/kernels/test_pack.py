@@ -9,7 +9,7 @@ from torch import Tensor
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import layout as layouts
 from fastensdistill.kernels import triton_utils
-from fastensdistill.kernels.layout import RankOneLayout, implementation
+from fastensdistill.kernels.layout import Layout, implementation
 from fastensdistill.kernels.pack import pack_kernel, pack_portable, pack_rank_one_reference, pack_weights
 from tests.kernels.both import DEVICE, run_kernel, values
 
@@ -32,15 +32,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[RankOneLayout, Tensor, Tensor]:
+def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[Layout, Tensor, Tensor]:
     weights, positions = NETWORKS[case]
-    layout = RankOneLayout.build(weights, plain=3, slots=slots, positions=positions)
+    layout = Layout.build(weights, plain=3, slots=slots, positions=positions)
     copies = 1 if ranked else K
     parameters = values(copies * layout.size).to(dtype)
     return layout, parameters, 0.3 * values(K, layout.factors, seed=1).to(dtype) if ranked else None
 
 
-def expected(layout: RankOneLayout, parameters: Tensor, deviations: Tensor | None, K: int, first: int, dtype, fill):
+def expected(layout: Layout, parameters: Tensor, deviations: Tensor | None, K: int, first: int, dtype, fill):
     """Both packings, element by element from the definition."""
     forward, gradient = (torch.full((layout.packed_size,), fill, dtype=dtype) for _ in range(2))
     copies = 1 if deviations is not None else K
@@ -148,13 +148,13 @@ REFUSED = {
     "slot": (lambda: pack_weights(V, D, L, *PACKED, first_slot=1), "first_slot is 1 with 2 branches"),
     "copies-past-the-slots": (lambda: pack_weights(V.repeat(3), None, L, *PACKED), "first_slot is 0 with 3 branches"),
     "positions": (
-        lambda: RankOneLayout.build([("fc", (4, 10), 1, True)], positions={"fc": 3}), "over 3 positions"
+        lambda: Layout.build([("fc", (4, 10), 1, True)], positions={"fc": 3}), "over 3 positions"
     ),
     "positions-of-a-convolution": (
-        lambda: RankOneLayout.build([("conv", (4, 9, 1, 1), 1, True)], positions={"conv": 9}), "expected a linear layer"
+        lambda: Layout.build([("conv", (4, 9, 1, 1), 1, True)], positions={"conv": 9}), "expected a linear layer"
     ),
     "32-bit-offsets": (
-        lambda: RankOneLayout.build([("fc", (2**15, 2**15), 1, True)], slots=2), "expected less than 2147483648"
+        lambda: Layout.build([("fc", (2**15, 2**15), 1, True)], slots=2), "expected less than 2147483648"
     ),
 }  # fmt: skip
 

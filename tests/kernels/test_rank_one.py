@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.rank_one import (
-    RankOneLayout,
+    Layout,
     fold_rank_one,
     pack_rank_one,
     rank_one_step,
@@ -30,9 +30,9 @@ CASES = {
 DTYPES = {torch.float64: 1e-9, torch.float32: 5e-6}
 
 
-def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[RankOneLayout, dict[str, Tensor]]:
+def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
     K, plain, weights = CASES[case]
-    layout = RankOneLayout.build(weights, plain, slots or K)
+    layout = Layout.build(weights, plain, slots or K)
     g = torch.Generator().manual_seed(K + plain + layout.size)
 
     def normal(*shape: int) -> Tensor:
@@ -48,9 +48,7 @@ def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[Ra
     }
 
 
-def folded_by_layer(
-    layout: RankOneLayout, parameters: Tensor, deviations: Tensor
-) -> list[tuple[Tensor, Tensor | None]]:
+def folded_by_layer(layout: Layout, parameters: Tensor, deviations: Tensor) -> list[tuple[Tensor, Tensor | None]]:
     """(W_k [K, Co, Ci/groups, taps], b_k [K, Co]) of every layer, from the formula with explicit channels."""
     result = []
     for layer in layout.layers:
@@ -67,7 +65,7 @@ def folded_by_layer(
     return result
 
 
-def flat(layout: RankOneLayout, folded: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+def flat(layout: Layout, folded: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     parts = [part.flatten(1) for pair in folded for part in pair if part is not None]
     return torch.cat(parts, 1)
 
@@ -107,7 +105,7 @@ def test_branch_layer_is_the_plain_layer_between_factors():
         check_close(f"branch {k}", actual, expected, 1e-12)
 
 
-def unpacked(layout: RankOneLayout, packed: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
+def unpacked(layout: Layout, packed: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
     """A layer's slots of both packings, as [slots, Co, Ci/groups, taps]."""
     layer = layout.layers[layer_index]
     both = []
@@ -122,7 +120,7 @@ def unpacked(layout: RankOneLayout, packed: Tensor, layer_index: int) -> tuple[T
     return both[0], both[1]
 
 
-def check_packed(layout: RankOneLayout, t: dict[str, Tensor], packed: Tensor, first_slot: int) -> None:
+def check_packed(layout: Layout, t: dict[str, Tensor], packed: Tensor, first_slot: int) -> None:
     """Slots of both packings hold W_k rounded to bf16; the slots of others hold the sevens they were filled with."""
     K = t["deviations"].shape[0]
     for index, (W_k, _) in enumerate(folded_by_layer(layout, t["parameters"].double(), t["deviations"].double())):
@@ -205,7 +203,7 @@ def test_operands_that_are_not_contiguous():
 
 
 def test_layout_offsets():
-    layout = RankOneLayout.build([("a", (4, 3, 3, 3), 1, False), ("b", (2, 4), 1, True)], plain=5, slots=2)
+    layout = Layout.build([("a", (4, 3, 3, 3), 1, False), ("b", (2, 4), 1, True)], plain=5, slots=2)
     a, b = layout.layers
     assert (a.weight, a.bias, a.r, a.s) == (0, -1, 0, 3)
     assert (b.weight, b.bias, b.r, b.s) == (108, 116, 7, 11)
@@ -246,8 +244,8 @@ REFUSED = {
         lambda: pack_rank_one(V["parameters"], V["deviations"], L, PACKED[0], PACKED[1], 1),
         "first_slot is 1 with 1 branches; the layout has 1 slots",
     ),
-    "no-layers": (lambda: RankOneLayout.build([], 5), "no layers"),
-    "layer": (lambda: RankOneLayout.build([("bad", (4, 3, 3), 1, False)]), "layer 'bad' has weight shape"),
+    "no-layers": (lambda: Layout.build([], 5), "no layers"),
+    "layer": (lambda: Layout.build([("bad", (4, 3, 3), 1, False)]), "layer 'bad' has weight shape"),
 }
 
 

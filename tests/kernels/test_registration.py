@@ -25,7 +25,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     triton_utils,
     unfold,
 )
-from fastensdistill.kernels.layout import RankOneLayout
+from fastensdistill.kernels.layout import Layout
 from tests.kernels.both import values
 
 OPS = torch.ops.fastensdistill
@@ -35,7 +35,7 @@ W, BITS = values(2, 9, 6, 10), torch.zeros(2, 3, 5, 4, 2, dtype=torch.uint8)
 PARTIALS, LOGITS = values(2, 4, 2, 10).abs(), values(2, 3, 7)
 CLASSIFIER = values(2, 10, 7)
 NONE3 = (None, None, None)
-LAYOUT = RankOneLayout.build([("a", (4, 3, 3, 3), 1, False), ("fc", (5, 36), 1, True)], 2, 3, {"fc": 9})
+LAYOUT = Layout.build([("a", (4, 3, 3, 3), 1, False), ("fc", (5, 36), 1, True)], 2, 3, {"fc": 9})
 DEVIATIONS = 0.3 * values(2, LAYOUT.factors)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import triton_utils
-from fastensdistill.kernels.layout import RankOneLayout
+from fastensdistill.kernels.layout import Layout
 from fastensdistill.kernels.rank_one import unfold_rank_one
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_gradients, unfold_kernel
 from tests.compare import check_close
@@ -19,11 +19,11 @@ POSITIONS = {"fc": 6}  # of the linear layer of the one case that rank_one_tests
 CASES = [*rank_one_tests.CASES, "positions"]
 
 
-def problem(case: str, dtype: torch.dtype) -> tuple[RankOneLayout, dict[str, Tensor]]:
+def problem(case: str, dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor]]:
     if case != "positions":
         return rank_one_tests.problem(case, dtype)
     weights = [("conv", (7, 3, 3, 3), 1, True), ("fc", (35, 7 * 6), 1, True), ("last", (4, 35), 1, False)]
-    layout = RankOneLayout.build(weights, 5, 2, POSITIONS)
+    layout = Layout.build(weights, 5, 2, POSITIONS)
     g = torch.Generator().manual_seed(1)
     sizes = {
         "parameters": (layout.size,),
@@ -34,7 +34,7 @@ def problem(case: str, dtype: torch.dtype) -> tuple[RankOneLayout, dict[str, Ten
     return layout, {name: value.to(dtype) for name, value in drawn.items()}
 
 
-def in_kernel_order(layout: RankOneLayout, gradients: Tensor) -> Tensor:
+def in_kernel_order(layout: Layout, gradients: Tensor) -> Tensor:
     """[K, ranked] in the parameters' order → flat, element by element as the documentation says."""
     K = len(gradients)
     flat = gradients.new_full((K * layout.ranked,), float("nan"))

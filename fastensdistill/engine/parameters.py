@@ -1,9 +1,9 @@
-"""The weights that are trained, in flat buffers: one tensor for all parameters, one for their momentum, and so on.
+"""What is trained, in flat tensors: one for all parameters, one for their momentum, and so on.
 
-The modules' own parameters and running statistics become views of these buffers, so that validation, checkpoints and
+The modules' own parameters and running statistics become views of these tensors, so that validation, checkpoints and
 averaging always see the current weights, nothing is ever copied back, and an update is a few launches in all.
 Several copies of one architecture lie side by side, [copies, *shape] per parameter, which is how a launch over groups
-reads them. Order: weight and bias of every layer (that of ``RankOneLayout``), BatchNorm scales, BatchNorm shifts.
+reads them. Order: weight and bias of every layer (that of ``Layout``), BatchNorm scales, BatchNorm shifts.
 """
 
 from __future__ import annotations
@@ -12,28 +12,46 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.engine.weights import NormWeights
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.layout import RankOneLayout
-from fastensdistill.kernels.sgd import sgd
+from fastensdistill.kernels.layout import Layout
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
 from fastensdistill.network.overlap import common_memory, trained_tensors
 
 View = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one parameter lies, counted in elements of one copy."""
+@dataclass
+class NormWeights:
+    """A training-mode BatchNorm's own tensors, (Q, C) each; the running estimates are moved in place by a pass."""
 
-    offset: int
-    shape: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def flat_layout(network: Network, slots: int = 1) -> Layout:
+    """Where the layers of ``network`` lie, and the packed weights of so many ``slots``."""
+    layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
+    return Layout.build(
+        [(node.name, weight_shape(node), 1, node.bias) for node in layers],
+        plain=2 * sum(node.shape[0] for node in network.nodes if isinstance(node, Norm)),
+        slots=slots,
+        positions={node.name: prod(node.in_shape[1:]) for node in layers if isinstance(node, Linear)},
+    )
+
+
+def weight_shape(layer: Conv | Linear) -> tuple[int, ...]:
+    if isinstance(layer, Conv):
+        return layer.shape[0], layer.in_shape[0], layer.kernel, layer.kernel
+    return layer.shape[0], prod(layer.in_shape)
 
 
 def paths(network: Network, ranked: bool) -> dict[str, str]:
@@ -45,7 +63,7 @@ def paths(network: Network, ranked: bool) -> dict[str, str]:
     return named | {f"{norm.name}.{kind}": f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in norms}
 
 
-class Master:
+class FlatParameters:
     """Parameters, momentum, gradients and running statistics of ``modules``, which share the architecture ``network``.
 
     With ``ranked``, there is one module, whose layers are wrapped with rank-one factors; these are kept as deviations
@@ -54,7 +72,7 @@ class Master:
     Raises InputError for parameters that the network does not contain, and for tied ones.
     """
 
-    frozen: Tensor | None = None  # like ``parameters``: which of them are left as they are; None for none
+    frozen: Tensor | None = None  # like ``values``: which of them are left as they are; None for none
     frozen_deviations: Tensor | None = None
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
@@ -63,32 +81,23 @@ class Master:
         self.norms = [node for node in network.nodes if isinstance(node, Norm)]
         self.paths = paths(network, ranked)
         self.check(modules[0], network, ranked)
-        first = dict(modules[0].named_parameters())
-        self.entries: dict[str, Entry] = {}
-        at = 0
-        for name, path in self.paths.items():
-            shape = tuple(first[path].shape)
-            self.entries[name] = Entry(at, shape)
-            at += prod(shape)
-        like = next(iter(first.values()))
-        self.size, self.device, self.dtype = at, like.device, like.dtype
-        self.norm_offsets: dict[str, int] = {}
-        self.norm_size = 0
+        like = next(modules[0].parameters())
+        self.device, self.dtype = like.device, like.dtype
+        self.layout = flat_layout(network)
+        self.shapes = {name: tuple(modules[0].get_parameter(path).shape) for name, path in self.paths.items()}
+        self.offsets = dict(zip(self.shapes, accumulate(map(prod, self.shapes.values()), initial=0), strict=False))
+        self.norm_offsets: dict[str, int] = {}  # first channel of every BatchNorm in the running statistics
+        channels = 0
         for norm in self.norms:
-            self.norm_offsets[norm.name] = self.norm_size
-            self.norm_size += norm.shape[0]
-        self.parameters, self.momentum, self.gradient = (self._zeros(self.size) for _ in range(3))
-        self.running_mean, self.running_var = (self._zeros(self.norm_size) for _ in range(2))
+            self.norm_offsets[norm.name] = channels
+            channels += norm.shape[0]
+        self.values, self.momentum, self.gradient = (self._zeros(self.layout.size) for _ in range(3))
+        self.running_mean, self.running_var = (self._zeros(channels) for _ in range(2))
         self.batches = torch.zeros(len(self.norms), self.copies, dtype=torch.int64, device=self.device)
         self.buffers = [dict(module.named_buffers()) for module in modules]
         for i, module in enumerate(modules):
             self._adopt(i, module)
-        self.layout = RankOneLayout.build(
-            [(node.name, self.entries[f"{node.name}.weight"].shape, 1, node.bias) for node in self.layers],
-            plain=2 * self.norm_size,
-            positions={node.name: prod(node.in_shape[1:]) for node in self.layers if isinstance(node, Linear)},
-        )
-        # Every parameter, and how to find it in a tensor like ``parameters`` or like ``deviations``
+        # Every parameter, and how to find it in a tensor like ``values`` or like ``deviations``
         self.held: list[tuple[nn.Parameter, View]] = [
             (module.get_parameter(path), partial(self._part, name, i))
             for name, path in self.paths.items()
@@ -127,7 +136,7 @@ class Master:
     def state(self) -> list[Tensor]:
         """Everything a step changes."""
         return [
-            self.parameters, self.momentum, self.deviations, self.deviation_momentum, self.running_mean,
+            self.values, self.momentum, self.deviations, self.deviation_momentum, self.running_mean,
             self.running_var, self.batches,
         ]  # fmt: skip
 
@@ -136,9 +145,8 @@ class Master:
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """(copies, *shape) of the parameter ``name`` in one of the flat buffers."""
-        entry = self.entries[name]
-        n = prod(entry.shape)
-        return flat[self.copies * entry.offset : self.copies * (entry.offset + n)].view(self.copies, *entry.shape)
+        start, shape = self.copies * self.offsets[name], self.shapes[name]
+        return flat[start : start + self.copies * prod(shape)].view(self.copies, *shape)
 
     def norm_view(self, flat: Tensor, norm: Norm) -> Tensor:
         """(copies, C) of a BatchNorm in the running mean or variance."""
@@ -146,7 +154,7 @@ class Master:
         return flat[start : start + self.copies * C].view(self.copies, C)
 
     def norm_weights(self, norm: Norm) -> NormWeights:
-        scale, shift = (self.view(self.parameters, f"{norm.name}.{kind}") for kind in ("weight", "bias"))
+        scale, shift = (self.view(self.values, f"{norm.name}.{kind}") for kind in ("weight", "bias"))
         return NormWeights(
             scale, shift, *(self.norm_view(flat, norm) for flat in (self.running_mean, self.running_var))
         )
@@ -154,7 +162,7 @@ class Master:
     @torch.no_grad()
     def _adopt(self, i: int, module: nn.Module) -> None:
         for name, path in self.paths.items():
-            move(module.get_parameter(path), self.view(self.parameters, name)[i])
+            move(module.get_parameter(path), self.view(self.values, name)[i])
         for j, norm in enumerate(self.norms):
             owner: Any = module.get_submodule(norm.name)
             for kind, flat in (("running_mean", self.running_mean), ("running_var", self.running_var)):
@@ -183,14 +191,14 @@ class Master:
         flags = [parameter.requires_grad for parameter, _ in (*self.held, *self.held_factors)]
         changed, self.flags = flags != self.flags, flags
         if changed:
-            self.frozen = _frozen(self.held, self.parameters)
+            self.frozen = _frozen(self.held, self.values)
             self.frozen_deviations = _frozen(self.held_factors, self.deviations)
         return changed
 
     @contextmanager
     def frozen_kept(self) -> Iterator[None]:
         """What is frozen has its value and momentum back afterwards, to the bit."""
-        flat, factors = (self.parameters, self.momentum), (self.deviations, self.deviation_momentum)
+        flat, factors = (self.values, self.momentum), (self.deviations, self.deviation_momentum)
         pairs = [(self.frozen, tensor) for tensor in flat] + [(self.frozen_deviations, tensor) for tensor in factors]
         kept = [(mask, tensor, tensor.clone()) for mask, tensor in pairs if mask is not None]
         yield
@@ -218,11 +226,3 @@ def move(parameter: nn.Parameter, view: Tensor) -> None:
     """Make ``parameter`` the memory of ``view``, with its value."""
     view.copy_(parameter)
     parameter.data = view
-
-
-def descend(p: Tensor, v: Tensor, g: Tensor, rate: Tensor, momentum: float, decay: float, scale: float = 1.0) -> None:
-    """SGD with Nesterov momentum in place, decay part of the gradient (PyTorch's form): one launch for a flat buffer.
-
-    g' = g + λ·p,  v ← μ·v + g',  p ← p − scale·η·(g' + μ·v), with η a scalar tensor on the device.
-    """
-    sgd(p, v, g, rate, momentum=momentum, weight_decay=decay, scale=scale)
