@@ -39,6 +39,7 @@ from fastensdistill.models.layers import BatchNorm2d
 from fastensdistill.models.preresnet import PreResNet
 from tests.compare import relative_error
 
+RECORDING = Path(__file__).parent / "data" / "official_k2.npz"
 TOLERANCE = {"reference": 1e-9, "fused": 1e-3}
 DTYPE = {"reference": torch.float64, "fused": torch.float32}
 # Perturbation for a given pair, distillation on its result, and the branches' logits of that.

@@ -24,9 +24,8 @@ from fastensdistill.method.student import LatentBE
 from fastensdistill.models import create_model
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, read_tensors, save_network
-from tests.test_trainer import dataset
+from tests.runs import NETWORK, dataset
 
-NETWORK = ["--model", "preresnet", "--blocks", "1", "1", "--in-planes", "4"]
 SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--device", "cpu"]
 
 

@@ -18,8 +18,8 @@ from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.setup import seeded
 from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
-from tests.test_student import tiny
-from tests.test_trainer import dataset, make
+from tests.networks import tiny
+from tests.runs import dataset, make
 
 RECIPE = TeachConfig(members=1, epochs=1, batch_size=8, device="cpu")
 

@@ -10,8 +10,8 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.train.finite import NotFinite
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.teach import TeachTrainer
-from tests.test_student import tiny
-from tests.test_trainer import dataset, make
+from tests.networks import tiny
+from tests.runs import dataset, make
 
 RATE = r"at learning rate [\d.e+-]+ \(learning_rate=0.05, precision fp32\); stopped\. Lower learning_rate$"
 

@@ -17,7 +17,7 @@ from fastensdistill.method.student import Hydra, LatentBE, Single
 from fastensdistill.models import Normalized, create_model
 from fastensdistill.weights import load_network, load_teachers
 from tests.compare import check_close
-from tests.test_student import scatter, tiny
+from tests.networks import scatter, tiny
 
 IMAGES = torch.rand(5, 3, 8, 8)
 

@@ -16,8 +16,8 @@ from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.folder import RunFolder
 from fastensdistill.train.record import DivergedError
 from fastensdistill.train.stop import Interrupted
-from tests.test_student import tiny
-from tests.test_trainer import ROOT, StopAt, dataset, make
+from tests.networks import tiny
+from tests.runs import ROOT, StopAt, dataset, make
 
 CONFIG = DistillConfig(epochs=1)
 

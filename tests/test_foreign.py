@@ -31,7 +31,7 @@ from fastensdistill.foreign.pickles import Stub
 from fastensdistill.models import create_model
 from fastensdistill.weights import load_network, save_network
 from tests.compare import check_close
-from tests.test_student import scatter, tiny
+from tests.networks import scatter, tiny
 
 
 class Small(nn.Module):

@@ -25,7 +25,7 @@ from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
 from tests.compare import check_close
-from tests.test_trainer import dataset
+from tests.runs import dataset
 
 CLASSES, SHAPE, CPU = 4, (3, 8, 8), torch.device("cpu")
 

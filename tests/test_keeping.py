@@ -20,8 +20,8 @@ from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network, teacher_files
-from tests.test_student import tiny
-from tests.test_trainer import StopAt, dataset, make
+from tests.networks import tiny
+from tests.runs import StopAt, dataset, make
 
 NAN = math.nan
 LOOKS = {  # (accuracy, NLL) of the looks after steps 1, 2, 3, ...; which of them is kept

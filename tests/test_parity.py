@@ -1,21 +1,17 @@
 """The reference engine against recorded steps of the authors' code, and that a fault in it would be seen."""
 
-from pathlib import Path
-
 import pytest
 
 from fastensdistill.method import perturbation
 from fastensdistill.method.student import BatchEnsemble
 from tests import parity
 
-FILE = Path(__file__).parent / "data" / "official_k2.npz"
-
 
 def test_every_quantity_of_every_step(capsys):
-    assert parity.main([str(FILE)]) == 0
+    assert parity.main([str(parity.RECORDING)]) == 0
     printed = capsys.readouterr().out
     assert "138 quantities" in printed
-    assert max(parity.run(FILE).values()) < 1e-12
+    assert max(parity.run(parity.RECORDING).values()) < 1e-12
 
 
 @pytest.mark.parametrize("fault", ["sign of SDiv", "pair swapped", "factors pushed from one", "no K-fold gradient"])
@@ -36,4 +32,4 @@ def test_a_fault_is_seen(monkeypatch, fault):
             return [shared, factors | change]
 
         monkeypatch.setattr(BatchEnsemble, "parameter_groups", wrong)
-    assert max(parity.run(FILE).values()) > 1e-4
+    assert max(parity.run(parity.RECORDING).values()) > 1e-4

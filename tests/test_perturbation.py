@@ -14,7 +14,7 @@ from fastensdistill.method.student import Hydra, LatentBE, Single
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 from tests.compare import check_close
-from tests.test_student import scatter, tiny
+from tests.networks import scatter, tiny
 
 B, CLASSES, SIZE, EPSILON = 3, 5, 8, 1 / 255
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from fastensdistill.train import progress, record, threads
 from fastensdistill.train.progress import Pace, Piece, Progress, in_words, rate_in_words
 from fastensdistill.train.record import Recorder
-from tests.test_student import tiny
-from tests.test_trainer import dataset, make
+from tests.networks import tiny
+from tests.runs import dataset, make
 
 
 class Clock:

@@ -20,24 +20,7 @@ from fastensdistill.method.student import (
 )
 from fastensdistill.models import create_model
 from tests.compare import check_close
-
-
-def tiny(classes=5, **arguments):
-    return create_model("preresnet", classes, **{"blocks": (1, 1), "in_planes": 4, **arguments})
-
-
-def scatter(student, seed=0):
-    """Move every parameter and statistic off its initial value."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, t in [*student.named_parameters(), *student.named_buffers()]:
-            if not t.is_floating_point() or "normalize" in name:
-                continue
-            noise = torch.empty(t.shape, dtype=t.dtype).normal_(generator=generator)
-            t.add_(0.2 * noise)
-            if "running_var" in name:
-                t.abs_().add_(0.5)
-    return student
+from tests.networks import scatter, tiny
 
 
 class Odd(nn.Module):

@@ -15,7 +15,7 @@ from fastensdistill.tensor_files import read_card
 from fastensdistill.train import summary
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.teach import TeachTrainer
-from tests.test_trainer import dataset
+from tests.runs import dataset
 
 
 def model(widen=1):

@@ -30,9 +30,8 @@ from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network, read_tensors
 from tests.compare import check_close
-from tests.test_cli import NETWORK
-from tests.test_student import tiny
-from tests.test_trainer import ROOT, StopAt, dataset, make
+from tests.networks import tiny
+from tests.runs import NETWORK, ROOT, At, StopAt, dataset, make
 
 # Every network of the package in both engines, per-process pairs and noise, statistics of each process its own.
 RUNS = {
@@ -72,18 +71,6 @@ def refused(run):
     except (InputError, Interrupted) as error:
         return type(error).__name__, str(error)
     return "", ""
-
-
-class At:
-    """Calls ``do(scalars)`` after one step."""
-
-    def __init__(self, trainer, step, do):
-        self.trainer, self.at, self.do, self.inner = trainer, step, do, trainer.train_step
-        trainer.train_step = self
-
-    def __call__(self):
-        scalars = self.inner()
-        return scalars if self.trainer.step_index != self.at else self.do(scalars)
 
 
 def process(rank, folder):
@@ -259,12 +246,11 @@ def torchrun(count, *arguments, **popen):
     )
 
 
-SCRIPT = """
+SCRIPT = f"""
 import os, signal, sys
-from tests.test_torchrun import RUNS, EPOCHS, At
-from tests.test_trainer import make
+from tests.runs import At, make
 out, resume, kill = sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])
-trainer = make(out=out, resume=resume, epochs=EPOCHS, **RUNS["fused"])
+trainer = make(out=out, resume=resume, epochs={EPOCHS}, **{RUNS["fused"]})
 if os.environ["RANK"] == "1":
     At(trainer, kill, lambda scalars: os.kill(os.getpid(), signal.SIGKILL))
 trainer.fit()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.loader import EvaluationSet
-from fastensdistill.data.sources import Dataset, Split
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.metrics import accuracy, nll
 from fastensdistill.evaluate.predict import predict
@@ -29,34 +27,8 @@ from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
-from tests.test_student import tiny
-
-ROOT = Path(__file__).parent.parent
-
-
-def dataset(train=40, classes=4):
-    """Images whose brightest quadrant is their class, with noise: learnable in seconds."""
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        labels = rng.integers(0, classes, n)
-        images = rng.integers(0, 120, (n, 8, 8, 3))
-        for image, label in zip(images, labels, strict=True):
-            y, x = divmod(int(label), 2)
-            image[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] += 110
-        return Split(images.astype(np.uint8), labels.astype(np.int64))
-
-    names = tuple("abcd"[:classes])
-    return Dataset("quadrants", split(train), split(24), split(24), names, (0.4,) * 3, (0.2,) * 3)
-
-
-def make(kind="latent-be", out=None, *, data=None, resume=False, **settings):
-    settings = {"epochs": 4, "batch_size": 8, "student": kind, "learning_rate": 0.05, "device": "cpu", **settings}
-    config = DistillConfig(**settings)
-    teachers = Teachers([seeded(10 + i, lambda: tiny(4)) for i in range(2)])
-    branches = 1 if kind == "single" else 2
-    student = seeded(config.seed, lambda: STUDENTS[kind](tiny(4), branches))
-    return DistillTrainer(student, teachers, data or dataset(), config, out=out, resume=resume, quiet=True)
+from tests.networks import tiny
+from tests.runs import ROOT, StopAt, dataset, make
 
 
 def test_schedule_warms_up_from_zero_and_ends_at_zero():
@@ -125,21 +97,6 @@ def test_teachers_at_once_are_teachers_alone():
 MAKE = make
 
 
-class StopAt:
-    """Raises SIGINT in the middle of a run, as a user pressing Ctrl-C does."""
-
-    def __init__(self, trainer, step):
-        self.step, self.inner = step, trainer.train_step
-        trainer.train_step = self
-        self.count = trainer.step_index
-
-    def __call__(self):
-        self.count += 1
-        if self.count == self.step:
-            signal.raise_signal(signal.SIGINT)
-        return self.inner()
-
-
 @pytest.mark.parametrize(
     ("step", "kind", "perturbation"),  # five steps an epoch: inside the first, at the end of it, later
     [(2, "latent-be", "tdiv-sdiv"), (5, "batch-ensemble", "gaussian"), (13, "latent-be", "confods"),
@@ -187,7 +144,7 @@ def test_teachers_interrupted_and_resumed_are_bit_equal(tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from tests.test_trainer import make
+from tests.runs import make
 trainer = make(out={out!r}, resume={resume})
 inner, save = trainer.train_step, trainer.save
 left = {steps}

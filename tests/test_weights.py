@@ -20,7 +20,7 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 from fastensdistill.weights import load_network, load_teachers, read_tensors, save_network, save_tensors
 from tests.compare import check_close
-from tests.test_student import scatter, tiny
+from tests.networks import scatter, tiny
 
 X = torch.rand(2, 3, 8, 8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastensdistill.data.augment import Augment
-from tests.test_trainer import dataset, make
+from tests.runs import dataset, make
 
 
 def final_loss(**settings) -> float:

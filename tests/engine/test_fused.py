@@ -19,13 +19,13 @@ from tests import parity
 from tests.compare import check_close, relative_error
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
 from tests.network import models
-from tests.test_parity import FILE
+from tests.parity import RECORDING
 
 
 def test_recorded_steps(capsys):
-    assert parity.main([str(FILE), "--engine", "fused"]) == 0
+    assert parity.main([str(RECORDING), "--engine", "fused"]) == 0
     assert "138 quantities" in capsys.readouterr().out
-    assert max(parity.run(FILE, "fused", torch.float64).values()) < 1e-9
+    assert max(parity.run(RECORDING, "fused", torch.float64).values()) < 1e-9
 
 
 def wrong_sign(monkeypatch):
@@ -76,7 +76,7 @@ FAULTS = {
 def test_a_fault_is_seen(monkeypatch, fault):
     plant, where = FAULTS[fault]
     plant(monkeypatch)
-    errors = parity.run(FILE, "fused", torch.float64 if fault == "factors do not decay" else None)
+    errors = parity.run(RECORDING, "fused", torch.float64 if fault == "factors do not decay" else None)
     seen = {name: error for name, error in errors.items() if error > (1e-5 if "decay" in fault else 1e-3)}
     assert any(where in name for name in seen), max(errors.values())
 

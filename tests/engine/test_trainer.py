@@ -15,8 +15,8 @@ from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
 from tests.compare import check_close
 from tests.engine.cases import network, setting
-from tests.test_student import tiny
-from tests.test_trainer import StopAt, dataset, make
+from tests.networks import tiny
+from tests.runs import StopAt, dataset, make
 
 
 def stopped(out, step, **settings):

@@ -10,7 +10,7 @@ from fastensdistill.engine.verify import verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE, Single
 from fastensdistill.method.teachers import Teachers
-from tests.test_student import tiny
+from tests.networks import tiny
 
 SHAPE = (3, 8, 8)
 
