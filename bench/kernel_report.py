@@ -31,6 +31,7 @@ from fastensdistill.kernels.augment import augment
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.launch import INPUT, grad
 from fastensdistill.network.plan import plan_step
 from fastensdistill.network.trace import trace
 
@@ -71,10 +72,10 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, tr
                 count = len(part.groups)
                 if part.launches[0].op != "conv":  # backward: with what the forward pass left
                     weights, buffers = left.pop(part.training)
-                    buffers[f"{network.output}.grad"] = torch.empty(count, batch, classes)
+                    buffers[grad(network.output)] = torch.empty(count, batch, classes)
                 else:
                     weights = Weights(part, count, torch.bfloat16)
-                    buffers = {"input": torch.empty(1, batch, size, size, 3)}
+                    buffers = {INPUT: torch.empty(1, batch, size, size, 3)}
                     left[part.training] = weights, buffers
                 run_part(part, weights, torch.arange(count, dtype=torch.int32), buffers)
         shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)

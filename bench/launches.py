@@ -19,7 +19,7 @@ from fastensdistill.engine.dispatch import OPS, VENDOR
 from fastensdistill.engine.passes import Implement, run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.triton_utils import references_only
-from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 from fastensdistill.network.plan import Plan, plan_step
 from fastensdistill.network.trace import trace
 
@@ -150,14 +150,12 @@ def prepare(
                 weights = Weights(part, G, dtype, device)
                 for slot in range(G):
                     weights.write(slot, {name: v.to(device) for name, v in states[slot].items()})
-                buffers: dict[str, Any] = {
-                    "input": images.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                }
+                buffers: dict[str, Any] = {INPUT: images.to(torch.float64 if dtype == torch.float64 else torch.float32)}
                 left[part.training] = weights, buffers
             else:
                 weights, buffers = left.pop(part.training)
                 logits = buffers[part.network.output][:G]
-                buffers[f"{part.network.output}.grad"] = torch.randn_like(logits) / setting.batch
+                buffers[grad(part.network.output)] = torch.randn_like(logits) / setting.batch
             with references_only() if by_references else contextlib.nullcontext():
                 run_part(part, weights, slots, buffers)
             for launch in part.launches:
@@ -242,7 +240,7 @@ def written(prepared: Prepared, implement: Implement | None = None) -> dict[str,
         if norm is not None:
             norm.running_mean.copy_(before[0])
             norm.running_var.copy_(before[1])
-    return {name: value.sum(1) if name.endswith("sums") else value for name, value in found.items()}
+    return {name: value.sum(1) if is_sums(name) else value for name, value in found.items()}
 
 
 def named(written: Any, name: str = "") -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.extension import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.network.gpu import Gpu
-from fastensdistill.network.launch import Group, Launch, Part
+from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
 from fastensdistill.network.nodes import Conv, Network, Node
 from fastensdistill.network.plan import plan
 
@@ -189,13 +189,13 @@ def record(
     with torch.device("meta"), assume_arch(90), triton_utils.record_launches() as recorded, OnMeta():
         weights, slots = Weights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
         C, H, W = network.nodes[0].shape
-        buffers: dict[str, Any] = {"input": torch.empty(1, batch, H, W, C)}
+        buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":
             (forward,) = plan([network], [replace(group, network=0) for group in groups], "forward", batch).parts
             run_part(forward, weights, slots, buffers)
             recorded.clear()
             classes = network.by_name[network.output].shape[0]
-            buffers[f"{network.output}.grad"] = torch.empty(count, batch, classes)
+            buffers[grad(network.output)] = torch.empty(count, batch, classes)
         run_part(part, weights, slots, buffers, after=after)
     return tuple(found)
 

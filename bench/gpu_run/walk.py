@@ -26,7 +26,7 @@ from bench.gpu_run.steps import build, places
 from bench.launches import distance, named
 from bench.setting import Setting, batches, drawn_pairs
 from fastensdistill.kernels.triton_utils import references_only
-from fastensdistill.network.launch import Launch
+from fastensdistill.network.launch import INPUT, Launch, is_sums
 
 CHANGE = 0.25  # of every weight between the two steps
 FLOOR = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative errors below it are those of rounding
@@ -165,14 +165,14 @@ class Watch:
                 self.sink((place.where, place.index, launch.op, launch.node, name), getattr(norm, name).clone())
 
     def _buffer(self, at: tuple[str, int, str, str], name: str, value: Any) -> None:
-        if name == "input" and at[0].startswith("distillation"):
+        if name == INPUT and at[0].startswith("distillation"):
             # of images that are hardly changed only the change tells
             name, value = "perturbation of the images", value - self.step.images
         if isinstance(value, Tensor) and value.dtype == torch.uint8:
             bits = torch.arange(8, dtype=torch.uint8, device=value.device)
             value = ((value[..., None] >> bits) & 1).float()
         for part, tensor in named(value, name).items():
-            self.sink((*at, part), tensor.sum(1) if part.endswith("sums") else tensor)
+            self.sink((*at, part), tensor.sum(1) if is_sums(part) else tensor)
 
     def _weights(self, where: str, weights: Any) -> None:
         for node, layer in weights.layers.items():

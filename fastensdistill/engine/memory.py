@@ -20,7 +20,7 @@ from fastensdistill.engine.trained import dead_after
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
 from fastensdistill.models import create_model, image_size
-from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_running, is_sums, owner
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
 from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
 from fastensdistill.network.trace import trace
@@ -68,7 +68,7 @@ class Timeline:
         self.passes.append(current)
         for launch, names in zip(part.launches, dead, strict=True):
             for written in launch.writes:
-                if written.endswith(".running") or written in taken or (space, written) in self.live:
+                if is_running(written) or written in taken or (space, written) in self.live:
                     continue  # running statistics are FlatParameters'
                 size = self.size(part, written)
                 self.live[space, written] = size
@@ -87,8 +87,8 @@ class Timeline:
 
     def size(self, part: Part, name: str) -> float:
         buffer = part.buffers[name]
-        if name.endswith("sums"):  # a row of partial sums per program
-            node = part.network.by_name[name.rpartition(".")[0]]
+        if is_sums(name):  # a row of partial sums per program
+            node = part.network.by_name[owner(name)]
             C, H, W = node.shape
             return buffer.nbytes * -(-part.batch * H * W // conv_tile(self.arch, C, C, self.itemsize).BLOCK_M)
         return buffer.nbytes * (self.itemsize / 2 if buffer.bits == 16 else 1)
@@ -184,11 +184,12 @@ def perturb(line: Timeline, plans: dict[str, Plan]) -> None:
     dead = []
     for first, second in zip(firsts, seconds, strict=True):
         output = first.network.output
-        dead.append(dead_after([first, second], ["input", output, f"{output}.grad", "input.grad"]))
+        dead.append(dead_after([first, second], [INPUT, output, grad(output), grad(INPUT)]))
     for i, first in enumerate(firsts):
         line.run("perturbation, forward", first, dead[i][0], f"p{i}")
     for i, second in enumerate(seconds):
-        line.live[f"p{i}", f"{second.network.output}.grad"] = line.size(second, f"{second.network.output}.grad")
+        logits = grad(second.network.output)
+        line.live[f"p{i}", logits] = line.size(second, logits)
         line.run("perturbation, input gradient", second, dead[i][1], f"p{i}")
     line.live.clear()
 
@@ -199,12 +200,13 @@ def distil(line: Timeline, plans: dict[str, Plan], unfolded: float) -> None:
     for i, part in enumerate(plans["distillation, forward"].parts):
         output = part.network.output
         if part.training:
-            sinks = [f"{name}.grad" for node in part.network.nodes for name in node.parameters]
-            dead = dead_after([part, backward], ["input", output, f"{output}.grad", *sinks])
+            sinks = [grad(name) for node in part.network.nodes for name in node.parameters]
+            dead = dead_after([part, backward], [INPUT, output, grad(output), *sinks])
             line.run("distillation, branches", part, dead[0], "s")
         else:
-            line.run("distillation, teachers", part, dead_after([part], ["input", output])[0], f"t{i}")
-    line.live["s", f"{backward.network.output}.grad"] = line.size(backward, f"{backward.network.output}.grad")
+            line.run("distillation, teachers", part, dead_after([part], [INPUT, output])[0], f"t{i}")
+    logits = grad(backward.network.output)
+    line.live["s", logits] = line.size(backward, logits)
     line.run("distillation, backward", backward, dead[1], "s", frozenset(sinks))
     last = Pass("un-fold and update", launches=1, buffers=1, total=unfolded)
     line.live.clear()

@@ -15,7 +15,7 @@ from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.unfold import unfold_gradients
-from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 from fastensdistill.network.nodes import Network
 
 
@@ -77,7 +77,7 @@ def share_sums(launch: Launch, buffers: Buffers) -> None:
     in the gradient's two sums; every process has a batch of the same size.
     """
     for name in launch.writes:
-        if name.endswith("sums"):
+        if is_sums(name):
             buffers[name] = buffers[name].sum(1, keepdim=True)
             average(buffers[name])
 
@@ -111,9 +111,9 @@ class Trained:
         # Layers' gradients as the kernels leave them, of every branch or copy, before they are un-folded
         self.gradients = parameters.values.new_zeros(K * parameters.layout.ranked)
         self.layers = {layer.name: layer for layer in parameters.layout.layers}
-        self.sinks = {f"{name}.grad": self._sink(name) for name in parameters.shapes}
+        self.sinks = {grad(name): self._sink(name) for name in parameters.shapes}
         output = network.output
-        self.dead = dead_after(self.parts, ["input", output, f"{output}.grad", *self.sinks])
+        self.dead = dead_after(self.parts, [INPUT, output, grad(output), *self.sinks])
         self.buffers: Buffers = {}
 
     def _sink(self, name: str) -> Tensor:
@@ -132,14 +132,14 @@ class Trained:
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
-        self.buffers = {"input": images}
+        self.buffers = {INPUT: images}
         self.run(self.parts[0], self.slots.weights, self.index, self.buffers, self.dead[0])
         self.parameters.batches.add_(1)
         return self.buffers[self.network.output]
 
     def backward(self, seed: Tensor, add: bool = False) -> None:
         """All gradients from that of the logits; with ``add`` on top of an earlier micro-batch's."""
-        self.buffers[f"{self.network.output}.grad"] = seed
+        self.buffers[grad(self.network.output)] = seed
         self.run(self.parts[1], self.slots.weights, self.index, self.buffers, self.dead[1], self.sinks, add)
         self.buffers = {}
 

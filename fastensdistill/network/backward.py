@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from fastensdistill.network.build import FLOAT, Builder
 from fastensdistill.network.forward import Forward
-from fastensdistill.network.launch import BACKWARD_FUSIONS, Part, Step, after
+from fastensdistill.network.launch import (
+    BACKWARD_FUSIONS,
+    INPUT,
+    Part,
+    Step,
+    after,
+    grad,
+    grad_sums,
+    index,
+    mask,
+    owner,
+    pooled,
+    statistics,
+    waiting,
+)
 from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
 
 
@@ -47,14 +61,14 @@ class Backward(Builder):
         elif isinstance(node, Norm) and self.folded(node):
             self.pass_on(source, Step("add", gradient))
         elif isinstance(node, Activation):
-            self.deliver("elementwise gradient", node, source, [gradient], [Step("mask", f"{node.name}.mask")])
+            self.deliver("elementwise gradient", node, source, [gradient], [Step("mask", mask(node.name))])
         elif isinstance(node, Norm | Affine):
             self.deliver("elementwise gradient", node, source, [gradient], [Step("scale", node.name)])
         elif isinstance(node, Add):
             for operand in node.inputs:
                 self.pass_on(operand, Step("add", gradient))
         elif isinstance(node, Pool):
-            reads = [gradient, *([f"{node.name}.index"] if node.kind == "max" else [])]
+            reads = [gradient, *([index(node.name)] if node.kind == "max" else [])]
             self.deliver("pool gradient", node, source, reads)
         elif isinstance(node, Pad):
             self.pass_on(source, Step("add", gradient, node.stride))
@@ -74,17 +88,17 @@ class Backward(Builder):
             self.launch("weight gradient", node.name, reads, writes, prologue=prologue, macs=node.macs, share=share)
 
     def parameter_buffers(self, node: Conv | Linear) -> list[str]:
-        writes = [self.buffer(f"{node.name}.weight.grad", (self.weights(node),), FLOAT)]
+        writes = [self.buffer(grad(f"{node.name}.weight"), (self.weights(node),), FLOAT)]
         if node.bias:
-            writes.append(self.buffer(f"{node.name}.bias.grad", (node.shape[0],), FLOAT))
+            writes.append(self.buffer(grad(f"{node.name}.bias"), (node.shape[0],), FLOAT))
         return writes
 
     def norm(self, node: Norm, gradient: str) -> None:
-        source, sums, batch = node.inputs[0], f"{node.name}.grad_sums", f"{node.name}.statistics"
+        source, sums, batch = node.inputs[0], grad_sums(node.name), statistics(node.name)
         if node.name not in self.summed:
             self.sums_buffer(sums, node.name)
             self.launch("norm sums gradient", node.name, [gradient, source, batch], [sums])
-        writes = [self.buffer(f"{name}.grad", (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
+        writes = [self.buffer(grad(name), (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
         reads = [gradient, source, sums, batch]
         if source in self.needed:
             self.deliver("norm gradient", node, source, reads, writes=writes)
@@ -94,8 +108,8 @@ class Backward(Builder):
     def head_gradient(self) -> None:
         head, N = self.head, self.part.batch
         linear = head.linear
-        logits = self.buffer(f"{linear.name}.grad", (N, linear.shape[0]), FLOAT)
-        reads, writes, macs = [logits, head.source, f"{linear.name}.pooled"], [], 2 * linear.macs
+        logits = self.buffer(grad(linear.name), (N, linear.shape[0]), FLOAT)
+        reads, writes, macs = [logits, head.source, pooled(linear.name)], [], 2 * linear.macs
         if self.part.gradient == "parameters":
             writes = self.parameter_buffers(linear)
         else:
@@ -105,11 +119,11 @@ class Backward(Builder):
             kind = "batch_norm" if self.part.training else "scale_shift"
             prologue = [Step(kind, head.norm.name), *prologue]
         if head.norm and self.part.training:
-            name, gradient = head.norm.name, self.image_buffer(f"{head.norm.name}.grad", head.norm.name)
+            name, gradient = head.norm.name, self.image_buffer(grad(head.norm.name), head.norm.name)
             self.summed.add(name)
             steps = [Step("store", gradient), Step("sums", name)]
-            writes.append(self.sums_buffer(f"{name}.grad_sums", name))
-            reads.append(f"{name}.statistics")
+            writes.append(self.sums_buffer(grad_sums(name), name))
+            reads.append(statistics(name))
             self.launch("head gradient", linear.name, reads, writes, steps, prologue, macs, self.weights(linear))
             self.norm(head.norm, gradient)
         else:
@@ -134,23 +148,23 @@ class Backward(Builder):
             fusions = after(fusions, steps[0].kind)
         while True:
             self.missing[value] -= 1
-            waiting = self.waiting[value]
-            if waiting and not self.missing[value] and "add" in fusions:
-                steps.append(waiting.pop())
+            others = self.waiting[value]
+            if others and not self.missing[value] and "add" in fusions:
+                steps.append(others.pop())
                 fusions = after(fusions, "add")
-            if self.missing[value] or waiting:
+            if self.missing[value] or others:
                 stride = 1 if steps else self.grid(op, node)
                 C, H, W = self.network.by_name[value].shape
                 shape = (self.part.batch, -(-H // stride), -(-W // stride), C)
-                name = self.buffer(f"{value}.grad{len(waiting)}", shape)
+                name = self.buffer(waiting(value, len(others)), shape)
                 steps.append(Step("store", name, stride))
-                waiting.append(Step("add", name, stride))
+                others.append(Step("add", name, stride))
                 if not self.missing[value]:
                     self.unfinished.append(value)
                 break
             producer = self.network.by_name[value]
             if isinstance(producer, Activation) and "mask" in fusions:
-                steps.append(Step("mask", f"{value}.mask"))
+                steps.append(Step("mask", mask(value)))
                 fusions = after(fusions, "mask")
             elif isinstance(producer, Affine) or (isinstance(producer, Norm) and not self.part.training):
                 if not self.folded(producer):
@@ -165,8 +179,8 @@ class Backward(Builder):
                 if norm and "sums" in fusions:
                     self.summed.add(norm.name)
                     steps.append(Step("sums", norm.name))
-                    reads = [*reads, norm.inputs[0], f"{norm.name}.statistics"]
-                    writes.append(self.sums_buffer(f"{norm.name}.grad_sums", norm.name))
+                    reads = [*reads, norm.inputs[0], statistics(norm.name)]
+                    writes.append(self.sums_buffer(grad_sums(norm.name), norm.name))
                 break
             self.done.add(producer.name)
             value = producer.inputs[0]
@@ -189,8 +203,8 @@ class Backward(Builder):
 
     def complete(self, value: str) -> Step:
         """Store the whole gradient of ``value``."""
-        bits = FLOAT if value == "input" else 16
-        self.gradient[value] = self.image_buffer(f"{value}.grad", value, bits)
+        bits = FLOAT if value == INPUT else 16
+        self.gradient[value] = self.image_buffer(grad(value), value, bits)
         return Step("store", self.gradient[value])
 
     def norm_behind(self, value: str) -> Norm | None:
@@ -219,12 +233,12 @@ class Backward(Builder):
     def add_up(self, value: str) -> None:
         """Sum the gradients of ``value`` that wait, two at a time."""
         self.missing[value] = 1
-        waiting = self.waiting[value]
-        first = next((step for step in waiting if step.stride == 1), None)
+        gradients = self.waiting[value]
+        first = next((step for step in gradients if step.stride == 1), None)
         if first is None:
-            first = waiting.pop(0)
-            node = self.network.by_name[first.arg.removesuffix(".grad")]
+            first = gradients.pop(0)
+            node = self.network.by_name[owner(first.arg)]
             self.deliver("pad gradient", node, value, [first.arg])
         else:
-            waiting.remove(first)
+            gradients.remove(first)
             self.deliver("elementwise gradient", self.network.by_name[value], value, [first.arg])

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from fastensdistill.network.build import BIT, FLOAT, INDEX, Builder
-from fastensdistill.network.launch import FORWARD_FUSIONS, Part, Step, after
+from fastensdistill.network.launch import (
+    FORWARD_FUSIONS,
+    INPUT,
+    Part,
+    Step,
+    after,
+    index,
+    mask,
+    pooled,
+    running,
+    statistics,
+    sums,
+)
 from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
 
 
@@ -13,7 +25,7 @@ class Forward(Builder):
         self.done: set[str] = self.head.absorbed
         self.summed: set[str] = set()
         C, H, W = self.network.nodes[0].shape
-        self.buffer("input", (part.batch, H, W, C), FLOAT, groups=1)
+        self.buffer(INPUT, (part.batch, H, W, C), FLOAT, groups=1)
         for node in self.network.nodes:
             if node.name not in self.done:
                 self.emit(node)
@@ -25,7 +37,7 @@ class Forward(Builder):
         elif isinstance(node, Norm) and self.part.training:
             self.statistics(node)
             source = node.inputs[0]
-            self.follow("norm", node, [source, f"{node.name}.statistics"], [Step("batch_norm", node.name)])
+            self.follow("norm", node, [source, statistics(node.name)], [Step("batch_norm", node.name)])
         elif isinstance(node, Norm):
             self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
         elif isinstance(node, Activation):
@@ -38,7 +50,7 @@ class Forward(Builder):
                 self.follow("pad", self.network.by_name[first], [self.network.by_name[first].inputs[0]], [])
             self.follow("elementwise", node, [first], [self.addition(second)])
         elif isinstance(node, Pool):
-            indices = [f"{node.name}.index"] if node.kind == "max" and self.part.gradient else []
+            indices = [index(node.name)] if node.kind == "max" and self.part.gradient else []
             for name in indices:
                 self.image_buffer(name, node.name, INDEX)
             self.follow("pool", node, [node.inputs[0]], [], writes=indices)
@@ -69,12 +81,12 @@ class Forward(Builder):
         self.done.add(node.name)
 
     def sums(self, steps: list[Step]) -> list[str]:
-        return [self.sums_buffer(f"{step.arg}.sums", step.arg) for step in steps if step.kind == "sums"]
+        return [self.sums_buffer(sums(step.arg), step.arg) for step in steps if step.kind == "sums"]
 
     def bits(self, relu: Node) -> list[Step]:
         if not self.part.gradient:
             return []
-        return [Step("bits", self.image_buffer(f"{relu.name}.mask", relu.name, BIT))]
+        return [Step("bits", self.image_buffer(mask(relu.name), relu.name, BIT))]
 
     def view(self, value: str) -> bool:
         """Whether ``value`` is a zero-padded shortcut that the one addition which reads it can read in place."""
@@ -128,19 +140,19 @@ class Forward(Builder):
 
     def statistics(self, norm: Norm) -> None:
         """Finish the sums, made here if no launch before could: the batch's statistics, and the running ones moved."""
-        sums, channels = f"{norm.name}.sums", norm.shape[0]
+        channels = norm.shape[0]
         if norm.name not in self.summed:
-            self.launch("norm sums", norm.name, [norm.inputs[0]], [self.sums_buffer(sums, norm.name)])
-        batch = self.buffer(f"{norm.name}.statistics", (2, channels), FLOAT, self.part.sets)
-        running = self.buffer(f"{norm.name}.running", (2, channels), FLOAT, self.part.sets)
-        self.launch("norm statistics", norm.name, [sums], [batch, running])
+            self.launch("norm sums", norm.name, [norm.inputs[0]], [self.sums_buffer(sums(norm.name), norm.name)])
+        batch = self.buffer(statistics(norm.name), (2, channels), FLOAT, self.part.sets)
+        moved = self.buffer(running(norm.name), (2, channels), FLOAT, self.part.sets)
+        self.launch("norm statistics", norm.name, [sums(norm.name)], [batch, moved])
 
     def finish_head(self) -> None:
         head = self.head
         reads, prologue = [head.source], []
         if head.norm and self.part.training:
             self.statistics(head.norm)
-            reads.append(f"{head.norm.name}.statistics")
+            reads.append(statistics(head.norm.name))
             prologue.append(Step("batch_norm", head.norm.name))
         elif head.norm:
             prologue.append(Step("scale_shift", head.norm.name))
@@ -150,7 +162,7 @@ class Forward(Builder):
         features = self.weights(linear) // linear.shape[0]
         writes = [
             self.buffer(linear.name, (N, linear.shape[0]), FLOAT),
-            self.buffer(f"{linear.name}.pooled", (N, features), FLOAT),
+            self.buffer(pooled(linear.name), (N, features), FLOAT),
         ]
         steps = [Step("bias")] if linear.bias else []
         self.launch("head", linear.name, reads, writes, steps, prologue, macs=linear.macs, weights=self.weights(linear))

@@ -14,6 +14,22 @@ transforms the input as it is read, the epilogue the result before and while it 
               store BUFFER [every S]         write the value; only every S-th position, the others being 0 (gradients)
               bits BUFFER                    write one bit per value, whether it is positive
               sums NORM                      per-channel sums which that BatchNorm needs next
+
+What a launch reads and writes are buffers, a share per group (of statistics per set of groups that have them together).
+Their names are made by the functions below and nowhere else:
+
+    INPUT             (N, H, W, C)           the image in [0, 1], float32, one for all groups
+    NODE              (N, H, W, C)           a node's value; the network's output (N, classes), float32
+    grad(NODE)        as the value           ∂loss/∂value; of the output it is given, float32
+    grad(PARAMETER)   as the parameter       ∂loss/∂parameter, float32; of a BatchNorm per set
+    waiting(NODE, i)  as the value, or fewer the gradient by one reader, stored apart until the others have come
+    mask(RELU)        a bit per value        where the ReLU was open
+    index(POOL)       as the value           which value of its window each maximum was
+    pooled(LINEAR)    (N, features)          what the last layer multiplies, float32
+    sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
+    grad_sums(NORM)   (rows, 2, C)           partial sums of a gradient and of its product with the normalised input
+    statistics(NORM)  per set                the batch's mean and 1/std, scale and shift, float32
+    running(NORM)     per set                running mean and variance, moved in place in the weights
 """
 
 from __future__ import annotations
@@ -23,6 +39,69 @@ from math import prod
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.network.nodes import Network
+
+INPUT = "input"  # the image: a node and a buffer
+
+
+def grad(name: str) -> str:
+    """The gradient of the value or parameter ``name``."""
+    return f"{name}.grad"
+
+
+def owner(name: str) -> str:
+    """The node or parameter whose buffer ``name`` is."""
+    return name.rpartition(".")[0]
+
+
+def waiting(name: str, number: int) -> str:
+    """The gradient of the value ``name`` by one of its readers, which waits for the others'."""
+    return f"{name}.grad{number}"
+
+
+def mask(relu: str) -> str:
+    """One bit per value, whether it was positive."""
+    return f"{relu}.mask"
+
+
+def index(pool: str) -> str:
+    """Where in its window each maximum was."""
+    return f"{pool}.index"
+
+
+def pooled(linear: str) -> str:
+    """The input of the last layer, after pooling."""
+    return f"{linear}.pooled"
+
+
+def sums(norm: str) -> str:
+    """Partial sums for the statistics of a batch."""
+    return f"{norm}.sums"
+
+
+def grad_sums(norm: str) -> str:
+    """Partial sums for the gradient of a training-mode BatchNorm."""
+    return f"{norm}.grad_sums"
+
+
+def is_sums(name: str) -> bool:
+    """Whether ``name`` is one of the two kinds of partial sums, rows of which add up."""
+    return name.endswith((".sums", ".grad_sums"))
+
+
+def statistics(norm: str) -> str:
+    """A batch's own statistics."""
+    return f"{norm}.statistics"
+
+
+def running(norm: str) -> str:
+    """The running statistics after the batch."""
+    return f"{norm}.running"
+
+
+def is_running(name: str) -> bool:
+    """Whether ``name`` are running statistics, which the weights hold."""
+    return name.endswith(".running")
+
 
 # What follows an op inside its own launch, in this order; of two "add" one can be used. The convolutions' "next" is a
 # second output, relu(scale_shift(value)), for the block that comes after.

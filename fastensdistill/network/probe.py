@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
 from fastensdistill.network.execute import execute
-from fastensdistill.network.launch import Group
+from fastensdistill.network.launch import INPUT, Group, grad, running
 from fastensdistill.network.nodes import Network, Norm, Shape
 from fastensdistill.network.plan import plan
 from fastensdistill.network.trace import trace
@@ -151,7 +151,7 @@ class _Probe:
 
     def planned(self, group: Group, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The buffers of a forward and, where ``group`` asks for a gradient, a backward pass."""
-        buffers = {"input": self.images[None], f"{self.network.output}.grad": self.seed[None]}
+        buffers = {INPUT: self.images[None], grad(self.network.output): self.seed[None]}
         for direction in ("forward", "backward") if group.gradient else ("forward",):
             (part,) = plan([self.network], [group], direction, IMAGES).parts
             with torch.no_grad():
@@ -167,7 +167,7 @@ class _Probe:
         self.same("logits in evaluation mode", logits.detach(), found[self.network.output][0])
         if gradient:
             own = self.gradients(logits, {"image": images}, "evaluation")["image"]
-            self.same("gradient of the image", own, found["input.grad"][0])
+            self.same("gradient of the image", own, found[grad(INPUT)][0])
 
     def training(self) -> None:
         self.module.train()
@@ -177,7 +177,7 @@ class _Probe:
         expected: dict[str, Tensor] = {}
         for node in self.network.nodes:
             if isinstance(node, Norm):
-                mean, variance = found[f"{node.name}.running"][0]
+                mean, variance = found[running(node.name)][0]
                 count = before[f"{node.name}.num_batches_tracked"] + 1
                 moved_to = {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
                 expected |= {f"{node.name}.{kind}": value for kind, value in moved_to.items()}
@@ -185,9 +185,9 @@ class _Probe:
         own = self.gradients(logits, dict(self.module.named_parameters()), "training")
         scale = max(float(value.abs().max()) for value in own.values())
         for name, value in own.items():
-            if f"{name}.grad" not in found:
+            if grad(name) not in found:
                 raise self.refuse(f"its parameter {name!r} is in none of the layers that were traced")
-            self.same(f"gradient of {name!r}", value, found[f"{name}.grad"].view_as(value), 1e-3 * scale)
+            self.same(f"gradient of {name!r}", value, found[grad(name)].view_as(value), 1e-3 * scale)
 
     def gradients(self, logits: Tensor, inputs: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
         if not logits.requires_grad:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.models.layers import BatchNorm2d, Normalize, PadShortcut
+from fastensdistill.network.launch import INPUT
 from fastensdistill.network.nodes import (
     Activation,
     Add,
@@ -74,7 +75,7 @@ class Reader:
             if op.op == "placeholder":
                 if self.nodes:
                     raise self.refuse("takes more than one input")
-                self.put(op, Input("input", (), self.input_size))
+                self.put(op, Input(INPUT, (), self.input_size))
             elif op.op == "call_module":
                 self.layer(op, self.module.get_submodule(str(op.target)))
             elif op.op in ("call_function", "call_method"):
@@ -126,7 +127,7 @@ class Reader:
     def layer(self, op: fx.Node, layer: nn.Module) -> None:
         path = str(op.target)
         if path in self.nodes and isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            why = "a layer with parameters is used twice" if path != "input" else "has the name of the image"
+            why = "a layer with parameters is used twice" if path != INPUT else "has the name of the image"
             raise self.refuse(why)
         source, value, shape = self.source(op, image=isinstance(layer, nn.Conv2d | nn.BatchNorm2d | Normalize))
         channels, height, width = shape
@@ -304,7 +305,7 @@ class Reader:
         for i, node in enumerate(network.nodes):
             self.where, self.operation = node.name, type(node).__name__
             users = network.consumers[node.name]
-            if isinstance(node, Affine) and (node.inputs != ("input",) or not all(isinstance(u, Conv) for u in users)):
+            if isinstance(node, Affine) and (node.inputs != (INPUT,) or not all(isinstance(u, Conv) for u in users)):
                 raise self.refuse("normalisation must stand between the image and a convolution")
             if isinstance(node, Input) and len(users) != 1:
                 raise self.refuse("the image must be read by one layer")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fastensdistill.errors import unknown
 from fastensdistill.models import create_model, image_size
 from fastensdistill.network.gpu import GPUS, Gpu
-from fastensdistill.network.launch import RULES, Launch, Part, Step
+from fastensdistill.network.launch import RULES, Launch, Part, Step, is_sums
 from fastensdistill.network.plan import Plan, plan_step
 from fastensdistill.network.trace import trace
 
@@ -29,7 +29,7 @@ def describe(steps: tuple[Step, ...]) -> str:
 def rows(part: Part, gpu: Gpu) -> Iterator[str]:
     """One line per launch of ``part``."""
     for launch in part.launches:
-        shapes = [part.buffers[name].shape for name in launch.writes if not name.endswith("sums")]
+        shapes = [part.buffers[name].shape for name in launch.writes if not is_sums(name)]
         shape = "x".join(str(size) for size in max(shapes, key=len)[1:]) if shapes else ""
         after = " ".join(filter(None, ["norm-in-weights" if launch.folded else "", describe(launch.epilogue)]))
         before = describe(launch.prologue)
