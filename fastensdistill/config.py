@@ -1,6 +1,7 @@
 """Every setting, once: these dataclasses are what Python takes, what YAML holds and what the command line offers.
 
-The defaults are the paper's recipe (method §5). A run folder's ``config.yaml`` is one of the ``...Run`` classes, flat.
+The defaults are the paper's recipe (docs/method.md, Recipe). A run folder's ``config.yaml`` holds the fields of one of
+the ``...Run`` classes.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def setting():
 
 
 def ascend(x, objective, factor=1.0):
-    """clip(x + ε·√D·factor·g/‖g‖, 0, 1) with g by autograd of ``objective``, the definition of method §3."""
+    """clip(x + ε·√D·factor·g/‖g‖, 0, 1) with g by autograd of ``objective``: docs/method.md, Perturbation."""
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(objective(x), x)
     norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -158,7 +158,10 @@ class Count(TorchDispatchMode):
     ],
 )
 def test_least_work(kind, perturbation, forwards, pixel_gradients):
-    """A step of M teachers and K branches costs M + 3K forwards, and the perturbation at most 6 (method §4)."""
+    """A step of M teachers and K branches costs M + 3K forwards, and the perturbation at most 6.
+
+    Source: docs/method.md, Perturbation.
+    """
     m, k = 4, 4 if kind == "latent-be" else 1
     student = LatentBE(tiny(), k) if kind == "latent-be" else Single(tiny())
     teachers = Teachers([tiny() for _ in range(m)])

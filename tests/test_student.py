@@ -134,7 +134,7 @@ def test_equal_branches_at_the_start():
 
 
 def test_factors_step_with_k_fold_gradient_and_are_pulled_towards_one():
-    """grad r_k = K·∂L/∂r_k + λ(r_k − 1), the rest ∂L/∂p + λp, one learning rate, Nesterov (method §2)."""
+    """grad r_k = K·∂L/∂r_k + λ(r_k − 1), the rest ∂L/∂p + λp, one learning rate, Nesterov (docs/method.md, Loss)."""
     torch.manual_seed(0)
     lam, lr, momentum, k = 0.03, 0.2, 0.8, 3
     student = scatter(LatentBE(tiny(), k)).double()

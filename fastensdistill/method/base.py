@@ -1,4 +1,4 @@
-"""What every student is to the trainer, and the simplest one (method §1)."""
+"""What every student is to the trainer, and the simplest one (docs/method.md, Student)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class Student(nn.Module):
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale`` (method §2).
+        """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale``.
 
-        Frozen parameters too, which may be thawed later: SGD leaves what has no gradient as it is.
+        Frozen parameters are included, because they may be thawed later: SGD leaves parameters without gradients alone.
+        Source: docs/method.md, Loss.
         """
         return [{"params": list(self.parameters()), "lr_scale": 1.0, "weight_decay": weight_decay}]
 
     def penalty(self) -> Tensor:
-        """``L_WD``: half the squared norm of all parameters; deviations of r and s count 1/K (method §2)."""
+        """``L_WD``: half the squared norm of all parameters; deviations of r and s count 1/K (docs/method.md, Loss)."""
         groups = self.parameter_groups(1.0)
         return sum((g["weight_decay"] * p.square().sum() for g in groups for p in g["params"]), torch.tensor(0.0)) / 2
 

@@ -1,4 +1,4 @@
-"""Students: one network learning from M teachers through K branches (method §1).
+"""Students: one network learning from M teachers through K branches (docs/method.md, Student).
 
 Every student takes images (B, channels, H, W) in [0, 1] and returns logits (K, B, C), branch by branch:
 
@@ -37,7 +37,7 @@ class BatchEnsemble(Student):
     """K branches over one set of weights: every Conv2d and Linear of a copy of ``module`` gets factors r and s.
 
     BatchNorm is shared, statistics included: in training mode they are taken over all branches together.
-    Source: Wen et al., "BatchEnsemble", ICLR 2020; Nam et al., ICML 2022, section 3.
+    Source: Wen et al., "BatchEnsemble", ICLR 2020; Nam et al., ICML 2022; docs/method.md, Student.
 
     Everything else is shared: BatchNorm, embeddings, tables, and convolutions of other kinds (Conv1d, Conv3d,
     ConvTranspose2d). Layers that share a weight share their factors. The module given is left as it is.

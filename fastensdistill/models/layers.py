@@ -30,10 +30,10 @@ class Normalize(nn.Module):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose running variance follows the *biased* batch variance, as in the authors' code (method §5).
+    """BatchNorm whose running variance follows the *biased* batch variance, as in the authors' code.
 
     PyTorch's own multiplies the batch variance by n/(n-1) before it enters the running estimate; everything else is
-    the same, and so is the state dict.
+    the same, and so is the state dict. Source: docs/method.md, Recipe.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,10 @@ class PadShortcut(nn.Module):
 
 
 def initialize(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Weights of convolutions and linear layers from a truncated normal of variance 2/fan_in; biases 0 (method §5)."""
+    """Draw weights of convolutions and linear layers from a truncated normal of variance 2/fan_in; biases are 0.
+
+    Source: docs/method.md, Recipe.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fan_in = layer.weight[0].numel()

@@ -1,4 +1,4 @@
-"""Pre-activation residual networks for small images: PreResNet and Wide ResNet WRN-28-k (method §6)."""
+"""Pre-activation residual networks for small images: PreResNet and Wide ResNet WRN-28-k (docs/method.md, Networks)."""
 
 from __future__ import annotations
 

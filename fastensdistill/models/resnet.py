@@ -1,4 +1,4 @@
-"""Post-activation residual networks for small images: ResNet-32xk (method §6)."""
+"""Post-activation residual networks for small images: ResNet-32xk (docs/method.md, Networks)."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from fastensdistill.weights import save_network
 
 
 class DistillTrainer(Trainer):
-    """Distils ``teachers`` into ``student`` (method §2–5).
+    """Distils ``teachers`` into ``student`` (docs/method.md, from Student to Recipe).
 
     After :meth:`fit`, ``student.average()`` is the network that is kept. The run's folder holds it as
     ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network

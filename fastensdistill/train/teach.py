@@ -24,7 +24,7 @@ from fastensdistill.weights import save_network
 
 
 class TeachTrainer(Trainer):
-    """Trains M networks at once, each from its own seed, on its own order of images (method §2, "Teachers").
+    """Trains M networks at once, each from its own seed, on its own order of images (docs/method.md, Loss).
 
     Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
     PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
