@@ -119,7 +119,7 @@ def stated(stages: Sequence[Stage]) -> float:
 
 
 def words(call: str) -> str:
-    """A call's stages with their expected seconds, as the README has them."""
+    """A call's stages with their expected seconds, as docs/benchmarks.md has them."""
     always = [stage for stage in of_call(call) if not stage.when]
     named = ", ".join(f"{s.name} {s.expected:.0f}{' (meanwhile)' if s.background else ''}" for s in always)
     return f"{call}, {stated(always):.0f} of {CALLS[call]}: {named}."

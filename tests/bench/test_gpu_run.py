@@ -280,8 +280,8 @@ def test_no_measurement_fails_for_a_prediction(tmp_path, monkeypatch):
     assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "kd", 4, 2)) is None
 
 
-def test_the_readme_states_the_times_of_the_plan():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_the_documents_state_the_times_of_the_plan():
+    text = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
     assert words("A") in text
     assert words("B") in text
 
