@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.triton_utils import HAS_TRITON, triton
+from fastensdistill.kernels.launch import HAS_TRITON, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

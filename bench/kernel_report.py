@@ -26,8 +26,8 @@ from triton.compiler import ASTSource
 
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
-from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.augment import augment
+from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet
@@ -54,7 +54,7 @@ NETWORKS = {
 }
 
 
-def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, triton_utils.Launch]:
+def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, KernelLaunch]:
     """The kernels of one training step with the paper's perturbation, M = K = ``groups``: key → its largest launch.
 
     The plan is run as the engine runs it, on tensors that are never touched. Tiles are those of the arch assumed.
@@ -66,7 +66,7 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, tr
     module = PreResNet(classes, blocks=(1, 1), widen=4) if sample else create_model(name, num_classes=classes)
     network = trace(module, (3, size, size))
     left: dict[bool, tuple[Weights, dict[str, Any]]] = {}
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         for plan in plan_step(network, network, groups, groups, batch).values():
             for part in plan.parts:
                 count = len(part.groups)
@@ -84,17 +84,17 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, tr
     return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
 
 
-def programs(launch: triton_utils.Launch) -> int:
+def programs(launch: KernelLaunch) -> int:
     return math.prod(launch.grid)
 
 
-def _without_values(launch: triton_utils.Launch) -> triton_utils.Launch:
+def _without_values(launch: KernelLaunch) -> KernelLaunch:
     """The launch with empty tensors in the place of its own, which would keep a network's memory."""
     arguments = {k: v.new_empty(0) if isinstance(v, Tensor) else v for k, v in launch.arguments.items()}
     return launch._replace(arguments=arguments)
 
 
-def _signature(launch: triton_utils.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def _signature(launch: KernelLaunch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
     """Argument types, constants and alignment as Triton's own launcher would specialise them."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -113,12 +113,12 @@ def _signature(launch: triton_utils.Launch) -> tuple[dict[str, str], dict[str, A
     return signature, constants, attributes
 
 
-def key(launch: triton_utils.Launch) -> str:
+def key(launch: KernelLaunch) -> str:
     """What makes a compiled kernel another: equal keys run the same machine code."""
     return repr((launch.kernel.__name__, _signature(launch), launch.num_warps, launch.num_stages, launch.maxnreg))
 
 
-def describe(launch: triton_utils.Launch) -> str:
+def describe(launch: KernelLaunch) -> str:
     """The launch in a few words: shape, then what is fused."""
     a = launch.arguments
     words = []
@@ -139,7 +139,7 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> int:
     return min(65536 // (per_warp * warps), by_shared, 64 // warps, 32)
 
 
-def compile_launch(launch: triton_utils.Launch, arch: int) -> dict[str, Any]:
+def compile_launch(launch: KernelLaunch, arch: int) -> dict[str, Any]:
     """One row of the report."""
     signature, constants, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -203,7 +203,7 @@ def failures(row: dict[str, Any], depth: int) -> list[str]:
     return broken
 
 
-def conv_depth(launch: triton_utils.Launch) -> int:
+def conv_depth(launch: KernelLaunch) -> int:
     """The smaller channel count of a convolution, 0 for other kernels."""
     a = launch.arguments
     return min(a["C"], a["CO"]) if "KERNEL" in a and "CO" in a else 0
@@ -222,7 +222,7 @@ def report(
     rows = []
     say(" ".join(f"{title:>{width}}" for title, (_, width) in COLUMNS.items()) + "  tile")
     for arch in arches:
-        seen: dict[str, tuple[triton_utils.Launch, list[str]]] = {}
+        seen: dict[str, tuple[KernelLaunch, list[str]]] = {}
         with assume_arch(arch):
             for network in networks:
                 for found, launch in record(network, batch=batch).items():

@@ -18,7 +18,7 @@ from bench.setting import METHODS, Setting
 from fastensdistill.engine.dispatch import OPS, VENDOR
 from fastensdistill.engine.passes import Implement, run_part
 from fastensdistill.engine.weights import Weights
-from fastensdistill.kernels.triton_utils import references_only
+from fastensdistill.kernels.launch import references_only
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 from fastensdistill.network.plan import Plan, plan_step
 from fastensdistill.network.trace import trace

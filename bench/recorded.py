@@ -28,8 +28,8 @@ from bench.setting import METHODS, Setting
 from fastensdistill.engine.graph_nodes import GraphNodes, count_step
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
-from fastensdistill.kernels import triton_utils
-from fastensdistill.kernels.extension import PORTABLE
+from fastensdistill.kernels.launch import KernelLaunch, record_launches
+from fastensdistill.kernels.ops import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
@@ -123,7 +123,7 @@ def reported() -> dict[tuple[Any, ...], int]:
     return found
 
 
-def occupancy(recorded: triton_utils.Launch) -> int:
+def occupancy(recorded: KernelLaunch) -> int:
     """As the tile states it, else as reported, else by its stages in shared memory and by the registers of the report's
     like kernels.
     """
@@ -142,7 +142,7 @@ def occupancy(recorded: triton_utils.Launch) -> int:
     return max(1, kernel_report.occupancy(90, registers, shared, recorded.num_warps))
 
 
-def kernel(recorded: triton_utils.Launch, launch: Launch, part: Part) -> Kernel:
+def kernel(recorded: KernelLaunch, launch: Launch, part: Part) -> Kernel:
     """A recorded Triton launch by its grid, its constants and the sizes of its tensors."""
     a, name, programs = recorded.arguments, recorded.kernel.__name__, prod(recorded.grid)
     M, N, K = (a.get(block) or 0 for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -186,7 +186,7 @@ def record(
             first = replace(first, flops=float(launch.flops), nbytes=launch.nbytes + partial)
         found.append((first, *kernels))
 
-    with torch.device("meta"), assume_arch(90), triton_utils.record_launches() as recorded, OnMeta():
+    with torch.device("meta"), assume_arch(90), record_launches() as recorded, OnMeta():
         weights, slots = Weights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
         C, H, W = network.nodes[0].shape
         buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}

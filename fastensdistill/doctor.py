@@ -11,7 +11,7 @@ import torch
 
 import fastensdistill
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.triton_utils import HAS_TRITON
+from fastensdistill.kernels.launch import HAS_TRITON
 
 PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "PyYAML", "rich", "scikit-learn",

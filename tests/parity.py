@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.modes import evaluating
 from fastensdistill.method.perturbation import Perturbed, tdiv_sdiv
 from fastensdistill.method.student import LatentBE, RankOneLayer

@@ -27,8 +27,7 @@ from bench.gpu_run.remedies import replaced
 from fastensdistill.engine import trained
 from fastensdistill.engine.graph import Captured, Graphs, Results, warm_up
 from fastensdistill.engine.passes import run_part
-from fastensdistill.kernels import triton_utils
-from fastensdistill.kernels.triton_utils import Launch, around_launches
+from fastensdistill.kernels.launch import KernelLaunch, around_launches, kept_to_reference
 from fastensdistill.network import launch as plan
 from fastensdistill.network.launch import Part
 
@@ -100,7 +99,7 @@ def wrong(value: Tensor) -> Tensor:
     return flat.view_as(value)
 
 
-def is_culprit(launch: Launch) -> bool:
+def is_culprit(launch: KernelLaunch) -> bool:
     """The kernel of ``CULPRIT``, told by what it is compiled for, as a launch does not know its node."""
     given = launch.arguments
     if launch.kernel.__name__ != "conv_data_gradient_kernel" or given["p_z"] is None:
@@ -108,19 +107,19 @@ def is_culprit(launch: Launch) -> bool:
     return (given["KERNEL"], given["STRIDE"]) == (3, 2) and launch.num_warps != RIGHT_WARPS
 
 
-def spoils(launch: Launch, do: Callable[[Launch], None]) -> None:
+def spoils(launch: KernelLaunch, do: Callable[[KernelLaunch], None]) -> None:
     do(launch)
     if is_culprit(launch):
         launch.arguments["p_out"].copy_(wrong(launch.arguments["p_out"]))
 
 
-def dies(launch: Launch, do: Callable[[Launch], None]) -> None:
+def dies(launch: KernelLaunch, do: Callable[[KernelLaunch], None]) -> None:
     if is_culprit(launch):
         os.kill(os.getpid(), signal.SIGKILL)
     do(launch)
 
 
-def hangs(launch: Launch, do: Callable[[Launch], None]) -> None:
+def hangs(launch: KernelLaunch, do: Callable[[KernelLaunch], None]) -> None:
     while is_culprit(launch):
         time.sleep(1)
     do(launch)
@@ -136,7 +135,7 @@ def in_steps(spoil: Spoil) -> Iterator[None]:
     def run(part: Part, weights: Any, slots: Tensor, buffers: dict[str, Any], *rest: Any, after: Any = None,
             **options: Any) -> None:  # fmt: skip
         def spoiled(launch: plan.Launch) -> None:
-            oracle = () in triton_utils._references
+            oracle = kept_to_reference()
             if part.training and (launch.op, launch.node) == CULPRIT and not oracle:
                 buffers[launch.writes[0]] = spoil(buffers[launch.writes[0]])
             if after:

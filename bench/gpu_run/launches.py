@@ -29,8 +29,8 @@ from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_
 from bench.launches import Expected, Prepared, errors, expected, prepare, written
 from bench.setting import Setting
 from fastensdistill.engine.dispatch import OPS, Dispatch, Row, shape_of
+from fastensdistill.kernels.launch import HAS_TRITON, KernelLaunch, record_launches, use_kernels
 from fastensdistill.kernels.tiles import Tile, changed_tiles
-from fastensdistill.kernels.triton_utils import HAS_TRITON, Launch, record_launches, use_kernels
 
 OWN, JUDGING = "own", "float64"
 PATIENCE = 4  # crashes of one check, each a restart, after which a wrong launch is given its last variant at once
@@ -217,7 +217,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(prepared: Prepared, remedies: Remedies) -> tuple[list[Launch], list[Halved], list[str]]:
+def recorded(prepared: Prepared, remedies: Remedies) -> tuple[list[KernelLaunch], list[Halved], list[str]]:
     """Its kernels' launches without launching them, the tiles that have columns to halve, and its ops."""
     tiles: dict[Halved, Tile] = {}
 

@@ -27,8 +27,8 @@ from fastensdistill.engine import graph
 from fastensdistill.engine.dispatch import Dispatch, Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.trained import Runner
+from fastensdistill.kernels.launch import KernelLaunch, around_launches, references_only
 from fastensdistill.kernels.tiles import Tile, changed_tiles
-from fastensdistill.kernels.triton_utils import Launch, around_launches, references_only
 
 NAME = "remedies.json"
 Match = dict[str, Any]
@@ -37,7 +37,7 @@ ROWS = ("BLOCK_R", "BLOCK_B")  # constants that follow the batch
 _in_force: list[object] = []  # a token for each ``Remedies.in_force``, the innermost last
 
 
-def match_of(launch: Launch) -> Match:
+def match_of(launch: KernelLaunch) -> Match:
     """What a kernel is compiled for, whatever the batch: its constants, its tensors' dtypes, its absent operands."""
     kinds = getattr(launch.kernel, "fn", launch.kernel).__annotations__
     found: Match = {}
@@ -58,10 +58,10 @@ class Varied:
     warps: int | None = None
     stages: int | None = None
 
-    def fits(self, launch: Launch) -> bool:
+    def fits(self, launch: KernelLaunch) -> bool:
         return self.kernel == launch.kernel.__name__ and self.match == match_of(launch)
 
-    def vary(self, launch: Launch) -> Launch:
+    def vary(self, launch: KernelLaunch) -> KernelLaunch:
         return launch._replace(
             num_warps=self.warps or launch.num_warps,
             num_stages=self.stages or launch.num_stages,
@@ -181,7 +181,7 @@ class Remedies:
             _in_force.append(token)
             stack.callback(_in_force.pop)
 
-            def vary(launch: Launch, do: Callable[[Launch], None]) -> None:
+            def vary(launch: KernelLaunch, do: Callable[[KernelLaunch], None]) -> None:
                 do(self.varied(launch) if _in_force[-1] is token else launch)
 
             def change(kind: str, shape: tuple[int, ...], tile: Tile) -> Tile:
@@ -195,7 +195,7 @@ class Remedies:
                 stack.enter_context(replaced(owner, name, value))
             yield
 
-    def varied(self, launch: Launch) -> Launch:
+    def varied(self, launch: KernelLaunch) -> KernelLaunch:
         """The launch with the warps and stages that it is to have."""
         return next((one.vary(launch) for one in self.launches if one.fits(launch)), launch)
 

@@ -40,7 +40,7 @@ from bench.gpu_run.walk import walk
 from bench.peers import captured
 from bench.setting import Setting, batches, drawn_pairs, make
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.triton_utils import HAS_TRITON
+from fastensdistill.kernels.launch import HAS_TRITON
 
 PIECE = 15 << 20  # bytes of one file of packed caches
 

@@ -25,7 +25,7 @@ from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.gpu_run.steps import build, places
 from bench.launches import distance, named
 from bench.setting import Setting, batches, drawn_pairs
-from fastensdistill.kernels.triton_utils import references_only
+from fastensdistill.kernels.launch import references_only
 from fastensdistill.network.launch import INPUT, Launch, is_sums
 
 CHANGE = 0.25  # of every weight between the two steps

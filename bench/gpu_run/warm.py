@@ -32,24 +32,24 @@ from bench.contenders import fused_engine
 from bench.kernel_report import key
 from bench.launches import prepare
 from bench.setting import METHODS, NETWORKS, Setting, batches, drawn_pairs, make
-from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.tiles import assume_arch
 
 IMAGES = 16
-_launches: list[triton_utils.Launch] = []  # what the forked processes compile
+_launches: list[KernelLaunch] = []  # what the forked processes compile
 _target: Any = None
 
 
-def recorded(settings: Sequence[Setting], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[triton_utils.Launch]:
+def recorded(settings: Sequence[Setting], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[KernelLaunch]:
     """The distinct launches of these steps, and of their launches one by one, on a GPU of capability ``arch``."""
-    found: dict[str, triton_utils.Launch] = {}
+    found: dict[str, KernelLaunch] = {}
     cpu = torch.device("cpu")
     for setting in settings:
         with unset():
             problem = make(setting, cpu)
         problem.config.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         given = batches(setting, 1, cpu, drawn_pairs(setting, 0, 1), torch.float32)
-        with unset(), assume_arch(arch), triton_utils.record_launches() as launches:
+        with unset(), assume_arch(arch), record_launches() as launches:
             fused_engine(problem, capture=False)(given[0])
             if setting.method != "teach":
                 for _ in prepare(setting, cpu, dtype):
@@ -144,7 +144,7 @@ def linkable() -> Iterator[None]:
 
 
 def compile_all(
-    launches: Sequence[triton_utils.Launch], arch: int, workers: int, say: Callable[..., object] = lambda **row: None
+    launches: Sequence[KernelLaunch], arch: int, workers: int, say: Callable[..., object] = lambda **row: None
 ) -> dict[str, Any]:
     """Compile all in forked processes; ``say(kernel=…, seconds=…, …)`` for each. The totals."""
     global _launches, _target

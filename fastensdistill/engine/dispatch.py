@@ -26,8 +26,10 @@ from fastensdistill.kernels import conv_data_gradient, conv_weight_gradient, gro
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.elementwise_gradient import gradient_epilogue, gradient_sums
 from fastensdistill.kernels.grouped_conv import ConvOutput, conv_epilogue, conv_input
+from fastensdistill.kernels.operands import accumulator, check_out
+from fastensdistill.kernels.ops import present
+from fastensdistill.kernels.reference import leave
 from fastensdistill.kernels.tiles import device_arch
-from fastensdistill.kernels.triton_utils import accumulator, check_out, leave, present
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Linear, Network
 

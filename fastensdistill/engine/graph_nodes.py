@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import gathered
-from fastensdistill.kernels.extension import PORTABLE
+from fastensdistill.kernels.launch import record_launches
+from fastensdistill.kernels.ops import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
-from fastensdistill.kernels.triton_utils import record_launches
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model, image_size

@@ -23,8 +23,9 @@ from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
 from fastensdistill.kernels.head_backward import head_backward
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pool import max_pool, max_pool_backward
-from fastensdistill.kernels.triton_utils import accumulator, shortcut, unpack_mask
+from fastensdistill.kernels.reference import shortcut, unpack_mask
 from fastensdistill.network.execute import mean_windows, mean_windows_gradient
 from fastensdistill.network.launch import Launch, Part, Step
 from fastensdistill.network.nodes import Conv, Linear, Norm, Pad, Pool

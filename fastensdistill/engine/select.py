@@ -16,8 +16,8 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
 from fastensdistill.engine.verify import verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.launch import HAS_TRITON
 from fastensdistill.kernels.tiles import device_arch
-from fastensdistill.kernels.triton_utils import HAS_TRITON
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 

@@ -3,7 +3,7 @@
 Compilers have turned correct kernels into wrong ones without a word, on one GPU and not on another. A step of a few
 random images costs next to nothing beside a run. What is compared are directions: faults (a sign, a mask, a miscompiled
 tile) turn them. Reduced precision may turn them four times as far as PyTorch's own in that precision does. The networks
-given are left as they are. No kernel is compiled for a batch size (``kernels.triton_utils.BATCH_SIZES``), so those
+given are left as they are. No kernel is compiled for a batch size (``kernels.launch.BATCH_SIZES``), so those
 compared here are the run's own.
 """
 

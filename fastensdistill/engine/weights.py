@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastensdistill.engine.parameters import NormWeights
 from fastensdistill.kernels.conv_data_gradient import flip_weight
-from fastensdistill.kernels.triton_utils import accumulator
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.network.build import folded, sole
 from fastensdistill.network.fold import Parameters, image_scale_shift, layer_weights, norm_scale_shift
 from fastensdistill.network.launch import Part

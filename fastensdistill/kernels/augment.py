@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import unknown
+from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, check_tensor, require
+from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import (
-    DTYPE_NAMES,
-    accumulator,
-    check_tensor,
-    define,
-    launch,
-    require,
-    tl,
-    triton,
-)
 
 AUGMENT_TILE = Tile(0, 1024, 0, 4, 1, "single bytes are read: latency decides, 8 values a thread")
 
@@ -86,7 +79,7 @@ def _augment_fake(images, index, shifts, flips, dtype):
     return images.new_empty(index.shape[0], *images.shape[1:], dtype=DTYPE_NAMES[dtype])
 
 
-_augment = define("augment", augment_reference, _launch, _augment_fake, decided_by="images")
+_augment = define("augment", augment_reference, _augment_fake, _launch)
 
 
 def augment(

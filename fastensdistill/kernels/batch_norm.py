@@ -14,28 +14,12 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.gather import load_shortcut, store_bits
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_shortcut, check_tensor, require
+from fastensdistill.kernels.ops import absent, define, present
+from fastensdistill.kernels.reference import pack_mask, shortcut, wide
 from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    absent,
-    accumulator,
-    check_pair,
-    check_rows,
-    check_shortcut,
-    check_tensor,
-    define,
-    launch,
-    pack_mask,
-    present,
-    require,
-    residual_sizes,
-    row_stride,
-    shortcut,
-    tl,
-    triton,
-    wide,
-)
 
 
 class NormStatistics(NamedTuple):
@@ -144,9 +128,8 @@ def _batch_norm_statistics_fake(partials, count, weight, *unused):
 _batch_norm_statistics = define(
     "batch_norm_statistics",
     batch_norm_statistics_reference,
-    _launch_statistics,
     _batch_norm_statistics_fake,
-    decided_by="partials",
+    _launch_statistics,
     mutates=("running_mean", "running_var"),
 )
 
@@ -285,9 +268,7 @@ def _batch_norm_apply_fake(z, scale, shift, residual, residual_stride, relu, mas
     return _empty_apply(z, mask)
 
 
-_batch_norm_apply = define(
-    "batch_norm_apply", batch_norm_apply_reference, _launch_apply, _batch_norm_apply_fake, decided_by="z"
-)
+_batch_norm_apply = define("batch_norm_apply", batch_norm_apply_reference, _batch_norm_apply_fake, _launch_apply)
 
 
 def batch_norm_apply(

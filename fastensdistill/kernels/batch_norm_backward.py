@@ -13,22 +13,12 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_out, check_rows, check_tensor, require
+from fastensdistill.kernels.ops import define
+from fastensdistill.kernels.reference import leave, wide
 from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    accumulator,
-    check_out,
-    check_rows,
-    check_tensor,
-    define,
-    launch,
-    leave,
-    require,
-    tl,
-    triton,
-    wide,
-)
 
 
 class NormGradient(NamedTuple):
@@ -194,9 +184,8 @@ def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, resi
 _batch_norm_backward = define(
     "batch_norm_backward",
     batch_norm_backward_reference,
-    _launch_backward,
     _batch_norm_backward_fake,
-    decided_by="d",
+    _launch_backward,
     mutates=("d_weight", "d_bias"),
 )
 

@@ -16,20 +16,16 @@ own scale and shift, and the deviation of s'_k = s_k·scale from one, which fold
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import check_contiguous, check_device, check_like
+from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.operands import check_contiguous, check_device, check_like
+from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import launch, runs_kernel, tl, triton
 
 ROWS_TILE = Tile(0, 256, 0, 4, 1, "gathers: latency decides, 2 values a thread")
-
-# ---- reference
 
 
 def branch_rows_reference(
@@ -52,9 +48,6 @@ def branch_rows_reference(
     value = torch.where(parameter < 0, (-1 - parameter).to(factor.dtype), parameters[parameter.clamp_min(0)])
     added = torch.where(shifted < 0, (1 + shifted).to(factor.dtype), shift[shifted.clamp_min(-1)])
     out.index_copy_(0, target, torch.addcmul(added, factor, value))
-
-
-# ---- kernel
 
 
 @triton.jit
@@ -104,28 +97,7 @@ def _launch(out, table, parameters, deviations, running_mean, running_var, eps, 
     )
 
 
-# ---- registration
-
-
-def _branch_rows(out, table, *rest):
-    if table.shape[1]:
-        (_launch if runs_kernel(out) else branch_rows_reference)(out, table, *rest)
-
-
-def _fake(*unused: Any) -> None:
-    return None
-
-
-extension.define(
-    "branch_rows",
-    "(Tensor(a!) out, Tensor table, Tensor parameters, Tensor deviations, Tensor running_mean, Tensor running_var,"
-    " Tensor eps, int scales) -> ()",
-    _branch_rows,
-    _fake,
-)
-
-
-# ---- public function
+_branch_rows = define("branch_rows", branch_rows_reference, launcher=_launch, mutates=("out",))
 
 
 def branch_rows(
@@ -167,6 +139,4 @@ def branch_rows(
         if tuple(tensor.shape) != (P,):
             raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {(P,)}, that of eps")
     check_contiguous(("table", table), *named.items())
-    torch.ops.fastensdistill.branch_rows(
-        out, table, parameters.detach(), deviations.detach(), running_mean, running_var, eps, scales
-    )
+    _branch_rows(out, table, parameters.detach(), deviations.detach(), running_mean, running_var, eps, scales)

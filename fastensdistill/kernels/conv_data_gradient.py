@@ -18,24 +18,11 @@ from torch.nn import grad as nn_grad
 from fastensdistill.errors import unknown
 from fastensdistill.kernels.elementwise_gradient import check_epilogue, gradient_epilogue, gradient_sums
 from fastensdistill.kernels.gather import column_halves, gather_product, load_bits, load_spread
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, check_precision, check_tensor, out_size, require
+from fastensdistill.kernels.ops import define, present
+from fastensdistill.kernels.reference import partial_rows
 from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    DTYPE_NAMES,
-    accumulator,
-    check_precision,
-    check_tensor,
-    define,
-    launch,
-    out_size,
-    partial_rows,
-    present,
-    require,
-    residual_sizes,
-    row_stride,
-    tl,
-    triton,
-)
 
 
 class DataGradient(NamedTuple):
@@ -359,9 +346,7 @@ def _conv_data_gradient_fake(
     return _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
 
 
-_conv_data_gradient = define(
-    "conv_data_gradient", conv_data_gradient_reference, _launch, _conv_data_gradient_fake, decided_by="d"
-)
+_conv_data_gradient = define("conv_data_gradient", conv_data_gradient_reference, _conv_data_gradient_fake, _launch)
 
 
 def conv_data_gradient(

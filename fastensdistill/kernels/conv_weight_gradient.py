@@ -11,24 +11,20 @@ from torch import Tensor
 from torch.nn import grad as nn_grad
 
 from fastensdistill.kernels.grouped_conv import conv_input
-from fastensdistill.kernels.sums import add_rows
-from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
+from fastensdistill.kernels.operands import (
     accumulator,
     check_out,
     check_pair,
     check_precision,
     check_tensor,
-    define,
-    launch,
-    leave,
     out_size,
     require,
-    row_stride,
-    tl,
-    triton,
 )
+from fastensdistill.kernels.ops import define
+from fastensdistill.kernels.reference import leave
+from fastensdistill.kernels.sums import add_rows
+from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
 
 
 def conv_weight_gradient_reference(
@@ -208,12 +204,8 @@ def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precisio
         add_rows(partial.view(1, splits, -1), 1, out.view(1, 1, -1), add)
 
 
-def _fake(*unused):
-    return None
-
-
 _conv_weight_gradient = define(
-    "conv_weight_gradient", conv_weight_gradient_reference, _launch, _fake, decided_by="d", mutates=("out",)
+    "conv_weight_gradient", conv_weight_gradient_reference, launcher=_launch, mutates=("out",)
 )
 
 

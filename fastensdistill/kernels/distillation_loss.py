@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.kernels import extension
 from fastensdistill.kernels.diversity_seed import diversity_seed_reference
-from fastensdistill.kernels.inputs import arithmetic_dtype, check_device, check_floating, check_like, check_positive
+from fastensdistill.kernels.operands import accumulator, check_device, check_floating, check_like, check_positive
+from fastensdistill.kernels.ops import define, refuse_second_derivative
 
 TARGETS = ("one-to-one", "mean")
 
@@ -41,7 +41,7 @@ def distillation_loss_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The equations above in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
     K, B, C = branch_logits.shape
-    dtype = arithmetic_dtype(branch_logits.dtype)
+    dtype = accumulator(branch_logits.dtype)
     z = branch_logits.to(dtype)
     p = F.softmax(teacher_logits.to(dtype) / temperature, -1)
     if mean_target:
@@ -86,7 +86,7 @@ def distill_and_diversify_reference(
 
 
 def _scalars(logits: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty((), dtype=arithmetic_dtype(logits.dtype)) for _ in range(count))
+    return tuple(logits.new_empty((), dtype=accumulator(logits.dtype)) for _ in range(count))
 
 
 def _loss_fake(teacher_logits, branch_logits, labels, temperature, alpha, mean_target):
@@ -111,27 +111,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    extension.refuse_second_derivative("distillation_loss")
+    refuse_second_derivative("distillation_loss")
     (gradient,) = ctx.saved_tensors
     return None, gradient * grad_loss.to(gradient.dtype), *([None] * (ctx.num_inputs - 2))
 
 
-_LOSS_OUTPUTS = "Tensor loss, Tensor loss_kd, Tensor loss_ce, Tensor grad_branch_logits"
-
-extension.define(
-    "distillation_loss",
-    "(Tensor teacher_logits, Tensor branch_logits, Tensor labels, float temperature, float alpha, bool mean_target)"
-    f" -> ({_LOSS_OUTPUTS})",
-    distillation_loss_reference,
-    _loss_fake,
-)
-extension.define(
-    "distill_and_diversify",
-    "(Tensor teacher_logits, Tensor branch_logits, Tensor labels, Tensor pair, float temperature, float alpha,"
-    f" bool mean_target) -> ({_LOSS_OUTPUTS}, Tensor tdiv, Tensor sdiv, Tensor grad_teacher_a, Tensor grad_branch_a)",
-    distill_and_diversify_reference,
-    _both_fake,
-)
+define("distillation_loss", distillation_loss_reference, _loss_fake)
+define("distill_and_diversify", distill_and_diversify_reference, _both_fake)
 torch.library.register_autograd("fastensdistill::distillation_loss", _backward, setup_context=_setup_context)
 torch.library.register_autograd("fastensdistill::distill_and_diversify", _backward, setup_context=_setup_context)
 

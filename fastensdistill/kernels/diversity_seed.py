@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import arithmetic_dtype, check_floating, check_like, check_positive
+from fastensdistill.kernels.operands import accumulator, check_floating, check_like, check_positive
+from fastensdistill.kernels.ops import define, refuse_second_derivative
 
 # ---- references
 
 
 def teacher_diversity_seed_reference(teacher_pair: Tensor) -> tuple[Tensor, Tensor]:
     """TDiv and (p_a − p_b)/B in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
-    z_a, z_b = teacher_pair.to(arithmetic_dtype(teacher_pair.dtype)).unbind(0)
+    z_a, z_b = teacher_pair.to(accumulator(teacher_pair.dtype)).unbind(0)
     B = z_a.shape[0]
     # softmax twice, not exp(log_softmax): equal members then differ by exactly nothing
     p_a, p_b = F.softmax(z_a, -1), F.softmax(z_b, -1)
@@ -48,7 +48,7 @@ def diversity_seed_reference(teacher_pair: Tensor, branch_pair: Tensor) -> tuple
 
 def ods_seed_reference(logits: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """∂u/∂z and the confidence, by the equations above."""
-    dtype = arithmetic_dtype(logits.dtype)
+    dtype = accumulator(logits.dtype)
     w, p = weights.to(dtype), F.softmax(logits.to(dtype) / temperature, -1)
     gradient = p * (w - (w * p).sum(-1, keepdim=True)) / temperature
     return gradient.to(logits.dtype), p.amax(-1)
@@ -58,7 +58,7 @@ def ods_seed_reference(logits: Tensor, weights: Tensor, temperature: float) -> t
 
 
 def _scalar(logits: Tensor) -> Tensor:
-    return logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
+    return logits.new_empty((), dtype=accumulator(logits.dtype))
 
 
 def _teacher_fake(teacher_pair):
@@ -71,7 +71,7 @@ def _pair_fake(teacher_pair, branch_pair):
 
 
 def _ods_fake(logits, weights, temperature):
-    confidence = logits.new_empty(logits.shape[0], dtype=arithmetic_dtype(logits.dtype))
+    confidence = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
     return logits.new_empty(logits.shape), confidence
 
 
@@ -92,35 +92,19 @@ def _pair_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _teacher_backward(ctx: Any, grad_tdiv: Tensor, unused: Tensor) -> Tensor:
-    extension.refuse_second_derivative("teacher_diversity_seed")
+    refuse_second_derivative("teacher_diversity_seed")
     return _pair_gradient(ctx.saved_tensors[0], grad_tdiv)
 
 
 def _pair_backward(ctx: Any, grad_tdiv: Tensor, grad_sdiv: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor]:
-    extension.refuse_second_derivative("diversity_seed")
+    refuse_second_derivative("diversity_seed")
     grad_teacher_a, grad_branch_a = ctx.saved_tensors
     return _pair_gradient(grad_teacher_a, grad_tdiv), _pair_gradient(grad_branch_a, -grad_sdiv)
 
 
-extension.define(
-    "teacher_diversity_seed",
-    "(Tensor teacher_pair) -> (Tensor tdiv, Tensor grad_teacher_a)",
-    teacher_diversity_seed_reference,
-    _teacher_fake,
-)
-extension.define(
-    "diversity_seed",
-    "(Tensor teacher_pair, Tensor branch_pair)"
-    " -> (Tensor tdiv, Tensor sdiv, Tensor grad_teacher_a, Tensor grad_branch_a)",
-    diversity_seed_reference,
-    _pair_fake,
-)
-extension.define(
-    "ods_seed",
-    "(Tensor logits, Tensor weights, float temperature) -> (Tensor grad_logits, Tensor confidence)",
-    ods_seed_reference,
-    _ods_fake,
-)
+define("teacher_diversity_seed", teacher_diversity_seed_reference, _teacher_fake)
+define("diversity_seed", diversity_seed_reference, _pair_fake)
+define("ods_seed", ods_seed_reference, _ods_fake)
 torch.library.register_autograd(
     "fastensdistill::teacher_diversity_seed", _teacher_backward, setup_context=_teacher_setup
 )

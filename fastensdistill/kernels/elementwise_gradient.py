@@ -14,26 +14,11 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.gather import load_bits, load_spread
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_tensor, require
+from fastensdistill.kernels.ops import absent, define, present
+from fastensdistill.kernels.reference import partial_rows, pick, unpack_mask
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    absent,
-    accumulator,
-    check_pair,
-    check_rows,
-    check_tensor,
-    define,
-    launch,
-    partial_rows,
-    pick,
-    present,
-    require,
-    residual_sizes,
-    row_stride,
-    tl,
-    triton,
-    unpack_mask,
-)
 
 ROWS_BLOCK = 512  # positions of one program, and of one row of sums
 
@@ -222,7 +207,7 @@ def _elementwise_gradient_fake(d, residual, residual_stride, residual_first, mas
 
 
 _elementwise_gradient = define(
-    "elementwise_gradient", elementwise_gradient_reference, _launch, _elementwise_gradient_fake, decided_by="d"
+    "elementwise_gradient", elementwise_gradient_reference, _elementwise_gradient_fake, _launch
 )
 
 

@@ -1,6 +1,6 @@
-"""Definition of the project's ops, and the compiled extension that may implement them.
+"""The compiled extension that may implement the ops: loaded, and described.
 
-Every op is defined here from Python with a reference that serves any device; the extension, where it was built (see
+Every op is defined from Python (``ops.define``) and serves any device; the extension, where it was built (see
 ``setup.py``), adds kernels for CPU and CUDA tensors, which the dispatcher prefers. Nothing is compiled at import.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ INTERFACE = 1
 DISABLE = "FASTENSDISTILL_NO_EXTENSION"
 LIBRARY = Path(__file__).with_name(f"_extension_v{INTERFACE}.so")
 BUILD_REPORT = Path(__file__).with_name("_build.json")
-# Every op's name → what serves without the extension: a Triton kernel where it runs, or a reference
-PORTABLE: dict[str, Callable[..., Any]] = {}
 
 
 def _load() -> str | None:
@@ -68,17 +65,3 @@ def serves(name: str, device: str) -> bool:
     if _reason is not None or not LIBRARY.exists() or device not in ("cpu", "cuda"):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastensdistill::{name}", device.upper())
-
-
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines ``fastensdistill::name`` with its reference as the kernel of every device, and its fake."""
-    qualified, PORTABLE[name] = f"fastensdistill::{name}", reference
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", reference)
-    torch.library.register_fake(qualified, fake)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """For the top of a ``backward`` that hands out a saved gradient: as a constant it would be silently wrong there."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is differentiable once: its gradient has no graph, so create_graph=True is refused")

@@ -1,6 +1,6 @@
 """Device functions that several kernels share: a convolution's inner loop, residuals, 1-bit masks."""
 
-from fastensdistill.kernels.triton_utils import tl, triton
+from fastensdistill.kernels.launch import tl, triton
 
 
 @triton.jit

@@ -17,30 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
-from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    absent,
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.operands import (
     accumulator,
     check_pair,
     check_precision,
     check_rows,
     check_shortcut,
     check_tensor,
-    define,
-    launch,
     out_size,
-    pack_mask,
-    partial_rows,
-    pick,
-    present,
     require,
-    residual_sizes,
-    row_stride,
-    shortcut,
-    tl,
-    triton,
 )
+from fastensdistill.kernels.ops import absent, define, present
+from fastensdistill.kernels.reference import pack_mask, partial_rows, pick, shortcut
+from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
 
 
 class ConvOutput(NamedTuple):
@@ -350,7 +340,7 @@ def _grouped_conv_fake(
     return _empty_results(x, weight, slots, next_scale, center, mask, kernel, stride, padding)
 
 
-_grouped_conv = define("grouped_conv", grouped_conv_reference, _launch, _grouped_conv_fake, decided_by="weight")
+_grouped_conv = define("grouped_conv", grouped_conv_reference, _grouped_conv_fake, _launch)
 
 
 def grouped_conv(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
 from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gradient, conv_data_gradient_reference
 from fastensdistill.kernels.elementwise_gradient import gradient_sums
 from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv, grouped_conv_reference
-from fastensdistill.kernels.triton_utils import absent, pick, present
+from fastensdistill.kernels.ops import absent, define, present
+from fastensdistill.kernels.reference import pick
 
 POSITIONS, BORDERED = 256, 405  # of a tile, without and with its border: as in csrc/halo_shape.h
 SHARED = 160 * 1024  # bytes a block may ask for: compute capability 8.0, 9.0 and 10.0 have it
@@ -211,21 +211,8 @@ def _fake_gradient(
     return d.new_empty(groups, *d.shape[1:4], channels), d.new_empty(rows, dtype=torch.float32)
 
 
-extension.define(
-    "halo_conv",
-    "(Tensor x, Tensor weight, Tensor slots, Tensor? inputs, Tensor? in_scale, Tensor? in_shift, bool in_relu, "
-    "Tensor? bias, Tensor? residual, int residual_stride, bool relu, Tensor? next_scale, Tensor? next_shift, "
-    "Tensor? center, bool mask, int[] tile) -> (Tensor, Tensor, Tensor, Tensor)",
-    halo_conv_reference,
-    _fake,
-)
-extension.define(
-    "halo_data_gradient",
-    "(Tensor d, Tensor weight_flipped, Tensor slots, Tensor? residual, int residual_stride, bool residual_first, "
-    "Tensor? mask, Tensor? scale, Tensor? z, Tensor? mean, Tensor? inv_std, int[] tile) -> (Tensor, Tensor)",
-    halo_data_gradient_reference,
-    _fake_gradient,
-)
+define("halo_conv", halo_conv_reference, _fake)
+define("halo_data_gradient", halo_data_gradient_reference, _fake_gradient)
 
 
 # ---- public functions

@@ -11,21 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_pair, check_precision, check_tensor, require
+from fastensdistill.kernels.ops import define
+from fastensdistill.kernels.reference import pick
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    accumulator,
-    check_pair,
-    check_precision,
-    check_tensor,
-    define,
-    launch,
-    pick,
-    require,
-    row_stride,
-    tl,
-    triton,
-)
 
 IMAGES_BLOCK = 16  # images of one program, the fewest a matrix product takes; one row of the statistics each
 POSITIONS_BLOCK, CHANNELS_BLOCK = 16, 32  # read at once for each of them
@@ -169,7 +159,7 @@ def _head_fake(z, weight, bias, slots, scale, shift, relu, precision):
     )
 
 
-_head = define("head", head_reference, _launch, _head_fake, decided_by="z")
+_head = define("head", head_reference, _head_fake, _launch)
 
 
 def check_head(

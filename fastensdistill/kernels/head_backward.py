@@ -20,22 +20,10 @@ from fastensdistill.kernels.head import (
     class_block,
     normalized,
 )
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    accumulator,
-    check_out,
-    check_pair,
-    define,
-    launch,
-    leave,
-    partial_rows,
-    pick,
-    present,
-    require,
-    row_stride,
-    tl,
-    triton,
-)
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_out, check_pair, require
+from fastensdistill.kernels.ops import define, present
+from fastensdistill.kernels.reference import leave, partial_rows, pick
 
 
 class HeadGradient(NamedTuple):
@@ -274,12 +262,7 @@ def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, *u
 
 
 _head_backward = define(
-    "head_backward",
-    head_backward_reference,
-    _launch,
-    _head_backward_fake,
-    decided_by="z",
-    mutates=("d_weight", "d_bias"),
+    "head_backward", head_backward_reference, _head_backward_fake, _launch, mutates=("d_weight", "d_bias")
 )
 
 

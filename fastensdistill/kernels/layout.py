@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import FLOATING, check_contiguous, check_device
-from fastensdistill.kernels.triton_utils import runs_kernel
+from fastensdistill.kernels.operands import FLOATING, check_contiguous, check_device
 
 # A packed layer starts at a multiple of this many elements: 128 bytes of bf16, which every kind of load accepts.
 PACKED_ALIGNMENT = 64
@@ -174,14 +172,6 @@ def device_tables(
         tables = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in build(fields))
         _tables[key] = tuple(table.to(device) for table in tables)
     return _tables[key]
-
-
-def implementation(op: str, x: Tensor) -> str:
-    """What runs ``op``, one of the extension's, on tensors like ``x``: "extension", "triton" or "reference"."""
-    interpreted = not x.is_cuda and runs_kernel(x)
-    if extension.serves(op, x.device.type) and not interpreted:
-        return "extension"
-    return "triton" if runs_kernel(x) else "reference"
 
 
 # ---- checks

@@ -16,12 +16,11 @@ cache after the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels import extension
+from fastensdistill.kernels.launch import launch, runs_kernel, tl, triton
 from fastensdistill.kernels.layout import (
     PACK_FIELDS,
     LayerOffsets,
@@ -30,13 +29,12 @@ from fastensdistill.kernels.layout import (
     check_buffers,
     check_packed,
     device_tables,
-    implementation,
     layer_factors,
     layer_weight,
     layers_of,
 )
+from fastensdistill.kernels.ops import define, implementation
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import KERNEL_DTYPES, launch, runs_kernel, tl, triton
 
 PACK_TILE = Tile(32, 32, 0, 4, 1, "32 bf16 are two 32-byte sectors either way; 8 values a thread leave registers free")
 COLUMNS = 17
@@ -189,42 +187,13 @@ def _launch(parameters, deviations, packed, packed_gradient, fields, first_slot,
 # ---- registration
 
 
-def pack_portable(
-    parameters: Tensor,
-    deviations: Tensor | None,
-    packed: Tensor,
-    packed_gradient: Tensor,
-    fields: list[int],
-    first_slot: int,
-    copies: int,
-) -> None:
-    """What serves without the extension: the Triton kernel where it runs, else the reference."""
-    run = _launch if runs_kernel(parameters) and packed.dtype in KERNEL_DTYPES else pack_weights_reference
-    run(parameters, deviations, packed, packed_gradient, fields, first_slot, copies)
+def _launch_rank_one(parameters, deviations, packed, packed_gradient, fields, first_slot):
+    _launch(parameters, deviations, packed, packed_gradient, _pack_fields(fields), first_slot, 1)
 
 
-def _pack_rank_one(parameters, deviations, packed, packed_gradient, fields, first_slot):
-    pack_portable(parameters, deviations, packed, packed_gradient, _pack_fields(fields), first_slot, 1)
-
-
-def _no_output_fake(*unused: Any) -> None:
-    return None
-
-
-extension.define(
-    "pack_weights",
-    "(Tensor parameters, Tensor? deviations, Tensor(a!) packed, Tensor(b!) packed_gradient, int[] fields,"
-    " int first_slot, int copies) -> ()",
-    pack_portable,
-    _no_output_fake,
-)
-extension.define(
-    "pack_rank_one",
-    "(Tensor parameters, Tensor deviations, Tensor(a!) packed, Tensor(b!) packed_gradient, int[] fields,"
-    " int first_slot) -> ()",
-    _pack_rank_one,
-    _no_output_fake,
-)
+_mutates = ("packed", "packed_gradient")
+_pack_weights = define("pack_weights", pack_weights_reference, launcher=_launch, mutates=_mutates)
+_pack_rank_one = define("pack_rank_one", pack_rank_one_reference, launcher=_launch_rank_one, mutates=_mutates)
 
 
 # ---- public function
@@ -262,9 +231,9 @@ def pack_weights(
     if deviations is not None:
         deviations = deviations.detach()
         covered = packed.dtype == torch.bfloat16 and all(layer.positions == 1 for layer in layout.layers)
-        if covered and implementation("pack_rank_one", parameters) == "extension":
-            op = torch.ops.fastensdistill.pack_rank_one
-            op(parameters, deviations, packed, packed_gradient, layout.fields, first_slot)
+        device, dtype = parameters.device.type, parameters.dtype
+        interpreted = device == "cpu" and runs_kernel(device, dtype)  # asked for, so as to be compared
+        if covered and not interpreted and implementation("pack_rank_one", device, dtype) == "extension":
+            _pack_rank_one(parameters, deviations, packed, packed_gradient, layout.fields, first_slot)
             return
-    op = torch.ops.fastensdistill.pack_weights
-    op(parameters, deviations, packed, packed_gradient, layout.pack_fields, first_slot, copies)
+    _pack_weights(parameters, deviations, packed, packed_gradient, layout.pack_fields, first_slot, copies)

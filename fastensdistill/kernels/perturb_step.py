@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import FLOATING, arithmetic_dtype, check_device
+from fastensdistill.kernels.operands import FLOATING, accumulator, check_device
+from fastensdistill.kernels.ops import define
 
 # ---- reference
 
@@ -27,7 +27,7 @@ def perturb_step_reference(
     images: Tensor, input_gradients: Tensor, confidence: Tensor | None, step: float, low: float, high: float
 ) -> Tensor:
     """The equations above in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
-    dtype = arithmetic_dtype(images.dtype)
+    dtype = accumulator(images.dtype)
     g = input_gradients.to(dtype).sum(0)
     x = images.to(dtype)
     inner = list(range(1, images.dim()))
@@ -49,12 +49,7 @@ def _fake(images, input_gradients, confidence, step, low, high):
     return torch.empty_like(images)
 
 
-extension.define(
-    "perturb_step",
-    "(Tensor images, Tensor input_gradients, Tensor? confidence, float step, float low, float high) -> Tensor",
-    perturb_step_reference,
-    _fake,
-)
+define("perturb_step", perturb_step_reference, _fake)
 
 
 # ---- public function
@@ -93,8 +88,8 @@ def perturb_step(
             f"images has shape {tuple(images.shape)} and input_gradients {tuple(input_gradients.shape)}; "
             "expected [B, …] and [G, B, …], not empty"
         )
-    dtype = arithmetic_dtype(images.dtype)
-    if arithmetic_dtype(input_gradients.dtype) != dtype:
+    dtype = accumulator(images.dtype)
+    if accumulator(input_gradients.dtype) != dtype:
         raise InputError(
             f"input_gradients has dtype {input_gradients.dtype} but images has {images.dtype}; "
             "expected float64 for both or for neither"

@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
+from fastensdistill.kernels.operands import accumulator, check_tensor, out_size, require
+from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import rows_tile
-from fastensdistill.kernels.triton_utils import (
-    BATCH_SIZES,
-    accumulator,
-    check_tensor,
-    define,
-    launch,
-    out_size,
-    require,
-    tl,
-    triton,
-)
 
 
 class MaxPoolOutput(NamedTuple):
@@ -208,9 +200,9 @@ def _launch_max_pool_backward(d, taps, height, width, kernel, stride, padding):
     return dx
 
 
-_max_pool = define("max_pool", max_pool_reference, _launch_max_pool, _empty, decided_by="x")
+_max_pool = define("max_pool", max_pool_reference, _empty, _launch_max_pool)
 _max_pool_backward = define(
-    "max_pool_backward", max_pool_backward_reference, _launch_max_pool_backward, _empty_backward, decided_by="d"
+    "max_pool_backward", max_pool_backward_reference, _empty_backward, _launch_max_pool_backward
 )
 
 

@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import check_contiguous
 from fastensdistill.kernels.layout import (
     Layout,
     check_buffers,
@@ -38,6 +36,8 @@ from fastensdistill.kernels.layout import (
     layer_weight,
     layers_of,
 )
+from fastensdistill.kernels.operands import check_contiguous
+from fastensdistill.kernels.ops import define, refuse_second_derivative
 from fastensdistill.kernels.pack import pack_rank_one_reference
 from fastensdistill.kernels.sgd import sgd_reference
 from fastensdistill.kernels.unfold import unfold_rank_one_reference
@@ -92,17 +92,13 @@ def _unfold_fake(branch_gradients, parameters, deviations, fields):
     return parameters.new_empty(branch_gradients.shape[1]), deviations.new_empty(deviations.shape)
 
 
-def _no_output_fake(*unused: Any) -> None:
-    return None
-
-
 def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     parameters, deviations, ctx.fields, _ = inputs
     ctx.save_for_backward(parameters, deviations)
 
 
 def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
-    extension.refuse_second_derivative("fold_rank_one")
+    refuse_second_derivative("fold_rank_one")
     parameters, deviations = ctx.saved_tensors
     gradient, factor_gradients = torch.ops.fastensdistill.unfold_rank_one(
         grad_folded, parameters, deviations, ctx.fields
@@ -111,25 +107,12 @@ def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
     return torch.cat([gradient, plain]), factor_gradients, None, None
 
 
-extension.define(
-    "fold_rank_one",
-    "(Tensor parameters, Tensor deviations, int[] fields, int ranked) -> Tensor",
-    fold_rank_one_reference,
-    _fold_fake,
-)
-extension.define(
-    "unfold_rank_one",
-    "(Tensor branch_gradients, Tensor parameters, Tensor deviations, int[] fields) -> (Tensor, Tensor)",
-    unfold_rank_one_reference,
-    _unfold_fake,
-)
-extension.define(
+define("fold_rank_one", fold_rank_one_reference, _fold_fake)
+define("unfold_rank_one", unfold_rank_one_reference, _unfold_fake)
+define(
     "rank_one_step",
-    "(Tensor(a!) parameters, Tensor(b!) momentum_buffer, Tensor(c!) deviations, Tensor(d!) deviation_buffer,"
-    " Tensor branch_gradients, Tensor plain_gradients, Tensor learning_rate, Tensor(e!) packed,"
-    " Tensor(f!) packed_gradient, int[] fields, int first_slot, float momentum, float weight_decay) -> ()",
     rank_one_step_reference,
-    _no_output_fake,
+    mutates=("parameters", "momentum_buffer", "deviations", "deviation_buffer", "packed", "packed_gradient"),
 )
 torch.library.register_autograd("fastensdistill::fold_rank_one", _fold_backward, setup_context=_fold_setup)
 

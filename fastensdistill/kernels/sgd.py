@@ -8,20 +8,16 @@ deviations of K branches (Nam et al., ICML 2022, section 2). 20 bytes per value 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import extension
-from fastensdistill.kernels.inputs import check_contiguous, check_like
+from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.operands import check_contiguous, check_like
+from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import launch, runs_kernel, tl, triton
 
 SGD_TILE = Tile(0, 1024, 0, 4, 1, "8 values a thread: two 16-byte loads of each of three buffers")
-
-# ---- reference
 
 
 def sgd_reference(
@@ -31,9 +27,6 @@ def sgd_reference(
     g = g.add(p, alpha=weight_decay)
     v.mul_(momentum).add_(g)
     p.sub_(g.add_(v, alpha=momentum).mul_(rate if scale == 1 else scale * rate))
-
-
-# ---- kernel
 
 
 @triton.jit
@@ -64,27 +57,7 @@ def _launch(p, v, g, rate, scale, momentum, weight_decay):
     )
 
 
-# ---- registration
-
-
-def _sgd(p, v, g, rate, scale, momentum, weight_decay):
-    run = _launch if runs_kernel(p) and p.numel() else sgd_reference
-    run(p, v, g, rate, scale, momentum, weight_decay)
-
-
-def _fake(*unused: Any) -> None:
-    return None
-
-
-extension.define(
-    "sgd",
-    "(Tensor(a!) p, Tensor(b!) v, Tensor g, Tensor rate, float scale, float momentum, float weight_decay) -> ()",
-    _sgd,
-    _fake,
-)
-
-
-# ---- public function
+_sgd = define("sgd", sgd_reference, launcher=_launch, mutates=("p", "v"))
 
 
 def sgd(
@@ -110,5 +83,4 @@ def sgd(
             raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
         check_like(name, tensor, "p", p)
     check_contiguous(("p", p), ("v", v))
-    op = torch.ops.fastensdistill.sgd
-    op(p.detach(), v, g.detach(), rate.detach(), scale, momentum, weight_decay)
+    _sgd(p.detach(), v, g.detach(), rate.detach(), scale, momentum, weight_decay)

@@ -10,8 +10,8 @@ of their splits (kept = 1).
 
 from torch import Tensor
 
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import BATCH_SIZES, launch, tl, triton
 
 TERMS = 8
 SUM_TILE = Tile(0, 512, 0, 4, 1, "8 rows of 512 values: 8 loads of 16 bytes in flight a thread, or latency decides")

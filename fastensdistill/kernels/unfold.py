@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.inputs import check_contiguous
+from fastensdistill.kernels.launch import launch, tl, triton
 from fastensdistill.kernels.layout import (
     PACK_FIELDS,
     LayerOffsets,
@@ -33,8 +33,9 @@ from fastensdistill.kernels.layout import (
     layer_weight,
     layers_of,
 )
+from fastensdistill.kernels.operands import check_contiguous
+from fastensdistill.kernels.ops import absent, define
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import absent, define, launch, tl, triton
 
 UNFOLD_TILE = Tile(32, 32, 0, 8, 1, "4 values a thread, 80 registers, 24 warps a multiprocessor; at 8 values 12 to 16")
 FACTOR_TILE = Tile(32, 32, 0, 4, 1, "latency decides: 32 factors by 32 of their partial sums at a time")
@@ -307,9 +308,7 @@ def _fake(gradients, parameters, deviations, gradient, fields, copies):
     return absent(parameters) if deviations is None else deviations.new_empty(deviations.shape)
 
 
-_unfold_gradients = define(
-    "unfold_gradients", unfold_gradients_reference, _launch, _fake, decided_by="gradients", mutates=("gradient",)
-)
+_unfold_gradients = define("unfold_gradients", unfold_gradients_reference, _fake, _launch, mutates=("gradient",))
 
 
 def unfold_gradients(

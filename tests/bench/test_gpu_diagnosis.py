@@ -24,13 +24,20 @@ from fastensdistill.engine import evaluation, fused, graph, passes, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.trained import Runner, Trained
-from fastensdistill.kernels import tiles, triton_utils
+from fastensdistill.kernels import tiles
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.distillation_loss import distillation_loss
+from fastensdistill.kernels.launch import (
+    HAS_TRITON,
+    around_launches,
+    kept_to_reference,
+    record_launches,
+    references_only,
+    use_kernels,
+)
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.tiles import Tile, changed_tiles
-from fastensdistill.kernels.triton_utils import around_launches, record_launches
 
 SETTING = Setting("tiny", "tdiv-sdiv", 2, 2)
 WRONG = f"distillation, backward: {' '.join(CULPRIT)}"
@@ -43,7 +50,7 @@ FEW = (
     "weight gradient groups.1.0.conv1",
 )
 interpreted = pytest.mark.skipif(
-    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4) or not triton_utils.HAS_TRITON,
+    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4) or not HAS_TRITON,
     reason="Triton's interpreter needs a NumPy before 2.4",
 )
 
@@ -437,7 +444,7 @@ def lost(x, d, out=None, **options):
 
 
 def oracle() -> bool:
-    return () in triton_utils._references
+    return kept_to_reference()
 
 
 WALKED = {
@@ -478,10 +485,8 @@ def test_the_walk_names_the_launch_that_is_wrong_in_the_step_alone(here):
 def test_the_walk_runs_kernels_and_obeys_the_remedies(here):
     """Kernels in the step, for the sake of time those of the gradients, references beside it."""
     small = Setting("tiny", "kd", 1, 1)
-    quick = triton_utils.references_only(
-        "grouped_conv", "conv_weight_gradient", "head", "head_backward", "batch_norm_apply"
-    )
-    with triton_utils.use_kernels(), planted(["launch"]), quick:
+    quick = references_only("grouped_conv", "conv_weight_gradient", "head", "head_backward", "batch_norm_apply")
+    with use_kernels(), planted(["launch"]), quick:
         assert walk(here, small)["first_wrong"]["node"] == CULPRIT[1]
         for one, _ in prepare(small, here.device, here.dtype, by_references=True):
             if one.title == " ".join(CULPRIT):

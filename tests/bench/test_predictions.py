@@ -15,8 +15,8 @@ from bench.setting import Setting
 from fastensdistill.engine.graph_nodes import count_step
 from fastensdistill.kernels import conv_weight_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.tiles import assume_arch, weight_gradient_split
-from fastensdistill.kernels.triton_utils import record_launches
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.nodes import Conv
 

@@ -15,7 +15,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.triton_utils import partial_rows
+from fastensdistill.kernels.reference import partial_rows
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 from fastensdistill.network.trace import trace

@@ -12,7 +12,7 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
 from tests import parity

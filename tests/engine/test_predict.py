@@ -17,7 +17,7 @@ from fastensdistill.engine.predict import Evaluator, GroupedPredictor, student_s
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.modes import evaluating
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet

@@ -14,8 +14,8 @@ from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.engine.weights import pack
-from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.branch_rows import branch_rows_kernel
+from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.pack import pack_kernel
 from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.kernels.sgd import sgd_kernel
@@ -143,7 +143,7 @@ class Kernels(TorchDispatchMode):
 
 def launched(body) -> tuple[list[object], list[str]]:
     body()  # tables are built by the first call
-    with torch.no_grad(), triton_utils.record_launches() as launches, Kernels() as kernels:
+    with torch.no_grad(), record_launches() as launches, Kernels() as kernels:
         body()
     return [launch.kernel for launch in launches], kernels.seen
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastensdistill.kernels.triton_utils import around_launches
+from fastensdistill.kernels.launch import around_launches
 
 HERE = Path(__file__).parent
 

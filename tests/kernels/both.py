@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from tests.compare import check_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

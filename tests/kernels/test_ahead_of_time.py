@@ -52,11 +52,11 @@ PARAMETERS = """
 import json
 import torch
 from bench.kernel_report import compile_launch
-from fastensdistill.kernels import branch_rows, layout, pack, sgd, triton_utils, unfold
+from fastensdistill.kernels import branch_rows, launch, layout, pack, sgd, unfold
 
 K, table = 4, layout.Layout.build([("conv", (70, 41, 3, 3), 1, True)], plain=6, slots=4)
 flat, factors = torch.empty(table.size), torch.empty(K, table.factors)
-with triton_utils.record_launches() as launches:
+with launch.record_launches() as launches:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         packed = torch.empty(2, table.packed_size, dtype=dtype)
         pack.pack_weights(flat, factors, table, *packed)
@@ -146,7 +146,7 @@ OCCUPANCY = """
 import json, sys
 import torch
 from bench.kernel_report import compile_launch
-from fastensdistill.kernels import tiles, triton_utils
+from fastensdistill.kernels import launch, tiles
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 
 rows = []
@@ -156,7 +156,7 @@ for arch in (80, 90, 100):
         x = torch.empty(4, 16, H, H, channels, dtype=torch.float32 if stem else torch.bfloat16)
         prologue = {"in_scale": torch.empty(1, 3), "in_shift": torch.empty(1, 3)} if stem else {}
         d = torch.empty(4, 16, H, H, out, dtype=torch.bfloat16)
-        with tiles.assume_arch(arch), triton_utils.record_launches() as launches:
+        with tiles.assume_arch(arch), launch.record_launches() as launches:
             conv_weight_gradient(x, d, kernel=kernel, padding=kernel // 2, **prologue)
         rows.append(compile_launch(launches[0], arch))
 print(json.dumps(rows))

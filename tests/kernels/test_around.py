@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.launch import around_launches, references_only, use_kernels
 from fastensdistill.kernels.tiles import changed_tiles, weight_gradient_split
-from fastensdistill.kernels.triton_utils import around_launches, references_only, use_kernels
 from tests.kernels.both import values
 
 X, W, SLOTS = values(2, 3, 5, 4, 16), values(2, 9, 16, 32), torch.tensor([1, 0], dtype=torch.int32)

@@ -7,7 +7,7 @@ from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_stati
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
 from fastensdistill.kernels.elementwise_gradient import ROWS_BLOCK, elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.triton_utils import pack_mask
+from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.models.layers import BatchNorm2d
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, values

@@ -18,7 +18,7 @@ from bench.kernel_report import key
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.verify import IMAGES
-from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
@@ -32,7 +32,7 @@ student = LatentBE(create_model(model, num_classes=10), 2)
 def kernels(B):
     images, labels = torch.zeros(B, 3, int(size), int(size)), torch.zeros(B, dtype=torch.int64)
     config = DistillConfig(precision="bf16", batch_size=B)
-    with assume_arch(90), triton_utils.record_launches() as launches:
+    with assume_arch(90), record_launches() as launches:
         FusedStep(student, teachers, config, image_shape=images.shape[1:], capture=False)(images, labels)
     return {key(launch): launch.kernel.__name__ for launch in launches}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.branch_rows import branch_rows, branch_rows_kernel
+from fastensdistill.kernels.launch import record_launches
 from tests.compare import check_close
 from tests.kernels.both import check_op, values
 
@@ -73,7 +73,7 @@ def test_the_kernel_is_the_reference(parts, n):
 
 
 def test_one_launch_and_none_for_no_rows():
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         branch_rows(*problem(PARTS["bias"], 20))
         branch_rows(*problem(PARTS["bias"], 0))
     assert [launch.kernel for launch in launches] == [branch_rows_kernel]

@@ -6,8 +6,8 @@ from fastensdistill.kernels import conv_data_gradient as data_gradient
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv_reference
+from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.triton_utils import pack_mask
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, values
 from tests.kernels.convs import CASES, STEMS, Case, each_conv, each_stem

@@ -15,7 +15,7 @@ from fastensdistill.kernels.diversity_seed import (
     teacher_diversity_seed,
     teacher_diversity_seed_reference,
 )
-from fastensdistill.kernels.inputs import arithmetic_dtype
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
 from fastensdistill.kernels.rank_one import (
     fold_rank_one,
@@ -76,7 +76,7 @@ def test_step_on_images(case, dtype):
     images, gradients, confidence = (t.to(DEVICE) for t in step_tests.operands(case, dtype))
     if images.dim() == 4:
         images = images.to(memory_format=torch.channels_last)
-    actual = perturb_step(images, gradients, 0.5, 0.1, 0.9, confidence.to(arithmetic_dtype(dtype)))
+    actual = perturb_step(images, gradients, 0.5, 0.1, 0.9, confidence.to(accumulator(dtype)))
     assert actual.stride() == images.stride()
     check([actual], [perturb_step_reference(images.double(), gradients.double(), confidence, 0.5, 0.1, 0.9)])
 

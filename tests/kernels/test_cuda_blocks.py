@@ -22,7 +22,7 @@ from fastensdistill.kernels.diversity_seed import (
     ods_seed_reference,
     teacher_diversity_seed_reference,
 )
-from fastensdistill.kernels.inputs import arithmetic_dtype
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.perturb_step import perturb_step_reference
 from fastensdistill.kernels.rank_one import (
     fold_rank_one_reference,
@@ -83,7 +83,7 @@ def both_ways(run, outputs: list[Tensor]) -> list[Tensor]:
 
 def check(names: str, actual, expected, dtype: torch.dtype) -> None:
     for name, a, e in zip(names.split(), actual, expected, strict=True):
-        check_close(name, a, e, rounding(e, a.dtype) if a.dtype == dtype else rounding(e, arithmetic_dtype(dtype)))
+        check_close(name, a, e, rounding(e, a.dtype) if a.dtype == dtype else rounding(e, accumulator(dtype)))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -97,7 +97,7 @@ def test_loss_and_diversity(driver, case, dtype, mean):
     M, K, B, C = CASES[case]
     teacher, branch, labels = logits(CASES[case], dtype)
     pair = torch.tensor([min(M, K) - 1, 0])
-    scalars = torch.empty(5, dtype=arithmetic_dtype(dtype))
+    scalars = torch.empty(5, dtype=accumulator(dtype))
     outputs = [torch.empty_like(branch), torch.empty_like(branch[0]), torch.empty_like(branch[0]), scalars]
     function = getattr(driver, f"loss_{name_of(dtype)}")
     gradient, grad_t, grad_s, scalars = both_ways(
@@ -137,7 +137,7 @@ def test_loss_alone_with_bad_labels_and_pair(driver):
 def test_pairs_and_ods(driver, case, dtype):
     B, C = seed_tests.CASES[case]
     teacher, branch = seed_tests.pairs((B, C), dtype)
-    wide = arithmetic_dtype(dtype)
+    wide = accumulator(dtype)
     outputs = [torch.empty_like(teacher[0]), torch.empty_like(teacher[0]), torch.empty(2, dtype=wide)]
     function = getattr(driver, f"pairs_{name_of(dtype)}")
     grad_t, grad_s, (tdiv, sdiv) = both_ways(
@@ -161,7 +161,7 @@ def test_pairs_and_ods(driver, case, dtype):
 @pytest.mark.parametrize("case", step_tests.CASES)
 def test_step(driver, case, dtype):
     images, gradients, confidence = step_tests.operands(case, dtype)
-    confidence = confidence.to(arithmetic_dtype(dtype))
+    confidence = confidence.to(accumulator(dtype))
     if len(images) > 1:
         gradients[:, 1] = 0
         images[1, 0] = 2.0  # stays: no gradient

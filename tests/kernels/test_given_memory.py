@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import triton_utils
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.head_backward import head_backward
+from fastensdistill.kernels.launch import record_launches
 from tests.kernels.both import DEVICE, run_kernel, values
 
 X, D = values(2, 3, 5, 4, 6), values(2, 3, 5, 4, 10)  # 60 positions: several programs add up their shares
@@ -57,7 +57,7 @@ def test_a_share_is_written_where_it_belongs():
     """Without partial sums there is one launch, with ``add`` a second one."""
     out = torch.empty(2, 9, 6, 10)
     for add, count in ((False, 1), (True, 2)):
-        with triton_utils.record_launches() as launches:
+        with record_launches() as launches:
             conv_weight_gradient(*SMALL, kernel=3, padding=1, out=out, add=add)
         assert len(launches) == count
         assert (launches[0].arguments["p_partial"] is out) == (not add)

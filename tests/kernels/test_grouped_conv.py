@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.triton_utils import pack_mask, unpack_mask
+from fastensdistill.kernels.reference import pack_mask, unpack_mask
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, TOLERANCE, check_op, run_kernel, values
 from tests.kernels.convs import CASES, Case, each_conv, each_stem

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.grouped_conv import ConvOutput
-from fastensdistill.kernels.triton_utils import row_stride
+from fastensdistill.kernels.launch import row_stride
 from tests.kernels.test_cuda_blocks import both_ways, call
 from tests.kernels.test_halo_conv import (
     CASES,

@@ -16,7 +16,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gradient, flip_weight
 from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv
-from fastensdistill.kernels.triton_utils import pack_mask, pick
+from fastensdistill.kernels.reference import pack_mask, pick
 from tests.compare import check_close
 from tests.kernels.both import values
 from tests.kernels.rounding import rounding

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import layout as layouts
-from fastensdistill.kernels import triton_utils
-from fastensdistill.kernels.layout import Layout, implementation
-from fastensdistill.kernels.pack import pack_kernel, pack_portable, pack_rank_one_reference, pack_weights
+from fastensdistill.kernels.launch import record_launches
+from fastensdistill.kernels.layout import Layout
+from fastensdistill.kernels.pack import pack_kernel, pack_rank_one_reference, pack_weights
 from tests.kernels.both import DEVICE, run_kernel, values
 
 # id: ([(name, weight shape, groups, bias)], {name: positions}) — why
@@ -95,7 +95,9 @@ def test_the_kernel_is_the_reference(case, ranked, place, dtype):
     packed = [torch.full((layout.packed_size,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     given = None if deviations is None else deviations.to(DEVICE)
     copies = K if given is None else 1
-    run_kernel(pack_portable, parameters.to(DEVICE), given, *packed, layout.pack_fields, first, copies)
+    run_kernel(
+        torch.ops.fastensdistill.pack_weights, parameters.to(DEVICE), given, *packed, layout.pack_fields, first, copies
+    )
     for name, actual, wanted in zip(("packed", "packed_gradient"), packed, right, strict=True):
         cut = dtype == torch.bfloat16 and DEVICE == "cpu"
         gap = (actual.cpu().float() - wanted.float()).abs()
@@ -106,7 +108,7 @@ def test_the_kernel_is_the_reference(case, ranked, place, dtype):
 def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monkeypatch):
     layout, parameters, deviations = problem("odd", 2, True, 2)
     packed = [torch.zeros(layout.packed_size, dtype=torch.float16) for _ in range(2)]
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         pack_weights(parameters, deviations, layout, *packed)
         monkeypatch.setattr(layouts.torch, "tensor", None)  # a second table could not be made
         pack_weights(parameters, deviations, layout, *packed)
@@ -124,15 +126,12 @@ def test_branches_of_a_student_as_their_own_op():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("built", [True, False], ids=["extension", "no-extension"])
-def test_which_implementation_runs(monkeypatch, built):
-    monkeypatch.setattr(layouts.extension, "serves", lambda name, device: built)
-    x = torch.zeros(2)
-    assert implementation("pack_rank_one", x) == ("extension" if built else "reference")
-    assert implementation("pack_rank_one", x.double()) == ("extension" if built else "reference")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with triton_utils.use_kernels():
-        assert implementation("pack_rank_one", x) == "triton"
+def test_kernels_asked_for_on_the_cpu_come_before_the_extension():
+    layout, parameters, deviations = problem("tiles", 3, True, 4)
+    packed = [torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)]
+    with record_launches() as launches:
+        pack_weights(parameters, deviations, layout, *packed)
+    assert [launch.kernel for launch in launches] == [pack_kernel]
 
 
 L, V, D = problem("flat", 2, True, 2)

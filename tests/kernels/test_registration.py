@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.library import opcheck
 
 from fastensdistill.errors import InputError
@@ -19,10 +21,12 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     grouped_conv,
     head,
     head_backward,
+    launch,
+    ops,
     pack,
+    perturb_step,
     pool,
     sgd,
-    triton_utils,
     unfold,
 )
 from fastensdistill.kernels.layout import Layout
@@ -103,9 +107,9 @@ def test_one_graph_under_torch_compile():
 def test_import_leaves_cuda_alone_and_kernels_on_the_cpu_need_the_interpreter():
     code = (
         "import torch\n"
-        "from fastensdistill.kernels import grouped_conv, head_backward, pool, augment, triton_utils\n"
+        "from fastensdistill.kernels import grouped_conv, head_backward, pool, augment, launch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "with triton_utils.use_kernels():\n"
+        "with launch.use_kernels():\n"
         "    pool.max_pool(torch.ones(1, 1, 2, 2, 4), kernel=2, stride=2)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -132,14 +136,58 @@ def test_without_triton_every_op_runs_its_reference():
 
 
 def test_where_kernels_run(monkeypatch):
-    x, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not triton_utils.runs_kernel(x)
-    with triton_utils.use_kernels():
-        assert triton_utils.runs_kernel(x)
-        assert not triton_utils.runs_kernel(wide), "float64 is the references' alone"
+    assert not launch.runs_kernel("cpu", torch.float32)
+    with launch.use_kernels():
+        assert launch.runs_kernel("cpu", torch.float32)
+        assert not launch.runs_kernel("cpu", torch.float32, torch.float64), "float64 is the references' alone"
     monkeypatch.setenv("FASTENSDISTILL_KERNELS", "interpret")
-    assert triton_utils.runs_kernel(x)
+    assert launch.runs_kernel("cpu", torch.float32)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(InputError, match="set TRITON_INTERPRET=1"):
-        triton_utils.runs_kernel(x)
+        launch.runs_kernel("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["extension", "no-extension"])
+def test_what_computes_an_op_is_the_extension_then_the_kernel_then_the_reference(monkeypatch, built):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ops.extension, "serves", lambda name, device: built and name == "pack_rank_one")
+    for device, dtype, kernel in (
+        ("cpu", torch.float32, "reference"),
+        ("cuda", torch.float32, "triton" if launch.HAS_TRITON else "reference"),
+        ("cuda", torch.float64, "reference"),
+    ):
+        assert ops.implementation("pack_rank_one", device, dtype) == ("extension" if built else kernel)
+        assert ops.implementation("grouped_conv", device, dtype) == kernel
+        assert ops.implementation("perturb_step", device, dtype) == "reference", "it has no Triton kernel"
+    with launch.use_kernels():
+        assert ops.implementation("grouped_conv", "cpu", torch.float32) == "triton"
+        assert ops.implementation("grouped_conv", "cpu", torch.float32, torch.float64) == "reference"
+    with launch.references_only("grouped_conv"):
+        assert ops.implementation("grouped_conv", "cuda", torch.float32) == "reference"
+        assert ops.implementation("head", "cuda", torch.float32) == "triton"
+
+
+class Sides(NamedTuple):
+    x: Tensor
+    out: Tensor
+    factor: float
+    counts: list[int]
+
+
+def test_operands_may_travel_as_one_type():
+    def reference(o: Sides) -> tuple[Tensor, Tensor]:
+        o.out.copy_(o.factor * o.x)
+        return o.x + 1, o.x.new_full((), sum(o.counts))
+
+    def empty(o: Sides) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(o.x), o.x.new_empty(())
+
+    op = ops.define("together_for_a_test", reference, empty, mutates=("out",))
+    assert str(op._schema).endswith("(Tensor x, Tensor(a1!) out, float factor, SymInt[] counts) -> (Tensor, Tensor)")
+    x, out = values(3), torch.zeros(3)
+    opcheck(op, (x, out, 2.0, [3, 4]))
+    one, total = op(x, out, 2.0, [3, 4])
+    assert torch.equal(one, x + 1)
+    assert torch.equal(out, 2 * x)
+    assert total == 7

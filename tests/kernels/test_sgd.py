@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.sgd import sgd, sgd_kernel
 from tests.compare import check_close
 from tests.kernels.both import check_op, values
@@ -60,7 +60,7 @@ def test_one_launch_and_the_arithmetic_of_five():
     h.add_(q, alpha=5e-4)
     w.mul_(0.9).add_(h)
     q.sub_(h.add_(w, alpha=0.9).mul_(4 * rate))
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         sgd(p, v, g, rate, momentum=0.9, weight_decay=5e-4, scale=4.0)
     assert [launch.kernel for launch in launches] == [sgd_kernel]
     sgd(p, v, g, rate, momentum=0.9, weight_decay=5e-4, scale=4.0)
@@ -70,7 +70,7 @@ def test_one_launch_and_the_arithmetic_of_five():
 
 def test_nothing_to_move():
     empty = torch.zeros(0)
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         sgd(empty, empty.clone(), empty.clone(), torch.tensor(0.1), momentum=0.9, weight_decay=0.0)
     assert launches == []
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels import triton_utils
+from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.layout import Layout
 from fastensdistill.kernels.rank_one import unfold_rank_one
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_gradients, unfold_kernel
@@ -98,7 +98,7 @@ def test_plain_networks(case, call):
 def test_launches():
     layout, t = problem("many-layers", torch.float32)
     flat, gradients = t["parameters"], in_kernel_order(layout, t["branch_gradients"])
-    with triton_utils.record_launches() as launches:
+    with record_launches() as launches:
         unfold_gradients(gradients, flat, t["deviations"], layout, flat.clone())
         unfold_gradients(gradients, flat.repeat(2), None, layout, flat.repeat(2))
     assert [launch.kernel for launch in launches] == [unfold_kernel, unfold_factors_kernel, unfold_kernel]

@@ -9,7 +9,7 @@ import torch
 
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import pack
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.network.execute import execute
 from fastensdistill.network.launch import Group
 from fastensdistill.network.plan import plan

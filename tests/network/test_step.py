@@ -16,7 +16,7 @@ from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.kernels.diversity_seed import diversity_seed
-from fastensdistill.kernels.triton_utils import use_kernels
+from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.student import LatentBE
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet

@@ -1,0 +1,153 @@
+"""Launching Triton kernels: where they run, and the seams at which a launch is recorded, wrapped or left out.
+
+A kernel runs on CUDA tensors. Under ``TRITON_INTERPRET=1`` it can be run on CPU tensors too: inside ``use_kernels()``,
+or everywhere with ``FASTENSDISTILL_KERNELS=interpret``.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a platform without Triton: the kernels stay plain functions and every op runs its reference
+
+    class _Absent:
+        constexpr = Any
+
+        @staticmethod
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda function: function)
+
+    triton = tl = _Absent()
+
+HAS_TRITON = hasattr(triton, "__version__")
+# Arguments that follow from the batch size. Triton would compile a kernel anew where one is 1 or no multiple of 16;
+# without that every batch size runs the same kernels, those that `engine.verify` has compared with the reference.
+BATCH_SIZES = ["N", "n_partials", "n_rows", "n_splits", "positions", "steps"]
+
+# What the contexts below put in force, the innermost last
+_forced: list[bool] = []
+_references: list[tuple[str, ...]] = []  # names of ops, () for all
+_records: list[list["KernelLaunch"]] = []
+_arounds: list["Around"] = []
+
+
+class KernelLaunch(NamedTuple):
+    """One kernel launch as the ops would do it: what the ahead-of-time report compiles."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None  # registers a thread may have; None leaves it to the compiler
+    programs: int  # that a multiprocessor shall hold, 0 where nothing depends on it
+
+
+Around = Callable[[KernelLaunch, Callable[[KernelLaunch], None]], None]
+
+
+@contextlib.contextmanager
+def _in_force(stack: list[Any], value: Any) -> Iterator[Any]:
+    stack.append(value)
+    try:
+        yield value
+    finally:
+        stack.pop()
+
+
+def use_kernels() -> contextlib.AbstractContextManager[Any]:
+    """Run the Triton kernels on CPU tensors too, through Triton's interpreter (needs ``TRITON_INTERPRET=1``)."""
+    return _in_force(_forced, True)
+
+
+def references_only(*ops: str) -> contextlib.AbstractContextManager[Any]:
+    """Within, the ops of these names (without any: all) run their references, on a GPU too."""
+    return _in_force(_references, ops)
+
+
+def record_launches() -> contextlib.AbstractContextManager[list[KernelLaunch]]:
+    """Within, ops launch nothing: their results stay unwritten, and the launches are collected in the yielded list."""
+    return _in_force(_records, [])
+
+
+def around_launches(around: Around) -> contextlib.AbstractContextManager[Any]:
+    """Within, ``around(launch, do)`` stands in the place of every launch.
+
+    It calls ``do`` with the launch, or with one of other warps or stages; what was entered last is called first. This
+    is how a diagnosis on a device logs, varies and repeats launches.
+    """
+    return _in_force(_arounds, around)
+
+
+def kept_to_reference(op: str | None = None) -> bool:
+    """Whether ``references_only`` is in force for ``op``, or without a name for all ops."""
+    return bool(_references) and any(op in ops or not ops for ops in _references)
+
+
+def runs_kernel(device: str, *dtypes: torch.dtype) -> bool:
+    """Whether Triton kernels run for tensors of these dtypes on a ``device`` such as "cuda"; float64 has none.
+
+    Raises InputError where they are asked for on the CPU without Triton's interpreter.
+    """
+    if not HAS_TRITON or torch.float64 in dtypes:
+        return False
+    if device == "cuda" or _records:
+        return True
+    if not (_forced or os.environ.get("FASTENSDISTILL_KERNELS") == "interpret"):
+        return False
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError("kernels on CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the start")
+    return True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> None:
+    """Launch ``kernel`` with a ``Tile``'s warps, stages and registers, and the block sizes that it takes.
+
+    Nothing is launched on an empty grid.
+    """
+    if 0 in grid:
+        return
+    for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
+        if block in kernel.arg_names:
+            arguments.setdefault(block, getattr(tile, block))
+    one = KernelLaunch(kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.maxnreg, tile.programs)
+    if _records:
+        _records[-1].append(one)
+        return
+    do = _launch
+    for around in _arounds:
+        do = functools.partial(_wrapped, around, do)
+    do(one)
+
+
+def _wrapped(around: Around, do: Callable[[KernelLaunch], None], one: KernelLaunch) -> None:
+    around(one, do)
+
+
+def _launch(one: KernelLaunch) -> None:
+    device = next(value.device for value in one.arguments.values() if isinstance(value, Tensor))
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "maxnreg": one.maxnreg}
+        one.kernel[one.grid](**one.arguments, **options)
+
+
+def row_stride(rows: Tensor | None) -> int:
+    """Elements from one slot's row to the next; 0 where all slots share one row."""
+    return 0 if rows is None or rows.shape[0] == 1 else int(rows.shape[1])
+
+
+def residual_sizes(residual: Tensor | None) -> dict[str, int]:
+    """The sizes of a residual (G, N, HR, WR, CR) as kernels take them."""
+    height, width, channels = residual.shape[2:] if residual is not None else (0, 0, 0)
+    return {"HR": height, "WR": width, "CR": channels}

@@ -1,0 +1,121 @@
+"""Checks of the operands of an op, made before dispatch: no host sync, one sentence that names the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError, unknown
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
+PRECISIONS = ("ieee", "tf32")
+_LIMIT = 2**31
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What an op computes in and holds sums in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``InputError(message)`` unless ``condition``."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_tensor(name: str, x: Tensor, dimensions: int) -> None:
+    """A contiguous tensor of so many dimensions, whose size per group fits int32 offsets."""
+    require(x.dim() == dimensions, f"{name} has shape {tuple(x.shape)}, expected {dimensions} dimensions")
+    require(x.is_contiguous(), f"{name} of shape {tuple(x.shape)} is not contiguous")
+    count = math.prod(x.shape[1:])
+    require(
+        count < _LIMIT,
+        f"{name} of shape {tuple(x.shape)} has {count} elements in one group, more than 32-bit offsets reach; "
+        "use smaller batches",
+    )
+
+
+def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> None:
+    """Per-slot (or per-group) channel parameters: shape (count, channels), or (1, channels) where all share them."""
+    if rows is not None:
+        good = rows.dim() == 2 and rows.shape[0] in (1, count) and rows.shape[1] == channels and rows.is_contiguous()
+        require(good, f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
+
+
+def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: int, channels: int) -> None:
+    """Two per-slot parameters that only make sense together: both absent, or both of one shape."""
+    require((first is None) == (second is None), f"{names} must be given together")
+    if first is not None and second is not None:
+        check_rows(names, first, count, channels)
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        require(first.shape == second.shape and second.is_contiguous(), f"{names} have shapes {shapes}, expected equal")
+
+
+def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...]) -> None:
+    """A residual whose every ``stride``-th position fits ``shape`` (G, N, H, W, C), with at most C channels."""
+    if residual is not None:
+        check_tensor("residual", residual, 5)
+        size = (*residual.shape[:2], *(-(-s // stride) for s in residual.shape[2:4]))
+        require(
+            size == tuple(shape[:4]) and residual.shape[4] <= shape[4],
+            f"residual has shape {tuple(residual.shape)}, expected every {stride}-th position of it to fit "
+            f"{tuple(shape)}",
+        )
+
+
+def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, add: bool) -> Tensor:
+    """Where sums of ``shape`` go that an op makes of ``like``: the given ``out``, or new memory, zeros to add to."""
+    dtype = accumulator(like.dtype)
+    if out is None:
+        return like.new_zeros(shape, dtype=dtype) if add else like.new_empty(shape, dtype=dtype)
+    require(
+        tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous(),
+        f"{name} is {out.dtype} of shape {tuple(out.shape)}, expected {dtype} {shape}, contiguous",
+    )
+    return out
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+
+
+def check_floating(name: str, tensor: Tensor, rank: int, axes: str) -> None:
+    """Refuse a tensor that is not floating point of rank ``rank``; ``axes`` is how the message writes the shape."""
+    if tensor.dtype not in FLOATING:
+        raise InputError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if tensor.dim() != rank:
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {axes}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor whose dtype or device differs from ``other``'s."""
+    if tensor.dtype != other.dtype:
+        raise InputError(f"{name} has dtype {tensor.dtype} but {other_name} has {other.dtype}; convert one of them")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise InputError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
+
+
+def check_contiguous(*named: tuple[str, Tensor]) -> None:
+    """Refuse to write in place into memory with gaps."""
+    for name, tensor in named:
+        if not tensor.is_contiguous():
+            raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); it is written in place")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not finite and above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} is {value}; expected a number above 0")
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Positions along one side after a convolution or pooling."""
+    return (size + 2 * padding - kernel) // stride + 1

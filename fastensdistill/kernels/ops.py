@@ -1,0 +1,103 @@
+"""How an op is defined, and what computes it.
+
+For every op the first of these that there is for its tensors:
+
+    extension   a kernel of the compiled extension (``extension.py``), which PyTorch's dispatcher prefers
+    triton      the op's Triton kernel, where kernels run (``launch.py``) and no tensor that it always takes is float64
+    reference   the equations in plain PyTorch, any device and dtype
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastensdistill.kernels import extension
+from fastensdistill.kernels.launch import kept_to_reference, runs_kernel
+
+NAMESPACE = "fastensdistill"
+# Every op's name → what serves without the extension; of those among them that have one, the launcher of its kernel
+PORTABLE: dict[str, Callable[..., Any]] = {}
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
+
+def nothing(*operands: Any) -> None:
+    """The results of an op that only writes into its operands."""
+
+
+def define(
+    name: str,
+    reference: Callable[..., Any],
+    empty: Callable[..., Any] = nothing,
+    launcher: Callable[..., Any] | None = None,
+    *,
+    mutates: tuple[str, ...] = (),
+) -> Any:
+    """Define ``torch.ops.fastensdistill.name`` and return it; its schema is the reference's signature.
+
+    Args:
+        reference: the op in plain PyTorch. It takes the operands by position or, where its one parameter is a
+            NamedTuple, as that.
+        empty: the results unwritten, of the same operands: the op's fake, and where a launcher gets its memory.
+        launcher: launches the op's Triton kernel, same operands and results.
+        mutates: names of the operands that it writes into.
+    """
+    signature = inspect.signature(reference, eval_str=True)
+    parameters = list(signature.parameters.values())
+    together = parameters[0].annotation if hasattr(parameters[0].annotation, "_fields") else None
+    if together is not None:
+        signature = inspect.signature(together).replace(return_annotation=signature.return_annotation)
+        parameters = list(signature.parameters.values())
+    tensors = [position for position, parameter in enumerate(parameters) if parameter.annotation is Tensor]
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+
+    def unwritten(*operands: Any) -> Any:
+        return empty(*operands) if together is None else empty(together(*operands))
+
+    def run(*operands: Any) -> Any:
+        given = [operands[position] for position in tensors]
+        function = reference
+        if launcher is not None and _runs_kernel(name, given[0].device.type, *(x.dtype for x in given)):
+            function = launcher
+        return function(*operands) if together is None else function(together(*operands))
+
+    schema = torch.library.infer_schema(prototype, mutates_args=mutates)
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", unwritten)
+    PORTABLE[name] = run
+    if launcher is not None:
+        LAUNCHERS[name] = launcher
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _runs_kernel(name: str, device: str, *dtypes: torch.dtype) -> bool:
+    return not kept_to_reference(name) and runs_kernel(device, *dtypes)
+
+
+def implementation(name: str, device: str, *dtypes: torch.dtype) -> str:
+    """What computes the op ``name`` on tensors of these dtypes on ``device``, such as "cuda", of the three above."""
+    if extension.serves(name, device):
+        return "extension"
+    return "triton" if name in LAUNCHERS and _runs_kernel(name, device, *dtypes) else "reference"
+
+
+def absent(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What an op returns in the place of a result nobody asked for (ops return fixed tuples)."""
+    return x.new_empty(0, dtype=dtype)
+
+
+def present(x: Tensor) -> Tensor | None:
+    """A result, or None where it is absent."""
+    return x if x.numel() else None
+
+
+def refuse_second_derivative(name: str) -> None:
+    """For the top of a ``backward`` that hands out a saved gradient: as a constant it would be silently wrong there."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once: its gradient has no graph, so create_graph=True is refused")

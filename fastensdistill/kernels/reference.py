@@ -1,0 +1,45 @@
+"""What the references share, in plain PyTorch: rows by slot, shortcuts, 1-bit ReLU masks, rows of partial sums."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def wide(rows: Tensor) -> Tensor:
+    """Rows (G or 1, C) of a per-group parameter, shaped to go with (G, N, H, W, C)."""
+    return rows[:, None, None, None, :]
+
+
+def pick(rows: Tensor, slots: Tensor | None) -> Tensor:
+    """Rows of a per-slot parameter (slots or 1, C) for each group, as ``wide``; without slots they are by group."""
+    return wide(rows if slots is None or rows.shape[0] == 1 else rows[slots.long()])
+
+
+def shortcut(x: Tensor, stride: int, height: int, width: int, channels: int) -> Tensor:
+    """``x[:, :, ::stride, ::stride]`` with zero channels appended (or the first ``channels`` kept)."""
+    x = x[:, :, ::stride, ::stride][:, :, :height, :width]
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def pack_mask(positive: Tensor) -> Tensor:
+    """Bool (..., C) → uint8 (..., ceil(C/8)): channel c is bit c % 8 of byte c // 8; bits past C are 0."""
+    channels = positive.shape[-1]
+    bits = F.pad(positive.to(torch.uint8), (0, -channels % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=positive.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, channels: int) -> Tensor:
+    """The inverse of ``pack_mask``: uint8 (..., ceil(C/8)) → bool (..., C)."""
+    bits = (mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.flatten(-2)[..., :channels].bool()
+
+
+def partial_rows(values: Tensor, block: int) -> Tensor:
+    """Sums of (G, positions, C) over runs of ``block`` positions: (G, ceil(positions / block), C)."""
+    padded = F.pad(values, (0, 0, 0, -values.shape[1] % block))
+    return padded.unflatten(1, (-1, block)).sum(2)
+
+
+def leave(value: Tensor, out: Tensor, add: bool) -> None:
+    """``value`` into ``out``, or on top of what is there."""
+    out.add_(value) if add else out.copy_(value)
