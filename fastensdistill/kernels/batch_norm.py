@@ -15,11 +15,30 @@ from torch import Tensor
 
 from fastensdistill.kernels.gather import load_shortcut, store_bits
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_shortcut, check_tensor, require
+from fastensdistill.kernels.operands import (
+    accumulator,
+    check_pair,
+    check_rows,
+    check_shortcut,
+    check_tensor,
+    require,
+)
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import pack_mask, shortcut, wide
 from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
 from fastensdistill.kernels.tiles import rows_tile
+
+
+class StatisticsOperands(NamedTuple):
+    partials: Tensor  # (G, P, 2, C) float32: S₁ and S₂ of rows
+    values: int  # n: so many a channel of a set has
+    weight: Tensor  # γ (Q, C) float32
+    bias: Tensor  # β, and both running estimates like γ
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+    eps: float
+    correction: float
 
 
 class NormStatistics(NamedTuple):
@@ -29,28 +48,37 @@ class NormStatistics(NamedTuple):
     shift: Tensor
 
 
+class ApplyOperands(NamedTuple):
+    z: Tensor  # (G, N, H, W, C)
+    scale: Tensor  # (Q, C) float32
+    shift: Tensor
+    residual: Tensor | None  # (G, N, Hr, Wr, Cr ≤ C), read at every s-th position
+    residual_stride: int  # s
+    relu: bool
+    mask: bool  # also where y is positive
+
+
 class NormOutput(NamedTuple):
     y: Tensor  # (G, N, H, W, C)
     mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
 
 
-def batch_norm_statistics_reference(
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-    correction: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = (sums / count for sums in set_sums(partials, weight.shape[0]))
-    mean, var = running_mean + first, (second - first.square()).clamp_min(0)
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(correction * var, momentum)
-    inv_std = (var + eps).rsqrt()
-    return mean, inv_std, weight * inv_std, bias - weight * inv_std * mean
+def batch_norm_statistics_reference(o: StatisticsOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = (sums / o.values for sums in set_sums(o.partials, o.weight.shape[0]))
+    mean, var = o.running_mean + first, (second - first.square()).clamp_min(0)
+    o.running_mean.lerp_(mean, o.momentum)
+    o.running_var.lerp_(o.correction * var, o.momentum)
+    inv_std = (var + o.eps).rsqrt()
+    return mean, inv_std, o.weight * inv_std, o.bias - o.weight * inv_std * mean
+
+
+def batch_norm_apply_reference(o: ApplyOperands) -> tuple[Tensor, Tensor]:
+    z = o.z.to(accumulator(o.z.dtype))
+    y = z * wide(o.scale) + wide(o.shift)
+    if o.residual is not None:
+        y = y + shortcut(o.residual, o.residual_stride, *z.shape[2:]).to(z.dtype)
+    y = (y.relu() if o.relu else y).to(o.z.dtype)
+    return y, pack_mask(y > 0) if o.mask else absent(z.new_empty(0, dtype=torch.uint8))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -91,96 +119,6 @@ def batch_norm_statistics_kernel(
     tl.store(p_inv_std + o, b_inv_std, mask=m_c)
     tl.store(p_scale + o, b_scale, mask=m_c)
     tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
-
-
-def _launch_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction):
-    mean, inv_std, scale, shift = (torch.empty_like(weight) for _ in range(4))
-    sets, channels = weight.shape
-    rows = fewer_rows(partials, sets)
-    launch(
-        batch_norm_statistics_kernel,
-        set_grid(sets, channels),
-        SET_TILE,
-        p_partials=rows,
-        p_weight=weight,
-        p_bias=bias,
-        p_running_mean=running_mean,
-        p_running_var=running_var,
-        p_mean=mean,
-        p_inv_std=inv_std,
-        p_scale=scale,
-        p_shift=shift,
-        n_rows=rows.shape[1],
-        share=1.0 / count,
-        momentum=momentum,
-        eps=eps,
-        correction=correction,
-        C=channels,
-        **SET_BLOCKS,
-    )
-    return mean, inv_std, scale, shift
-
-
-def _batch_norm_statistics_fake(partials, count, weight, *unused):
-    return tuple(torch.empty_like(weight) for _ in range(4))
-
-
-_batch_norm_statistics = define(
-    "batch_norm_statistics",
-    batch_norm_statistics_reference,
-    _batch_norm_statistics_fake,
-    _launch_statistics,
-    mutates=("running_mean", "running_var"),
-)
-
-
-def batch_norm_statistics(
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    correction: float = 1.0,
-) -> NormStatistics:
-    """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place.
-
-    ``partials`` (G, P, 2, C): ``grouped_conv``'s statistics about ``center=running_mean``; ``count`` values per channel
-    and **set** (all groups together where Q = 1); ``weight, bias, running_mean, running_var`` (Q, C) float32.
-    The running variance moves towards ``correction`` times the biased one, n/(n − 1) for PyTorch's unbiased one.
-    """
-    require(partials.dim() == 4, f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
-    for name, rows in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        check_rows(name, rows, partials.shape[0], partials.shape[3])
-        require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
-    return NormStatistics(
-        *_batch_norm_statistics(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
-    )
-
-
-def batch_norm_apply_reference(
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_stride: int,
-    relu: bool,
-    mask: bool,
-) -> tuple[Tensor, Tensor]:
-    high = accumulator(z.dtype)
-    y = z.to(high) * wide(scale) + wide(shift)
-    if residual is not None:
-        y = y + shortcut(residual, residual_stride, z.shape[2], z.shape[3], z.shape[4]).to(high)
-    y = (y.relu() if relu else y).to(z.dtype)
-    return y, pack_mask(y > 0) if mask else absent(z.new_empty(0, dtype=torch.uint8))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -232,43 +170,94 @@ def batch_norm_apply_kernel(
         store_bits(p_bits, (b_stored > 0) & m_z, o_m, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N)
 
 
-def _launch_apply(z, scale, shift, residual, residual_stride, relu, mask):
-    y, bits = _empty_apply(z, mask)
-    groups, images, height, width, channels = z.shape
-    tile = rows_tile(channels)
-    positions = images * height * width
+def _empty_statistics(o):
+    return tuple(torch.empty_like(o.weight) for _ in NormStatistics._fields)
+
+
+def _empty_output(o):
+    shape = (*o.z.shape[:4], -(-o.z.shape[4] // 8)) if o.mask else (0,)
+    return torch.empty_like(o.z), o.z.new_empty(shape, dtype=torch.uint8)
+
+
+def _launch_statistics(o):
+    mean, inv_std, scale, shift = _empty_statistics(o)
+    sets, channels = o.weight.shape
+    rows = fewer_rows(o.partials, sets)
     launch(
-        batch_norm_apply_kernel,
-        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
-        tile,
-        p_z=z,
+        batch_norm_statistics_kernel,
+        set_grid(sets, channels),
+        SET_TILE,
+        o,
+        p_partials=rows,
+        p_mean=mean,
+        p_inv_std=inv_std,
         p_scale=scale,
         p_shift=shift,
-        p_residual=residual,
+        n_rows=rows.shape[1],
+        share=1.0 / o.values,
+        C=channels,
+        **SET_BLOCKS,
+    )
+    return mean, inv_std, scale, shift
+
+
+def _launch_apply(o):
+    y, bits = _empty_output(o)
+    groups, images, height, width, channels = o.z.shape
+    tile = rows_tile(channels)
+    launch(
+        batch_norm_apply_kernel,
+        (-(-images * height * width // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
+        tile,
+        o,
         p_y=y,
-        p_mask=bits if mask else None,
+        p_mask=bits if o.mask else None,
         N=images,
-        s_scale=row_stride(scale),
+        s_scale=row_stride(o.scale),
         H=height,
         W=width,
         C=channels,
-        **residual_sizes(residual),
-        RESIDUAL_STRIDE=residual_stride,
-        RELU=relu,
+        **residual_sizes(o.residual),
     )
     return y, bits
 
 
-def _empty_apply(z, mask):
-    shape = (*z.shape[:4], -(-z.shape[4] // 8)) if mask else (0,)
-    return torch.empty_like(z), z.new_empty(shape, dtype=torch.uint8)
+_batch_norm_statistics = define(
+    "batch_norm_statistics",
+    batch_norm_statistics_reference,
+    _empty_statistics,
+    _launch_statistics,
+    mutates=("running_mean", "running_var"),
+)
+_batch_norm_apply = define("batch_norm_apply", batch_norm_apply_reference, _empty_output, _launch_apply)
 
 
-def _batch_norm_apply_fake(z, scale, shift, residual, residual_stride, relu, mask):
-    return _empty_apply(z, mask)
+def batch_norm_statistics(
+    partials: Tensor,
+    count: int,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    correction: float = 1.0,
+) -> NormStatistics:
+    """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place.
 
-
-_batch_norm_apply = define("batch_norm_apply", batch_norm_apply_reference, _batch_norm_apply_fake, _launch_apply)
+    ``partials`` (G, P, 2, C): ``grouped_conv``'s statistics about ``center=running_mean``; ``count`` values per channel
+    and **set** (all groups together where Q = 1); ``weight, bias, running_mean, running_var`` (Q, C) float32.
+    The running variance moves towards ``correction`` times the biased one, n/(n − 1) for PyTorch's unbiased one.
+    Raises InputError for shapes that disagree.
+    """
+    require(partials.dim() == 4, f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
+    o = StatisticsOperands(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        rows = getattr(o, name)
+        check_rows(name, rows, partials.shape[0], partials.shape[3])
+        require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
+    return NormStatistics(*_batch_norm_statistics(*o))
 
 
 def batch_norm_apply(
@@ -284,10 +273,12 @@ def batch_norm_apply(
     """``relu(scale · z + shift + residual)`` and, with ``mask``, the bits where it is positive.
 
     ``z`` (G, N, H, W, C); ``scale, shift`` (Q, C) float32, Q = G or 1, by group; ``residual`` (G, N, Hr, Wr, Cr ≤ C) is
-    read at every ``residual_stride``-th position, missing channels being 0.
+    read at every ``residual_stride``-th position, missing channels being 0. The result has z's dtype. Raises InputError
+    for shapes that disagree.
     """
     check_tensor("z", z, 5)
     check_pair("scale and shift", scale, shift, z.shape[0], z.shape[4])
     check_shortcut(residual, residual_stride, z.shape)
-    y, bits = _batch_norm_apply(z, scale, shift, residual, residual_stride, relu, mask)
+    o = ApplyOperands(z, scale, shift, residual, residual_stride, relu, mask)
+    y, bits = _batch_norm_apply(*o)
     return NormOutput(y, present(bits))

@@ -1,10 +1,10 @@
 """BatchNorm in training mode, backward.
 
-    u = mask · (d + residual),   dβ = Σ u,   dγ = Σ u · x̂,   x̂ = (z − mean) · inv_std
+    dβ = Σ u,   dγ = Σ u · x̂,   x̂ = (z − mean) · inv_std            (u: the gradient of its output)
     dz = A·u + B·z + C (+ residual),   A = γ·inv_std,   B = −A·inv_std·dγ/n,   C = −A·dβ/n − B·mean
 
-The sums usually come with u out of ``conv_data_gradient`` or ``head_backward``; where neither runs,
-``batch_norm_backward_statistics`` makes them. Partial sums are (G, P, 2, C) in float32, added in a fixed order.
+The sums come with u out of ``conv_data_gradient``, ``head_backward`` or ``elementwise_gradient``: (G, P, 2, C) in
+float32, added in a fixed order.
 """
 
 from typing import NamedTuple
@@ -21,52 +21,43 @@ from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_gr
 from fastensdistill.kernels.tiles import rows_tile
 
 
+class NormBackwardOperands(NamedTuple):
+    d: Tensor  # u (G, N, H, W, C)
+    z: Tensor  # (G, N, H, W, C)
+    partials: Tensor  # (G, P, 2, C) float32: both sums of rows
+    values: int  # n: so many a channel of a set has
+    weight: Tensor  # γ (Q, C) float32
+    mean: Tensor  # (Q, C) float32
+    inv_std: Tensor
+    residual: Tensor | None  # (G, N, H, W, C)
+    d_weight: Tensor  # dγ (Q, C) float32, written
+    d_bias: Tensor  # dβ (Q, C) float32, written
+    add: bool  # on top of what they hold
+
+
 class NormGradient(NamedTuple):
     d: Tensor  # (G, N, H, W, C)
     d_weight: Tensor  # (Q, C) float32
     d_bias: Tensor
 
 
-def batch_norm_backward_statistics(
-    d: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    *,
-    mask: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> ElementwiseGradient:
-    """``u = mask · (d + residual)`` with the partial Σu and Σu·x̂, where no data gradient made them on its way.
-
-    ``d, z, residual`` (G, N, H, W, C); ``mean, inv_std`` (Q, C) float32; ``mask`` uint8 (G, N, H, W, ceil(C/8)).
-    """
-    return elementwise_gradient(d, residual=residual, mask=mask, z=z, mean=mean, inv_std=inv_std)
+def batch_norm_backward_statistics(d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor) -> ElementwiseGradient:
+    """The partial sums of ``d``, where nothing made them on its way."""
+    return elementwise_gradient(d, z=z, mean=mean, inv_std=inv_std)
 
 
-def batch_norm_backward_reference(
-    d: Tensor,
-    z: Tensor,
-    partials: Tensor,
-    count: int,
-    weight: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    residual: Tensor | None,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    add: bool,
-) -> Tensor:
-    high = accumulator(d.dtype)
-    first, second = set_sums(partials, weight.shape[0])
-    a = weight * inv_std
-    b = -a * inv_std * second / count
-    c = -a * first / count - b * mean
-    out = wide(a) * d.to(high) + wide(b) * z.to(high) + wide(c)
-    if residual is not None:
-        out = out + residual.to(high)
-    leave(second, d_weight, add)
-    leave(first, d_bias, add)
-    return out.to(d.dtype)
+def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:
+    high = accumulator(o.d.dtype)
+    first, second = set_sums(o.partials, o.weight.shape[0])
+    a = o.weight * o.inv_std
+    b = -a * o.inv_std * second / o.values
+    c = -a * first / o.values - b * o.mean
+    out = wide(a) * o.d.to(high) + wide(b) * o.z.to(high) + wide(c)
+    if o.residual is not None:
+        out = out + o.residual.to(high)
+    leave(second, o.d_weight, o.add)
+    leave(first, o.d_bias, o.add)
+    return out.to(o.d.dtype)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -137,38 +128,36 @@ def batch_norm_backward_kernel(
     tl.store(p_out + o_group + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
-def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add):
-    out = torch.empty_like(d)
-    sets, channels = weight.shape
-    rows = fewer_rows(partials, sets)
-    coefficients = weight.new_empty(sets, 3, channels)
+def _empty(o):
+    return torch.empty_like(o.d)
+
+
+def _launch(o):
+    out = _empty(o)
+    sets, channels = o.weight.shape
+    rows = fewer_rows(o.partials, sets)
+    coefficients = o.weight.new_empty(sets, 3, channels)
     launch(
         batch_norm_coefficients_kernel,
         set_grid(sets, channels),
         SET_TILE,
+        o,
         p_partials=rows,
-        p_weight=weight,
-        p_mean=mean,
-        p_inv_std=inv_std,
-        p_d_weight=d_weight,
-        p_d_bias=d_bias,
         p_abc=coefficients,
         n_rows=rows.shape[1],
-        share=1.0 / count,
+        share=1.0 / o.values,
         C=channels,
-        ADD=add,
         **SET_BLOCKS,
     )
     tile = rows_tile(channels)
-    positions = d.shape[1] * d.shape[2] * d.shape[3]
+    groups, images, height, width, _ = o.d.shape
+    positions = images * height * width
     launch(
         batch_norm_backward_kernel,
-        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), d.shape[0]),
+        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
         tile,
-        p_d=d,
-        p_z=z,
+        o,
         p_abc=coefficients,
-        p_residual=residual,
         p_out=out,
         positions=positions,
         s_abc=0 if sets == 1 else 3 * channels,
@@ -177,16 +166,8 @@ def _launch_backward(d, z, partials, count, weight, mean, inv_std, residual, d_w
     return out
 
 
-def _batch_norm_backward_fake(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add):
-    return torch.empty_like(d)
-
-
 _batch_norm_backward = define(
-    "batch_norm_backward",
-    batch_norm_backward_reference,
-    _batch_norm_backward_fake,
-    _launch_backward,
-    mutates=("d_weight", "d_bias"),
+    "batch_norm_backward", batch_norm_backward_reference, _empty, _launch, mutates=("d_weight", "d_bias")
 )
 
 
@@ -207,20 +188,20 @@ def batch_norm_backward(
     """Gradient of BatchNorm's input, weight γ and bias β, from the sums (G, P, 2, C) made with ``d``.
 
     ``d, z`` and the optional ``residual`` gradient, added last, (G, N, H, W, C); ``weight, mean, inv_std`` (Q, C)
-    float32; ``count`` as in ``batch_norm_statistics``. The parameters' gradients are in ``d_weight, d_bias`` where
-    these are given, with ``add`` on top of what they hold.
+    float32; ``count`` as in ``batch_norm_statistics``. The result has d's dtype. The parameters' gradients are in
+    ``d_weight, d_bias`` where these are given, with ``add`` on top of what they hold. Raises InputError for shapes
+    that disagree.
     """
     check_tensor("d", d, 5)
-    check_tensor("z", z, 5)
-    require(z.shape == d.shape, f"z has shape {tuple(z.shape)}, expected {tuple(d.shape)}")
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        require(residual.shape == d.shape, f"residual has shape {tuple(residual.shape)}, expected {tuple(d.shape)}")
+    for name, x in (("z", z), ("residual", residual)):
+        if x is not None:
+            check_tensor(name, x, 5)
+            require(x.shape == d.shape, f"{name} has shape {tuple(x.shape)}, expected {tuple(d.shape)}")
     for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
         check_rows(name, rows, d.shape[0], d.shape[4])
         require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
     d_weight, d_bias = (
         check_out(name, out, tuple(weight.shape), d, add) for name, out in (("d_weight", d_weight), ("d_bias", d_bias))
     )
-    out = _batch_norm_backward(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add)
-    return NormGradient(out, d_weight, d_bias)
+    o = NormBackwardOperands(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add)
+    return NormGradient(_batch_norm_backward(*o), d_weight, d_bias)

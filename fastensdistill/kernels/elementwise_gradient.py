@@ -4,7 +4,7 @@
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
 Here scale, mean and inv_std are by group: (Q, C), Q = G or 1. ``gradient_epilogue``, ``gradient_sums`` and
-``check_epilogue`` serve the data gradients of convolutions too, where they are by weight slot.
+``check_epilogue`` serve the data gradients of convolutions and of the head too, where they are by weight slot.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,18 @@ from fastensdistill.kernels.reference import partial_rows, pick, unpack_mask
 from fastensdistill.kernels.tiles import rows_tile
 
 ROWS_BLOCK = 512  # positions of one program, and of one row of sums
+
+
+class ElementwiseGradientOperands(NamedTuple):
+    d: Tensor  # (G, N, H, W, C)
+    residual: Tensor | None  # (G, N, ceil(H/s), ceil(W/s), Cr), added at every s-th position to min(C, Cr) channels
+    residual_stride: int  # s
+    residual_first: bool  # before mask and scale, else after them
+    mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
+    scale: Tensor | None  # (Q, C) float32
+    z: Tensor | None  # (G, N, H, W, C): with it statistics are made
+    mean: Tensor | None  # (Q, C) float32
+    inv_std: Tensor | None  # (Q, C) float32
 
 
 class ElementwiseGradient(NamedTuple):
@@ -72,21 +84,11 @@ def gradient_sums(
     return torch.stack([rows(u), rows(u * standard)], 2)
 
 
-def elementwise_gradient_reference(
-    d: Tensor,
-    residual: Tensor | None,
-    residual_stride: int,
-    residual_first: bool,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    u = d.to(accumulator(d.dtype))
-    out = gradient_epilogue(u, None, residual, residual_stride, residual_first, mask, scale).to(d.dtype)
-    sums = gradient_sums(out, None, z, mean, inv_std, lambda v: partial_rows(v.flatten(1, 3), ROWS_BLOCK))
-    return out.clone() if out is d else out, sums
+def elementwise_gradient_reference(o: ElementwiseGradientOperands) -> tuple[Tensor, Tensor]:
+    u = o.d.to(accumulator(o.d.dtype))
+    d = gradient_epilogue(u, None, o.residual, o.residual_stride, o.residual_first, o.mask, o.scale).to(o.d.dtype)
+    sums = gradient_sums(d, None, o.z, o.mean, o.inv_std, lambda v: partial_rows(v.flatten(1, 3), ROWS_BLOCK))
+    return d.clone() if d is o.d else d, sums
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -161,54 +163,40 @@ def elementwise_gradient_kernel(
         tl.store(p_sums + C + o_n, second, mask=m_n)
 
 
-def _launch(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std):
-    out, sums = _empty_results(d, z)
-    groups, images, height, width, channels = d.shape
-    positions = images * height * width
-    rows = -(-positions // ROWS_BLOCK)
+def _empty(o):
+    groups, images, height, width, channels = o.d.shape
+    rows = -(-images * height * width // ROWS_BLOCK)
+    shape = (groups, rows, 2, channels) if o.z is not None else (0,)
+    return torch.empty_like(o.d), o.d.new_empty(shape, dtype=accumulator(o.d.dtype))
+
+
+def _launch(o):
+    out, sums = _empty(o)
+    groups, images, height, width, channels = o.d.shape
+    rows = -(-images * height * width // ROWS_BLOCK)
     tile = rows_tile(channels)
     launch(
         elementwise_gradient_kernel,
         (rows, -(-channels // tile.BLOCK_N), groups),
         tile,
-        p_d=d,
-        p_residual=residual,
-        p_mask=mask,
-        p_scale=scale,
-        p_z=z,
-        p_mean=mean,
-        p_inv_std=inv_std,
+        o,
         p_out=out,
-        p_sums=sums if z is not None else None,
+        p_sums=present(sums),
         N=images,
         n_partials=rows,
-        s_scale=row_stride(scale),
-        s_mean=row_stride(mean),
+        s_scale=row_stride(o.scale),
+        s_mean=row_stride(o.mean),
         H=height,
         W=width,
         C=channels,
-        **residual_sizes(residual),
-        RESIDUAL_STRIDE=residual_stride,
-        RESIDUAL_FIRST=residual_first,
+        **residual_sizes(o.residual),
         ROWS=ROWS_BLOCK,
         BLOCK_M=min(tile.BLOCK_M, ROWS_BLOCK),
     )
     return out, sums
 
 
-def _empty_results(d, z):
-    rows = -(-d.shape[1] * d.shape[2] * d.shape[3] // ROWS_BLOCK)
-    shape = (d.shape[0], rows, 2, d.shape[4]) if z is not None else (0,)
-    return torch.empty_like(d), d.new_empty(shape, dtype=accumulator(d.dtype))
-
-
-def _elementwise_gradient_fake(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std):
-    return _empty_results(d, z)
-
-
-_elementwise_gradient = define(
-    "elementwise_gradient", elementwise_gradient_reference, _elementwise_gradient_fake, _launch
-)
+_elementwise_gradient = define("elementwise_gradient", elementwise_gradient_reference, _empty, _launch)
 
 
 def check_epilogue(
@@ -259,9 +247,10 @@ def elementwise_gradient(
     ``d`` and ``z`` (G, N, H, W, C); ``residual`` (G, N, ceil(H/s), ceil(W/s), Cr) is added at every
     ``residual_stride``-th position to the first min(Cr, C) channels, before the mask unless ``residual_first`` is
     False; ``mask`` uint8 (G, N, H, W, ceil(C/8)); ``scale, mean, inv_std`` (G or 1, C) float32, by group. ``z, mean,
-    inv_std`` together ask for ``statistics``. Raises InputError for shapes that disagree.
+    inv_std`` together ask for ``statistics``. The result has d's dtype. Raises InputError for shapes that disagree.
     """
     check_tensor("d", d, 5)
+    o = ElementwiseGradientOperands(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
     check_epilogue(tuple(d.shape), d.shape[0], residual, residual_stride, mask, scale, z, mean, inv_std)
-    out, sums = _elementwise_gradient(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
+    out, sums = _elementwise_gradient(*o)
     return ElementwiseGradient(out, present(sums))

@@ -1,14 +1,13 @@
 """The classifier: BatchNorm by known scale and shift, ReLU, mean over positions, linear.
 
-pooled[c] = mean over positions of relu(scale · z + shift)            logits = pooled · W[slots[g]] + bias[slots[g]]
-dpooled = dlogits · Wᵀ,   d = [scale · z + shift > 0] · dpooled / (H·W)   (· scale in eval mode)
-dW = pooledᵀ · dlogits,   db = Σ dlogits
-statistics = Σ d, Σ d · x̂ (training mode)
+pooled[c] = mean over positions of relu(scale · z + shift)
+logits[g] = pooled · W[weight_index[g]] + bias[weight_index[g]]
+
+``head_backward`` is its gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
@@ -22,9 +21,15 @@ POSITIONS_BLOCK, CHANNELS_BLOCK = 16, 32  # read at once for each of them
 HEAD_TILE = Tile(0, 0, 0, 8, 2, "few programs: latency decides, so 32 values a thread are in flight")
 
 
-def class_block(classes: int) -> int:
-    """Classes of one program."""
-    return min(128, max(16, 1 << (classes - 1).bit_length()))
+class HeadOperands(NamedTuple):
+    z: Tensor  # (G, N, H, W, C)
+    weight: Tensor  # (S, C, classes) of the dtype that is multiplied in
+    bias: Tensor | None  # (S, classes) float32
+    weight_index: Tensor  # (G,) int32
+    scale: Tensor | None  # (S or 1, C) float32, by slot
+    shift: Tensor | None
+    relu: bool
+    precision: str
 
 
 class HeadOutput(NamedTuple):
@@ -32,36 +37,27 @@ class HeadOutput(NamedTuple):
     pooled: Tensor  # (G, N, C) float32
 
 
-def normalized(z: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    y = z.to(accumulator(z.dtype))
-    return y if scale is None or shift is None else y * pick(scale, slots) + pick(shift, slots)
+def normalized(o: Any) -> Tensor:
+    """What the ReLU is taken of, (G, N, H, W, C) wide, of the operands of ``head`` or of ``head_backward``."""
+    y = o.z.to(accumulator(o.z.dtype))
+    return y if o.scale is None else y * pick(o.scale, o.weight_index) + pick(o.shift, o.weight_index)
 
 
-def head_reference(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    high = accumulator(z.dtype)
-    y = normalized(z, slots, scale, shift)
-    pooled = (y.relu() if relu else y).mean((2, 3))
-    logits = pooled.to(weight.dtype).to(high) @ weight[slots.long()].to(high)
-    if bias is not None:
-        logits = logits + bias[slots.long()][:, None].to(high)
+def head_reference(o: HeadOperands) -> tuple[Tensor, Tensor]:
+    y, index = normalized(o), o.weight_index.long()
+    pooled = (y.relu() if o.relu else y).mean((2, 3))
+    logits = pooled.to(o.weight.dtype).to(y.dtype) @ o.weight[index].to(y.dtype)
+    if o.bias is not None:
+        logits = logits + o.bias[index][:, None].to(y.dtype)
     return logits, pooled
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def head_kernel(
     p_z,
-    p_w,
+    p_weight,
     p_bias,
-    p_slots,
+    p_weight_index,
     p_scale,
     p_shift,
     p_logits,
@@ -80,14 +76,14 @@ def head_kernel(
 ):
     i_n = tl.program_id(1)
     i_g = tl.program_id(2).to(tl.int64)
-    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < N
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < CLASSES
     o_p = tl.arange(0, BLOCK_P)
     p_z += i_g * N * (POSITIONS * C)
-    p_w += i_slot * (C * CLASSES)
+    p_weight += i_slot * (C * CLASSES)
     acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     for i_c in range(0, C, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
@@ -110,7 +106,7 @@ def head_kernel(
             o_pooled = i_g * N * C + o_b[:, None] * C + o_c[None, :]
             tl.store(p_pooled + o_pooled, b_pooled, mask=m_b[:, None] & m_c[None, :])
         m_w = m_c[:, None] & m_n[None, :]
-        b_w = tl.load(p_w + (o_c[:, None] * CLASSES + o_n[None, :]), mask=m_w, other=0.0)
+        b_w = tl.load(p_weight + (o_c[:, None] * CLASSES + o_n[None, :]), mask=m_w, other=0.0)
         acc = tl.dot(b_pooled.to(b_w.dtype), b_w, acc, input_precision=PRECISION)
     if p_bias is not None:
         acc += tl.load(p_bias + i_slot * CLASSES + o_n, mask=m_n, other=0.0)[None, :]
@@ -118,69 +114,62 @@ def head_kernel(
     tl.store(p_logits + o_logits, acc, mask=m_b[:, None] & m_n[None, :])
 
 
-def _launch(z, weight, bias, slots, scale, shift, relu, precision):
-    groups, images, height, width, channels = z.shape
-    classes = weight.shape[2]
-    logits = z.new_empty(groups, images, classes, dtype=torch.float32)
-    pooled = z.new_empty(groups, images, channels, dtype=torch.float32)
+def head_sizes(o: Any) -> dict[str, int]:
+    """Sizes and blocks as the kernels of ``head`` and ``head_backward`` take them."""
+    _, images, height, width, channels = o.z.shape
+    blocks = {"BLOCK_B": IMAGES_BLOCK, "BLOCK_P": POSITIONS_BLOCK, "BLOCK_C": CHANNELS_BLOCK}
+    return {"N": images, "POSITIONS": height * width, "C": channels, "CLASSES": o.weight.shape[2], **blocks}
+
+
+def class_block(classes: int) -> int:
+    """Classes of one program."""
+    return min(128, max(16, 1 << (classes - 1).bit_length()))
+
+
+def _empty(o):
+    groups, images, *_, channels = o.z.shape
+    shapes = ((groups, images, o.weight.shape[2]), (groups, images, channels))
+    return tuple(o.z.new_empty(shape, dtype=accumulator(o.z.dtype)) for shape in shapes)
+
+
+def _launch(o):
+    logits, pooled = _empty(o)
+    groups, images, classes = logits.shape
     columns = class_block(classes)
     launch(
         head_kernel,
         (-(-images // IMAGES_BLOCK), -(-classes // columns), groups),
         HEAD_TILE,
-        p_z=z,
-        p_w=weight,
-        p_bias=bias,
-        p_slots=slots,
-        p_scale=scale,
-        p_shift=shift,
+        o,
         p_logits=logits,
         p_pooled=pooled,
-        N=images,
-        s_scale=row_stride(scale),
-        POSITIONS=height * width,
-        C=channels,
-        CLASSES=classes,
-        RELU=relu,
-        PRECISION=precision,
-        BLOCK_B=IMAGES_BLOCK,
-        BLOCK_P=POSITIONS_BLOCK,
-        BLOCK_C=CHANNELS_BLOCK,
+        s_scale=row_stride(o.scale),
         BLOCK_N=columns,
+        **head_sizes(o),
     )
     return logits, pooled
 
 
-def _head_fake(z, weight, bias, slots, scale, shift, relu, precision):
-    high = accumulator(z.dtype)
-    return (
-        z.new_empty(z.shape[0], z.shape[1], weight.shape[2], dtype=high),
-        z.new_empty(z.shape[0], z.shape[1], z.shape[4], dtype=high),
-    )
+_head = define("head", head_reference, _empty, _launch)
 
 
-_head = define("head", head_reference, _head_fake, _launch)
-
-
-def check_head(
-    z: Tensor, weight: Tensor, slots: Tensor, scale: Tensor | None, shift: Tensor | None, precision: str
-) -> None:
+def check_head(o: Any) -> None:
+    """Refuse operands of ``head`` or of ``head_backward`` that do not fit one another."""
+    z, weight, groups = o.z, o.weight, o.weight_index.shape[0]
     check_tensor("z", z, 5)
     check_tensor("weight", weight, 3)
-    check_precision(precision)
-    require(z.shape[0] == slots.shape[0], f"z has {z.shape[0]} groups, expected {slots.shape[0]} as slots has")
-    require(
-        weight.shape[1] == z.shape[4],
-        f"weight has shape {tuple(weight.shape)}, expected (slots, {z.shape[4]}, classes)",
-    )
-    check_pair("scale and shift", scale, shift, weight.shape[0], z.shape[4])
+    check_precision(o.precision)
+    require(z.shape[0] == groups, f"z has {z.shape[0]} groups, expected {groups} as weight_index has")
+    good = weight.shape[1] == z.shape[4]
+    require(good, f"weight has shape {tuple(weight.shape)}, expected (slots, {z.shape[4]}, classes)")
+    check_pair("scale and shift", o.scale, o.shift, weight.shape[0], z.shape[4])
 
 
 def head(
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    slots: Tensor,
+    weight_index: Tensor,
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -190,8 +179,10 @@ def head(
     """Logits (G, N, classes) and the pooled features they come from (G, N, C), both float32.
 
     ``z`` (G, N, H, W, C); ``weight`` (S, C, classes), its dtype is multiplied in; ``bias`` (S, classes) float32 or
-    None; ``slots`` int32 (G,); ``scale, shift`` (S or 1, C) float32, by slot, or None. ``relu=False`` for a network
-    whose last layer has its ReLU already. Raises InputError for shapes that disagree.
+    None; ``weight_index`` int32 (G,), the slot of each group; ``scale, shift`` (S or 1, C) float32, by slot, or None.
+    ``relu=False`` for a network whose last layer has its ReLU already; ``precision`` of float32 products is "ieee" or
+    "tf32". Raises InputError for shapes that disagree and for another precision.
     """
-    check_head(z, weight, slots, scale, shift, precision)
-    return HeadOutput(*_head(z, weight, bias, slots, scale, shift, relu, precision))
+    o = HeadOperands(z, weight, bias, weight_index, scale, shift, relu, precision)
+    check_head(o)
+    return HeadOutput(*_head(*o))

@@ -15,15 +15,32 @@ from fastensdistill.kernels.head import (
     CHANNELS_BLOCK,
     HEAD_TILE,
     IMAGES_BLOCK,
-    POSITIONS_BLOCK,
     check_head,
     class_block,
+    head_sizes,
     normalized,
 )
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_out, check_pair, require
+from fastensdistill.kernels.operands import check_out, check_pair, require
 from fastensdistill.kernels.ops import define, present
 from fastensdistill.kernels.reference import leave, partial_rows, pick
+
+
+class HeadBackwardOperands(NamedTuple):
+    d_logits: Tensor  # (G, N, classes) float32
+    z: Tensor  # (G, N, H, W, C); this and what follows as in ``head``
+    weight: Tensor  # (S, C, classes)
+    weight_index: Tensor  # (G,) int32
+    scale: Tensor | None  # (S or 1, C) float32
+    shift: Tensor | None
+    relu: bool
+    mean: Tensor | None  # (S or 1, C) float32, in training mode
+    inv_std: Tensor | None
+    pooled: Tensor | None  # (G, N, C) float32, where the parameters' gradients are asked for
+    precision: str
+    d_weight: Tensor | None  # (G, C, classes) float32, written
+    d_bias: Tensor | None  # (G, classes) float32, written
+    add: bool  # on top of what they hold
 
 
 class HeadGradient(NamedTuple):
@@ -33,43 +50,27 @@ class HeadGradient(NamedTuple):
     statistics: Tensor | None  # (G, P, 2, C) float32
 
 
-def head_backward_reference(
-    d_logits: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    pooled: Tensor | None,
-    precision: str,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    add: bool,
-) -> tuple[Tensor, Tensor]:
-    high = accumulator(z.dtype)
-    y = normalized(z, slots, scale, shift)
-    d_wide = d_logits.to(weight.dtype).to(high)
-    d_pooled = d_wide @ weight[slots.long()].to(high).transpose(1, 2) / (z.shape[2] * z.shape[3])
-    d = d_pooled[:, :, None, None, :] * (y > 0 if relu else torch.ones_like(y))
-    if scale is not None and mean is None:
-        d = d * pick(scale, slots)
-    out = d.to(z.dtype)
-    statistics = gradient_sums(out, slots, z, mean, inv_std, lambda v: partial_rows(v.sum((2, 3)), IMAGES_BLOCK))
-    if pooled is not None and d_weight is not None and d_bias is not None:
-        leave(pooled.to(weight.dtype).to(high).transpose(1, 2) @ d_wide, d_weight, add)
-        leave(d_logits.sum(1), d_bias, add)
-    return out, statistics
+def head_backward_reference(o: HeadBackwardOperands) -> tuple[Tensor, Tensor]:
+    y = normalized(o)
+    d_logits = o.d_logits.to(o.weight.dtype).to(y.dtype)
+    d_pooled = d_logits @ o.weight[o.weight_index.long()].to(y.dtype).transpose(1, 2) / (y.shape[2] * y.shape[3])
+    d = d_pooled[:, :, None, None, :] * (y > 0 if o.relu else torch.ones_like(y))
+    if o.scale is not None and o.mean is None:
+        d = d * pick(o.scale, o.weight_index)
+    d = d.to(o.z.dtype)
+    if o.pooled is not None and o.d_weight is not None and o.d_bias is not None:
+        leave(o.pooled.to(o.weight.dtype).to(y.dtype).transpose(1, 2) @ d_logits, o.d_weight, o.add)
+        leave(o.d_logits.sum(1), o.d_bias, o.add)
+    rows = lambda v: partial_rows(v.sum((2, 3)), IMAGES_BLOCK)  # noqa: E731
+    return d, gradient_sums(d, o.weight_index, o.z, o.mean, o.inv_std, rows)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def head_data_gradient_kernel(
     p_d_logits,
     p_z,
-    p_w,
-    p_slots,
+    p_weight,
+    p_weight_index,
     p_scale,
     p_shift,
     p_mean,
@@ -91,14 +92,14 @@ def head_data_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     i_g = tl.program_id(2).to(tl.int64)
-    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < N
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_p = tl.arange(0, BLOCK_P)
     p_d_logits += i_g * N * CLASSES
-    p_w += i_slot * (C * CLASSES)
+    p_weight += i_slot * (C * CLASSES)
     acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for i_k in range(0, CLASSES, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
@@ -106,7 +107,7 @@ def head_data_gradient_kernel(
         m_d = m_b[:, None] & m_k[None, :]
         b_d_logits = tl.load(p_d_logits + (o_b[:, None] * CLASSES + o_k[None, :]), mask=m_d, other=0.0)
         m_w = m_k[:, None] & m_c[None, :]
-        b_w = tl.load(p_w + (o_c[None, :] * CLASSES + o_k[:, None]), mask=m_w, other=0.0)
+        b_w = tl.load(p_weight + (o_c[None, :] * CLASSES + o_k[:, None]), mask=m_w, other=0.0)
         acc = tl.dot(b_d_logits.to(b_w.dtype), b_w, acc, input_precision=PRECISION)
     b_share = (acc * (1.0 / POSITIONS))[:, None, :]
     if p_scale is not None:
@@ -147,7 +148,7 @@ def head_data_gradient_kernel(
 def head_weight_gradient_kernel(
     p_d_logits,
     p_pooled,
-    p_w,
+    p_weight,
     p_d_weight,
     p_d_bias,
     N,
@@ -166,7 +167,7 @@ def head_weight_gradient_kernel(
     m_n = o_n < CLASSES
     p_d_logits += i_g * N * CLASSES
     p_pooled += i_g * N * C
-    LOW = p_w.dtype.element_ty  # products are in the weight's type, which is all it is here for
+    LOW = p_weight.dtype.element_ty  # products are in the weight's type, which is all it is here for
     acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     b_bias = tl.zeros((BLOCK_N,), tl.float32)
     for i_b in range(0, N, BLOCK_B):
@@ -190,58 +191,39 @@ def head_weight_gradient_kernel(
         tl.store(p_d_bias + o_n, b_bias, mask=m_n)
 
 
-def _launch(
-    d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
-):  # fmt: skip
-    groups, images, height, width, channels = z.shape
-    classes = weight.shape[2]
-    d, statistics = _empty_results(d_logits, z, mean)
-    blocks = -(-channels // CHANNELS_BLOCK)
-    rows = -(-images // IMAGES_BLOCK)
+def _empty(o):
+    groups, images, *_, channels = o.z.shape
+    shape = (groups, -(-images // IMAGES_BLOCK), 2, channels) if o.mean is not None else (0,)
+    return torch.empty_like(o.z), o.d_logits.new_empty(shape)
+
+
+def _launch(o):
+    d, statistics = _empty(o)
+    groups, images, *_, channels = o.z.shape
+    classes, blocks, rows = o.weight.shape[2], -(-channels // CHANNELS_BLOCK), -(-images // IMAGES_BLOCK)
     launch(
         head_data_gradient_kernel,
         (rows, blocks, groups),
         HEAD_TILE,
-        p_d_logits=d_logits,
-        p_z=z,
-        p_w=weight,
-        p_slots=slots,
-        p_scale=scale,
-        p_shift=shift,
-        p_mean=mean,
-        p_inv_std=inv_std,
+        o,
         p_d=d,
-        p_statistics=statistics if mean is not None else None,
-        N=images,
+        p_statistics=present(statistics),
         n_partials=rows,
-        s_scale=row_stride(scale),
-        s_mean=row_stride(mean),
-        POSITIONS=height * width,
-        C=channels,
-        CLASSES=classes,
-        RELU=relu,
-        PRECISION=precision,
-        BLOCK_B=IMAGES_BLOCK,
-        BLOCK_P=POSITIONS_BLOCK,
-        BLOCK_C=CHANNELS_BLOCK,
+        s_scale=row_stride(o.scale),
+        s_mean=row_stride(o.mean),
         BLOCK_K=32,
+        **head_sizes(o),
     )
-    if pooled is not None:
+    if o.pooled is not None:
         columns = class_block(classes)
         launch(
             head_weight_gradient_kernel,
             (blocks, -(-classes // columns), groups),
             HEAD_TILE,
-            p_d_logits=d_logits,
-            p_pooled=pooled,
-            p_w=weight,
-            p_d_weight=d_weight,
-            p_d_bias=d_bias,
+            o,
             N=images,
             C=channels,
             CLASSES=classes,
-            PRECISION=precision,
-            ADD=add,
             BLOCK_B=32,
             BLOCK_C=CHANNELS_BLOCK,
             BLOCK_N=columns,
@@ -249,28 +231,14 @@ def _launch(
     return d, statistics
 
 
-def _empty_results(d_logits, z, mean):
-    groups, images, channels = z.shape[0], z.shape[1], z.shape[4]
-    return (
-        torch.empty_like(z),
-        d_logits.new_empty((groups, -(-images // IMAGES_BLOCK), 2, channels) if mean is not None else (0,)),
-    )
-
-
-def _head_backward_fake(d_logits, z, weight, slots, scale, shift, relu, mean, *unused):
-    return _empty_results(d_logits, z, mean)
-
-
-_head_backward = define(
-    "head_backward", head_backward_reference, _head_backward_fake, _launch, mutates=("d_weight", "d_bias")
-)
+_head_backward = define("head_backward", head_backward_reference, _empty, _launch, mutates=("d_weight", "d_bias"))
 
 
 def head_backward(
     d_logits: Tensor,
     z: Tensor,
     weight: Tensor,
-    slots: Tensor,
+    weight_index: Tensor,
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -288,21 +256,21 @@ def head_backward(
     ``d_logits`` (G, N, classes) float32; the rest as in ``head``. Without ``mean`` the gradient is of z itself (eval
     mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
     ``batch_norm_backward``. The gradients of weight (G, C, classes) and bias (G, classes) are in ``d_weight, d_bias``
-    where these are given, with ``add`` on top of what they hold.
+    where these are given, with ``add`` on top of what they hold. Raises InputError as ``head`` does.
     """
-    check_head(z, weight, slots, scale, shift, precision)
+    o = HeadBackwardOperands(
+        d_logits, z, weight, weight_index, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
+    )
+    check_head(o)
     check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
-    wanted = (z.shape[0], z.shape[1], weight.shape[2])
-    require(
-        d_logits.shape == wanted and d_logits.is_contiguous(),
-        f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous",
-    )
+    groups, (_, channels, classes) = z.shape[0], weight.shape
+    wanted = (groups, z.shape[1], classes)
+    good = d_logits.shape == wanted and d_logits.is_contiguous()
+    require(good, f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous")
     if pooled is None:
-        d_weight = d_bias = None
+        o = o._replace(d_weight=None, d_bias=None)
     else:
-        d_weight = check_out("d_weight", d_weight, (z.shape[0], *weight.shape[1:]), d_logits, add)
-        d_bias = check_out("d_bias", d_bias, (z.shape[0], weight.shape[2]), d_logits, add)
-    d, statistics = _head_backward(
-        d_logits, z, weight, slots, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
-    )
-    return HeadGradient(d, d_weight, d_bias, present(statistics))
+        d_weight = check_out("d_weight", d_weight, (groups, channels, classes), d_logits, add)
+        o = o._replace(d_weight=d_weight, d_bias=check_out("d_bias", d_bias, (groups, classes), d_logits, add))
+    d, statistics = _head_backward(*o)
+    return HeadGradient(d, o.d_weight, o.d_bias, present(statistics))

@@ -110,16 +110,18 @@ def runs_kernel(device: str, *dtypes: torch.dtype) -> bool:
     return True
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Any, **arguments: Any) -> None:
-    """Launch ``kernel`` with a ``Tile``'s warps, stages and registers, and the block sizes that it takes.
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, operands: Any = None, /, **arguments: Any) -> None:
+    """Launch ``kernel`` with a ``Tile``'s warps, stages and registers.
 
-    Nothing is launched on an empty grid.
+    What the kernel takes and ``arguments`` lack is the tile's block size of that name, or the field of the op's
+    ``operands``: ``p_z`` is their z, ``RELU`` their relu. Nothing is launched on an empty grid.
     """
     if 0 in grid:
         return
-    for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
-        if block in kernel.arg_names:
-            arguments.setdefault(block, getattr(tile, block))
+    for name in kernel.arg_names:
+        if name not in arguments:
+            block = name.startswith("BLOCK_")
+            arguments[name] = getattr(tile, name) if block else getattr(operands, name.removeprefix("p_").lower())
     one = KernelLaunch(kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.maxnreg, tile.programs)
     if _records:
         _records[-1].append(one)

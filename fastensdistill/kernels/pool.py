@@ -16,37 +16,49 @@ from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import rows_tile
 
 
+class MaxPoolOperands(NamedTuple):
+    x: Tensor  # (G, N, H, W, C)
+    kernel: int
+    stride: int
+    padding: int
+
+
 class MaxPoolOutput(NamedTuple):
     y: Tensor  # (G, N, Ho, Wo, C)
     taps: Tensor  # like y, uint8: row · kernel + column of the maximum in its window
 
 
-def _windows(x: Tensor, kernel: int, stride: int, padding: int, fill: float) -> Tensor:
-    """(G, N, H, W, C) → (G, N, Ho, Wo, C, taps)."""
-    padded = F.pad(x, (0, 0, padding, padding, padding, padding), value=fill)
-    return padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(-2)
+class MaxPoolBackwardOperands(NamedTuple):
+    d: Tensor  # (G, N, Ho, Wo, C)
+    taps: Tensor  # like d, uint8
+    height: int  # H of x
+    width: int
+    kernel: int
+    stride: int
+    padding: int
 
 
-def max_pool_reference(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    y, taps = _windows(x, kernel, stride, padding, float("-inf")).max(-1)
+def max_pool_reference(o: MaxPoolOperands) -> tuple[Tensor, Tensor]:
+    around = (0, 0, o.padding, o.padding, o.padding, o.padding)
+    padded = F.pad(o.x, around, value=float("-inf"))
+    y, taps = padded.unfold(2, o.kernel, o.stride).unfold(3, o.kernel, o.stride).flatten(-2).max(-1)
     return y.contiguous(), taps.to(torch.uint8).contiguous()
 
 
-def max_pool_backward_reference(
-    d: Tensor, taps: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
-) -> Tensor:
-    out_height, out_width = d.shape[2:4]
+def max_pool_backward_reference(o: MaxPoolBackwardOperands) -> Tensor:
+    out_height, out_width = o.d.shape[2:4]
     full = (
-        max(height + 2 * padding, (out_height - 1) * stride + kernel),
-        max(width + 2 * padding, (out_width - 1) * stride + kernel),
+        max(o.height + 2 * o.padding, (out_height - 1) * o.stride + o.kernel),
+        max(o.width + 2 * o.padding, (out_width - 1) * o.stride + o.kernel),
     )
-    dx = d.new_zeros(*d.shape[:2], *full, d.shape[4], dtype=accumulator(d.dtype))
-    for tap in range(kernel * kernel):
-        r, s = divmod(tap, kernel)
-        rows = slice(r, r + (out_height - 1) * stride + 1, stride)
-        columns = slice(s, s + (out_width - 1) * stride + 1, stride)
-        dx[:, :, rows, columns] += torch.where(taps == tap, d, 0)
-    return dx[:, :, padding : padding + height, padding : padding + width].to(d.dtype).contiguous()
+    dx = o.d.new_zeros(*o.d.shape[:2], *full, o.d.shape[4], dtype=accumulator(o.d.dtype))
+    for tap in range(o.kernel**2):
+        r, s = divmod(tap, o.kernel)
+        rows = slice(r, r + (out_height - 1) * o.stride + 1, o.stride)
+        columns = slice(s, s + (out_width - 1) * o.stride + 1, o.stride)
+        dx[:, :, rows, columns] += torch.where(o.taps == tap, o.d, 0)
+    inside = dx[:, :, o.padding : o.padding + o.height, o.padding : o.padding + o.width]
+    return inside.to(o.d.dtype).contiguous()
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -141,69 +153,49 @@ def max_pool_backward_kernel(
     tl.store(p_dx + o_x, acc.to(p_dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def _empty(x, kernel, stride, padding):
-    height, width = (out_size(size, kernel, stride, padding) for size in x.shape[2:4])
-    y = x.new_empty(x.shape[0], x.shape[1], height, width, x.shape[4])
+def _empty(o):
+    groups, images, *size, channels = o.x.shape
+    y = o.x.new_empty(groups, images, *(out_size(s, o.kernel, o.stride, o.padding) for s in size), channels)
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
-def _empty_backward(d, taps, height, width, kernel, stride, padding):
-    return d.new_empty(d.shape[0], d.shape[1], height, width, d.shape[4])
+def _empty_backward(o):
+    return o.d.new_empty(*o.d.shape[:2], o.height, o.width, o.d.shape[4])
 
 
-def _launch_max_pool(x, kernel, stride, padding):
+def _launch_windows(kernel, o, x, y, written, **pointers):
+    """Launch over the positions of ``written``: of the input ``x`` or of the output ``y`` of the windows."""
     groups, images, height, width, channels = x.shape
-    y, taps = _empty(x, kernel, stride, padding)
     tile = rows_tile(channels)
-    positions = images * y.shape[2] * y.shape[3]
     launch(
-        max_pool_kernel,
-        (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
+        kernel,
+        (-(-images * written.shape[2] * written.shape[3] // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
         tile,
-        p_x=x,
-        p_y=y,
-        p_taps=taps,
+        o,
         N=images,
         H=height,
         W=width,
         C=channels,
         HO=y.shape[2],
         WO=y.shape[3],
-        KERNEL=kernel,
-        STRIDE=stride,
-        PADDING=padding,
+        **pointers,
     )
+
+
+def _launch(o):
+    y, taps = _empty(o)
+    _launch_windows(max_pool_kernel, o, o.x, y, y, p_y=y, p_taps=taps)
     return y, taps
 
 
-def _launch_max_pool_backward(d, taps, height, width, kernel, stride, padding):
-    dx = _empty_backward(d, taps, height, width, kernel, stride, padding)
-    tile = rows_tile(d.shape[4])
-    positions = d.shape[1] * height * width
-    launch(
-        max_pool_backward_kernel,
-        (-(-positions // tile.BLOCK_M), -(-d.shape[4] // tile.BLOCK_N), d.shape[0]),
-        tile,
-        p_d=d,
-        p_taps=taps,
-        p_dx=dx,
-        N=d.shape[1],
-        H=height,
-        W=width,
-        C=d.shape[4],
-        HO=d.shape[2],
-        WO=d.shape[3],
-        KERNEL=kernel,
-        STRIDE=stride,
-        PADDING=padding,
-    )
+def _launch_backward(o):
+    dx = _empty_backward(o)
+    _launch_windows(max_pool_backward_kernel, o, dx, o.d, dx, p_dx=dx)
     return dx
 
 
-_max_pool = define("max_pool", max_pool_reference, _empty, _launch_max_pool)
-_max_pool_backward = define(
-    "max_pool_backward", max_pool_backward_reference, _empty_backward, _launch_max_pool_backward
-)
+_max_pool = define("max_pool", max_pool_reference, _empty, _launch)
+_max_pool_backward = define("max_pool_backward", max_pool_backward_reference, _empty_backward, _launch_backward)
 
 
 def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoolOutput:

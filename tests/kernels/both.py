@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from fastensdistill.kernels.launch import use_kernels
@@ -10,6 +11,11 @@ from tests.compare import check_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+# groups, images, height, width, channels; the second has more positions than one program sums
+SHAPES = {"odd": (2, 3, 5, 7, 20), "two-rows-of-sums": (1, 3, 16, 11, 16), "one-pixel": (3, 1, 1, 1, 9)}
+each_shape = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
+each_sharing = pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 
 
 def _moved(value: Any) -> Any:

@@ -4,19 +4,13 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
-from fastensdistill.kernels.elementwise_gradient import ROWS_BLOCK, elementwise_gradient
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
+from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.models.layers import BatchNorm2d
 from tests.compare import check_close
-from tests.kernels.both import TOLERANCE, check_op, values
-
-# groups, images, height, width, channels; the second has more positions than one program sums
-SHAPES = {"odd": (2, 3, 5, 7, 20), "two-rows-of-sums": (1, 3, 16, 11, 16), "one-pixel": (3, 1, 1, 1, 9)}
-each_shape = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
-each_sharing = pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+from tests.kernels.both import TOLERANCE, check_op, each_dtype, each_shape, each_sharing, values
 
 
 def _rows(sets: int, channels: int, seed: int) -> torch.Tensor:
@@ -57,43 +51,14 @@ def test_backward(shape, shared, dtype):
     sets = 1 if shared else groups
     d, z, residual = (values(*shape, dtype=dtype, seed=s) for s in range(3))
     mean, inv_std, weight = values(sets, channels), _rows(sets, channels, 1), _rows(sets, channels, 2)
-    mask = pack_mask(values(*shape, seed=4) > 0)
     options = {"tolerance": TOLERANCE[dtype]}
-    check_op(batch_norm_backward_statistics, d, z, mean, inv_std, **options)
-    sums = check_op(batch_norm_backward_statistics, d, z, mean, inv_std, mask=mask, residual=residual, **options)
+    mask = pack_mask(values(*shape, seed=4) > 0)
+    sums = elementwise_gradient(d, z=z, mean=mean, inv_std=inv_std, mask=mask, residual=residual)
     positions = shape[1] * shape[2] * shape[3]
-    assert sums.statistics.shape[1] == -(-positions // ROWS_BLOCK)
     count = positions * groups // sets
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **options)
     more = {"residual": residual, **options}
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **more)
-
-
-@each_dtype
-@each_shape
-def test_elementwise_gradient(shape, dtype):
-    groups, images, height, width, channels = shape
-    d, residual = values(*shape, dtype=dtype), values(*shape, dtype=dtype, seed=1)
-    small = values(groups, images, -(-height // 2), -(-width // 2), channels + 3, dtype=dtype)
-    mask, scale = pack_mask(values(*shape, seed=4) > 0), values(groups, channels, seed=5)
-    check_op(elementwise_gradient, d, mask=mask, tolerance=TOLERANCE[dtype])
-    evaluation = {"mask": mask, "scale": scale, "residual": residual, "residual_first": False}
-    check_op(elementwise_gradient, d, **evaluation, tolerance=TOLERANCE[dtype])
-    check_op(elementwise_gradient, d, residual=small, residual_stride=2, mask=mask, tolerance=TOLERANCE[dtype])
-    few = small[..., : channels // 2].contiguous()
-    check_op(elementwise_gradient, d, residual=few, residual_stride=2, tolerance=TOLERANCE[dtype])
-
-
-def test_elementwise_gradient_reference():
-    d, residual = values(2, 1, 4, 5, 6).double(), values(2, 1, 2, 3, 4, seed=1).double()
-    mask, scale = values(2, 1, 4, 5, 6, seed=2) > 0, values(2, 6, seed=3).double()
-    options = {"mask": pack_mask(mask), "scale": scale, "residual": residual, "residual_stride": 2}
-    whole = torch.zeros_like(d)
-    whole[:, :, ::2, ::2, :4] = residual
-    wide = scale[:, None, None, None]
-    check_close("residual first", elementwise_gradient(d, **options).d, (d + whole) * mask * wide, 1e-12)
-    last = elementwise_gradient(d, **options, residual_first=False).d
-    check_close("residual last", last, d * mask * wide + whole, 1e-12)
 
 
 @each_sharing
@@ -127,7 +92,7 @@ def test_whole_layer_is_the_papers_batch_norm(shared):
 
     d = values(*z.shape, seed=9).double()
     grads = torch.autograd.grad(expected_y, [z, *[p for layer in layers for p in (layer.weight, layer.bias)]], d)
-    sums = batch_norm_backward_statistics(d, result.z, statistics.mean, statistics.inv_std, mask=y.mask)
+    sums = elementwise_gradient(d, z=result.z, mean=statistics.mean, inv_std=statistics.inv_std, mask=y.mask)
     out_ = batch_norm_backward(sums.d, result.z, sums.statistics, count, weight, statistics.mean, statistics.inv_std)
     check_close("dz", out_.d, grads[0], 1e-10)
     check_close("dγ", out_.d_weight, torch.stack(grads[1::2]), 1e-10)
@@ -156,8 +121,6 @@ def test_refusals():
     with pytest.raises(InputError, match="running_var has shape"):
         batch_norm_statistics(torch.ones(2, 4, 2, 8), 4, row, row, row, torch.ones(2, 8))
     with pytest.raises(InputError, match="z has shape"):
-        batch_norm_backward_statistics(z, z[:1], row, row)
-    with pytest.raises(InputError, match="mask is torch"):
-        elementwise_gradient(z, mask=torch.zeros(2, 1, 3, 2, 1, dtype=torch.uint8))
+        batch_norm_backward(z, z[:1], torch.ones(2, 1, 2, 8), 9, row, row, row)
     with pytest.raises(InputError, match="residual has shape"):
         batch_norm_backward(z, z, torch.ones(2, 1, 2, 8), 9, row, row, row, residual=z[:1])
