@@ -23,7 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "rank_one"]
+KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "pack"]
 SOURCES = ["tensors", "rows", *KERNELS]
 # INTERFACE in fastensdistill/kernels/extension.py: a library of another interface is not loaded.
 INTERFACE = re.search(r"^INTERFACE = (\d+)", (ROOT / "fastensdistill/kernels/extension.py").read_text(), re.M)[1]

@@ -75,19 +75,6 @@ def _unfold_layer(
     factor_gradients[:, layer.s : layer.s + layer.out_channels] = ds
 
 
-def unfold_rank_one_reference(
-    branch_gradients: Tensor, parameters: Tensor, deviations: Tensor, fields: list[int]
-) -> tuple[Tensor, Tensor]:
-    """dW and db of every layer, [ranked], dr and ds, [K, R], of gradients [K, ranked] in the parameters' order."""
-    gradient = parameters.new_zeros(branch_gradients.shape[1])
-    factor_gradients = torch.zeros_like(deviations, memory_format=torch.contiguous_format)
-    for layer in layers_of(fields):
-        dW_k = layer_weight(branch_gradients, layer)
-        db_k = None if layer.bias < 0 else branch_gradients[:, layer.bias : layer.bias + layer.out_channels]
-        _unfold_layer(layer, dW_k, db_k, parameters, deviations, gradient, factor_gradients)
-    return gradient, factor_gradients
-
-
 def unfold_gradients_reference(
     gradients: Tensor,
     parameters: Tensor,

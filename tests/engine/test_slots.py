@@ -17,7 +17,6 @@ from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.branch_rows import branch_rows_kernel
 from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.pack import pack_kernel
-from fastensdistill.kernels.rank_one import fold_rank_one
 from fastensdistill.kernels.sgd import sgd_kernel
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_kernel
 from fastensdistill.network.nodes import Linear
@@ -25,6 +24,7 @@ from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.trace import trace
 from tests.compare import check_close
 from tests.engine.cases import batch, setting, teach_setting
+from tests.kernels import layouts
 from tests.network.models import Odd, moved
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -57,7 +57,7 @@ def write_layers(slots: BranchSlots | PlainSlots) -> None:
     """Both packings of every layer, one layer after the other, from views alone."""
     parameters = slots.parameters
     if isinstance(slots, BranchSlots):
-        first, folded = slots.first, fold_rank_one(parameters.values, slots.deviations, parameters.layout)
+        first, folded = slots.first, layouts.folded(parameters.layout, parameters.values, slots.deviations)
         offsets = {layer.name: layer.weight for layer in parameters.layout.layers}
     else:
         first = 0

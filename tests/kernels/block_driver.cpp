@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "distillation_loss.h"
+#include "pack.h"
 #include "perturb_step.h"
-#include "rank_one.h"
 
 using namespace fed;
 
@@ -97,68 +97,19 @@ void step(
   });
 }
 
-// Every launch of one op over all tables, as rank_one.cpp makes them. update: the whole step, else fold, un-fold, pack.
+// Both packings, over as many tables as the layers need.
 template <class A>
-void rank_one(
-    A* parameters, A* momentum_buffer, A* deviations, A* deviation_buffer, const A* branch_gradients,
-    const A* plain_gradients, const A* learning_rate, A* folded, A* gradient, A* factor_gradients, bf16* packed,
-    bf16* packed_gradient, const int64_t* fields, int64_t count, int64_t ranked, int64_t plain, int64_t R, int K,
-    int first_slot, double momentum, double weight_decay, bool update, bool reversed) {
-  RankOneArgs<A> args{};
-  args.parameters = parameters;
-  args.momentum_buffer = momentum_buffer;
-  args.deviations = deviations;
-  args.deviation_buffer = deviation_buffer;
-  args.branch_gradients = branch_gradients;
-  args.plain_gradients = plain_gradients;
-  args.learning_rate = learning_rate;
-  args.factor_gradients = factor_gradients;
-  args.packed = packed;
-  args.packed_gradient = packed_gradient;
-  args.ranked = ranked;
-  args.R = R;
-  args.K = K;
-  args.first_slot = first_slot;
-  args.momentum = A(momentum);
-  args.weight_decay = A(weight_decay);
-  int64_t size = 0;
-  for (int64_t at = 0; at < count;) at += fill_table<A>(args.table, fields + at, count - at, K, size);
-  std::vector<A> workspace(size, std::numeric_limits<A>::quiet_NaN());
-  args.workspace = workspace.data();
-  const auto tables = [&](auto f) {
-    int64_t offset = 0;
-    for (int64_t at = 0; at < count;) {
-      at += fill_table<A>(args.table, fields + at, count - at, K, offset);
-      args.plain = update && at == count ? plain : 0;
-      f();
-    }
-  };
-  const auto unfold = [&](auto flag) {
-    constexpr bool UPDATE = decltype(flag)::value;
-    launch<TileBlock>(args.table.tiles, reversed, [&](TileBlock& block) {
-      Poisoned<TileScratch<A>> scratch;
-      unfold_body<TileBlock, A, UPDATE>(block, scratch.value, args);
-    });
-    launch<TileBlock>(factor_grid(args), reversed, [&](TileBlock& block) {
-      factor_body<TileBlock, A, UPDATE>(block, args);
-    });
-  };
-  if (update) {
-    tables([&] { unfold(std::true_type()); });
-  } else {
-    args.out = folded;
-    tables([&] {
-      launch<TileBlock>(args.table.tiles, reversed, [&](TileBlock& block) { fold_body<TileBlock, A>(block, args); });
-    });
-    args.out = gradient;
-    tables([&] { unfold(std::false_type()); });
-  }
-  tables([&] {
+void pack(
+    const A* parameters, const A* deviations, bf16* packed, bf16* packed_gradient, const int64_t* fields, int64_t count,
+    int64_t R, int K, int first_slot, bool reversed) {
+  PackArgs<A> args{{}, parameters, deviations, packed, packed_gradient, R, K, first_slot};
+  for (int64_t at = 0; at < count;) {
+    at += fill_table<A>(args.table, fields + at, count - at);
     launch<TileBlock>(args.table.tiles, reversed, [&](TileBlock& block) {
       Poisoned<TileScratch<A>> scratch;
       pack_body<TileBlock, A>(block, scratch.value, args);
     });
-  });
+  }
 }
 
 }  // namespace
@@ -180,12 +131,10 @@ void rank_one(
     step<T>(x, g, c, out, G, B, D, size, low, high, rev);                                                              \
   }
 
-#define DRIVE_RANK_ONE(NAME, A)                                                                                        \
-  void rank_one_##NAME(A* p, A* v, A* d, A* dv, const A* g, const A* pg, const A* lr, A* folded, A* dW, A* df,         \
-                       bf16* packed, bf16* packed_gradient, const int64_t* fields, int64_t count, int64_t ranked,      \
-                       int64_t plain, int64_t R, int K, int slot, double mu, double wd, bool update, bool rev) {       \
-    rank_one<A>(p, v, d, dv, g, pg, lr, folded, dW, df, packed, packed_gradient, fields, count, ranked, plain, R, K,   \
-                slot, mu, wd, update, rev);                                                                            \
+#define DRIVE_PACK(NAME, A)                                                                                            \
+  void pack_##NAME(const A* p, const A* d, bf16* packed, bf16* packed_gradient, const int64_t* fields, int64_t count,  \
+                   int64_t R, int K, int slot, bool rev) {                                                             \
+    pack<A>(p, d, packed, packed_gradient, fields, count, R, K, slot, rev);                                            \
   }
 
 extern "C" {
@@ -193,6 +142,6 @@ DRIVE_ROWS(float32, float)
 DRIVE_ROWS(float64, double)
 DRIVE_ROWS(bfloat16, bf16)
 DRIVE_ROWS(float16, half)
-DRIVE_RANK_ONE(float32, float)
-DRIVE_RANK_ONE(float64, double)
+DRIVE_PACK(float32, float)
+DRIVE_PACK(float64, double)
 }

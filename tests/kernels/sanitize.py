@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "sanitize"
-PARTS = ["driver", "rows", "rank_one", "halo"]
-KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "rank_one"]
+PARTS = ["driver", "rows", "packing", "halo"]
+KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "pack"]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 NO_DEVICE = 77
 

@@ -1,6 +1,6 @@
 // Runs every CUDA launcher of csrc on small odd sizes and compares with plain loops; a line each. Exits with 0 if all
 // are right, 1 if one is wrong, 77 without a device. Needs no PyTorch, so that compute-sanitizer takes seconds over it.
-// Arguments: the parts to run (rows, steps, rank_one, halo), by default all.
+// Arguments: the parts to run (rows, steps, packing, halo), by default all.
 #include "sanitize_driver.h"
 
 namespace sanitize {
@@ -15,7 +15,7 @@ int main(int count, char** arguments) {
   const struct {
     const char* name;
     bool (*run)();
-  } parts[] = {{"rows", sanitize::rows}, {"steps", sanitize::steps}, {"rank_one", sanitize::rank_one},
+  } parts[] = {{"rows", sanitize::rows}, {"steps", sanitize::steps}, {"packing", sanitize::packing},
                {"halo", sanitize::halo}};
   bool good = true;
   int ran = 0;
@@ -26,7 +26,7 @@ int main(int count, char** arguments) {
     good = part.run() && good;
     ++ran;
   }
-  if (ran < count - 1) std::puts("WRONG  a part of another name than rows, steps, rank_one, halo");
+  if (ran < count - 1) std::puts("WRONG  a part of another name than rows, steps, packing, halo");
   if (!good || ran < count - 1) return 1;
   std::puts("all right");
   return 0;

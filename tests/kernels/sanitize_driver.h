@@ -161,7 +161,7 @@ inline const char* name_of<fed::half>() { return "half"; }
 // Every launcher of one file of csrc; whether all were right.
 bool rows();
 bool steps();
-bool rank_one();
+bool packing();
 bool halo();
 
 }  // namespace sanitize

@@ -5,8 +5,8 @@
 
 #include "distillation_loss.h"
 #include "halo_conv.h"
+#include "pack.h"
 #include "perturb_step.h"
-#include "rank_one.h"
 #include "sanitize_driver.h"
 
 namespace sanitize {
@@ -38,8 +38,6 @@ void run(unsigned grid, F f) {
     f(block, scratch);
   }
 }
-
-struct None {};
 
 }  // namespace
 
@@ -82,29 +80,7 @@ int launch_step(const StepArgs<T, G>& args, void*) {
 }
 
 template <class A>
-int launch_fold(const RankOneArgs<A>& args, void*) {
-  if (skipped("launch_fold")) return 0;
-  run<None, TILE_THREADS>(args.table.tiles, [&](auto& block, auto&) { fold_body(block, args); });
-  return 0;
-}
-
-template <class A, bool UPDATE>
-void unfold(const RankOneArgs<A>& args) {
-  using Block = HostBlock<TILE_THREADS>;
-  run<TileScratch<A>, TILE_THREADS>(
-      args.table.tiles, [&](Block& block, auto& scratch) { unfold_body<Block, A, UPDATE>(block, scratch, args); });
-  run<None, TILE_THREADS>(factor_grid(args), [&](Block& block, auto&) { factor_body<Block, A, UPDATE>(block, args); });
-}
-
-template <class A>
-int launch_unfold(const RankOneArgs<A>& args, bool update, void*) {
-  if (skipped("launch_unfold")) return 0;
-  update ? unfold<A, true>(args) : unfold<A, false>(args);
-  return 0;
-}
-
-template <class A>
-int launch_pack(const RankOneArgs<A>& args, void*) {
+int launch_pack(const PackArgs<A>& args, void*) {
   if (skipped("launch_pack")) return 0;
   run<TileScratch<A>, TILE_THREADS>(
       args.table.tiles, [&](auto& block, auto& scratch) { pack_body(block, scratch, args); });
@@ -157,12 +133,8 @@ FED_STEP_OF(half, float)
 FED_STEP_OF(half, bf16)
 FED_STEP_OF(half, half)
 
-#define FED_RANK_ONE_OF(A)                                           \
-  template int launch_fold<A>(const RankOneArgs<A>&, void*);         \
-  template int launch_unfold<A>(const RankOneArgs<A>&, bool, void*); \
-  template int launch_pack<A>(const RankOneArgs<A>&, void*);
-FED_RANK_ONE_OF(float)
-FED_RANK_ONE_OF(double)
+template int launch_pack<float>(const PackArgs<float>&, void*);
+template int launch_pack<double>(const PackArgs<double>&, void*);
 
 template int launch_halo<HaloForward>(const HaloArgs<HaloForward>&, int, void*);
 template int launch_halo<HaloGradient>(const HaloArgs<HaloGradient>&, int, void*);

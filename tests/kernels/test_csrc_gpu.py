@@ -16,19 +16,12 @@ from fastensdistill.kernels.diversity_seed import (
     teacher_diversity_seed_reference,
 )
 from fastensdistill.kernels.operands import accumulator
+from fastensdistill.kernels.pack import pack_weights, pack_weights_reference
 from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
-from fastensdistill.kernels.rank_one import (
-    fold_rank_one,
-    fold_rank_one_reference,
-    rank_one_step,
-    rank_one_step_reference,
-    unfold_rank_one,
-    unfold_rank_one_reference,
-)
 from tests.compare import check_close
+from tests.kernels import layouts
 from tests.kernels import test_diversity_seed as seed_tests
 from tests.kernels import test_perturb_step as step_tests
-from tests.kernels import test_rank_one as rank_one_tests
 from tests.kernels.rounding import rounding
 from tests.kernels.test_distillation_loss import CASES, logits
 
@@ -82,39 +75,27 @@ def test_step_on_images(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", rank_one_tests.CASES)
-def test_rank_one(case, dtype):
-    layout, problem = rank_one_tests.problem(case, dtype)
-    t = {name: tensor.to(DEVICE) for name, tensor in problem.items()}
-    wide = {name: tensor.double().clone() for name, tensor in t.items()}
-    p, d, g = wide["parameters"], wide["deviations"], wide["branch_gradients"]
-    check(
-        [fold_rank_one(t["parameters"], t["deviations"], layout)],
-        [fold_rank_one_reference(p, d, layout.fields, layout.ranked)],
-    )
-    actual = unfold_rank_one(t["branch_gradients"], t["parameters"], t["deviations"], layout)
-    check(actual, unfold_rank_one_reference(g, p, d, layout.fields))
+@pytest.mark.parametrize("case", layouts.CASES)
+def test_packing(case, dtype):
+    layout, t = layouts.problem(case, dtype)
+    operands = [t[name].to(DEVICE) for name in ("parameters", "deviations")]
     packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
-    rate = torch.tensor(0.1, dtype=dtype, device=DEVICE)
-    rank_one_step(*t.values(), rate, layout, packed[0], packed[1])
-    rank_one_step_reference(*wide.values(), rate.double(), expected[0], expected[1], layout.fields, 0, 0.9, 5e-4)
-    check(list(t.values())[:4], list(wide.values())[:4])
-    check([packed], [expected])
+    pack_weights(*operands, layout, packed[0], packed[1])
+    pack_weights_reference(*operands, expected[0], expected[1], layout.pack_fields, 0, 1)
+    assert torch.equal(packed, expected)
 
 
 def test_inside_a_captured_graph():
-    """A new pair, new logits and a new rate take effect at replay: nothing was read on the host at capture."""
+    """A new pair, new logits and new factors take effect at replay: nothing was read on the host at capture."""
     teacher, branch, labels = (t.to(DEVICE) for t in logits(CASES["cifar100"], torch.float32))
     pair = torch.tensor([0, 1], device=DEVICE)
-    layout, problem = rank_one_tests.problem("tiles", torch.float32)
-    t = {name: tensor.to(DEVICE) for name, tensor in problem.items()}
-    packed = torch.zeros(2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
-    rate = torch.tensor(0.0, device=DEVICE)
+    layout, t = layouts.problem("tiles", torch.float32)
+    parameters, deviations = (t[name].to(DEVICE) for name in ("parameters", "deviations"))
+    packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
 
     def step():
-        outputs = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7)
-        rank_one_step(*t.values(), rate, layout, packed[0], packed[1])
-        return outputs
+        pack_weights(parameters, deviations, layout, packed[0], packed[1])
+        return distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -124,15 +105,11 @@ def test_inside_a_captured_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step()
-    for name, tensor in problem.items():
-        t[name].copy_(tensor)
     pair.copy_(torch.tensor([3, 2]))
     branch.mul_(0.5)
-    rate.fill_(0.1)
+    deviations.mul_(0.5)
     graph.replay()
-    expected = {name: tensor.to(DEVICE).clone() for name, tensor in problem.items()}
-    rank_one_step(*expected.values(), rate, layout, packed[0].clone(), packed[1].clone())
-    for one, other in zip(t.values(), expected.values(), strict=True):
-        assert torch.equal(one, other)
+    pack_weights(parameters, deviations, layout, expected[0], expected[1])
+    assert torch.equal(packed, expected)
     for one, other in zip(outputs, distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7), strict=True):
         assert torch.equal(one, other)

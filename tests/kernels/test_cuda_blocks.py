@@ -23,17 +23,12 @@ from fastensdistill.kernels.diversity_seed import (
     teacher_diversity_seed_reference,
 )
 from fastensdistill.kernels.operands import accumulator
+from fastensdistill.kernels.pack import pack_weights_reference
 from fastensdistill.kernels.perturb_step import perturb_step_reference
-from fastensdistill.kernels.rank_one import (
-    fold_rank_one_reference,
-    pack_rank_one_reference,
-    rank_one_step_reference,
-    unfold_rank_one_reference,
-)
 from tests.compare import check_close
+from tests.kernels import layouts
 from tests.kernels import test_diversity_seed as seed_tests
 from tests.kernels import test_perturb_step as step_tests
-from tests.kernels import test_rank_one as rank_one_tests
 from tests.kernels.rounding import rounding
 from tests.kernels.test_distillation_loss import CASES, logits
 
@@ -179,48 +174,22 @@ def test_step(driver, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", rank_one_tests.CASES)
-def test_rank_one(driver, case, dtype):
-    K, plain, _ = rank_one_tests.CASES[case]
-    layout, t = rank_one_tests.problem(case, dtype, slots=K + 1)
-    fields = torch.tensor(layout.fields)
-    rate = torch.tensor(0.1, dtype=dtype)
+@pytest.mark.parametrize("case", layouts.CASES)
+def test_packing(driver, case, dtype):
+    """Bit by bit, in slots 1 … K; the others stay as they were."""
+    K = layouts.CASES[case][0]
+    layout, t = layouts.problem(case, dtype, slots=K + 2)
     packed = torch.empty(2, layout.packed_size, dtype=torch.bfloat16)
-    outputs = [
-        torch.empty(K, layout.ranked, dtype=dtype),
-        torch.empty(layout.ranked, dtype=dtype),
-        torch.empty(K, layout.factors, dtype=dtype),
-        packed,
-    ]
-    tail = (fields, len(fields), layout.ranked, plain, layout.factors, K, 1, 0.9, 5e-3)
-    function = getattr(driver, f"rank_one_{name_of(dtype)}")
-    folded, gradient, factors, written = both_ways(
+    fields = torch.tensor(layout.fields)
+    both = (t["parameters"], t["deviations"])
+    function = getattr(driver, f"pack_{name_of(dtype)}")
+    (written,) = both_ways(
         lambda backwards: call(
-            function, *t.values(), rate, *outputs[:3], packed[0], packed[1], *tail, False, backwards
+            function, *both, packed[0], packed[1], fields, len(fields), layout.factors, K, 1, backwards
         ),
-        outputs,
+        [packed],
     )
-    p, d, g = (t[name].double() for name in ("parameters", "deviations", "branch_gradients"))
-    expected = (
-        fold_rank_one_reference(p, d, layout.fields, layout.ranked),
-        *unfold_rank_one_reference(g, p, d, layout.fields),
-    )
-    check("folded gradient factor_gradients", (folded, gradient, factors), expected, dtype)
     reference = torch.empty_like(packed)
     reference.view(torch.uint8).fill_(255)
-    pack_rank_one_reference(t["parameters"], t["deviations"], reference[0], reference[1], layout.fields, 1)
-    assert torch.equal(written.view(torch.int16), reference.view(torch.int16)), "packed weights differ"
-
-    results = []
-    for backwards in (False, True):
-        state = {name: tensor.clone() for name, tensor in t.items()}
-        packed.fill_(7)
-        call(function, *state.values(), rate, None, None, None, packed[0], packed[1], *tail, True, backwards)
-        results.append([*state.values(), packed.clone()])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), "threads of a phase race"
-    wide = {name: tensor.double().clone() for name, tensor in t.items()}
-    rank_one_step_reference(*wide.values(), rate.double(), reference[0], reference[1], layout.fields, 1, 0.9, 5e-3)
-    names = "parameters momentum_buffer deviations deviation_buffer"
-    check(names, results[0][:4], list(wide.values())[:4], dtype)
-    rank_one_tests.check_packed(layout, wide, packed, 1)
+    pack_weights_reference(*both, reference[0], reference[1], layout.pack_fields, 1, 1)
+    assert torch.equal(written.view(torch.int16), reference.view(torch.int16))

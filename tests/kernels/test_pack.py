@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastensdistill.errors import InputError
@@ -11,6 +12,7 @@ from fastensdistill.kernels import layout as layouts
 from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.layout import Layout
 from fastensdistill.kernels.pack import pack_kernel, pack_rank_one_reference, pack_weights
+from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
 
 # id: ([(name, weight shape, groups, bias)], {name: positions}) — why
@@ -117,6 +119,30 @@ def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monke
     assert launches[0].grid == (len(layout.layers), 2)
 
 
+def test_offsets():
+    layout = Layout.build([("a", (4, 3, 3, 3), 1, False), ("b", (2, 4), 1, True)], plain=5, slots=2)
+    a, b = layout.layers
+    assert (a.weight, a.bias, a.r, a.s) == (0, -1, 0, 3)
+    assert (b.weight, b.bias, b.r, b.s) == (108, 116, 7, 11)
+    assert (layout.ranked, layout.size, layout.factors) == (118, 123, 13)
+    assert (a.packed, b.packed, layout.packed_size) == (0, 256, 320)  # 2·108 and 2·8 values, up to multiples of 64
+
+
+def test_a_packed_branch_is_the_plain_layer_between_factors():
+    """s ∘ (W * (r ∘ x)) of a grouped convolution is the convolution with what is packed."""
+    layout, parameters, deviations = problem("grouped", 2, True, 2, torch.float64)
+    layer = layout.layers[0]
+    packed = [torch.zeros(layout.packed_size, dtype=torch.float64) for _ in range(2)]
+    pack_weights(parameters, deviations, layout, *packed)
+    x = torch.randn(3, layer.in_channels, 6, 6, dtype=torch.float64)
+    W = parameters[: layer.weight_size].view(12, 5, 3, 3)
+    slots = packed[0][layer.packed : layer.packed + 2 * layer.weight_size].view(2, 9, 5, 12)
+    for k, W_k in enumerate(slots.permute(0, 3, 2, 1)):
+        r, s = ((1 + deviations[k, at : at + n]).view(-1, 1, 1) for at, n in ((layer.r, 15), (layer.s, 12)))
+        actual = F.conv2d(x, W_k.reshape(12, 5, 3, 3), groups=3)
+        check_close(f"branch {k}", actual, s * F.conv2d(r * x, W, groups=3), 1e-12)
+
+
 def test_branches_of_a_student_as_their_own_op():
     layout, parameters, deviations = problem("tiles", 3, True, 4)
     one, other = ([torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
@@ -138,6 +164,11 @@ L, V, D = problem("flat", 2, True, 2)
 PACKED = torch.zeros(2, L.packed_size)
 REFUSED = {
     "parameters": (lambda: pack_weights(V[1:], D, L, *PACKED), "parameters has shape"),
+    "flat-deviations": (lambda: pack_weights(V, D[0], L, *PACKED), r"deviations has shape .*; expected \[K, 8\d\]"),
+    "other-dtype": (lambda: pack_weights(V, D.double(), L, *PACKED), "deviations has dtype torch.float64"),
+    "other-device": (lambda: pack_weights(V, D.to("meta"), L, *PACKED), "deviations is on meta"),
+    "no-layers": (lambda: Layout.build([], 5), "no layers"),
+    "layer": (lambda: Layout.build([("bad", (4, 3, 3), 1, False)]), "layer 'bad' has weight shape"),
     "copies": (lambda: pack_weights(V[:-1].repeat(2), None, L, *PACKED), "parameters has shape"),
     "half-parameters": (lambda: pack_weights(V.half(), D, L, *PACKED), "dtype torch.float16"),
     "two-dtypes": (lambda: pack_weights(V, D, L, PACKED[0], PACKED[1].half()), "one for both packings"),

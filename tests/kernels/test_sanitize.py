@@ -14,7 +14,7 @@ from tests.kernels import sanitize
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
     "launch_both": "rows", "launch_pairs": "rows", "launch_ods": "rows", "launch_step": "steps",
-    "launch_fold": "rank_one", "launch_unfold": "rank_one", "launch_pack": "rank_one", "launch_halo": "halo",
+    "launch_pack": "packing", "launch_halo": "halo",
 }  # fmt: skip
 
 
@@ -31,13 +31,13 @@ def lines(program: Path, *parts: str, **environment: str) -> tuple[int, list[str
 
 
 def test_every_launcher_there_is_has_its_lines(program):
-    """4 dtypes of three, 10 pairs of the step, 2 of four of rank-one, 4 shapes and 2 directions of the convolution."""
+    """4 dtypes of three, 10 pairs of the step, 2 of the packing, 4 shapes and 2 directions of the convolution."""
     status, found = lines(program)
     assert (status, found[-1]) == (0, "all right")
     named = [re.fullmatch(r"ok     (launch_\w+)<.*", line)[1] for line in found[:-1]]
     assert {name: named.count(name) for name in LAUNCHERS} == {
-        "launch_both": 4, "launch_pairs": 4, "launch_ods": 4, "launch_step": 10, "launch_fold": 2, "launch_unfold": 4,
-        "launch_pack": 2, "launch_halo": 8,
+        "launch_both": 4, "launch_pairs": 4, "launch_ods": 4, "launch_step": 10, "launch_pack": 2,
+        "launch_halo": 8,
     }  # fmt: skip
     headers = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.h"))
     assert set(re.findall(r"^int (launch_\w+)\(", headers, re.M)) == set(LAUNCHERS)
@@ -51,7 +51,7 @@ def test_a_launcher_that_does_nothing_is_wrong(program, launcher):
 
 
 def test_a_part_that_does_not_exist_is_no_success(program):
-    assert lines(program, "row") == (1, ["WRONG  a part of another name than rows, steps, rank_one, halo"])
+    assert lines(program, "row") == (1, ["WRONG  a part of another name than rows, steps, packing, halo"])
 
 
 @pytest.mark.slow
