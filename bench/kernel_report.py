@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.augment import augment
@@ -77,7 +78,7 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
                     weights = Weights(part, count, torch.bfloat16)
                     buffers = {INPUT: torch.empty(1, batch, size, size, 3)}
                     left[part.training] = weights, buffers
-                run_part(part, weights, torch.arange(count, dtype=torch.int32), buffers)
+                run_part(PartRun(part, weights, torch.arange(count, dtype=torch.int32), buffers))
         shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)
         images, index = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
         augment(images, index, shifts, flips)

@@ -31,7 +31,7 @@ from bench.launches import Expected, Prepared, compare, expected, prepare
 from bench.setting import NETWORKS, Setting
 from fastensdistill.engine.dispatch import HALO, VENDOR, Row, Shape, channels_last, shape_of
 from fastensdistill.engine.graph import uncollected
-from fastensdistill.engine.passes import Implement
+from fastensdistill.engine.part_run import Implement
 from fastensdistill.kernels import halo_conv
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.network.gpu import Gpu

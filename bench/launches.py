@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench.setting import METHODS, Setting
 from fastensdistill.engine.dispatch import OPS, VENDOR
-from fastensdistill.engine.passes import Implement, run_part
+from fastensdistill.engine.part_run import Execution, Implement, PartRun, kernels_themselves
+from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.launch import references_only
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
@@ -61,11 +62,11 @@ class Prepared:
     def title(self) -> str:
         return f"{self.launch.op} {self.launch.node}"
 
-    def run(self, implement: Implement = lambda part, launch, op: op) -> dict[str, Any]:
+    def run(self, implement: Implement = kernels_themselves) -> dict[str, Any]:
         """What the launch writes, under the plan's names."""
         buffers = type(self.buffers)(self.buffers)
         one = replace(self.part, launches=[self.launch])
-        run_part(one, self.weights, self.slots, buffers, implement=implement)
+        run_part(PartRun(one, self.weights, self.slots, buffers, Execution(implement=implement)))
         return {name: value for name, value in buffers.items() if value is not self.buffers.get(name)}
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -157,7 +158,7 @@ def prepare(
                 logits = buffers[part.network.output][:G]
                 buffers[grad(part.network.output)] = torch.randn_like(logits) / setting.batch
             with references_only() if by_references else contextlib.nullcontext():
-                run_part(part, weights, slots, buffers)
+                run_part(PartRun(part, weights, slots, buffers))
             for launch in part.launches:
                 if key(launch, part) not in seen:
                     seen.add(key(launch, part))

@@ -26,6 +26,7 @@ from bench import kernel_report
 from bench.common import RESULTS
 from bench.setting import METHODS, Setting
 from fastensdistill.engine.graph_nodes import GraphNodes, count_step
+from fastensdistill.engine.part_run import Execution, PartRun
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
@@ -176,7 +177,7 @@ def record(
     part, count = Part("", network, groups, batch, list(launches)), len(groups)
     found: list[Kernels] = []
 
-    def after(launch: Launch) -> None:
+    def after(launch: Launch, buffers: dict[str, Any]) -> None:
         node = network.by_name[launch.node]
         kernels = [kernel(one, launch, part) for one in recorded] or [Kernel(launch.op, launch, node, count)]
         recorded.clear()
@@ -192,11 +193,13 @@ def record(
         buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":
             (forward,) = plan([network], [replace(group, network=0) for group in groups], "forward", batch).parts
-            run_part(forward, weights, slots, buffers)
+            run_part(PartRun(forward, weights, slots, buffers))
             recorded.clear()
             classes = network.by_name[network.output].shape[0]
             buffers[grad(network.output)] = torch.empty(count, batch, classes)
-        run_part(part, weights, slots, buffers, after=after)
+        execution = Execution()
+        execution.watch = after
+        run_part(PartRun(part, weights, slots, buffers, execution))
     return tuple(found)
 
 

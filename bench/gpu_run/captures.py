@@ -110,7 +110,7 @@ class Stopped(Exception):
 
 
 class Beginning:
-    """A ``Runner.watch`` that stops behind so many launches; without a number it counts them."""
+    """An ``Execution.watch`` that stops behind so many launches; without a number it counts them."""
 
     def __init__(self, most: int | None = None):
         self.most, self.count = most, 0
@@ -155,14 +155,14 @@ class Parts:
         trained.write()
         with replaced(trained, "backward", self._take):
             losses = self.step._gradients(self.images, self.step.labels, False)
-        self.buffers = dict(trained.buffers)
+        self.buffers = dict(trained.training_pass.buffers)
         return named(losses, "losses") | {"gradient of the logits": self.seed} | named(self.buffers)
 
     def _take(self, seed: Tensor, add: bool = False) -> None:
         self.seed = seed
 
     def backward(self) -> Tensors:
-        self.step.trained.buffers = dict(self.buffers)
+        self.step.trained.training_pass.buffers = dict(self.buffers)
         self.step.trained.backward(self.seed, False)
         return {}
 
@@ -201,13 +201,13 @@ class Parts:
     @torch.no_grad()
     def run(self, name: str, beginning: Beginning) -> Tensors:
         """What the part leaves behind, alive at its end or where ``beginning`` stops."""
-        self.step.run.watch = beginning
+        self.step.execution.watch = beginning
         try:
             found = self.bodies[name]()
         except Stopped:
             found = named(beginning.buffers)
         finally:
-            del self.step.run.watch
+            del self.step.execution.watch
         return found | self.kept()
 
     def count(self, name: str) -> int:

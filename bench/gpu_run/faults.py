@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu_run.remedies import replaced
-from fastensdistill.engine import trained
+from fastensdistill.engine import passes
 from fastensdistill.engine.graph import Captured, Graphs, Results, warm_up
+from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
+from fastensdistill.engine.planned_ops import OPS
 from fastensdistill.kernels.launch import KernelLaunch, around_launches, kept_to_reference
 from fastensdistill.network import launch as plan
-from fastensdistill.network.launch import Part
 
 CULPRIT = ("conv gradient", "groups.1.0.conv1")  # of ``tiny``, in training: 3x3 at stride 2, with BatchNorm's sums
 RIGHT_WARPS = 8
@@ -132,18 +133,23 @@ Spoil = Callable[[Tensor], Tensor]
 def in_steps(spoil: Spoil) -> Iterator[None]:
     """What ``CULPRIT`` writes first goes through ``spoil`` in whole steps, but never in the references' own."""
 
-    def run(part: Part, weights: Any, slots: Tensor, buffers: dict[str, Any], *rest: Any, after: Any = None,
-            **options: Any) -> None:  # fmt: skip
-        def spoiled(launch: plan.Launch) -> None:
-            oracle = kept_to_reference()
-            if part.training and (launch.op, launch.node) == CULPRIT and not oracle:
-                buffers[launch.writes[0]] = spoil(buffers[launch.writes[0]])
-            if after:
-                after(launch)
+    op, node = CULPRIT
+    right = OPS[op]
 
-        run_part(part, weights, slots, buffers, *rest, after=spoiled, **options)
+    def spoiled(run: PartRun, launch: plan.Launch) -> None:
+        right(run, launch)
+        oracle = kept_to_reference()
+        if run.part.training and launch.node == node and not oracle:
+            run.buffers[launch.writes[0]] = spoil(run.buffers[launch.writes[0]])
 
-    with replaced(trained, "run_part", run):
+    def run_spoiled(*arguments: Any) -> None:
+        OPS[op] = spoiled
+        try:
+            run_part(*arguments)
+        finally:
+            OPS[op] = right
+
+    with replaced(passes, "run_part", run_spoiled):
         yield
 
 

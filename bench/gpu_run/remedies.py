@@ -26,7 +26,7 @@ from bench.gpu_run.record import plain
 from fastensdistill.engine import graph
 from fastensdistill.engine.dispatch import Dispatch, Row, Shape
 from fastensdistill.engine.graph import Captured
-from fastensdistill.engine.trained import Runner
+from fastensdistill.engine.part_run import Execution
 from fastensdistill.kernels.launch import KernelLaunch, around_launches, references_only
 from fastensdistill.kernels.tiles import Tile, changed_tiles
 
@@ -217,7 +217,7 @@ def halve(tile: Tile) -> Tile:
 
 
 class Keeper:
-    """A ``Runner.watch`` that keeps what a launch saw until the same launch has run again: nothing is freed between."""
+    """An ``Execution.watch`` that keeps what a launch saw until it runs again: nothing is freed between."""
 
     def __init__(self) -> None:
         self.kept: dict[int, Any] = {}
@@ -241,7 +241,7 @@ def capturing(capture: Capture) -> Sequence[tuple[Any, str, Any]]:
     return (
         (Captured, "prepare", prepare),
         (graph, "WARM_UP", capture.warm_up or _warm_up),
-        (Runner, "watch", Keeper() if capture.keep_buffers else None),
+        (Execution, "watch", Keeper() if capture.keep_buffers else None),
     )
 
 

@@ -23,6 +23,7 @@ from bench.gpu_run.record import Row
 from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.setting import Setting, batches, make
 from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.teach import FusedTeachStep
 
 METHODS = ("tdiv-sdiv", "kd", "teach")
@@ -152,16 +153,14 @@ class Place:
 
 def places(step: Any) -> dict[int, Place]:
     """All launches of a ``FusedStep`` or ``FusedTeachStep``, by identity."""
-    runs = []
+    runs: list[tuple[Pass, tuple[str, ...]]] = []
     for ascend in getattr(step, "ascends", []):
-        for first, second, weights, *_ in ascend.runs:
-            runs += [("perturbation, forward", first, weights), ("perturbation, input gradient", second, weights)]
-    for part, weights, *_ in step.targets.runs if hasattr(step, "targets") else []:
-        runs.append(("distillation, teachers", part, weights))
-    for where, part in zip(("forward", "backward"), step.trained.parts, strict=True):
-        runs.append((f"distillation, {where}", part, step.trained.slots.weights))
+        runs += [(run, ("perturbation, forward", "perturbation, input gradient")) for run, _ in ascend.passes]
+    runs += [(run, ("distillation, teachers",)) for run, _ in step.targets.passes] if hasattr(step, "targets") else []
+    runs.append((step.trained.training_pass, ("distillation, forward", "distillation, backward")))
     return {
-        id(launch): Place(where, i, weights, launch)
-        for where, part, weights in runs
-        for i, launch in enumerate(part.launches if part else [])
+        id(launch): Place(where, i, run.weights, launch)
+        for run, names in runs
+        for part, where in zip(run.parts, names, strict=False)  # a part has no backward part where nothing is ascended
+        for i, launch in enumerate(part.launches)
     }

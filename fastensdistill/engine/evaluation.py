@@ -15,15 +15,15 @@ from torch import Tensor
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
-from fastensdistill.engine.passes import Buffers
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.slots import BranchSlots
-from fastensdistill.engine.trained import Runner, dead_after
 from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.method.perturbation import Perturbation, gaussian, step_length
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.network.launch import Group, Part
+from fastensdistill.network.launch import INPUT, Group, Part, grad
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import PERTURBED, plan
 
@@ -70,25 +70,19 @@ class Slots:
 class Targets:
     """Logits of all M teachers, (M, B, classes)."""
 
-    def __init__(self, parts: Sequence[Part], slots: Slots, run: Runner):
-        self.run = run
-        self.runs = []
+    def __init__(self, parts: Sequence[Part], slots: Slots, execution: Execution):
+        self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups
         order: list[int] = []
         for part in parts:
             members = slots.members(part.network)
             order += members
             index = torch.arange(len(members), dtype=torch.int32, device=slots.device)
-            dead = dead_after([part], ["input", part.network.output])[0]
-            self.runs.append((part, slots.add(part), index, dead))
+            self.passes.append((Pass(part, None, slots.add(part), execution), index))
         # Teachers of one architecture run together; put them back into their own order
         self.order = torch.tensor(order, device=slots.device).argsort() if order != sorted(order) else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        outputs = []
-        for part, weights, index, dead in self.runs:
-            buffers: Buffers = {"input": x[None]}
-            self.run(part, weights, index, buffers, dead)
-            outputs.append(buffers[part.network.output])
+        outputs = [run.forward(x[None], index) for run, index in self.passes]
         logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return logits if self.order is None else logits.index_select(0, self.order)
 
@@ -107,10 +101,10 @@ class FusedPerturbation:
         slots: Slots,
         parameters: FlatParameters,
         batch: int,
-        run: Runner,
+        execution: Execution,
         choices: Sequence[tuple[int, int]] = (),
     ):
-        self.config, self.noise, self.slots, self.run = config, perturbation.noise, slots, run
+        self.config, self.noise, self.slots = config, perturbation.noise, slots
         self.choices, self.teachers = choices, perturbation.teachers
         drawn = PERTURBED[config.perturbation]
         self.heads = slots.heads if "Sa" in drawn else None
@@ -119,17 +113,15 @@ class FusedPerturbation:
             self.pairs = torch.tensor(self.choices, device=slots.device)
         networks = list(slots.networks)
         groups = [Group(n, self._network(n), gradient="input" if n[1] == "a" else None) for n in drawn]
-        self.runs = []
+        self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
         forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
         gradient = {part.network: part for part in backward}
         for first in forward:
             second = gradient.get(first.network)
             weights = slots.add(first, parameters if any(group.name == "Sa" for group in first.groups) else None)
             table = [[self._slot(group.name, choice) for group in first.groups] for choice in self.choices]
-            output = first.network.output
-            dead = dead_after([first, second] if second else [first], ["input", output, f"{output}.grad", "input.grad"])
             index = torch.tensor(table, dtype=torch.int32, device=slots.device)
-            self.runs.append((first, second, weights, index, dead))
+            self.passes.append((Pass(first, second, weights, execution), index))
 
     def _member(self, name: str, choice: tuple[int, int]) -> int:
         return choice[0] if name[1] == "a" else choice[1]
@@ -161,21 +153,15 @@ class FusedPerturbation:
             noisy = gaussian(x.permute(0, 3, 1, 2), self.config.step_size, self.noise).images
             return noisy.permute(0, 2, 3, 1), {}
         logits: dict[str, Tensor] = {}
-        kept: list[tuple[Buffers, Tensor]] = []
-        for first, _, weights, table, dead in self.runs:
-            index = table.index_select(0, draw)[0]
-            buffers: Buffers = {"input": x[None]}
-            self.run(first, weights, index, buffers, dead[0])
-            logits |= dict(zip((group.name for group in first.groups), buffers[first.network.output], strict=True))
-            kept.append((buffers, index))
+        for run, table in self.passes:
+            found = run.forward(x[None], table.index_select(0, draw)[0])
+            logits |= dict(zip((group.name for group in run.parts[0].groups), found, strict=True))
         seeds, scalars, confidence = self._seeds(logits, draw)
         gradients = []
-        for (_, second, weights, _, dead), (buffers, index) in zip(self.runs, kept, strict=True):
-            if second is None:
-                continue
-            buffers[f"{second.network.output}.grad"] = torch.stack([seeds[group.name] for group in second.groups])
-            self.run(second, weights, index[: len(second.groups)], buffers, dead[1])
-            gradients.append(buffers["input.grad"])
+        for run, _ in self.passes:
+            for backward in run.parts[1:]:
+                seed = torch.stack([seeds[group.name] for group in backward.groups])
+                gradients.append(run.backward(seed)[grad(INPUT)])
         gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
         length = step_length(x, self.config.step_size)
         return perturb_step(x, gradient, length, confidence=confidence), scalars

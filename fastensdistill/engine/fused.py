@@ -34,8 +34,9 @@ from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parallel import rank, same_start
 from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.reference import precision_on
-from fastensdistill.engine.trained import Runner, Trained
+from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
@@ -164,7 +165,7 @@ class FusedStep(Capturing):
         )  # fmt: skip
         self.dtype, self.precision = arithmetic(config, student)
         self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
-        self.run = Runner(self.precision, self.implementations, config.sync_batch_norm, self.parts)
+        self.execution = Execution(self.precision, self.implementations, config.sync_batch_norm, self.parts)
         self.capture = capture and self.device.type == "cuda"
         self._rate = config.learning_rate
         self.networks: list[Network] = []
@@ -208,15 +209,15 @@ class FusedStep(Capturing):
         forward, backward = (plan(self.networks, groups, way, part).parts for way in ("forward", "backward"))
         (gradient,) = backward
         trained = next(part for part in forward if part.training)
-        self.trained = Trained(self.networks[-1], trained, gradient, self.parameters, self.dtype, self.run)
+        self.trained = Trained(self.networks[-1], trained, gradient, self.parameters, self.dtype, self.execution)
         slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
         lists, self.places = by_architecture(self.perturbation, slots)
         self.ascends = [
-            FusedPerturbation(self.config, self.perturbation, slots, self.parameters, part, self.run, choices)
+            FusedPerturbation(self.config, self.perturbation, slots, self.parameters, part, self.execution, choices)
             for choices in lists
         ]
         self.ascend = self.ascends[0]
-        self.targets = Targets([part for part in forward if not part.training], slots, self.run)
+        self.targets = Targets([part for part in forward if not part.training], slots, self.execution)
         self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
 
     # ---- the launches

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastensdistill.engine.trained import dead_after
+from fastensdistill.engine.passes import dead_after
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
 from fastensdistill.models import create_model, image_size

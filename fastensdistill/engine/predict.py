@@ -20,8 +20,8 @@ from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import ImageShape, arithmetic, plain
 from fastensdistill.engine.graph import Captured, Capturing
-from fastensdistill.engine.passes import Buffers
-from fastensdistill.engine.trained import Runner, dead_after
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.weights import Weights
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
@@ -101,7 +101,7 @@ class GroupedPredictor(Capturing):
         like = next(networks[0].parameters())
         self.device, self.image_dtype = like.device, like.dtype
         dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[0])
-        self.run = Runner(multiplied, implementations or Dispatch())
+        self.execution = Execution(multiplied, implementations or Dispatch())
         self.capture = capture and self.device.type == "cuda"
         self._build(1)
         self.members = [[int(group.name) for group in part.groups] for part in self.plan.parts]
@@ -117,7 +117,6 @@ class GroupedPredictor(Capturing):
         C, H, W = self.image_shape
         self.graphs = None  # frees the memory of the graph before
         self.plan = plan(self.networks, [Group(str(i), i) for i in range(len(self.networks))], "forward", batch)
-        self.dead = [dead_after([part], ["input", part.network.output])[0] for part in self.plan.parts]
         self.images = torch.zeros(batch, H, W, C, dtype=self.image_dtype, device=self.device)
         if self.capture:
             self.graphs = Captured(self._body, list, [], self.device)
@@ -125,10 +124,8 @@ class GroupedPredictor(Capturing):
     def _body(self) -> dict[str, Tensor]:
         """Probabilities (E, B, classes) of ``images``: what is captured."""
         outputs = []
-        for part, weights, index, dead in zip(self.plan.parts, self.weights, self.index, self.dead, strict=True):
-            buffers: Buffers = {"input": self.images[None]}
-            self.run(part, weights, index, buffers, dead)
-            outputs.append(buffers[part.network.output])
+        for part, weights, index in zip(self.plan.parts, self.weights, self.index, strict=True):
+            outputs.append(Pass(part, None, weights, self.execution).forward(self.images[None], index))
         logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         logits = logits if self.order is None else logits.index_select(0, self.order)
         return {"probabilities": logits.float().softmax(-1)}

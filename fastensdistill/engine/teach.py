@@ -20,7 +20,8 @@ from fastensdistill.engine.fused import ImageShape, State, arithmetic, mean_of_p
 from fastensdistill.engine.graph import Capturing, Graphs
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.parameters import FlatParameters
-from fastensdistill.engine.trained import Runner, Trained
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
 from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.network.nodes import Network
@@ -73,7 +74,7 @@ class FusedTeachStep(Capturing):
         self.device = next(self.networks[0].parameters()).device
         self.dtype, precision = arithmetic(config, self.networks[0])
         self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
-        self.run = Runner(precision, self.implementations, config.sync_batch_norm, self.parts)
+        self.execution = Execution(precision, self.implementations, config.sync_batch_norm, self.parts)
         self.parameters = FlatParameters(self.networks, self.network, ranked=False)
         same_start(self.parameters.state())
         self.rate = torch.tensor(config.learning_rate, dtype=self.parameters.dtype, device=self.device)
@@ -91,7 +92,7 @@ class FusedTeachStep(Capturing):
         (forward,), (backward,) = (
             plan([self.network], groups, way, B // self.parts).parts for groups, way in teach_groups(M).values()
         )
-        self.trained = Trained(self.network, forward, backward, self.parameters, self.dtype, self.run)
+        self.trained = Trained(self.network, forward, backward, self.parameters, self.dtype, self.execution)
         self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
 
     def _body(self) -> dict[str, Tensor]:

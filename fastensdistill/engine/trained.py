@@ -2,84 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.parallel import average, processes
+from fastensdistill.engine.parallel import average
 from fastensdistill.engine.parameters import FlatParameters
-from fastensdistill.engine.passes import Buffers, Implement, run_part
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.slots import BranchSlots, PlainSlots
-from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.unfold import unfold_gradients
-from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
+from fastensdistill.network.launch import Part, grad
 from fastensdistill.network.nodes import Network
-
-
-def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[str, ...]]]:
-    """Per part and launch, the buffers that no later launch of ``parts`` reads; ``kept`` are never among them."""
-    seen = set(kept)
-    dead: list[list[tuple[str, ...]]] = []
-    for part in reversed(parts):
-        of_part = []
-        for launch in reversed(part.launches):
-            names = tuple(dict.fromkeys(n for n in (*launch.reads, *launch.writes) if n not in seen))
-            seen.update(names)
-            of_part.append(names)
-        dead.append(of_part[::-1])
-    return dead[::-1]
-
-
-class Runner:
-    """Runs parts and frees every buffer after its last reader, so that a captured graph's memory is used again."""
-
-    watch: Callable[[Launch, Buffers], None] | None = None  # called after every launch, before anything is freed
-
-    def __init__(self, precision: str, implement: Implement, synchronised: bool = False, parts: int = 1):
-        """``parts``: how many passes a step makes over the trained networks, one per micro-batch."""
-        self.precision, self.implement, self.synchronised, self.parts = precision, implement, synchronised, parts
-
-    def __call__(
-        self,
-        part: Part,
-        weights: Weights,
-        slots: Tensor,
-        buffers: Buffers,
-        dead: Sequence[tuple[str, ...]],
-        sinks: Mapping[str, Tensor] | None = None,
-        add: bool = False,
-    ) -> None:
-        """``sinks``: where parameters' gradients are written (``run_part``), with ``add`` on top of what is there."""
-        remaining = iter(dead)
-
-        def after(launch: Launch) -> None:
-            if self.synchronised:
-                share_sums(launch, buffers)
-            if self.watch:
-                self.watch(launch, buffers)
-            for name in next(remaining):
-                buffers.pop(name, None)
-
-        run_part(
-            part, weights, slots, buffers, self.precision,
-            after=after, implement=self.implement, updates=self.parts,
-            sharers=processes() if self.synchronised else 1, sinks=sinks, add=add,
-        )  # fmt: skip
-
-
-def share_sums(launch: Launch, buffers: Buffers) -> None:
-    """Replace the BatchNorm sums that ``launch`` wrote by their mean over processes.
-
-    Divided by one process's count, as what follows does, that is the mean over everybody's images, in the statistics as
-    in the gradient's two sums; every process has a batch of the same size.
-    """
-    for name in launch.writes:
-        if is_sums(name):
-            buffers[name] = buffers[name].sum(1, keepdim=True)
-            average(buffers[name])
 
 
 class Trained:
@@ -99,9 +35,9 @@ class Trained:
         backward: Part,
         parameters: FlatParameters,
         dtype: torch.dtype,
-        run: Runner,
+        execution: Execution,
     ):
-        self.network, self.parts, self.parameters, self.run = network, (forward, backward), parameters, run
+        self.network, self.parameters = network, parameters
         self.ranked = len(parameters.deviations) > 0
         K = len(forward.groups)
         self.slots: BranchSlots | PlainSlots = (
@@ -112,9 +48,7 @@ class Trained:
         self.gradients = parameters.values.new_zeros(K * parameters.layout.ranked)
         self.layers = {layer.name: layer for layer in parameters.layout.layers}
         self.sinks = {grad(name): self._sink(name) for name in parameters.shapes}
-        output = network.output
-        self.dead = dead_after(self.parts, [INPUT, output, grad(output), *self.sinks])
-        self.buffers: Buffers = {}
+        self.training_pass = Pass(forward, backward, self.slots.weights, execution, self.sinks)
 
     def _sink(self, name: str) -> Tensor:
         """Where a gradient is written: what needs no un-folding goes to the flat gradient at once."""
@@ -132,16 +66,13 @@ class Trained:
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
-        self.buffers = {INPUT: images}
-        self.run(self.parts[0], self.slots.weights, self.index, self.buffers, self.dead[0])
+        logits = self.training_pass.forward(images, self.index)
         self.parameters.batches.add_(1)
-        return self.buffers[self.network.output]
+        return logits
 
     def backward(self, seed: Tensor, add: bool = False) -> None:
         """All gradients from that of the logits; with ``add`` on top of an earlier micro-batch's."""
-        self.buffers[grad(self.network.output)] = seed
-        self.run(self.parts[1], self.slots.weights, self.index, self.buffers, self.dead[1], self.sinks, add)
-        self.buffers = {}
+        self.training_pass.backward(seed, add)
 
     def finish(self) -> None:
         """Un-fold the gradients and average them over processes: once, before the update."""

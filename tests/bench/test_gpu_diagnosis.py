@@ -20,10 +20,11 @@ from bench.gpu_run.steps import METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
-from fastensdistill.engine import evaluation, fused, graph, passes, trained
+from fastensdistill.engine import evaluation, fused, graph, planned_ops, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
-from fastensdistill.engine.trained import Runner, Trained
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.trained import Trained
 from fastensdistill.kernels import tiles
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -334,9 +335,9 @@ def test_a_kernel_whose_registers_are_limited_is_tried_without_the_limit(prepare
 
 
 def test_remedies_of_the_capture_end_with_their_context():
-    before = Captured.prepare, graph.WARM_UP, Runner.watch
+    before = Captured.prepare, graph.WARM_UP, Execution.watch
     with Remedies(capture=Capture(keep_buffers=True, warm_up=6, pool_per_graph=True)).in_force():
-        assert (graph.WARM_UP, type(Runner.watch)) == (6, Keeper)
+        assert (graph.WARM_UP, type(Execution.watch)) == (6, Keeper)
         captured = Captured(dict, list, [], torch.device("cpu"), pool="of all graphs")
         captured._capture = lambda: setattr(captured, "graph", captured.pool or "its own")
         captured.prepare()
@@ -346,8 +347,8 @@ def test_remedies_of_the_capture_end_with_their_context():
         assert captured() == {"loss": 1.0}, "launched from Python"
         assert captured.failed
         with Remedies().in_force():
-            assert before == (Captured.prepare, graph.WARM_UP, Runner.watch), "the innermost counts"
-    assert before == (Captured.prepare, graph.WARM_UP, Runner.watch)
+            assert before == (Captured.prepare, graph.WARM_UP, Execution.watch), "the innermost counts"
+    assert before == (Captured.prepare, graph.WARM_UP, Execution.watch)
 
 
 # ---- whole steps
@@ -451,7 +452,7 @@ WALKED = {
     "stale weights": (Trained, "write", stale, {"pass": "distillation, forward", "op": "weights", "node": "stem"}),
     "sign of the seed": (fused, "distillation_loss", turned, {"pass": "distillation, backward", "op": "given",
                                                               "buffer": "classifier.grad"}),
-    "a gradient that is not where it is read": (passes, "conv_weight_gradient", lost, {
+    "a gradient that is not where it is read": (planned_ops, "conv_weight_gradient", lost, {
         "pass": "distillation, backward", "op": "weight gradient", "node": "groups.1.0.shortcut",
     }),
     "no momentum": (trained, "sgd", forgetful, {"pass": "update", "buffer": "parameters"}),
@@ -521,7 +522,7 @@ def test_a_capture_that_differs_is_traced_to_its_launch(here, method, fault):
 
 
 HELPS = {
-    "buffers kept": lambda: isinstance(Runner.watch, Keeper),
+    "buffers kept": lambda: isinstance(Execution.watch, Keeper),
     "6 warm-ups": lambda: graph.WARM_UP > 2,
     "a pool per graph": lambda: StandIn.replaying.pool is None,
 }

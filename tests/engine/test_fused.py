@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastensdistill.engine import evaluation, passes, slots, trained
+from fastensdistill.engine import evaluation, planned_ops, slots, trained
 from fastensdistill.engine.evaluation import FusedPerturbation
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -39,8 +39,8 @@ def swapped_pair(monkeypatch):
 
 
 def missing_mask(monkeypatch):
-    right = passes.conv_data_gradient
-    monkeypatch.setattr(passes, "conv_data_gradient", lambda *a, mask=None, **k: right(*a, mask=None, **k))
+    right = planned_ops.conv_data_gradient
+    monkeypatch.setattr(planned_ops, "conv_data_gradient", lambda *a, mask=None, **k: right(*a, mask=None, **k))
 
 
 def stale_branches(monkeypatch):
@@ -197,13 +197,13 @@ def test_tf32_is_chosen_explicitly(monkeypatch):
     """fp32 multiplies exactly; tf32 reaches every convolution and the classifier."""
     seen = []
     for name in ("grouped_conv", "conv_data_gradient", "conv_weight_gradient", "head", "head_backward"):
-        right = getattr(passes, name)
+        right = getattr(planned_ops, name)
 
         def spy(*arguments, right=right, **options):
             seen.append(options["precision"])
             return right(*arguments, **options)
 
-        monkeypatch.setattr(passes, name, spy)
+        monkeypatch.setattr(planned_ops, name, spy)
     for precision, expected in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")):
         seen.clear()
         student, teachers, config = setting(dtype=torch.float32, precision=precision)

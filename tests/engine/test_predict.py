@@ -9,7 +9,7 @@ from torch import nn
 
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
-from fastensdistill.engine import passes
+from fastensdistill.engine import planned_ops
 from fastensdistill.engine import predict as grouped
 from fastensdistill.engine.dispatch import VENDOR, Dispatch, Row
 from fastensdistill.engine.fused import FusedStep
@@ -279,7 +279,7 @@ def test_precision_and_implementations_reach_the_launches(monkeypatch):
         return op
 
     monkeypatch.setitem(VENDOR, grouped_conv, spy(VENDOR[grouped_conv]))
-    monkeypatch.setattr(passes, "head", spy(passes.head))
+    monkeypatch.setattr(planned_ops, "head", spy(planned_ops.head))
     networks, split = [network(m).float() for m in range(2)], images(dtype=torch.float32)
     for precision, expected in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")):
         seen.clear()

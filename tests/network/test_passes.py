@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.launch import use_kernels
@@ -28,7 +29,7 @@ def run_both(network, groups, direction, batch, states, slots, oracle, fused, dt
     execute(part, [states[s] for s in slots], oracle)
     device = fused["input"].device
     weights = weights or pack(part, states, dtype, device)
-    run_part(part, weights, torch.tensor(slots, dtype=torch.int32, device=device), fused)
+    run_part(PartRun(part, weights, torch.tensor(slots, dtype=torch.int32, device=device), fused))
     return weights
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -86,11 +87,11 @@ def check_perturbation(networks):
     weights = pack(forward, [*teachers, *branches], torch.float32, DEVICE)
     a, b = PAIR
     buffers = {"input": networks.x.permute(0, 2, 3, 1)[None].contiguous()}
-    run_part(forward, weights, slots([a, M + a, b, M + b]), buffers)
+    run_part(PartRun(forward, weights, slots([a, M + a, b, M + b]), buffers))
     logits = buffers[networks.output]
     _, _, *seed = diversity_seed(logits[::2].contiguous(), logits[1::2].contiguous())
     buffers[f"{networks.output}.grad"] = torch.stack(seed)
-    run_part(backward, weights, slots([a, M + a]), buffers)
+    run_part(PartRun(backward, weights, slots([a, M + a]), buffers))
 
     x = networks.x.clone().requires_grad_()
     student = networks.student.eval()
@@ -107,14 +108,14 @@ def check_distillation(networks):
     (backward,) = networks.plans["distillation, backward"].parts
     image = networks.x.permute(0, 2, 3, 1)[None].contiguous()
     teacher_buffers, buffers = {"input": image}, {"input": image}
-    run_part(eval_part, pack(eval_part, teachers, torch.float32, DEVICE), slots(range(M)), teacher_buffers)
+    run_part(PartRun(eval_part, pack(eval_part, teachers, torch.float32, DEVICE), slots(range(M)), teacher_buffers))
     weights = pack(train_part, branches, torch.float32, DEVICE)
-    run_part(train_part, weights, slots(range(K)), buffers)
+    run_part(PartRun(train_part, weights, slots(range(K)), buffers))
     targets, logits = teacher_buffers[networks.output], buffers[networks.output]
     labels = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
     loss, _, _, seed = distillation_loss(targets, logits, labels, 4.0, 1.0)
     buffers[f"{networks.output}.grad"] = seed
-    run_part(backward, weights, slots(range(K)), buffers)
+    run_part(PartRun(backward, weights, slots(range(K)), buffers))
     gradients = {name.removesuffix(".grad"): value for name, value in buffers.items() if name.endswith(".grad")}
     actual = unfold_branches(student_state, gradients)
 

@@ -1,0 +1,345 @@
+"""What each op of a plan runs: a kernel, with the launch's prologue and epilogue as its arguments. ``OPS`` lists all.
+
+Activations are (G, N, H, W, C) in the weights' dtype, masks packed bits, statistics float32. On CUDA tensors the ops
+run their Triton kernels, elsewhere their references (or the kernels in the interpreter). The few launches that no
+kernel covers (the sums of a BatchNorm in an unusual place, shortcuts that nothing can read in place, mean pooling over
+windows) use PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastensdistill.engine.parallel import processes
+from fastensdistill.engine.part_run import PartRun
+from fastensdistill.engine.statistics import part_momentum
+from fastensdistill.engine.weights import unpack_gradient
+from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
+from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
+from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.head import head
+from fastensdistill.kernels.head_backward import head_backward
+from fastensdistill.kernels.operands import accumulator
+from fastensdistill.kernels.pool import max_pool, max_pool_backward
+from fastensdistill.kernels.reference import shortcut
+from fastensdistill.network.launch import INPUT, Launch, Step, grad, grad_sums, index, pooled, statistics, sums
+from fastensdistill.network.nodes import Conv, Linear, Norm, Pad, Pool
+
+
+def find(launch: Launch, kind: str) -> Step | None:
+    return next((step for step in launch.epilogue if step.kind == kind), None)
+
+
+def kinds_of(launch: Launch) -> list[str]:
+    return [step.kind for step in launch.epilogue]
+
+
+def flat(x: Tensor, node: Conv | Linear) -> Tensor:
+    """A linear layer's input as one position with all values."""
+    return x if isinstance(node, Conv) else x.flatten(2)[:, :, None, None, :].contiguous()
+
+
+def geometry(node: Conv | Linear) -> dict[str, int]:
+    if isinstance(node, Conv):
+        return {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
+    return {"kernel": 1}
+
+
+def residual(run: PartRun, launch: Launch) -> dict[str, Any]:
+    step = find(launch, "add")
+    return {"residual": run.read(step.arg), "residual_stride": step.stride} if step else {}
+
+
+def gradient_epilogue(run: PartRun, launch: Launch) -> dict[str, Any]:
+    """Residual, mask and sums of a gradient; not its scale, of which one op takes a row per slot, another per group."""
+    kinds, options = kinds_of(launch), residual(run, launch)
+    if options:
+        later = kinds[kinds.index("add") :]
+        options["residual_first"] = "mask" in later or "scale" in later
+    if mask := find(launch, "mask"):
+        options["mask"] = run.read(mask.arg)
+    if norm := find(launch, "sums"):
+        options |= {"z": run.read(run.node(norm.arg).inputs[0]), **run.statistics(norm.arg)}
+    return options
+
+
+def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | None) -> None:
+    run.write(launch.steps("store"), d)
+    if norm := find(launch, "sums"):
+        run.buffers[grad_sums(norm.arg)] = partial
+
+
+def conv(run: PartRun, launch: Launch) -> None:
+    node, layer, kinds = run.layer(launch), run.weights.layers[launch.node], kinds_of(launch)
+    options = residual(run, launch)
+    for step in launch.prologue:
+        options["in_scale"], options["in_shift"] = run.weights.scale_shift[step.arg]
+    if second := find(launch, "scale_shift"):
+        options["next_scale"], options["next_shift"] = run.weights.scale_shift[second.arg]
+    if norm := find(launch, "sums"):
+        options["center"] = run.weights.norms[norm.arg].running_mean
+    result = run.implementation(launch, grouped_conv)(
+        flat(run.buffers[launch.reads[0]], node),
+        layer.forward,
+        run.weight_index,
+        bias=layer.bias,
+        relu="relu" in kinds[: kinds.index("store")],
+        mask="bits" in kinds,
+        precision=run.precision,
+        **geometry(node),
+        **options,
+    )
+    run.write(launch.steps("store"), *(result[:2] if second else result[:1]))
+    run.write(launch.steps("bits"), *([result.mask] if "bits" in kinds else []))
+    if norm:
+        run.buffers[sums(norm.arg)] = result.statistics
+
+
+def conv_gradient(run: PartRun, launch: Launch) -> None:
+    node, d, options = run.layer(launch), run.read(launch.reads[0]), gradient_epilogue(run, launch)
+    if scale := find(launch, "scale"):
+        options["scale"] = run.weights.scale_shift[scale.arg][0]
+    in_size, shape = (node.in_shape[1], node.in_shape[2]), geometry(node)
+    if any(step.stride > 1 for step in launch.steps("store")):  # of a 1x1 convolution, where it is not 0
+        in_size, shape = (d.shape[2], d.shape[3]), {"kernel": 1}
+    result = run.implementation(launch, conv_data_gradient)(
+        d,
+        run.weights.layers[launch.node].gradient,
+        run.weight_index,
+        in_size=in_size,
+        out_dtype=accumulator(d.dtype) if grad(INPUT) in launch.writes else d.dtype,
+        precision=run.precision,
+        **shape,
+        **options,
+    )
+    write_gradient(run, launch, result.d, result.statistics)
+
+
+def flat_gradient(run: PartRun, launch: Launch) -> None:
+    node, d, weight = run.layer(launch), run.read(launch.reads[0]), run.weights.layers[launch.node].gradient
+    C, H, W = node.in_shape
+    op = run.implementation(launch, conv_data_gradient)
+    d = op(d, weight, run.weight_index, in_size=(1, 1), kernel=1, precision=run.precision).d
+    run.write(launch.steps("store"), d.view(*d.shape[:2], H, W, C))
+
+
+def weight_gradient(run: PartRun, launch: Launch) -> None:
+    node, d = run.layer(launch), run.read(launch.reads[1])
+    prologue: dict[str, Any] = {}
+    for step in launch.prologue:
+        prologue["in_scale"], prologue["in_shift"] = run.scale_shift(step.arg)
+    x = flat(run.buffers[launch.reads[0]], node)
+    op = run.implementation(launch, conv_weight_gradient)
+    out = run.gradient(f"{node.name}.weight")
+    gradient = op(x, d, precision=run.precision, out=out, add=run.add, **geometry(node), **prologue)
+    if out is None:
+        run.buffers[grad(f"{node.name}.weight")] = unpack_gradient(gradient, node)
+    if node.bias:
+        bias_gradient(run, f"{node.name}.bias", d)
+
+
+def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
+    out, over = run.gradient(name), (1, 2, 3)
+    if out is None:
+        run.buffers[grad(name)] = d.sum(over, dtype=accumulator(d.dtype))
+    elif run.add:
+        out.add_(d.sum(over, dtype=out.dtype))
+    else:
+        torch.sum(d, over, dtype=out.dtype, out=out)
+
+
+def norm_sums(run: PartRun, launch: Launch) -> None:
+    z = run.read(launch.reads[0])
+    rest = z.to(accumulator(z.dtype)) - run.weights.norms[launch.node].running_mean[:, None, None, None]
+    both = torch.stack([rest.sum((1, 2, 3)), rest.square().sum((1, 2, 3))], 1)
+    run.buffers[launch.writes[0]] = both[:, None]
+
+
+def norm_statistics(run: PartRun, launch: Launch) -> None:
+    node, norm, n = run.node(launch.node), run.weights.norms[launch.node], run.count(launch.node)
+    assert isinstance(node, Norm)
+    every = n * (processes() if run.execution.synchronised else 1)
+    run.buffers[statistics(launch.node)] = batch_norm_statistics(
+        run.buffers[launch.reads[0]], n, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+        momentum=part_momentum(node.momentum, run.execution.micro_batches), eps=node.eps,
+        correction=every / (every - 1) if node.unbiased else 1.0,
+    )  # fmt: skip
+
+
+def elementwise(run: PartRun, launch: Launch) -> None:
+    """BatchNorm, a sum, a ReLU, as many of them as follow one another."""
+    first, kinds = launch.epilogue[0], kinds_of(launch)
+    z = run.read(launch.reads[0])
+    if first.kind == "batch_norm":
+        batch = run.buffers[statistics(first.arg)]
+        scale, shift = batch.scale, batch.shift
+    elif first.kind == "scale_shift":
+        scale, shift = run.scale_shift(first.arg)
+    else:
+        scale = torch.ones(1, z.shape[-1], dtype=accumulator(z.dtype), device=z.device)
+        shift = torch.zeros_like(scale)
+    result = batch_norm_apply(z, scale, shift, relu="relu" in kinds, mask="bits" in kinds, **residual(run, launch))
+    run.write(launch.steps("store"), result.y)
+    run.write(launch.steps("bits"), *([result.mask] if "bits" in kinds else []))
+
+
+def gradient_steps(run: PartRun, launch: Launch) -> None:
+    """Mask, scale and residual of a gradient that no convolution made."""
+    options = gradient_epilogue(run, launch)
+    if scale := find(launch, "scale"):
+        options["scale"] = run.scale_shift(scale.arg)[0]
+    result = elementwise_gradient(run.read(launch.reads[0]), **options)
+    write_gradient(run, launch, result.d, result.statistics)
+
+
+def norm_sums_gradient(run: PartRun, launch: Launch) -> None:
+    d, z = run.read(launch.reads[0]), run.read(run.node(launch.node).inputs[0])
+    result = batch_norm_backward_statistics(d, z, **run.statistics(launch.node))
+    run.buffers[launch.writes[0]] = result.statistics
+
+
+def norm_gradient(run: PartRun, launch: Launch) -> None:
+    name, step = launch.node, find(launch, "add")
+    d, z, partial = (run.read(buffer) for buffer in launch.reads[:3])
+    result = batch_norm_backward(
+        d, z, partial, run.count(name), run.weights.norms[name].weight, **run.statistics(name),
+        residual=run.read(step.arg) if step else None,
+        d_weight=run.gradient(f"{name}.weight"), d_bias=run.gradient(f"{name}.bias"), add=run.add,
+    )  # fmt: skip
+    run.write(launch.steps("store"), *([result.d] if launch.epilogue else []))
+    if run.gradient(f"{name}.weight") is None:
+        run.buffers[grad(f"{name}.weight")], run.buffers[grad(f"{name}.bias")] = result.d_weight, result.d_bias
+
+
+def pool(run: PartRun, launch: Launch) -> None:
+    node, x = run.node(launch.node), run.read(launch.reads[0])
+    assert isinstance(node, Pool)
+    if node.kind == "max":
+        y, run.buffers[index(node.name)] = max_pool(x, kernel=node.kernel, stride=node.stride, padding=node.padding)
+    else:
+        y = grouped(mean_windows(images_of(x), node), run.groups)
+    run.write(launch.steps("store"), y)
+
+
+def pool_gradient(run: PartRun, launch: Launch) -> None:
+    node, d = run.node(launch.node), run.read(launch.reads[0])
+    assert isinstance(node, Pool)
+    if node.kind == "max":
+        size = node.in_shape[1], node.in_shape[2]
+        window = {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
+        result = max_pool_backward(d, run.read(launch.reads[1]), in_size=size, **window)
+    else:
+        result = grouped(mean_windows_gradient(images_of(d), node), run.groups)
+    run.write(launch.steps("store"), result)
+
+
+def mean_windows(x: Tensor, node: Pool) -> Tensor:
+    """Mean pooling of (images, C, H, W): windows, or however many adaptive ones make the output's size."""
+    if node.kind == "avg":
+        return F.avg_pool2d(x, node.kernel, node.stride)
+    return F.adaptive_avg_pool2d(x, node.shape[1:])
+
+
+def mean_windows_gradient(d: Tensor, node: Pool) -> Tensor:
+    """Gradient of ``mean_windows``; it is linear, so the input does not matter."""
+    with torch.enable_grad():
+        x = d.new_zeros(len(d), *node.in_shape, requires_grad=True)
+        return torch.autograd.grad(mean_windows(x, node), x, d)[0]
+
+
+def images_of(x: Tensor) -> Tensor:
+    """(G, N, H, W, C) → (G·N, C, H, W), as PyTorch's pooling takes them."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """(G·N, C, H, W) → (G, N, H, W, C)."""
+    return x.permute(0, 2, 3, 1).unflatten(0, (groups, -1)).contiguous()
+
+
+def pad(run: PartRun, launch: Launch) -> None:
+    node = run.node(launch.node)
+    assert isinstance(node, Pad)
+    C, H, W = node.shape
+    run.write(launch.steps("store"), shortcut(run.read(launch.reads[0]), node.stride, H, W, C).contiguous())
+
+
+def pad_gradient(run: PartRun, launch: Launch) -> None:
+    node, d = run.node(launch.node), run.read(launch.reads[0])
+    assert isinstance(node, Pad)
+    C, H, W = node.in_shape
+    result = d.new_zeros(*d.shape[:2], H, W, C)
+    result[:, :, :: node.stride, :: node.stride] = d[..., :C]
+    run.write(launch.steps("store"), result)
+
+
+def head_input(run: PartRun, launch: Launch, source: str) -> tuple[Tensor, dict[str, Any]]:
+    """What the head reads, and its prologue."""
+    node, x = run.layer(launch), run.read(source)
+    if node.macs // node.shape[0] != x.shape[-1]:  # no pooling: all values are features
+        x = flat(x, node)
+    options: dict[str, Any] = {"relu": any(step.kind == "relu" for step in launch.prologue)}
+    for step in launch.prologue:
+        if step.kind == "batch_norm":
+            batch = run.buffers[statistics(step.arg)]
+            options["scale"], options["shift"] = batch.scale, batch.shift
+        elif step.kind == "scale_shift":
+            options["scale"], options["shift"] = run.weights.scale_shift[step.arg]
+    return x, options
+
+
+def classify(run: PartRun, launch: Launch) -> None:
+    """The last layer, with the pooling, ReLU and BatchNorm before it."""
+    layer = run.weights.layers[launch.node]
+    x, options = head_input(run, launch, launch.reads[0])
+    result = head(x, layer.forward[:, 0], layer.bias, run.weight_index, precision=run.precision, **options)
+    run.buffers[launch.node], run.buffers[pooled(launch.node)] = result.logits, result.pooled
+
+
+def classify_gradient(run: PartRun, launch: Launch) -> None:
+    node, norm = run.layer(launch), find(launch, "sums")
+    x, options = head_input(run, launch, launch.reads[1])
+    out, weighted = run.gradient(f"{node.name}.weight"), grad(f"{node.name}.weight") in launch.writes
+    if weighted:
+        options |= {"pooled": run.read(pooled(node.name)), "d_weight": None if out is None else out[:, 0]}
+        options |= {"d_bias": run.gradient(f"{node.name}.bias"), "add": run.add}
+    if norm:
+        options |= run.statistics(norm.arg)
+    weight = run.weights.layers[node.name].forward[:, 0]
+    result = head_backward(run.read(launch.reads[0]), x, weight, run.weight_index, precision=run.precision, **options)
+    write_gradient(run, launch, result.d.view_as(run.read(launch.reads[1])), result.statistics)
+    if weighted and out is None:
+        assert result.d_weight is not None
+        run.buffers[grad(f"{node.name}.weight")] = unpack_gradient(result.d_weight[:, None], node)
+        if node.bias:
+            run.buffers[grad(f"{node.name}.bias")] = result.d_bias
+
+
+OPS: dict[str, Callable[[PartRun, Launch], None]] = {
+    "conv": conv,
+    "conv gradient": conv_gradient,
+    "flat gradient": flat_gradient,
+    "weight gradient": weight_gradient,
+    "norm sums": norm_sums,
+    "norm statistics": norm_statistics,
+    "norm": elementwise,
+    "elementwise": elementwise,
+    "elementwise gradient": gradient_steps,
+    "norm sums gradient": norm_sums_gradient,
+    "norm gradient": norm_gradient,
+    "pool": pool,
+    "pool gradient": pool_gradient,
+    "pad": pad,
+    "pad gradient": pad_gradient,
+    "head": classify,
+    "head gradient": classify_gradient,
+}
+"""By a launch's op."""
