@@ -18,7 +18,6 @@ from fastensdistill.network.launch import (
     grad_sums,
     index,
     mask,
-    owner,
     pooled,
     statistics,
     waiting,
@@ -149,8 +148,11 @@ class Backward(Builder):
         while True:
             self.missing[value] -= 1
             others = self.waiting[value]
-            if others and not self.missing[value] and "add" in fusions:
-                steps.append(others.pop())
+            # BatchNorm's gradient adds whole ones only; the other kernels read strided and wider ones too
+            ready = [step for step in others if op != "norm gradient" or self.whole(step, value)]
+            if ready and not self.missing[value] and "add" in fusions:
+                steps.append(ready[-1])
+                others.remove(ready[-1])
                 fusions = after(fusions, "add")
             if self.missing[value] or others:
                 stride = 1 if steps else self.grid(op, node)
@@ -225,19 +227,25 @@ class Backward(Builder):
         self.waiting[value].append(gradient)
         if self.missing[value]:
             return
-        if len(self.waiting[value]) == 1 and gradient.stride == 1:
+        if len(self.waiting[value]) == 1 and self.whole(gradient, value):
             self.gradient[value] = self.waiting[value].pop().arg
         else:
             self.add_up(value)
+
+    def whole(self, gradient: Step, value: str) -> bool:
+        """Whether the gradient has ``value``'s shape; that of a zero-padded shortcut may be strided, and is wider."""
+        shape = self.part.buffers[gradient.arg].shape
+        return gradient.stride == 1 and shape[-1] == self.network.by_name[value].shape[0]
 
     def add_up(self, value: str) -> None:
         """Sum the gradients of ``value`` that wait, two at a time."""
         self.missing[value] = 1
         gradients = self.waiting[value]
-        first = next((step for step in gradients if step.stride == 1), None)
+        first = next((step for step in gradients if self.whole(step, value)), None)
         if first is None:
             first = gradients.pop(0)
-            node = self.network.by_name[owner(first.arg)]
+            pads = (user for user in self.network.consumers[value] if isinstance(user, Pad))
+            node = next(pad for pad in pads if pad.stride == first.stride)
             self.deliver("pad gradient", node, value, [first.arg])
         else:
             gradients.remove(first)

@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastensdistill.models.layers import BatchNorm2d, Normalize
+from fastensdistill.models.layers import BatchNorm2d, Normalize, PadShortcut
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 
@@ -37,6 +37,30 @@ class Odd(nn.Module):
         return self.classifier(F.dropout(self.hidden(z.flatten(1)).relu(), 0.0))
 
 
+class Padded(nn.Module):
+    """Zero-padded shortcuts in unusual places.
+
+    One without a stride, beside a BatchNorm, two in one sum, with a strided 1x1 convolution, before a convolution.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.wide, self.bn2 = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.strided, self.bn3 = nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.pad1, self.pad2, self.pad3, self.pad4 = (PadShortcut(s, 2) for s in (1, 2, 2, 2))
+        self.shortcut, self.pad5, self.pad6 = nn.Conv2d(10, 12, 1, stride=2), PadShortcut(2, 2), PadShortcut(1, 1)
+        self.last, self.classifier = nn.Conv2d(13, 5, 3, padding=1), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.stem(x)))
+        x = self.bn2(self.wide(x)) + self.pad1(x)
+        x = self.strided(F.relu(self.bn3(x))) + self.pad2(x)
+        x = F.relu(self.pad3(x) + self.pad4(x))
+        x = self.shortcut(x) + self.pad5(x)
+        return self.classifier(F.relu(self.last(self.pad6(x))).mean((2, 3)))
+
+
 def moved(module: nn.Module, seed: int) -> nn.Module:
     """``module`` in float64 with random scales, shifts, biases, factors and running statistics."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +88,11 @@ def resnet(seed: int = 0) -> nn.Module:
 def odd(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return moved(Odd(), seed)
+
+
+def padded(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return moved(Padded(), seed)
 
 
 def resnet18(seed: int = 0) -> nn.Module:

@@ -1,4 +1,8 @@
-"""Whole passes over the kernels' ops against the plain executor of the same plan, which test_execute.py trusts."""
+"""Whole passes of the engine against the modules themselves and autograd: outputs, statistics, every gradient.
+
+In float64 by the ops' references, where a mistake in a plan shows as a wrong number; by the kernels in float32; in
+bfloat16 against PyTorch's own error.
+"""
 
 from __future__ import annotations
 
@@ -7,127 +11,138 @@ import contextlib
 import pytest
 import torch
 
-from fastensdistill.engine.part_run import PartRun
-from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.launch import use_kernels
-from fastensdistill.network.execute import execute
-from fastensdistill.network.launch import Group
+from fastensdistill.method.student import LatentBE
+from fastensdistill.network.fold import fold_branches
+from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.plan import plan
 from fastensdistill.network.trace import trace
 from tests.compare import check_close
 from tests.network import models
-from tests.network.test_execute import CASES, check_gradient, images, random_like, state
+from tests.network.cases import (
+    CASES,
+    TOLERANCE,
+    by_autograd,
+    check_gradient,
+    check_running,
+    images,
+    random_logits,
+    run_pass,
+    state,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = 1e-9
-
-
-def run_both(network, groups, direction, batch, states, slots, oracle, fused, dtype, weights=None):
-    """The one part of a pass, by the plain executor and by the ops; ``slots`` picks each group's state."""
-    (part,) = plan([network], groups, direction, batch).parts
-    execute(part, [states[s] for s in slots], oracle)
-    device = fused["input"].device
-    weights = weights or pack(part, states, dtype, device)
-    run_part(PartRun(part, weights, torch.tensor(slots, dtype=torch.int32, device=device), fused))
-    return weights
-
-
-def check_results(network, oracle, fused, tolerance):
-    check_close("logits", fused[network.output], oracle[network.output], tolerance)
-    names = [n for n in oracle if n.endswith((".weight.grad", ".bias.grad")) or n == "input.grad"]
-    for name in names:
-        expected = oracle[name].permute(0, 1, 3, 4, 2) if name == "input.grad" else oracle[name]
-        check_gradient(name, fused[name], expected, tolerance)
-    assert names
-
-
-def start(x, dtype):
-    return {"input": x[None]}, {"input": x.permute(0, 2, 3, 1)[None].to(dtype).contiguous()}
 
 
 @pytest.mark.parametrize(("model", "size", "batch"), CASES)
-def test_evaluation_mode(model, size, batch):
-    """Four groups of three networks, chosen by slot; input gradients of two of them."""
-    states = [state(model(seed)) for seed in range(3)]
-    network = trace(model(0), (3, size, size))
-    groups = [Group("a", gradient="input"), Group("b", gradient="input"), Group("c"), Group("d")]
-    oracle, fused = start(images(batch, size), torch.float64)
-    weights = run_both(network, groups, "forward", batch, states, [2, 0, 0, 1], oracle, fused, torch.float64)
-    seed = random_like(oracle[network.output][:2])
-    oracle[f"{network.output}.grad"] = fused[f"{network.output}.grad"] = seed
-    run_both(network, groups, "backward", batch, states, [2, 0], oracle, fused, torch.float64, weights)
-    check_results(network, oracle, fused, TOLERANCE)
+def test_input_gradient_in_evaluation_mode(model, size, batch):
+    """Four groups of three networks, chosen by index, two of them backward: a part's gradient groups come first."""
+    members = [model(seed).eval() for seed in range(3)]
+    network = trace(members[0], (3, size, size))
+    groups = [Group("b1"), Group("a1", gradient="input"), Group("b2"), Group("a2", gradient="input")]
+    (part,) = plan([network], groups, "forward", batch).parts
+    assert [group.name for group in part.groups] == ["a1", "a2", "b1", "b2"]
+    index, x, d = [2, 0, 0, 1], images(batch, size), random_logits(4, batch, network)
+    buffers, _ = run_pass(network, groups, [state(member) for member in members], index, x, d[:2])
+    expected = by_autograd([members[i] for i in index], x, d)
+    check_close("logits", buffers[network.output], torch.stack(expected["logits"]), TOLERANCE)
+    for g in range(2):
+        actual = buffers[grad(INPUT)][g].permute(0, 3, 1, 2)
+        check_close(f"input gradient of group {g}", actual, expected[INPUT][g], TOLERANCE)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared-statistics", "own-statistics"])
 @pytest.mark.parametrize(("model", "size", "batch"), CASES)
-def test_training_mode(model, size, batch, shared):
-    states = [state(model(seed)) for seed in range(2)]
-    network = trace(model(0), (3, size, size))
-    if shared:
-        keys = [f"{n.name}.{k}" for n in network.nodes for k in ("weight", "bias", "running_mean", "running_var")]
-        layers = {p for n in network.nodes if hasattr(n, "macs") for p in n.parameters}
-        states[1].update({key: states[0][key] for key in keys if key in states[0] and key not in layers})
-    groups = [Group(f"{k}", 0, "S" if shared else f"{k}", "parameters") for k in range(2)]
-    oracle, fused = start(images(batch, size), torch.float64)
-    weights = run_both(network, groups, "forward", batch, states, [0, 1], oracle, fused, torch.float64)
-    seed = random_like(oracle[network.output])
-    oracle[f"{network.output}.grad"] = fused[f"{network.output}.grad"] = seed
-    run_both(network, groups, "backward", batch, states, [0, 1], oracle, fused, torch.float64, weights)
-    check_results(network, oracle, fused, TOLERANCE)
-    for name, norm in weights.norms.items():
-        running = torch.stack([norm.running_mean, norm.running_var], 1)
-        check_close(f"{name}.running", running, oracle[f"{name}.running"], TOLERANCE)
+def test_networks_train_side_by_side(model, size, batch):
+    """Groups with statistics of their own: logits, every gradient, the running estimates of either BatchNorm."""
+    members = [model(seed).train() for seed in range(2)]
+    network, states = trace(members[0], (3, size, size)), [state(member) for member in members]
+    groups = [Group(f"T{m}", statistics=f"T{m}", gradient="parameters") for m in range(2)]
+    x, d = images(batch, size), random_logits(2, batch, network)
+    buffers, weights = run_pass(network, groups, states, [0, 1], x, d)
+    expected = by_autograd(members, x, d)
+    check_close("logits", buffers[network.output], torch.stack(expected["logits"]), TOLERANCE)
+    for m, member in enumerate(members):
+        for name, _ in member.named_parameters():
+            check_gradient(f"{name} of {m}", buffers[grad(name)][m], expected[name][m])
+        check_running(weights, member, m)
+
+
+@pytest.mark.parametrize(("model", "size", "batch"), CASES)
+def test_branches_of_a_student(model, size, batch):
+    """K = 3 branches: shared statistics; dW, dr, ds and the shared BatchNorm's gradients through the rank-one fold."""
+    plain = model(0)
+    student = models.moved(LatentBE(plain, branches=3), 5).train()
+    network = trace(plain, (3, size, size))
+    own = {name: value.requires_grad_(value.is_floating_point()) for name, value in state(student.module).items()}
+    branches = fold_branches(own, 3)
+    groups = [Group(f"S{k}", statistics="S", gradient="parameters") for k in range(3)]
+    x, d = images(batch, size), random_logits(3, batch, network)
+    states = [{name: value.detach() for name, value in branch.items()} for branch in branches]
+    buffers, weights = run_pass(network, groups, states, [0, 1, 2], x, d)
+    logits = student(x)
+    check_close("logits", buffers[network.output], logits, TOLERANCE)
+    logits.backward(d)
+    # a layer's gradient is every branch's own; BatchNorm's is the branches' together, so the first one's stands for all
+    folded, gradients = [], []
+    for name in (name for node in network.nodes for name in node.parameters):
+        shares = buffers[grad(name)]
+        folded += [branch[name] for branch in branches[: len(shares)]]
+        gradients += [share.view_as(branches[0][name]) for share in shares]
+    names = [name for name, _ in student.module.named_parameters()]
+    actual = torch.autograd.grad(folded, [own[name] for name in names], gradients)
+    for name, value in zip(names, actual, strict=True):
+        check_gradient(name, value, student.module.get_parameter(name).grad)
+    check_running(weights, student.module)
+
+
+def test_teachers_of_another_architecture():
+    """The student's branches and two kinds of teacher in one pass: a part each."""
+    modules = models.resnet(0).eval(), models.preresnet(1).eval(), models.preresnet(2).train()
+    networks = [trace(module, (3, 8, 8)) for module in modules]
+    groups = [Group("T1", 0), Group("T2", 1), Group("S1", 2, "S", "parameters")]
+    parts = plan(networks, groups, "forward", 2).parts
+    assert [[group.name for group in part.groups] for part in parts] == [["T1"], ["T2"], ["S1"]]
+    assert [part.network for part in parts] == networks
 
 
 @pytest.mark.parametrize("gradient", ["input", "parameters"])
 def test_kernels_where_layers_stand_in_unusual_order(gradient):
     """What test_step.py's networks lack, with the kernels themselves: pooling, 5x5, biases, sums, linear layers."""
-    states = [state(models.odd(seed)) for seed in range(2)]
-    network = trace(models.odd(), (3, 9, 9))
+    members = [models.odd(seed).train(gradient == "parameters") for seed in range(2)]
+    network = trace(members[0], (3, 9, 9))
     groups = [Group(f"{k}", 0, None if gradient == "input" else f"{k}", gradient) for k in range(2)]
-    oracle, fused = start(images(2, 9), torch.float32)
-    on_device = {name: value.to(DEVICE) for name, value in fused.items()}
+    x, d, states = images(2, 9), random_logits(2, 2, network), [state(member) for member in members]
     with use_kernels() if DEVICE == "cpu" else contextlib.nullcontext():
-        weights = run_both(network, groups, "forward", 2, states, [0, 1], oracle, on_device, torch.float32)
-        seed = random_like(oracle[network.output])
-        oracle[f"{network.output}.grad"] = seed
-        on_device[f"{network.output}.grad"] = seed.to(DEVICE, torch.float32)
-        run_both(network, groups, "backward", 2, states, [0, 1], oracle, on_device, torch.float32, weights)
-    check_results(network, oracle, on_device, 1e-4)
+        buffers, _ = run_pass(network, groups, states, [0, 1], x, d, torch.float32, DEVICE)
+    expected = by_autograd(members, x, d)
+    check_close("logits", buffers[network.output], torch.stack(expected["logits"]), 1e-4)
+    names = [INPUT] if gradient == "input" else [name for name, _ in members[0].named_parameters()]
+    for name in names:
+        actual = buffers[grad(name)].permute(0, 1, 4, 2, 3) if name == INPUT else buffers[grad(name)]
+        check_gradient(name, actual, torch.stack(expected[name]), 1e-4)
 
 
 @pytest.mark.parametrize("gradient", ["input", "parameters"])
 @pytest.mark.parametrize("model", [models.preresnet, models.resnet, models.resnet18])
 def test_bfloat16_errs_no_more_than_pytorch(model, gradient):
     """Root-mean-square errors against float64: at most twice those of the module itself in bfloat16."""
-    network, batch, x = trace(model(), (3, 16, 16)), 16, images(16, 16)
     modules = [model(seed).train(gradient == "parameters") for seed in range(2)]
-    states = [state(module) for module in modules]
+    network, x, states = trace(model(), (3, 16, 16)), images(16, 16), [state(module) for module in modules]
     groups = [Group(f"{k}", 0, None if gradient == "input" else f"{k}", gradient) for k in range(2)]
-    oracle, fused = start(x, torch.float32)
-    weights = run_both(network, groups, "forward", batch, states, [0, 1], oracle, fused, torch.bfloat16)
-    seed = random_like(oracle[network.output])
-    oracle[f"{network.output}.grad"], fused[f"{network.output}.grad"] = seed, seed.float()
-    run_both(network, groups, "backward", batch, states, [0, 1], oracle, fused, torch.bfloat16, weights)
-
-    peers = {}
-    for k, module in enumerate(modules):
-        image = x.bfloat16().requires_grad_()
-        logits = module.bfloat16()(image)
-        logits.backward(seed[k].bfloat16())
-        peers |= {(network.output, k): logits.detach(), ("input.grad", k): image.grad}
-        peers |= {(f"{name}.grad", k): parameter.grad for name, parameter in module.named_parameters()}
-    names = ["input.grad"] if gradient == "input" else [f"{n}.grad" for n, _ in modules[0].named_parameters()]
+    d = random_logits(2, 16, network)
+    fused, _ = run_pass(network, groups, states, [0, 1], x, d, torch.bfloat16)
+    exact = by_autograd(modules, x, d)
+    peers = by_autograd([module.bfloat16() for module in modules], x.bfloat16(), d.bfloat16())
+    names = [INPUT] if gradient == "input" else [name for name, _ in modules[0].named_parameters()]
     ours, theirs = [], []
-    for name in [network.output, *names]:
+    for name in ["logits", *names]:
+        actual = fused[network.output] if name == "logits" else fused[grad(name)]
+        actual = actual.permute(0, 1, 4, 2, 3) if name == INPUT else actual
         for k in range(2):
-            actual = fused[name][k].permute(0, 3, 1, 2) if name == "input.grad" else fused[name][k]
-            exact = oracle[name][k]
             # beyond 100% an error says no more: a layer whose ReLUs are all but closed has next to no gradient
-            ours.append(min(1.0, float((actual.double() - exact).norm() / exact.norm())))
-            theirs.append(min(1.0, float((peers[name, k].double() - exact).norm() / exact.norm())))
+            size = exact[name][k].norm()
+            ours.append(min(1.0, float((actual[k].double() - exact[name][k]).norm() / size)))
+            theirs.append(min(1.0, float((peers[name][k].double() - exact[name][k]).norm() / size)))
     for what, part in (("logits", slice(0, 2)), ("gradients", slice(2, None))):
         mine, torchs = sum(ours[part]), sum(theirs[part])
         assert mine <= 2 * torchs, f"{what}: error {mine:.2e}, PyTorch's own {torchs:.2e}"
