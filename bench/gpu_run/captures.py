@@ -154,7 +154,7 @@ class Parts:
         trained = self.step.trained
         trained.write()
         with replaced(trained, "backward", self._take):
-            losses = self.step._gradients(self.images, self.step.labels, False)
+            losses = list(self.step._gradients(self.images, self.step.labels, False))
         self.buffers = dict(trained.training_pass.buffers)
         return named(losses, "losses") | {"gradient of the logits": self.seed} | named(self.buffers)
 
@@ -173,7 +173,7 @@ class Parts:
         return {}
 
     def whole(self) -> Tensors:
-        return self.step._body()
+        return self.step.body()
 
     # ---- one part, launched and captured
 
@@ -240,7 +240,7 @@ class Parts:
         graphs = self.graphs(self.step.parameters.state, self.context.device)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            graphs(name, body, [self.step.noise] if hasattr(self.step, "noise") else [])
+            graphs(name, body, self.step.generators)
         replayed = {key: value.clone() for key, value in held.items()}
         self.put_back(before)
         if error := refusal(warned):

@@ -101,7 +101,7 @@ def build(
         assert problem.student is not None
         assert problem.teachers is not None
         step = FusedStep(problem.student, problem.teachers, problem.config, **own)
-    step._build((setting.batch, 3, setting.size, setting.size))
+    step.build((setting.batch, 3, setting.size, setting.size))
     if capture and context.rehearse:
         step.graphs = StandInGraphs(step.parameters.state, context.device)
     return Engine(step, problem)
@@ -154,8 +154,8 @@ class Place:
 def places(step: Any) -> dict[int, Place]:
     """All launches of a ``FusedStep`` or ``FusedTeachStep``, by identity."""
     runs: list[tuple[Pass, tuple[str, ...]]] = []
-    for ascend in getattr(step, "ascends", []):
-        runs += [(run, ("perturbation, forward", "perturbation, input gradient")) for run, _ in ascend.passes]
+    for perturber in getattr(step, "perturbers", []):
+        runs += [(run, ("perturbation, forward", "perturbation, input gradient")) for run, _ in perturber.passes]
     runs += [(run, ("distillation, teachers",)) for run, _ in step.targets.passes] if hasattr(step, "targets") else []
     runs.append((step.trained.training_pass, ("distillation, forward", "distillation, backward")))
     return {

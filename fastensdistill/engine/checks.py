@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastensdistill.config import TrainConfig
 from fastensdistill.errors import InputError
 
 SLACK = 1e-3  # beyond [0, 1] that rounding may leave
@@ -65,10 +64,10 @@ def check_classes(labels: Tensor, classes: int) -> None:
         raise InputError(f"labels hold {low if low < 0 else high}; expected classes from 0 to {classes - 1}")
 
 
-def check_parts(config: TrainConfig, images: int) -> None:
-    """Raise InputError for a batch of so many images that do not fall into ``config.micro_batches`` equal parts."""
-    if images % config.micro_batches:
-        raise InputError(f"{images} images in micro_batches={config.micro_batches}: expected equal parts")
+def check_micro_batches(images: int, micro_batches: int) -> None:
+    """Raise InputError for a batch of so many images that do not fall into so many equal micro-batches."""
+    if images % micro_batches:
+        raise InputError(f"{images} images in micro_batches={micro_batches}: expected equal parts")
     if not images:
         raise InputError("a batch of no images; expected at least one")
 

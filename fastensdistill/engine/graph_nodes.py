@@ -82,7 +82,7 @@ def count_step(
     with torch.device("meta"):
         frozen = Teachers([create_model(model, 100) for _ in range(teachers)])
         step = FusedStep(STUDENTS[config.student](create_model(model, 100), branches), frozen, config)
-        step._load(torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64))
+        step.load((torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)))
     with torch.no_grad(), assume_arch(arch), GraphNodes() as nodes:
-        gathered(step._body())
+        gathered(step.body())
     return nodes

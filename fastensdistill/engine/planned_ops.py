@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.engine.common import micro_batch_momentum
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
-from fastensdistill.engine.statistics import part_momentum
 from fastensdistill.engine.weights import unpack_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
@@ -169,7 +169,7 @@ def norm_statistics(run: PartRun, launch: Launch) -> None:
     every = n * (processes() if run.execution.synchronised else 1)
     run.buffers[statistics(launch.node)] = batch_norm_statistics(
         run.buffers[launch.reads[0]], n, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        momentum=part_momentum(node.momentum, run.execution.micro_batches), eps=node.eps,
+        momentum=micro_batch_momentum(node.momentum, run.execution.micro_batches), eps=node.eps,
         correction=every / (every - 1) if node.unbiased else 1.0,
     )  # fmt: skip
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
+from fastensdistill.engine.common import ImageShape, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.fused import ImageShape, arithmetic, plain
+from fastensdistill.engine.fused import plain
 from fastensdistill.engine.graph import Captured, Capturing
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass

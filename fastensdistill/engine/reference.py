@@ -5,30 +5,45 @@ Everything faster is tested against these two classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
-from fastensdistill.data.loader import DeviceLoader
-from fastensdistill.engine.checks import FirstBatch, check_class_count, check_images, check_labels, check_parts
-from fastensdistill.engine.parallel import average, processes, rank, same_start
-from fastensdistill.engine.statistics import part_momentum
+from fastensdistill.engine.checks import FirstBatch, check_class_count, check_images, check_labels, check_micro_batches
+from fastensdistill.engine.common import (
+    Scalars,
+    State,
+    autocast,
+    diversities,
+    drawn_perturbation,
+    drawn_state,
+    float32_products,
+    load_drawn_state,
+    slower_statistics,
+    target_of,
+)
+from fastensdistill.engine.parallel import average, processes, same_start
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers, listed_networks
 from fastensdistill.method.calls import call, dtype_of
 from fastensdistill.method.inspection import check_values
 from fastensdistill.method.modes import set_mode
-from fastensdistill.method.perturbation import Perturbation, Perturbed
-from fastensdistill.method.student import Single, Student
+from fastensdistill.method.perturbation import Perturbed
+from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.overlap import common_memory, dense
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from fastensdistill.data.loader import DeviceLoader
+
+Losses = Callable[[Tensor, Tensor], list[Tensor]]
+"""(images, labels) of a micro-batch → its losses; the first is the one to descend."""
 
 
 class ReferenceStep:
@@ -52,80 +67,59 @@ class ReferenceStep:
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
         check_class_count(num_classes)
-        self.target = "mean" if isinstance(student, Single) else "one-to-one"
-        seed = config.seed + 2 * rank()  # a process of its own draws its own pairs and noise
-        self.pick = torch.Generator().manual_seed(seed)
-        self.noise = torch.Generator(self.device).manual_seed(seed + 1)
-        self.perturbation = Perturbation(
-            config.perturbation, len(teachers), student.branches, size=config.step_size,
-            temperature=config.temperature, pick=self.pick, noise=self.noise,
-        )  # fmt: skip
+        self.target, self.perturbation = target_of(student), drawn_perturbation(config, teachers, student)
         self.optimizer = sgd(student, config)
         self.dtype, self.first = dtype_of(student), FirstBatch()
         same_start(student.state_dict().values())
 
-    def train_on(self, loader: DeviceLoader) -> dict[str, Tensor]:
+    def train_on(self, loader: DeviceLoader) -> Scalars:
         """A step on the loader's next batch."""
         return self(*loader.next())
 
-    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor) -> Scalars:
         return self.distil(self.perturb(images), labels)
 
     def perturb(self, images: Tensor) -> Perturbed:
+        """The first half of a step: ``images`` moved as ``config.perturbation`` says."""
+        n = self.config.micro_batches
         check_images(images, self.dtype)
-        check_parts(self.config, len(images))
+        check_micro_batches(len(images), n)
         self.first.see(images)
         with float32_products(self.config, self.device), autocast(self.config, self.device):
-            return self.perturbation(images, self.teachers, self.student, self.num_classes, self.config.micro_batches)
+            return self.perturbation(images, self.teachers, self.student, self.num_classes, n)
 
-    def distil(self, perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
-        """The update on images that are perturbed already; teachers and student see only those."""
+    def distil(self, perturbed: Perturbed, labels: Tensor) -> Scalars:
+        """The second half, on images that are perturbed already: teachers and student see only those."""
         check_images(perturbed.images, self.dtype)
         check_labels(labels, len(perturbed.images))
         self.first.see(labels=labels, classes=self.num_classes)
-        set_mode(self.student, True)
-        self.optimizer.zero_grad(set_to_none=True)
-        n = self.config.micro_batches
-        losses = []
-        with slower_statistics(self.student, n):
-            for images, part in zip(perturbed.images.chunk(n), labels.chunk(n), strict=True):
-                losses.append(self._gradients(images, part, n))
-        average_gradients(self.student)
-        self.optimizer.step()
+        batch = perturbed.images, labels
+        losses = update(self.student, self.optimizer, batch, self.config, self.losses)
         self.first.over = True
-        loss, loss_kd, loss_ce = torch.stack(losses).mean(0)
-        scalars = {"loss": loss, "loss_kd": loss_kd, "loss_ce": loss_ce}
-        if perturbed.tdiv is not None:
-            scalars["tdiv"] = perturbed.tdiv
-        if perturbed.sdiv is not None:
-            scalars["sdiv"] = perturbed.sdiv
-        return scalars
+        return dict(zip(("loss", "loss_kd", "loss_ce"), losses, strict=True)) | diversities(perturbed)
 
-    def _gradients(self, images: Tensor, labels: Tensor, parts: int) -> Tensor:
-        """Add those of one of ``parts`` parts of a batch; the three losses."""
-        with float32_products(self.config, self.device), autocast(self.config, self.device):
+    def losses(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Of a micro-batch: the loss, and the two that it is made of."""
+        with autocast(self.config, self.device):
             with torch.no_grad():
                 teacher_logits = self.teachers(images)
             branch_logits = self.student(images)
         self.first.see_logits({"student": branch_logits, "teachers": teacher_logits}, self.num_classes)
-        loss, loss_kd, loss_ce, _ = distillation_loss(
+        *losses, _ = distillation_loss(
             teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
         )
-        with float32_products(self.config, self.device):
-            (loss / parts if parts > 1 else loss).backward()
-        return torch.stack([loss.detach(), loss_kd.detach(), loss_ce.detach()])
+        return losses
 
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.optimizer, rate)
 
     def state_dict(self) -> State:
         """Momentum and generators; the student's weights are the student's own."""
-        return momentum_state(self.optimizer) | {"pick": self.pick.get_state(), "noise": self.noise.get_state()}
+        return momentum_state(self.optimizer) | drawn_state(self.perturbation)
 
     def load_state_dict(self, state: State) -> None:
         load_momentum_state(self.optimizer, state)
-        self.pick.set_state(state["pick"])
-        self.noise.set_state(state["noise"])
+        load_drawn_state(self.perturbation, state)
 
 
 class TeachStep:
@@ -144,41 +138,31 @@ class TeachStep:
         for network in self.networks:
             same_start(network.state_dict().values())
 
-    def train_on(self, loaders: Sequence[DeviceLoader]) -> dict[str, Tensor]:
+    def train_on(self, loaders: Sequence[DeviceLoader]) -> Scalars:
         """A step on the next batch of each network's own loader."""
         return self([loader.next() for loader in loaders])
 
-    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        n, losses = self.config.micro_batches, []
+    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Scalars:
         if len(batches) != len(self.networks):
             raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
         for images, labels in batches:
             check_images(images, self.dtype)
             check_labels(labels, len(images))
-            check_parts(self.config, len(images))
-        for m, (network, optimizer, (images, labels)) in enumerate(
-            zip(self.networks, self.optimizers, batches, strict=True)
-        ):
+            check_micro_batches(len(images), self.config.micro_batches)
             self.first.see(images)
-            set_mode(network, True)
-            optimizer.zero_grad(set_to_none=True)
-            with slower_statistics(network, n):
-                parts = zip(images.chunk(n), labels.chunk(n), strict=True)
-                found = [self._gradients(m, *part, n) for part in parts]
-            average_gradients(network)
-            optimizer.step()
-            losses.append(torch.stack(found).mean())
+        losses = [
+            update(network, optimizer, batch, self.config, partial(self.losses, m))[0]
+            for m, (network, optimizer, batch) in enumerate(zip(self.networks, self.optimizers, batches, strict=True))
+        ]
         self.first.over = True
         return {"loss": torch.stack(losses)}
 
-    def _gradients(self, m: int, images: Tensor, labels: Tensor, parts: int) -> Tensor:
-        with float32_products(self.config, self.device), autocast(self.config, self.device):
+    def losses(self, m: int, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """The loss of network m on a micro-batch."""
+        with autocast(self.config, self.device):
             logits = call(self.networks[m], images, f"network {m}")
         self.first.see(labels=labels, classes=logits.shape[-1])
-        loss = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
-        with float32_products(self.config, self.device):
-            (loss / parts if parts > 1 else loss).backward()
-        return loss.detach()
+        return [F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)]
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.optimizers:
@@ -191,6 +175,23 @@ class TeachStep:
         for m, optimizer in enumerate(self.optimizers):
             own = {k.removeprefix(f"{m}."): v for k, v in state.items() if k.startswith(f"{m}.")}
             load_momentum_state(optimizer, own)
+
+
+def update(
+    network: nn.Module, optimizer: torch.optim.SGD, batch: tuple[Tensor, Tensor], config: TrainConfig, losses: Losses
+) -> Tensor:
+    """One step of ``network`` by the mean gradient of the micro-batches' first loss; the means of all losses."""
+    n, found = config.micro_batches, []
+    set_mode(network, True)
+    optimizer.zero_grad(set_to_none=True)
+    with slower_statistics(network, n), float32_products(config, batch[0].device):
+        for images, labels in zip(*(tensor.chunk(n) for tensor in batch), strict=True):
+            of_one = losses(images, labels)
+            (of_one[0] / n if n > 1 else of_one[0]).backward()
+            found.append(torch.stack([loss.detach() for loss in of_one]))
+    average_gradients(network)
+    optimizer.step()
+    return torch.stack(found).mean(0)
 
 
 def sgd(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -243,40 +244,3 @@ def average_gradients(network: nn.Module) -> None:
         average(flat)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
-
-
-@contextmanager
-def slower_statistics(network: nn.Module, parts: int) -> Iterator[None]:
-    """Running statistics move ``parts`` times as they would have moved once."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    norms = [m for m in network.modules() if isinstance(m, kinds) and m.momentum is not None] if parts > 1 else []
-    momenta = [norm.momentum or 0.0 for norm in norms]
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = part_momentum(momentum, parts)
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def precision_on(config: TrainConfig, device: torch.device) -> str:
-    """What ``config.precision`` "auto" means: bf16 on a GPU that multiplies it, fp32 elsewhere."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-
-
-@contextmanager
-def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision_on(config, device) == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(config, device) == "bf16")

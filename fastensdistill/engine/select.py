@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
-from fastensdistill.engine.fused import FusedStep, ImageShape, check_networks
+from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.fused import FusedStep, check_networks
 from fastensdistill.engine.memory import estimate, estimate_teaching
 from fastensdistill.engine.parallel import alone, anyone, processes
 from fastensdistill.engine.reference import ReferenceStep, TeachStep

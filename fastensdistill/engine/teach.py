@@ -8,19 +8,16 @@ Cross-entropy, the same recipe, nothing shared (method of Nam et al., ICML 2022,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import TeachConfig
-from fastensdistill.data.loader import DeviceLoader
-from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_parts
+from fastensdistill.engine.common import ImageShape, Scalars
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.fused import ImageShape, State, arithmetic, mean_of_parts
-from fastensdistill.engine.graph import Capturing, Graphs
-from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.parameters import FlatParameters
-from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.step import CapturedStep
 from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
 from fastensdistill.method.arguments import checked_config, listed_networks
@@ -29,6 +26,9 @@ from fastensdistill.network.overlap import common_memory, trained_tensors
 from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.probe import compared
 from fastensdistill.network.unseen import refusing
+
+if TYPE_CHECKING:
+    from fastensdistill.data.loader import DeviceLoader
 
 
 @refusing("the fused engine")
@@ -49,7 +49,7 @@ def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Net
     return first
 
 
-class FusedTeachStep(Capturing):
+class FusedTeachStep(CapturedStep):
     """One step of M networks of one architecture at once; the interface of ``TeachStep``.
 
     ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,), always of
@@ -57,8 +57,6 @@ class FusedTeachStep(Capturing):
     not move or cast them any more. ``implementations``, ``captured`` and ``capture_error`` as for ``FusedStep``.
     Raises InputError for networks that only the reference engine can train.
     """
-
-    graphs: Graphs | None = None
 
     def __init__(
         self,
@@ -71,122 +69,50 @@ class FusedTeachStep(Capturing):
     ):
         self.networks, self.config = listed_networks(networks), checked_config(config, TeachConfig)
         self.network = common_architecture(self.networks, image_shape)
-        self.device = next(self.networks[0].parameters()).device
-        self.dtype, precision = arithmetic(config, self.networks[0])
-        self.parts, self.implementations = config.micro_batches, implementations or Dispatch()
-        self.execution = Execution(precision, self.implementations, config.sync_batch_norm, self.parts)
-        self.parameters = FlatParameters(self.networks, self.network, ranked=False)
-        same_start(self.parameters.state())
-        self.rate = torch.tensor(config.learning_rate, dtype=self.parameters.dtype, device=self.device)
-        self.capture = capture and self.device.type == "cuda"
-        self.images: Tensor | None = None
-        self.first = FirstBatch()
-        self.loaders: list[DeviceLoader] = []
+        self.classes = self.network.by_name[self.network.output].shape[0]
+        super().__init__(config, self.networks[0], len(self.networks), capture, implementations)
+        self.adopt(FlatParameters(self.networks, self.network, ranked=False))
 
-    @refusing("the fused engine")
-    def _build(self, shape: tuple[int, ...]) -> None:
-        M, (B, C, H, W) = len(self.networks), shape
-        check_parts(self.config, B)
-        self.images = torch.zeros(M, B, H, W, C, dtype=self.parameters.dtype, device=self.device)
-        self.labels = torch.zeros(M, B, dtype=torch.int64, device=self.device)
+    def _plan(self, images: int) -> None:
         (forward,), (backward,) = (
-            plan([self.network], groups, way, B // self.parts).parts for groups, way in teach_groups(M).values()
+            plan([self.network], groups, way, images).parts for groups, way in teach_groups(self.batches).values()
         )
         self.trained = Trained(self.network, forward, backward, self.parameters, self.dtype, self.execution)
-        self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
 
-    def _body(self) -> dict[str, Tensor]:
-        assert self.images is not None
-        return self._step(self.images, self.labels)
+    def _launch_all(self, images: Tensor, labels: Tensor) -> Scalars:
+        (loss,) = self._train([x.contiguous() for x in images.chunk(self.micro_batches, 1)], labels)
+        return {"loss": loss}
 
-    def _body_with_loaders(self) -> dict[str, Tensor]:
-        images, labels = zip(*(loader.read() for loader in self.loaders), strict=True)
-        # Stacked as they lie in memory, channels last: one copy
-        stacked = torch.stack([x.permute(0, 2, 3, 1) for x in images])
-        return self._step(stacked.to(self.parameters.dtype), torch.stack(labels))
-
-    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """``images`` (M, B, H, W, C), ``labels`` (M, B)."""
-        self.trained.write()
-        parts = zip(images.chunk(self.parts, 1), labels.chunk(self.parts, 1), strict=True)
-        losses = [self._gradients(x.contiguous(), own, add=i > 0) for i, (x, own) in enumerate(parts)]
-        self.trained.finish()
-        self.trained.update(self.rate, self.config.momentum, self.config.weight_decay)
-        return {"loss": mean_of_parts([[loss] for loss in losses])[0]}
-
-    def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> Tensor:
-        """Those of one part of the batches, on top of the earlier ones with ``add``; the losses (M,)."""
+    def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
         log_p = self.trained.forward(images).log_softmax(-1)
         index = labels[..., None]
         loss = -log_p.gather(-1, index)[..., 0].mean(1)
-        seed = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1))
-        self.trained.backward(seed.div_(self.parts * log_p.shape[1]), add)
-        return loss
+        grad_logits = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1))
+        self.trained.backward(grad_logits.div_(self.micro_batches * log_p.shape[1]), add)
+        return [loss]
 
     @torch.no_grad()
-    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        if len(batches) != len(self.networks):
-            raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
-        for images, labels in batches:
-            check_images(images)
-            check_labels(labels, len(images))
-            self.first.see(images, labels, self.network.by_name[self.network.output].shape[0])
-        self.first.over = True
-        if self.images is None:
-            self._build(tuple(batches[0][0].shape))
-        self._follow()
-        assert self.images is not None
-        for i, (images, labels) in enumerate(batches):
-            self._check(tuple(images.shape))
-            self.images[i].copy_(images.permute(0, 2, 3, 1))
-            self.labels[i].copy_(labels)
-        return self.graphs((), self._body, []) if self.graphs else self._body()
+    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Scalars:
+        """One step on a batch for each network."""
+        self._check_count(batches, "batches")
+        self.load(*batches)
+        return self._run()
 
     @torch.no_grad()
-    def train_on(self, loaders: Sequence[DeviceLoader]) -> dict[str, Tensor]:
+    def train_on(self, loaders: Sequence[DeviceLoader]) -> Scalars:
         """A step on the next batch of each network's own loader, read, cropped and flipped in the captured graph."""
-        if len(loaders) != len(self.networks):
-            raise InputError(f"{len(loaders)} loaders for {len(self.networks)} networks: expected as many")
-        if self.loaders != list(loaders):
-            if self.images is None:
-                self._build(loaders[0].batch_shape)
-            for loader in loaders:
-                self._check(loader.batch_shape)
-            self.loaders = list(loaders)
-        self._follow()
-        for loader in loaders:
-            loader.advance()
-        if self.graphs is None:
-            return self._body_with_loaders()
-        return self.graphs(tuple(loaders), self._body_with_loaders, [loader.generator for loader in loaders])
+        self._check_count(loaders, "loaders")
+        self.advance(tuple(loaders))
+        return self._run(self.loaders)
 
-    def _follow(self) -> None:
-        """Parameters may have been frozen, or may require gradients again, since the last step."""
-        if self.parameters.follow() and self.graphs:
-            self.graphs = Graphs(self.parameters.state, self.device)
-
-    def _check(self, shape: tuple[int, ...]) -> None:
-        assert self.images is not None
-        _, B, H, W, C = self.images.shape
-        if shape != (B, C, H, W):
-            raise InputError(f"images have shape {shape}; this step was built for {(B, C, H, W)}")
-
-    def set_learning_rate(self, rate: float) -> None:
-        self.rate.fill_(rate)
+    def _check_count(self, sources: Sequence[object], kind: str) -> None:
+        if len(sources) != self.batches:
+            raise InputError(f"{len(sources)} {kind} for {self.batches} networks: expected as many")
 
     def _momenta(self) -> dict[str, Tensor]:
-        """Views of the momentum, named as the reference engine names its own."""
-        named: dict[str, Tensor] = {}
-        for m, network in enumerate(self.networks):
-            own = self.parameters.momenta(m)
-            named |= {f"{m}.momentum.{i}": own[name] for i, (name, _) in enumerate(network.named_parameters())}
-        return named
-
-    def state_dict(self) -> State:
-        """Momentum; the networks' weights are their own."""
-        return {name: buffer.clone() for name, buffer in self._momenta().items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: State) -> None:
-        for name, buffer in self._momenta().items():
-            buffer.copy_(state[name]) if name in state else buffer.zero_()
+        return {
+            f"{m}.momentum.{i}": momenta[name]
+            for m, network in enumerate(self.networks)
+            for momenta in [self.parameters.momenta(m)]
+            for i, (name, _) in enumerate(network.named_parameters())
+        }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
-from fastensdistill.engine.fused import FusedStep, ImageShape
-from fastensdistill.engine.reference import ReferenceStep, TeachStep, precision_on
+from fastensdistill.engine.common import ImageShape, precision_on
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.method.calls import call

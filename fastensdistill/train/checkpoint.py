@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastensdistill.config import TrainConfig
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
-from fastensdistill.engine.reference import precision_on
+from fastensdistill.engine.common import precision_on
 from fastensdistill.errors import InputError
 from fastensdistill.weights import read_tensors, save_tensors
 

@@ -14,7 +14,8 @@ from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
-from fastensdistill.engine.fused import FusedStep, ImageShape
+from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError

@@ -15,7 +15,7 @@ from torch import nn
 from fastensdistill.config import DistillConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
-from fastensdistill.engine.reference import precision_on
+from fastensdistill.engine.common import precision_on
 from fastensdistill.files import expanded
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
+from fastensdistill.engine.common import precision_on
 from fastensdistill.engine.predict import Evaluator
-from fastensdistill.engine.reference import precision_on
 from fastensdistill.engine.select import AnyStep
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded

@@ -23,7 +23,7 @@ def build(model: str, B: int, M: int = 4, K: int = 4, size: int = 32, teacher: s
         teachers = Teachers([create_model(teacher or model, 100) for _ in range(M)])
         student = STUDENTS[config.get("student", "latent-be")](create_model(model, 100), K)
     step = FusedStep(student, teachers, DistillConfig(precision="bf16", **config))
-    step._load(torch.zeros(B, 3, size, size, device="meta"), torch.zeros(B, dtype=torch.int64, device="meta"))
+    step.load((torch.zeros(B, 3, size, size, device="meta"), torch.zeros(B, dtype=torch.int64, device="meta")))
     return step
 
 

@@ -63,10 +63,10 @@ def test_reading_the_batch_waits_for_nothing(monkeypatch):
         "fastensdistill.data.loader.draw",
         lambda count, *_: tuple(torch.zeros(count, dtype=torch.int64, device="meta") for _ in range(3)),
     )
-    step._check(own.batch_shape)
-    step.loader = own
+    step.accept(own.batch_shape)
+    step.loaders = (own,)
     with watched() as watch:
-        step._body_with_loader()
+        step.body_on_loaders()
     assert watch.syncs == []
 
 

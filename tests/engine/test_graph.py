@@ -42,7 +42,7 @@ def test_the_body_waits_for_nothing_and_copies_nothing_from_the_host(monkeypatch
         monkeypatch.setattr(torch.Tensor, draw, lambda self, *range, generator: self)
     step = build("wrn28_1", 4, M=2, K=2, **BODIES[case])
     with watched() as watch:
-        step._body()
+        step.body()
     assert watch.syncs == []
 
 
@@ -51,9 +51,9 @@ def test_the_teachers_body_waits_for_nothing():
         networks = [create_model("wrn28_1", 100) for _ in range(2)]
     config = TeachConfig(members=2, precision="bf16", micro_batches=2)
     step = FusedTeachStep(networks, config, image_shape=(3, 32, 32))
-    step._build((4, 3, 32, 32))
+    step.build((4, 3, 32, 32))
     with watched() as watch:
-        step._body()
+        step.body()
     assert watch.syncs == []
 
 
@@ -71,7 +71,7 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
     student, teachers, config = setting(M=3, K=3, perturbation=perturbation)
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
-    two._load(*batch(0))
+    two.load(batch(0))
     addresses = [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.parameters.state())]
     drawn = set()
     for i in range(4):
@@ -82,10 +82,10 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
         two.images.copy_(images.permute(0, 2, 3, 1))
         two.labels.copy_(labels)
         two.rate.fill_(rate)
-        two._draw()
+        two.choose()
         drawn.add(int(two.draw))
         with torch.no_grad():
-            actual = two._body()
+            actual = two.body()
         for name, value in expected.items():
             check_close(name, actual[name], value, 1e-9)
     check_equal(student, other, one, two, 1e-8)
@@ -96,16 +96,16 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
 def test_warm_up_leaves_no_trace():
     student, teachers, config = setting(perturbation="ods")
     step = FusedStep(student, teachers, config)
-    step._load(*batch(0))
+    step.load(batch(0))
     before = {k: v.clone() for k, v in (student.state_dict() | step.state_dict()).items()}
     ran = []
 
     def body():
         ran.append(1)
-        return step._body()
+        return step.body()
 
     with torch.no_grad():
-        warm_up(body, step.parameters.state, [step.noise])
+        warm_up(body, step.parameters.state, step.generators)
     assert len(ran) == 2
     for name, value in (student.state_dict() | step.state_dict()).items():
         assert torch.equal(value, before[name]), name
@@ -396,7 +396,7 @@ def capturing(kind):
         return teach, lambda: teach([batch(0), batch(1)])
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
-    step.noise = CapturedGenerator()
+    step.generators = [CapturedGenerator()]
     return step, lambda: step(*batch(0))
 
 
@@ -412,9 +412,9 @@ def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):
         student, teachers, config = setting(M=4, K=4, teacher=lambda seed: network(seed, widen=1 + (seed == 12)))
         config.seed += 2 * len(averaged)  # as a process of its own
         step = FusedStep(student, teachers, config)
-        step._load(*batch(0))
+        step.load(batch(0))
         step.graphs = Graphs(step.parameters.state, torch.device("cpu")) if capture else None
-        assert len(step.ascends) == 3
+        assert len(step.perturbers) == 3
         averaged.append([])
         for i in range(6):
             counts.clear()

@@ -44,7 +44,7 @@ def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
     found = estimate(network, network, 4, 4, B, perturbation, parts=parts)
     gc.collect()
     with watched() as watch:
-        step._body()
+        step.body()
     transient = max(p.peak for p in found.passes)
     assert watch.peak == pytest.approx(transient, rel=0.02)
     held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors_of(step)}
@@ -54,9 +54,9 @@ def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
 
 def tensors_of(step: FusedStep) -> list[torch.Tensor]:
     """Everything the step itself holds for the whole run."""
-    writers = [w for w in (step.trained.slots, step.ascend.slots.branches) if w]
+    writers = [w for w in (step.trained.slots, step.perturber.slots.branches) if w]
     kept = [step.images, step.parameters.gradient, step.trained.gradients, *step.parameters.state()]
-    for weights in {id(w): w for w in [step.trained.slots.weights, *step.ascend.slots.weights.values()]}.values():
+    for weights in {id(w): w for w in [step.trained.slots.weights, *step.perturber.slots.weights.values()]}.values():
         kept += [t for layer in weights.layers.values() for t in (layer.forward, layer.gradient)]
     return [*kept, *(writer.rows.values for writer in writers)]
 
@@ -71,7 +71,7 @@ def test_fixed_buffers_stay_and_every_other_is_freed_after_its_last_reader():
     dead = dead_after(training.parts, ["input", output, f"{output}.grad", *step.trained.sinks])
     expected: set[str] = {"input"}
     step.trained.write()
-    grad_logits = torch.zeros_like(step.trained.forward(step.images[None]))
+    grad_logits = torch.zeros_like(step.trained.forward(step.images))
     alive = set(training.buffers)
     assert len(alive) > 10
     left = set(training.backward(grad_logits))
@@ -92,12 +92,11 @@ def test_peak_of_teachers_is_what_a_step_allocates(parts):
         networks = [create_model("wrn28_1", 100) for _ in range(M)]
         config = TeachConfig(members=M, precision="bf16", batch_size=B, micro_batches=parts)
         step = FusedTeachStep(networks, config, image_shape=(3, 32, 32))
-        step._build((B, 3, 32, 32))
-        given = torch.zeros(M, B, 32, 32, 3), torch.zeros(M, B, dtype=torch.int64)
+        step.build((B, 3, 32, 32))
     found = estimate_teaching(traced("wrn28_1"), M, B, parts=parts)
     gc.collect()
     with watched() as watch:
-        step._step(*given)
+        step.body()
     assert watch.syncs == []
     assert watch.peak == pytest.approx(max(p.peak for p in found.passes), rel=0.02)
 

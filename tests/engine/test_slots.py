@@ -40,8 +40,8 @@ def branch_slots(training: bool, dtype: torch.dtype, first: int) -> BranchSlots:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     student, _, config = setting(K=3, dtype=wide, teacher=odd, student=odd)
     step = FusedStep(student, copy.deepcopy(_), config, image_shape=(3, 12, 12))
-    step._load(*batch(0, size=12, dtype=wide))
-    writer = step.trained.slots if training else step.ascend.slots.branches
+    step.load(batch(0, size=12, dtype=wide))
+    writer = step.trained.slots if training else step.perturber.slots.branches
     return BranchSlots(writer.weights.part, step.parameters, dtype, first)
 
 
@@ -158,8 +158,8 @@ def test_parameters_take_a_handful_of_launches(precision):
     student, teachers, config = setting(dtype=torch.float32)
     config.precision = precision
     step = FusedStep(student, teachers, config)
-    step._load(*batch(0, dtype=torch.float32))
-    for writer in (step.trained.slots, step.ascend.slots.branches):
+    step.load(batch(0, dtype=torch.float32))
+    for writer in (step.trained.slots, step.perturber.slots.branches):
         assert launched(writer.write) == ([branch_rows_kernel, pack_kernel], [])
     unfold = [unfold_kernel, unfold_factors_kernel]
     assert launched(lambda: after_backward(step)) == ([*unfold, sgd_kernel, sgd_kernel], [])

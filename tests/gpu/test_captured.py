@@ -78,7 +78,7 @@ def test_replayed_on_a_loader_is_launched_on_a_loader(case):
         ended.append({**state(student, step, batches), **{k: v.float() for k, v in scalars.items()}})
         assert step.captured is capture, step.capture_error
         if capture:
-            assert len(step.graphs.made) == len(step.ascends)
+            assert len(step.graphs.made) == len(step.perturbers)
     check_same(*ended)
 
 

@@ -1,0 +1,104 @@
+"""What both engines do alike: how they multiply, what they draw, how running statistics follow micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.config import DistillConfig, TrainConfig
+from fastensdistill.engine.parallel import rank
+from fastensdistill.method.perturbation import Perturbation, Perturbed
+from fastensdistill.method.student import Single, Student
+from fastensdistill.method.teachers import Teachers
+
+State = dict[str, Tensor]
+Scalars = dict[str, Tensor]
+"""By name, on the device."""
+ImageShape = tuple[int, int, int]
+"""(channels, H, W)"""
+
+
+def precision_on(config: TrainConfig, device: torch.device) -> str:
+    """What ``config.precision`` "auto" means: bf16 on a GPU that multiplies it, fp32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+@contextmanager
+def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision_on(config, device) == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """For a forward pass in plain PyTorch: products in bfloat16 where ``config.precision`` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(config, device) == "bf16")
+
+
+def arithmetic(config: TrainConfig, network: nn.Module) -> tuple[torch.dtype, str]:
+    """For the kernels: dtype of activations and packed weights, and how float32 is multiplied ("ieee" or "tf32")."""
+    first = next(network.parameters())
+    precision = precision_on(config, first.device)
+    if precision == "bf16":
+        return torch.bfloat16, "ieee"
+    return first.dtype, "tf32" if precision == "tf32" else "ieee"
+
+
+def target_of(student: Student) -> str:
+    """What the branches learn from: each from its teacher, or a single one from the mean of all."""
+    return "mean" if isinstance(student, Single) else "one-to-one"
+
+
+def drawn_perturbation(config: DistillConfig, teachers: Teachers, student: Student) -> Perturbation:
+    """The perturbation of ``config`` with its generators, the same for both engines; each process draws its own."""
+    seed, device = config.seed + 2 * rank(), next(student.parameters()).device
+    on = "cpu" if device.type == "meta" else device  # the meta device has no generators
+    return Perturbation(
+        config.perturbation, len(teachers), student.branches, size=config.step_size, temperature=config.temperature,
+        pick=torch.Generator().manual_seed(seed), noise=torch.Generator(on).manual_seed(seed + 1),
+    )  # fmt: skip
+
+
+def drawn_state(perturbation: Perturbation) -> State:
+    """Where the generators of ``perturbation`` are."""
+    return {"pick": perturbation.pick.get_state(), "noise": perturbation.noise.get_state()}
+
+
+def load_drawn_state(perturbation: Perturbation, state: State) -> None:
+    perturbation.pick.set_state(state["pick"])
+    perturbation.noise.set_state(state["noise"])
+
+
+def diversities(perturbed: Perturbed) -> Scalars:
+    """The diversities that were ascended, by name."""
+    scalars = {"tdiv": perturbed.tdiv, "sdiv": perturbed.sdiv}
+    return {name: value for name, value in scalars.items() if value is not None}
+
+
+def micro_batch_momentum(momentum: float, micro_batches: int) -> float:
+    """BatchNorm's momentum in each of so many updates in a row that together keep 1 − momentum of the old value."""
+    return momentum if micro_batches == 1 else 1 - (1 - momentum) ** (1 / micro_batches)
+
+
+@contextmanager
+def slower_statistics(network: nn.Module, micro_batches: int) -> Iterator[None]:
+    """Scale BatchNorm's momentum so that ``micro_batches`` updates equal one."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    every = [m for m in network.modules() if isinstance(m, kinds)] if micro_batches > 1 else []
+    momenta = [(norm, norm.momentum) for norm in every if norm.momentum is not None]
+    for norm, momentum in momenta:
+        norm.momentum = micro_batch_momentum(momentum, micro_batches)
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
