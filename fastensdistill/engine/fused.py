@@ -42,6 +42,7 @@ from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, 
 from fastensdistill.engine.graph import Captured, Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep, Loaders, mean_of_micro_batches
 from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
@@ -53,7 +54,6 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan
-from fastensdistill.network.probe import compared
 from fastensdistill.network.unseen import check_unseen, refusing
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from fastensdistill.engine.fused import plain
 from fastensdistill.engine.graph import Captured, Capturing
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
+from fastensdistill.engine.probe import compared
 from fastensdistill.engine.weights import Weights
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
@@ -32,7 +33,6 @@ from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Affine, Network, Norm
 from fastensdistill.network.plan import plan
-from fastensdistill.network.probe import compared
 
 State = Mapping[str, Tensor]
 Networks = Callable[[], Sequence[nn.Module]]

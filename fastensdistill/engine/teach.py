@@ -17,6 +17,7 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.engine.common import ImageShape, Scalars
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep
 from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
@@ -24,7 +25,6 @@ from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.overlap import common_memory, trained_tensors
 from fastensdistill.network.plan import plan, teach_groups
-from fastensdistill.network.probe import compared
 from fastensdistill.network.unseen import refusing
 
 if TYPE_CHECKING:

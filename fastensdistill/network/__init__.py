@@ -5,8 +5,8 @@
 3. ``plan`` puts groups of one architecture and mode into a ``Part`` and walks the nodes, ``forward.py`` from the image
    on, ``backward.py`` from the logits back: each op takes along what its launch can fuse. ``launch.py`` lists the
    steps, what may follow what, and the rules in words.
-4. A ``Part``'s launches are run by ``execute.py`` in plain PyTorch, the oracle, and by ``engine/passes.py`` with the
-   kernels; ``table.py`` prints them with their arithmetic, traffic and least time.
+4. ``engine/passes.py`` runs a ``Part``'s launches; ``table.py`` prints them with their arithmetic, traffic and least
+   time.
 """
 
 from fastensdistill.network.launch import Group, Launch, Part

@@ -1,9 +1,7 @@
-"""What the weights of a launch carry: an evaluation-mode BatchNorm, or a branch's rank-one factors, with its adjoint.
+"""What the weights of a launch carry: an evaluation-mode BatchNorm, or a branch's rank-one factors.
 
     conv then BatchNorm:  W' = scale ⊗ W,  b' = scale·b + shift,   scale = γ/√(var + ε),  shift = β − scale·mean
     branch k:             W_k = s_k ⊗ W ⊗ r_k,  b_k = s_k·b                    (Nam et al., ICML 2022, section 2)
-    adjoint:              dW = Σ_k s_k ⊗ dW_k ⊗ r_k,  db = Σ_k s_k·db_k
-                          dr_k = Σ_{o,tap} s_k·W·dW_k,  ds_k = Σ_{i,tap} r_k·W·dW_k + b·db_k
 
 Parameters are given as in a state dict, name → tensor. A student's rank-one layer at ``path`` holds
 ``path.layer.weight`` (and bias) and the deviations ``path.delta_r`` (K, Ci) and ``path.delta_s`` (K, Co); in a plain
@@ -73,31 +71,3 @@ def fold_branches(parameters: Parameters, branches: int) -> list[dict[str, Tenso
             elif not name.endswith((".delta_r", ".delta_s")):
                 branch[name] = value
     return folded
-
-
-def unfold_branches(parameters: Parameters, gradients: Parameters) -> dict[str, Tensor]:
-    """The student's gradients, by its own names, from those of its branches by a plain network's names.
-
-    Args:
-        gradients: of a layer (K, …), one per branch; of a shared BatchNorm (1, C), already summed over branches.
-    """
-    result: dict[str, Tensor] = {}
-    for name, value in parameters.items():
-        path, kind = _wrapped(name, parameters)
-        if kind == "weight":
-            d = gradients[f"{path}.weight"].view(-1, *value.shape)
-            r, s = 1 + parameters[f"{path}.delta_r"], 1 + parameters[f"{path}.delta_s"]
-            rows, columns = _rows(s, value), _columns(r, value)
-            result[name] = (d * rows * columns).sum(0)
-            product = (value * d).flatten(3) if value.dim() > 2 else (value * d)[..., None]
-            by_pair = product.sum(3)
-            result[f"{path}.delta_r"] = (by_pair * s[:, :, None]).sum(1)
-            result[f"{path}.delta_s"] = (by_pair * r[:, None, :]).sum(2)
-            bias = f"{path}.layer.bias"
-            if bias in parameters:
-                result[f"{path}.delta_s"] += parameters[bias] * gradients[f"{path}.bias"]
-        elif kind == "bias":
-            result[name] = ((1 + parameters[f"{path}.delta_s"]) * gradients[f"{path}.bias"]).sum(0)
-        elif name in gradients:
-            result[name] = gradients[name].sum(0)
-    return result

@@ -2,8 +2,8 @@
 
 What has no effect of its own is absorbed: identity, flatten, dropout in evaluation, adaptive pooling to the size at
 hand. An operation outside the list raises one ``InputError`` that names the module, the operation and the setting that
-does not fit; the caller then uses the reference engine for that network. ``probe.py`` compares what came out with the
-module itself.
+does not fit; the caller then uses the reference engine for that network. ``engine/probe.py`` compares what came
+out with the module itself.
 """
 
 from __future__ import annotations

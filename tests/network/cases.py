@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
 from fastensdistill.engine.weights import Weights, pack
+from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan
@@ -70,6 +71,25 @@ def run_pass(
         buffers[grad(network.output)] = grad_logits.to(device, wide)
         run_part(PartRun(part, weights, weight_index[: len(part.groups)], buffers))
     return buffers, weights
+
+
+def student_gradients(
+    student: dict[str, Tensor], network: Network, branches: int, buffers: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What the gradients of a student's branches in ``buffers`` are of its own parameters: autograd of the fold.
+
+    Layers have a gradient per branch, a BatchNorm that they share has one, already summed.
+    """
+    own = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in student.items()}
+    folded, gradients = [], []
+    plain = fold_branches(own, branches)
+    for name in (name for node in network.nodes for name in node.parameters):
+        for branch, gradient in zip(plain, buffers[grad(name)], strict=False):
+            folded.append(branch[name])
+            gradients.append(gradient.view_as(branch[name]))
+    trained = {name: value for name, value in own.items() if value.requires_grad}
+    found = torch.autograd.grad(folded, list(trained.values()), gradients, allow_unused=True)
+    return {name: value for name, value in zip(trained, found, strict=True) if value is not None}
 
 
 def by_autograd(modules: Sequence[nn.Module], x: Tensor, grad_logits: Tensor) -> dict[str, list[Tensor]]:

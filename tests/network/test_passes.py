@@ -29,6 +29,7 @@ from tests.network.cases import (
     random_logits,
     run_pass,
     state,
+    student_gradients,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,26 +73,16 @@ def test_branches_of_a_student(model, size, batch):
     """K = 3 branches: shared statistics; dW, dr, ds and the shared BatchNorm's gradients through the rank-one fold."""
     plain = model(0)
     student = models.moved(LatentBE(plain, branches=3), 5).train()
-    network = trace(plain, (3, size, size))
-    own = {name: value.requires_grad_(value.is_floating_point()) for name, value in state(student.module).items()}
-    branches = fold_branches(own, 3)
+    network, own = trace(plain, (3, size, size)), state(student.module)
     groups = [Group(f"S{k}", statistics="S", gradient="parameters") for k in range(3)]
     x, d = images(batch, size), random_logits(3, batch, network)
-    states = [{name: value.detach() for name, value in branch.items()} for branch in branches]
-    buffers, weights = run_pass(network, groups, states, [0, 1, 2], x, d)
+    buffers, weights = run_pass(network, groups, fold_branches(own, 3), [0, 1, 2], x, d)
     logits = student(x)
     check_close("logits", buffers[network.output], logits, TOLERANCE)
     logits.backward(d)
-    # a layer's gradient is every branch's own; BatchNorm's is the branches' together, so the first one's stands for all
-    folded, gradients = [], []
-    for name in (name for node in network.nodes for name in node.parameters):
-        shares = buffers[grad(name)]
-        folded += [branch[name] for branch in branches[: len(shares)]]
-        gradients += [share.view_as(branches[0][name]) for share in shares]
-    names = [name for name, _ in student.module.named_parameters()]
-    actual = torch.autograd.grad(folded, [own[name] for name in names], gradients)
-    for name, value in zip(names, actual, strict=True):
-        check_gradient(name, value, student.module.get_parameter(name).grad)
+    actual = student_gradients(own, network, 3, buffers)
+    for name, parameter in student.module.named_parameters():
+        check_gradient(name, actual[name], parameter.grad)
     check_running(weights, student.module)
 
 

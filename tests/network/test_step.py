@@ -21,11 +21,13 @@ from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.student import LatentBE
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
-from fastensdistill.network.fold import fold_branches, unfold_branches
+from fastensdistill.network.fold import fold_branches
+from fastensdistill.network.launch import INPUT, grad
 from fastensdistill.network.plan import plan_step
 from fastensdistill.network.trace import trace
 from tests.compare import check_close
 from tests.network import models
+from tests.network.cases import student_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-4
@@ -86,11 +88,11 @@ def check_perturbation(networks):
     assert [group.name for group in forward.groups] == ["Ta", "Sa", "Tb", "Sb"]
     weights = pack(forward, [*teachers, *branches], torch.float32, DEVICE)
     a, b = PAIR
-    buffers = {"input": networks.x.permute(0, 2, 3, 1)[None].contiguous()}
+    buffers = {INPUT: networks.x.permute(0, 2, 3, 1)[None].contiguous()}
     run_part(PartRun(forward, weights, slots([a, M + a, b, M + b]), buffers))
     logits = buffers[networks.output]
     _, _, *seed = diversity_seed(logits[::2].contiguous(), logits[1::2].contiguous())
-    buffers[f"{networks.output}.grad"] = torch.stack(seed)
+    buffers[grad(networks.output)] = torch.stack(seed)
     run_part(PartRun(backward, weights, slots([a, M + a]), buffers))
 
     x = networks.x.clone().requires_grad_()
@@ -99,7 +101,7 @@ def check_perturbation(networks):
     q_a, q_b = student(x, branches=[a, b])
     check_close("perturbation logits", logits, torch.stack([z_a, q_a, z_b, q_b]), TOLERANCE)
     (expected,) = torch.autograd.grad(divergence(z_a, z_b) - divergence(q_a, q_b), x)
-    check_close("perturbation gradient", buffers["input.grad"].sum(0).permute(0, 3, 1, 2), expected, TOLERANCE)
+    check_close("perturbation gradient", buffers[grad(INPUT)].sum(0).permute(0, 3, 1, 2), expected, TOLERANCE)
 
 
 def check_distillation(networks):
@@ -107,17 +109,16 @@ def check_distillation(networks):
     eval_part, train_part = networks.plans["distillation, forward"].parts
     (backward,) = networks.plans["distillation, backward"].parts
     image = networks.x.permute(0, 2, 3, 1)[None].contiguous()
-    teacher_buffers, buffers = {"input": image}, {"input": image}
+    teacher_buffers, buffers = {INPUT: image}, {INPUT: image}
     run_part(PartRun(eval_part, pack(eval_part, teachers, torch.float32, DEVICE), slots(range(M)), teacher_buffers))
     weights = pack(train_part, branches, torch.float32, DEVICE)
     run_part(PartRun(train_part, weights, slots(range(K)), buffers))
     targets, logits = teacher_buffers[networks.output], buffers[networks.output]
     labels = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
     loss, _, _, seed = distillation_loss(targets, logits, labels, 4.0, 1.0)
-    buffers[f"{networks.output}.grad"] = seed
+    buffers[grad(networks.output)] = seed
     run_part(PartRun(backward, weights, slots(range(K)), buffers))
-    gradients = {name.removesuffix(".grad"): value for name, value in buffers.items() if name.endswith(".grad")}
-    actual = unfold_branches(student_state, gradients)
+    actual = student_gradients(student_state, train_part.network, K, buffers)
 
     student = networks.student.train()
     student.zero_grad()

@@ -5,7 +5,8 @@ A copy with all weights moved (so that zeros and fresh statistics hide nothing) 
     evaluation mode    logits, gradient of the image; no state changes, no random number is drawn
     training mode      logits, gradient of every parameter, running statistics; nothing else changes
 
-against the plan of the same, run by ``execute.py``. The module, its modes and all generators are left as they are.
+against the engine's own passes over the network that was traced, which in float64 run the ops' references. The module,
+its modes and all generators are left as they are.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.part_run import PartRun
+from fastensdistill.engine.passes import run_part
+from fastensdistill.engine.weights import NormWeights, pack
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
-from fastensdistill.network.execute import execute
-from fastensdistill.network.launch import INPUT, Group, grad, running
-from fastensdistill.network.nodes import Network, Norm, Shape
+from fastensdistill.network.launch import INPUT, Group, grad
+from fastensdistill.network.nodes import Network, Shape
 from fastensdistill.network.plan import plan
 from fastensdistill.network.trace import trace
 from fastensdistill.network.unseen import generators_kept, refusing
@@ -37,7 +40,7 @@ _compared: OrderedDict[Hashable, None] = OrderedDict()  # modules that have been
 
 
 def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradient: bool = True) -> Network:
-    """:func:`trace` of ``module``, which has been found to compute what ``module`` does.
+    """:func:`~fastensdistill.network.trace.trace` of ``module``, whose plan computes what ``module`` does.
 
     Args:
         input_size: of an image, (C, H, W).
@@ -67,15 +70,15 @@ def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradien
 
 def construction(module: nn.Module) -> Hashable | None:
     """What decides about the operations of ``module`` besides its tensors; None where that cannot be told."""
-    found: list[Hashable] = []
+    parts: list[Hashable] = []
     for path, layer in module.named_modules():
         kind = type(layer)
         own = {name: value for name, value in vars(layer).items() if name not in _INTERNAL}
         try:
-            found.append((path, kind, kind.forward, kind.train, _frozen(own)))
+            parts.append((path, kind, kind.forward, kind.train, _frozen(own)))
         except TypeError:
             return None
-    return tuple(found)
+    return tuple(parts)
 
 
 def _frozen(value: Any) -> Hashable:
@@ -113,7 +116,7 @@ class _Probe:
         self.module = moved(own.double())
         self.generator = torch.Generator().manual_seed(1)
         self.images = self._random(torch.rand, IMAGES, *input_size)
-        self.seed = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
+        self.grad_logits = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
 
     def _random(self, draw: Any, *shape: int) -> Tensor:
         return draw(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
@@ -136,9 +139,9 @@ class _Probe:
                 raise self.refuse(f"{name!r} changes from {counts[name]} to {value} in a forward in {mode} mode")
         if _drawn(self.device) != drawn:
             raise self.refuse(f"draws random numbers in {mode} mode")
-        if not isinstance(logits, Tensor) or logits.shape != self.seed.shape:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise self.refuse(f"returns {found} in {mode} mode, not logits {tuple(self.seed.shape)}")
+        if not isinstance(logits, Tensor) or logits.shape != self.grad_logits.shape:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise self.refuse(f"returns {got} in {mode} mode, not logits {tuple(self.grad_logits.shape)}")
         return logits, before
 
     def _counts(self) -> dict[str, float]:
@@ -149,54 +152,59 @@ class _Probe:
             if isinstance(value, int | float)
         }
 
-    def planned(self, group: Group, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The buffers of a forward and, where ``group`` asks for a gradient, a backward pass."""
-        buffers = {INPUT: self.images[None], grad(self.network.output): self.seed[None]}
-        for direction in ("forward", "backward") if group.gradient else ("forward",):
-            (part,) = plan([self.network], [group], direction, IMAGES).parts
-            with torch.no_grad():
-                execute(part, [state], buffers)
-        return buffers
+    @torch.no_grad()
+    def planned(self, group: Group, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, NormWeights]]:
+        """What a forward and, where ``group`` asks for a gradient, a backward pass write, and BatchNorm afterwards."""
+        (part,) = plan([self.network], [group], "forward", IMAGES).parts
+        weights = pack(part, [state], torch.float64, self.device)
+        index = torch.zeros(1, dtype=torch.int32, device=self.device)
+        buffers = {
+            INPUT: self.images.permute(0, 2, 3, 1)[None].contiguous(),
+            grad(self.network.output): self.grad_logits[None],
+        }
+        run_part(PartRun(part, weights, index, buffers))
+        if group.gradient:
+            (part,) = plan([self.network], [group], "backward", IMAGES).parts
+            run_part(PartRun(part, weights, index, buffers))
+        return {name: value[0] for name, value in buffers.items() if isinstance(value, Tensor)}, weights.norms
 
     def evaluation(self, gradient: bool) -> None:
         self.module.eval()
         images = self.images.clone().requires_grad_(gradient)
         logits, before = self.forward(images, "evaluation")
         self.same_state(before, {}, "evaluation")
-        found = self.planned(Group("", gradient="input" if gradient else None), before)
-        self.same("logits in evaluation mode", logits.detach(), found[self.network.output][0])
+        planned, _ = self.planned(Group("", gradient="input" if gradient else None), before)
+        self.same("logits in evaluation mode", logits.detach(), planned[self.network.output])
         if gradient:
             own = self.gradients(logits, {"image": images}, "evaluation")["image"]
-            self.same("gradient of the image", own, found[grad(INPUT)][0])
+            self.same("gradient of the image", own, planned[grad(INPUT)].permute(0, 3, 1, 2))
 
     def training(self) -> None:
         self.module.train()
         logits, before = self.forward(self.images.clone(), "training")
-        found = self.planned(Group("", statistics="", gradient="parameters"), before)
-        self.same("logits in training mode", logits.detach(), found[self.network.output][0])
+        planned, norms = self.planned(Group("", statistics="", gradient="parameters"), before)
+        self.same("logits in training mode", logits.detach(), planned[self.network.output])
         expected: dict[str, Tensor] = {}
-        for node in self.network.nodes:
-            if isinstance(node, Norm):
-                mean, variance = found[running(node.name)][0]
-                count = before[f"{node.name}.num_batches_tracked"] + 1
-                moved_to = {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
-                expected |= {f"{node.name}.{kind}": value for kind, value in moved_to.items()}
+        for name, norm in norms.items():
+            count = before[f"{name}.num_batches_tracked"] + 1
+            after = {"running_mean": norm.running_mean[0], "running_var": norm.running_var[0]}
+            expected |= {f"{name}.{key}": value for key, value in (after | {"num_batches_tracked": count}).items()}
         self.same_state(before, expected, "training")
         own = self.gradients(logits, dict(self.module.named_parameters()), "training")
         scale = max(float(value.abs().max()) for value in own.values())
         for name, value in own.items():
-            if grad(name) not in found:
+            if grad(name) not in planned:
                 raise self.refuse(f"its parameter {name!r} is in none of the layers that were traced")
-            self.same(f"gradient of {name!r}", value, found[grad(name)].view_as(value), 1e-3 * scale)
+            self.same(f"gradient of {name!r}", value, planned[grad(name)].view_as(value), 1e-3 * scale)
 
     def gradients(self, logits: Tensor, inputs: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
         if not logits.requires_grad:
             raise self.refuse(f"gives no gradients in {mode} mode")
-        found = torch.autograd.grad(logits, list(inputs.values()), self.seed, allow_unused=True)
-        for name, value in zip(inputs, found, strict=True):
+        gradients = torch.autograd.grad(logits, list(inputs.values()), self.grad_logits, allow_unused=True)
+        for name, value in zip(inputs, gradients, strict=True):
             if value is None:
                 raise self.refuse(f"gives no gradient of {name!r} in {mode} mode")
-        return dict(zip(inputs, found, strict=True))
+        return dict(zip(inputs, gradients, strict=True))
 
     def same_state(self, before: dict[str, Tensor], expected: dict[str, Tensor], mode: str) -> None:
         """Refuse unless the ``expected`` tensors have become that, and all others are what they were."""

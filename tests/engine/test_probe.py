@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
+from fastensdistill.engine import probe
+from fastensdistill.engine.probe import compared, construction
 from fastensdistill.errors import InputError
-from fastensdistill.network import probe
-from fastensdistill.network.probe import compared, construction
 from fastensdistill.network.trace import trace
 from tests.network import models
 
@@ -177,7 +177,7 @@ def test_refused_by_name_and_left_as_it_was(case):
 @pytest.mark.parametrize(
     "net",
     [
-        models.odd(), models.vgg(), models.resnet(), models.preresnet(), Net(),
+        models.odd(), models.vgg(), models.resnet(), models.preresnet(), models.padded(), Net(),
         Net(lambda s, x: F.avg_pool2d(x, 2, 2, 0, False, False)),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten(), nn.Linear(4, 2)),
@@ -185,7 +185,7 @@ def test_refused_by_name_and_left_as_it_was(case):
         changed(lambda n: n.conv.weight.requires_grad_(False)),
         changed(lambda n: nn.init.constant_(n.conv.weight, float("nan"))),
     ],
-    ids=["odd", "vgg", "resnet", "preresnet", "plain", "counting padding", "in place", "zero", "frozen", "nan"],
+    ids=["odd", "vgg", "resnet", "preresnet", "padded", "plain", "counting", "in place", "zero", "frozen", "nan"],
 )  # fmt: skip
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_right_networks_pass(net, context, monkeypatch):
