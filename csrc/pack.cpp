@@ -19,10 +19,10 @@ void check_layers(
                     std::to_string(FIELDS) + " for each layer, and a layer at least");
   const auto inside = [](int64_t from, int64_t count, int64_t size) { return from >= 0 && from <= size - count; };
   for (size_t at = 0; at < fields.size(); at += FIELDS) {
-    const int64_t *f = fields.data() + at, Co = f[5], Ci = f[6], taps = f[7], groups = f[8];
-    const bool good = Co >= 1 && Ci >= 1 && taps >= 1 && taps <= most_taps && groups >= 1 && Co % groups == 0 &&
+    const int64_t *f = fields.data() + at, Co = f[5], Ci = f[6], taps = f[7], positions = f[8];
+    const bool good = Co >= 1 && Ci >= 1 && taps >= 1 && taps <= most_taps && positions == 1 &&
                       Ci <= parameters / taps && Co <= std::min<int64_t>(parameters, INT_MAX) / (Ci * taps) &&
-                      inside(f[0], Co * Ci * taps, parameters) && inside(f[2], Ci * groups, R) &&
+                      inside(f[0], Co * Ci * taps, parameters) && inside(f[2], Ci, R) &&
                       inside(f[3], Co, R) && first_slot >= 0 && first_slot <= packed &&
                       inside(f[4], (first_slot + K) * Co * Ci * taps, packed);
     if (!good)
@@ -30,7 +30,7 @@ void check_layers(
                       text_of(Fields(f, f + FIELDS)) + " with " + std::to_string(K) + " branches from slot " +
                           std::to_string(first_slot),
                       "offsets of weight, bias, r, s and packing, and Co, Ci, taps (at most " +
-                          std::to_string(most_taps) + ") and groups, inside " + std::to_string(parameters) +
+                          std::to_string(most_taps) + ") and 1 position, inside " + std::to_string(parameters) +
                           " parameters, " + std::to_string(R) + " factors and " + std::to_string(packed) +
                           " packed weights");
   }

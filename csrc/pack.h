@@ -20,14 +20,12 @@ constexpr int tile_row = 1152 / int(sizeof(A));
 
 struct Layer {
   int64_t weight, r, s, packed;  // offsets
-  int Co, Ci, taps, groups;  // Ci: input channels of one group
+  int Co, Ci, taps;
   int tile_i, first_tile;
 
-  FED_HD int group_Co() const { return Co / groups; }
-  FED_HD int all_Ci() const { return Ci * groups; }
-  FED_HD int tiles_o() const { return (group_Co() + TILE_O - 1) / TILE_O; }
+  FED_HD int tiles_o() const { return (Co + TILE_O - 1) / TILE_O; }
   FED_HD int tiles_i() const { return (Ci + tile_i - 1) / tile_i; }
-  FED_HD int tiles() const { return groups * tiles_o() * tiles_i(); }
+  FED_HD int tiles() const { return tiles_o() * tiles_i(); }
   FED_HD int64_t size() const { return int64_t(Co) * Ci * taps; }
 };
 
@@ -48,8 +46,8 @@ inline int64_t fill_table(LayerTable& table, const int64_t* fields, int64_t coun
   table.count = table.tiles = 0;
   int64_t at = 0;
   for (; at < count && table.count < MAX_LAYERS; at += FIELDS) {
-    const int64_t* f = fields + at;  // weight, bias, r, s, packed, Co, Ci, taps, groups
-    Layer layer{f[0], f[2], f[3], f[4], int(f[5]), int(f[6]), int(f[7]), int(f[8]), 0, table.tiles};
+    const int64_t* f = fields + at;  // weight, bias, r, s, packed, Co, Ci, taps, positions
+    Layer layer{f[0], f[2], f[3], f[4], int(f[5]), int(f[6]), int(f[7]), 0, table.tiles};
     const int fitting = tile_row<A> / layer.taps;
     layer.tile_i = fitting < 1 ? 1 : fitting < TILE_I ? fitting : TILE_I;
     table.tiles += layer.tiles();
@@ -59,10 +57,8 @@ inline int64_t fill_table(LayerTable& table, const int64_t* fields, int64_t coun
 }
 
 struct Tile {
-  int o, i;  // first output channel of the layer, first input channel of the group
+  int o, i;  // first output channel, first input channel
   int count_o, count_i, columns;  // columns = count_i · taps
-  int group_o;  // first output channel of the group
-  int r;  // first input channel of the layer (group included)
 
   // Element e of the tile (row-major, `columns` wide) in the layer's weight.
   FED_HD int64_t offset(const Layer& layer, int e) const {
@@ -71,14 +67,11 @@ struct Tile {
 };
 
 FED_HD Tile make_tile(const Layer& layer, int tile) {
-  const int n = tile - layer.first_tile, per_group = layer.tiles_o() * layer.tiles_i();
-  const int group = n / per_group, rest = n % per_group;
+  const int n = tile - layer.first_tile;
   Tile t;
-  t.group_o = rest / layer.tiles_i() * TILE_O;
-  t.o = group * layer.group_Co() + t.group_o;
-  t.i = rest % layer.tiles_i() * layer.tile_i;
-  t.r = group * layer.Ci + t.i;
-  t.count_o = layer.group_Co() - t.group_o < TILE_O ? layer.group_Co() - t.group_o : TILE_O;
+  t.o = n / layer.tiles_i() * TILE_O;
+  t.i = n % layer.tiles_i() * layer.tile_i;
+  t.count_o = layer.Co - t.o < TILE_O ? layer.Co - t.o : TILE_O;
   t.count_i = layer.Ci - t.i < layer.tile_i ? layer.Ci - t.i : layer.tile_i;
   t.columns = t.count_i * layer.taps;
   return t;
@@ -110,7 +103,7 @@ FED_HD void pack_body(Block& block, TileScratch<A>& scratch, const PackArgs<A>& 
       scratch.values[e / tile.columns][e % tile.columns] = args.parameters[layer.weight + tile.offset(layer, e)];
   });
   for (int k = 0; k < args.K; ++k) {
-    const A* r = args.deviations + k * args.R + layer.r + tile.r;
+    const A* r = args.deviations + k * args.R + layer.r + tile.i;
     const A* s = args.deviations + k * args.R + layer.s + tile.o;
     const int64_t slot = layer.packed + (args.first_slot + k) * layer.size();
     const auto folded = [&](int o, int i, int t) {
@@ -124,8 +117,8 @@ FED_HD void pack_body(Block& block, TileScratch<A>& scratch, const PackArgs<A>& 
       }
       for (int e = thread; e < count; e += Block::threads) {
         const int i = e % tile.count_i, o = e / tile.count_i % tile.count_o, t = e / (tile.count_o * tile.count_i);
-        const int64_t row = int64_t(layer.taps - 1 - t) * layer.group_Co() + tile.group_o + o;
-        args.packed_gradient[slot + row * layer.all_Ci() + tile.r + i] = folded(o, i, t);
+        const int64_t row = int64_t(layer.taps - 1 - t) * layer.Co + tile.o + o;
+        args.packed_gradient[slot + row * layer.Ci + tile.i + i] = folded(o, i, t);
       }
     });
   }

@@ -41,7 +41,7 @@ def flat_layout(network: Network, slots: int = 1) -> Layout:
     """Where the layers of ``network`` lie, and the packed weights of so many ``slots``."""
     layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
     return Layout.build(
-        [(node.name, weight_shape(node), 1, node.bias) for node in layers],
+        [(node.name, weight_shape(node), node.bias) for node in layers],
         plain=2 * sum(node.shape[0] for node in network.nodes if isinstance(node, Norm)),
         slots=slots,
         positions={node.name: prod(node.in_shape[1:]) for node in layers if isinstance(node, Linear)},

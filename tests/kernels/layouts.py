@@ -7,16 +7,15 @@ from torch import Tensor
 
 from fastensdistill.kernels.layout import Layout
 
-# id: (K, plain, [(name, weight shape, groups, bias)]) — why
+# id: (K, plain, [(name, weight shape, bias)]) — why
 CASES = {
-    "linear": (2, 0, [("fc", (10, 7), 1, True)]),
-    "stem": (3, 5, [("stem", (16, 3, 3, 3), 1, False)]),  # three input channels
-    "grouped": (2, 4, [("conv", (12, 5, 3, 3), 3, True), ("depthwise", (6, 1, 5, 5), 6, False)]),
-    "tiles": (2, 3, [("conv", (70, 41, 3, 3), 1, False), ("down", (65, 33, 1, 1), 1, True)]),  # tiles cut short
-    "wide-kernel": (2, 0, [("patch", (5, 3, 8, 8), 1, True)]),  # few channels fit in a tile
-    "one-branch": (1, 9, [("a", (8, 8, 3, 3), 1, False), ("fc", (3, 8), 1, True)]),
-    "many-layers": (2, 7, [(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), 1, i % 4 == 0) for i in range(12)]),
-    "two-tables": (2, 7, [(f"conv{i}", (4, 3, 1, 1), 1, i % 4 == 0) for i in range(70)]),  # of the CUDA packing
+    "linear": (2, 0, [("fc", (10, 7), True)]),
+    "stem": (3, 5, [("stem", (16, 3, 3, 3), False)]),  # three input channels
+    "tiles": (2, 3, [("conv", (70, 41, 3, 3), False), ("down", (65, 33, 1, 1), True)]),  # tiles cut short
+    "wide-kernel": (2, 0, [("patch", (5, 3, 8, 8), True)]),  # few channels fit in a tile
+    "one-branch": (1, 9, [("a", (8, 8, 3, 3), False), ("fc", (3, 8), True)]),
+    "many-layers": (2, 7, [(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), i % 4 == 0) for i in range(12)]),
+    "two-tables": (2, 7, [(f"conv{i}", (4, 3, 1, 1), i % 4 == 0) for i in range(70)]),  # of the CUDA packing
 }
 
 
@@ -36,19 +35,15 @@ def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[La
 
 
 def folded_by_layer(layout: Layout, parameters: Tensor, deviations: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-    """(W_k [K, Co, Ci/groups, taps], b_k [K, Co]) of every layer, from the formula with explicit channels."""
+    """(W_k [K, Co, Ci, taps], b_k [K, Co]) of every layer, from the formula."""
     result = []
     for layer in layout.layers:
         W = parameters[layer.weight : layer.weight + layer.weight_size]
-        W = W.view(layer.out_channels, layer.group_channels, layer.taps)
+        W = W.view(layer.out_channels, layer.in_channels, layer.taps)
         r = 1 + deviations[:, layer.r : layer.r + layer.in_channels]
         s = 1 + deviations[:, layer.s : layer.s + layer.out_channels]
-        per_group = layer.out_channels // layer.groups
-        channel = torch.tensor(
-            [[o // per_group * layer.group_channels + i for i in range(layer.group_channels)] for o in range(len(W))]
-        )
         b = None if layer.bias < 0 else s * parameters[layer.bias : layer.bias + layer.out_channels]
-        result.append((s[:, :, None, None] * W * r[:, channel][..., None], b))
+        result.append((s[:, :, None, None] * W * r[:, None, :, None], b))
     return result
 
 

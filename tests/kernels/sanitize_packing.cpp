@@ -14,22 +14,20 @@ struct Plan {
   std::vector<int64_t> fields;
   int64_t parameters = 0, R = 0, packed = 0;
 
-  void add(int64_t Co, int64_t Ci, int64_t taps, int64_t groups, bool bias) {
+  void add(int64_t Co, int64_t Ci, int64_t taps, bool bias) {
     const int64_t size = Co * Ci * taps;
-    fields.insert(fields.end(), {parameters, bias ? parameters + size : -1, R, R + Ci * groups, packed, Co, Ci, taps,
-                                 groups});
+    fields.insert(fields.end(), {parameters, bias ? parameters + size : -1, R, R + Ci, packed, Co, Ci, taps, 1});
     parameters += size + (bias ? Co : 0);
-    R += Ci * groups + Co;
+    R += Ci + Co;
     packed += (SLOTS * size + 63) / 64 * 64;
   }
 };
 
 Plan plan() {
   Plan result;
-  result.add(40, 35, 9, 1, true);  // tiles cut short both ways
-  result.add(12, 5, 9, 3, true);
-  result.add(3, 8, 1, 1, true);
-  for (int i = 0; i < MAX_LAYERS; ++i) result.add(4, 3, 1 + i % 2, 1, false);  // a second table
+  result.add(40, 35, 9, true);  // tiles cut short both ways
+  result.add(3, 8, 1, true);
+  for (int i = 0; i < MAX_LAYERS; ++i) result.add(4, 3, 1 + i % 2, false);  // a second table
   return result;
 }
 
@@ -49,14 +47,14 @@ void pack_case(Line& line) {
   }
   Row forward(plan.packed, 7), backward(plan.packed, 7);
   for (int64_t at = 0; at < count; at += FIELDS) {
-    const int64_t *l = plan.fields.data() + at, Co = l[5], Ci = l[6], taps = l[7], groups = l[8], own = Co / groups;
+    const int64_t *l = plan.fields.data() + at, Co = l[5], Ci = l[6], taps = l[7];
     for (int64_t n = 0; n < K * Co * Ci * taps; ++n) {
       const int64_t t = n % taps, i = n / taps % Ci, o = n / taps / Ci % Co, k = n / taps / Ci / Co;
-      const int64_t slot = l[4] + (FIRST_SLOT + k) * Co * Ci * taps, r = o / own * Ci + i;
+      const int64_t slot = l[4] + (FIRST_SLOT + k) * Co * Ci * taps;
       const double value = (1 + double(d[k * plan.R + l[3] + o])) * p[l[0] + (o * Ci + i) * taps + t] *
-                           (1 + double(d[k * plan.R + l[2] + r]));
+                           (1 + double(d[k * plan.R + l[2] + i]));
       forward[slot + (t * Ci + i) * Co + o] = value;
-      backward[slot + ((taps - 1 - t) * own + o % own) * Ci * groups + r] = value;
+      backward[slot + ((taps - 1 - t) * Co + o) * Ci + i] = value;
     }
   }
   line.compare("packed", packed.read(), forward);

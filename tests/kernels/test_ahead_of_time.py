@@ -54,7 +54,7 @@ import torch
 from bench.kernel_report import compile_launch
 from fastensdistill.kernels import branch_rows, launch, layout, pack, sgd, unfold
 
-K, table = 4, layout.Layout.build([("conv", (70, 41, 3, 3), 1, True)], plain=6, slots=4)
+K, table = 4, layout.Layout.build([("conv", (70, 41, 3, 3), True)], plain=6, slots=4)
 flat, factors = torch.empty(table.size), torch.empty(K, table.factors)
 with launch.record_launches() as launches:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

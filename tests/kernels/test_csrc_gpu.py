@@ -16,7 +16,7 @@ from fastensdistill.kernels.diversity_seed import (
     teacher_diversity_seed_reference,
 )
 from fastensdistill.kernels.operands import accumulator
-from fastensdistill.kernels.pack import pack_weights, pack_weights_reference
+from fastensdistill.kernels.pack import PackOperands, pack_weights, pack_weights_reference
 from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
 from tests.compare import check_close
 from tests.kernels import layouts
@@ -81,7 +81,7 @@ def test_packing(case, dtype):
     operands = [t[name].to(DEVICE) for name in ("parameters", "deviations")]
     packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
     pack_weights(*operands, layout, packed[0], packed[1])
-    pack_weights_reference(*operands, expected[0], expected[1], layout.pack_fields, 0, 1)
+    pack_weights_reference(PackOperands(*operands, *expected, layout.fields, 0, len(operands[1])))
     assert torch.equal(packed, expected)
 
 

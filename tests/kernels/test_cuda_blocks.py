@@ -23,7 +23,7 @@ from fastensdistill.kernels.diversity_seed import (
     teacher_diversity_seed_reference,
 )
 from fastensdistill.kernels.operands import accumulator
-from fastensdistill.kernels.pack import pack_weights_reference
+from fastensdistill.kernels.pack import PackOperands, pack_weights_reference
 from fastensdistill.kernels.perturb_step import perturb_step_reference
 from tests.compare import check_close
 from tests.kernels import layouts
@@ -191,5 +191,5 @@ def test_packing(driver, case, dtype):
     )
     reference = torch.empty_like(packed)
     reference.view(torch.uint8).fill_(255)
-    pack_weights_reference(*both, reference[0], reference[1], layout.pack_fields, 1, 1)
+    pack_weights_reference(PackOperands(*both, *reference, layout.fields, 1, K))
     assert torch.equal(written.view(torch.int16), reference.view(torch.int16))

@@ -12,7 +12,7 @@ from fastensdistill.kernels import distillation_loss, diversity_seed, pack, pert
 from fastensdistill.kernels.layout import Layout
 
 OPS = torch.ops.fastensdistill
-LAYOUT = Layout.build([("a", (4, 3, 3, 3), 1, False), ("b", (5, 4), 1, True)], plain=3, slots=3)
+LAYOUT = Layout.build([("a", (4, 3, 3, 3), False), ("b", (5, 4), True)], plain=3, slots=3)
 
 
 def operands(name: str, dtype: torch.dtype, grad: bool) -> tuple:

@@ -11,21 +11,20 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import layout as layouts
 from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.layout import Layout
-from fastensdistill.kernels.pack import pack_kernel, pack_rank_one_reference, pack_weights
+from fastensdistill.kernels.pack import pack_kernel, pack_weights
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
 
-# id: ([(name, weight shape, groups, bias)], {name: positions}) — why
+# id: ([(name, weight shape, bias)], {name: positions}) — why
 NETWORKS = {
-    "stem": ([("stem", (16, 3, 3, 3), 1, False)], {}),  # three input channels
-    "odd": ([("a", (17, 3, 3, 3), 1, True), ("b", (5, 17, 1, 1), 1, False), ("fc", (7, 5), 1, True)], {}),
-    "tiles": ([("conv", (70, 41, 3, 3), 1, False), ("down", (33, 65, 1, 1), 1, True)], {}),  # tiles cut short
-    "round": ([("conv", (64, 32, 3, 3), 1, False)], {}),
-    "even-kernel": ([("patch", (5, 3, 4, 4), 1, True)], {}),
-    "flat": ([("conv", (6, 3, 3, 3), 1, False), ("hidden", (10, 6 * 9), 1, True), ("fc", (3, 10), 1, True)],
+    "stem": ([("stem", (16, 3, 3, 3), False)], {}),  # three input channels
+    "odd": ([("a", (17, 3, 3, 3), True), ("b", (5, 17, 1, 1), False), ("fc", (7, 5), True)], {}),
+    "tiles": ([("conv", (70, 41, 3, 3), False), ("down", (33, 65, 1, 1), True)], {}),  # tiles cut short
+    "round": ([("conv", (64, 32, 3, 3), False)], {}),
+    "even-kernel": ([("patch", (5, 3, 4, 4), True)], {}),
+    "flat": ([("conv", (6, 3, 3, 3), False), ("hidden", (10, 6 * 9), True), ("fc", (3, 10), True)],
              {"hidden": 9}),  # a linear layer over 3x3 positions
-    "grouped": ([("conv", (12, 5, 3, 3), 3, True), ("depthwise", (6, 1, 3, 3), 6, False)], {}),
-    "many": ([(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), 1, i % 4 == 0) for i in range(12)], {}),
+    "many": ([(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), i % 4 == 0) for i in range(12)], {}),
 }  # fmt: skip
 # id: (networks, spare slots before, spare slots after)
 PLACES = {"one": (1, 0, 0), "first-slot-2": (3, 2, 1)}
@@ -47,26 +46,22 @@ def expected(layout: Layout, parameters: Tensor, deviations: Tensor | None, K: i
     forward, gradient = (torch.full((layout.packed_size,), fill, dtype=dtype) for _ in range(2))
     copies = 1 if deviations is not None else K
     for layer in layout.layers:
-        Co, J, P = layer.out_channels, layer.group_channels, layer.positions
+        Co, J, P = layer.out_channels, layer.in_channels, layer.positions
         for k in range(K):
             at = copies * layer.weight + (k * layer.weight_size if copies > 1 else 0)
             W = parameters[at : at + layer.weight_size].view(Co, J, layer.taps)
             if deviations is not None:
-                r = 1 + deviations[k, layer.r : layer.r + layer.in_channels].view(layer.groups, J)
-                s = 1 + deviations[k, layer.s : layer.s + Co]
-                W = s[:, None, None] * W * r.repeat_interleave(Co // layer.groups, 0)[:, :, None]
+                r, s = 1 + deviations[k, layer.r : layer.r + J], 1 + deviations[k, layer.s : layer.s + Co]
+                W = s[:, None, None] * W * r[:, None]
             W = W.to(dtype)
             start = layer.packed + (first + k) * layer.weight_size
             slot = slice(start, start + layer.weight_size)
-            f, g = forward[slot].view(-1, Co), gradient[slot].view(-1, layer.groups * J)
+            f, g = forward[slot].view(-1, Co), gradient[slot].view(-1, J)
             for t in range(layer.taps):
                 for j in range(J):
                     row = j % P * (J // P) + j // P  # c·P + p → p·C + c; P = 1 leaves j
                     f[t * J + row] = W[:, j, t]
-                    for group in range(layer.groups):
-                        n = Co // layer.groups
-                        rows = slice((layer.taps - 1 - t) * n, (layer.taps - t) * n)
-                        g[rows, group * J + row] = W[group * n : (group + 1) * n, j, t]
+                    g[(layer.taps - 1 - t) * Co : (layer.taps - t) * Co, row] = W[:, j, t]
     return forward, gradient
 
 
@@ -96,10 +91,7 @@ def test_the_kernel_is_the_reference(case, ranked, place, dtype):
     pack_weights(parameters, deviations, layout, *right, first_slot=first)
     packed = [torch.full((layout.packed_size,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     given = None if deviations is None else deviations.to(DEVICE)
-    copies = K if given is None else 1
-    run_kernel(
-        torch.ops.fastensdistill.pack_weights, parameters.to(DEVICE), given, *packed, layout.pack_fields, first, copies
-    )
+    run_kernel(torch.ops.fastensdistill.pack_weights, parameters.to(DEVICE), given, *packed, layout.fields, first, K)
     for name, actual, wanted in zip(("packed", "packed_gradient"), packed, right, strict=True):
         cut = dtype == torch.bfloat16 and DEVICE == "cpu"
         gap = (actual.cpu().float() - wanted.float()).abs()
@@ -120,7 +112,7 @@ def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monke
 
 
 def test_offsets():
-    layout = Layout.build([("a", (4, 3, 3, 3), 1, False), ("b", (2, 4), 1, True)], plain=5, slots=2)
+    layout = Layout.build([("a", (4, 3, 3, 3), False), ("b", (2, 4), True)], plain=5, slots=2)
     a, b = layout.layers
     assert (a.weight, a.bias, a.r, a.s) == (0, -1, 0, 3)
     assert (b.weight, b.bias, b.r, b.s) == (108, 116, 7, 11)
@@ -129,25 +121,25 @@ def test_offsets():
 
 
 def test_a_packed_branch_is_the_plain_layer_between_factors():
-    """s ∘ (W * (r ∘ x)) of a grouped convolution is the convolution with what is packed."""
-    layout, parameters, deviations = problem("grouped", 2, True, 2, torch.float64)
+    """s ∘ (W * (r ∘ x)) is the convolution with what is packed."""
+    layout, parameters, deviations = problem("odd", 2, True, 2, torch.float64)
     layer = layout.layers[0]
     packed = [torch.zeros(layout.packed_size, dtype=torch.float64) for _ in range(2)]
     pack_weights(parameters, deviations, layout, *packed)
     x = torch.randn(3, layer.in_channels, 6, 6, dtype=torch.float64)
-    W = parameters[: layer.weight_size].view(12, 5, 3, 3)
-    slots = packed[0][layer.packed : layer.packed + 2 * layer.weight_size].view(2, 9, 5, 12)
+    W = parameters[: layer.weight_size].view(17, 3, 3, 3)
+    slots = packed[0][layer.packed : layer.packed + 2 * layer.weight_size].view(2, 9, 3, 17)
     for k, W_k in enumerate(slots.permute(0, 3, 2, 1)):
-        r, s = ((1 + deviations[k, at : at + n]).view(-1, 1, 1) for at, n in ((layer.r, 15), (layer.s, 12)))
-        actual = F.conv2d(x, W_k.reshape(12, 5, 3, 3), groups=3)
-        check_close(f"branch {k}", actual, s * F.conv2d(r * x, W, groups=3), 1e-12)
+        r, s = ((1 + deviations[k, at : at + n]).view(-1, 1, 1) for at, n in ((layer.r, 3), (layer.s, 17)))
+        actual = F.conv2d(x, W_k.reshape(17, 3, 3, 3))
+        check_close(f"branch {k}", actual, s * F.conv2d(r * x, W), 1e-12)
 
 
 def test_branches_of_a_student_as_their_own_op():
     layout, parameters, deviations = problem("tiles", 3, True, 4)
     one, other = ([torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
     pack_weights(parameters, deviations, layout, *one, first_slot=1)
-    pack_rank_one_reference(parameters, deviations, *other, layout.fields, 1)
+    torch.ops.fastensdistill.pack_rank_one(parameters, deviations, *other, layout.fields, 1)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
 
@@ -168,7 +160,7 @@ REFUSED = {
     "other-dtype": (lambda: pack_weights(V, D.double(), L, *PACKED), "deviations has dtype torch.float64"),
     "other-device": (lambda: pack_weights(V, D.to("meta"), L, *PACKED), "deviations is on meta"),
     "no-layers": (lambda: Layout.build([], 5), "no layers"),
-    "layer": (lambda: Layout.build([("bad", (4, 3, 3), 1, False)]), "layer 'bad' has weight shape"),
+    "layer": (lambda: Layout.build([("bad", (4, 3, 3), False)]), "layer 'bad' has weight shape"),
     "copies": (lambda: pack_weights(V[:-1].repeat(2), None, L, *PACKED), "parameters has shape"),
     "half-parameters": (lambda: pack_weights(V.half(), D, L, *PACKED), "dtype torch.float16"),
     "two-dtypes": (lambda: pack_weights(V, D, L, PACKED[0], PACKED[1].half()), "one for both packings"),
@@ -178,13 +170,13 @@ REFUSED = {
     "slot": (lambda: pack_weights(V, D, L, *PACKED, first_slot=1), "first_slot is 1 with 2 branches"),
     "copies-past-the-slots": (lambda: pack_weights(V.repeat(3), None, L, *PACKED), "first_slot is 0 with 3 branches"),
     "positions": (
-        lambda: Layout.build([("fc", (4, 10), 1, True)], positions={"fc": 3}), "over 3 positions"
+        lambda: Layout.build([("fc", (4, 10), True)], positions={"fc": 3}), "over 3 positions"
     ),
     "positions-of-a-convolution": (
-        lambda: Layout.build([("conv", (4, 9, 1, 1), 1, True)], positions={"conv": 9}), "expected a linear layer"
+        lambda: Layout.build([("conv", (4, 9, 1, 1), True)], positions={"conv": 9}), "expected a linear layer"
     ),
     "32-bit-offsets": (
-        lambda: Layout.build([("fc", (2**15, 2**15), 1, True)], slots=2), "expected less than 2147483648"
+        lambda: Layout.build([("fc", (2**15, 2**15), True)], slots=2), "expected less than 2147483648"
     ),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ W, BITS = values(2, 9, 6, 10), torch.zeros(2, 3, 5, 4, 2, dtype=torch.uint8)
 PARTIALS, LOGITS = values(2, 4, 2, 10).abs(), values(2, 3, 7)
 CLASSIFIER = values(2, 10, 7)
 NONE3 = (None, None, None)
-LAYOUT = Layout.build([("a", (4, 3, 3, 3), 1, False), ("fc", (5, 36), 1, True)], 2, 3, {"fc": 9})
+LAYOUT = Layout.build([("a", (4, 3, 3, 3), False), ("fc", (5, 36), True)], 2, 3, {"fc": 9})
 DEVIATIONS = 0.3 * values(2, LAYOUT.factors)
 
 
@@ -74,12 +74,12 @@ CALLS = {
                                   values(2, 10, 7), values(2, 7), True),
     "max_pool": (X, 3, 2, 1),
     "max_pool_backward": (values(2, 3, 3, 2, 6), torch.ones(2, 3, 3, 2, 6, dtype=torch.uint8), 5, 4, 3, 2, 1),
-    "pack_weights": (values(LAYOUT.size), DEVIATIONS, *_packed(torch.float16), LAYOUT.pack_fields, 1, 1),
-    "pack_weights, copies": (values(3 * LAYOUT.size), None, *_packed(torch.float32), LAYOUT.pack_fields, 0, 3),
+    "pack_weights": (values(LAYOUT.size), DEVIATIONS, *_packed(torch.float16), LAYOUT.fields, 1, 2),
+    "pack_weights, copies": (values(3 * LAYOUT.size), None, *_packed(torch.float32), LAYOUT.fields, 0, 3),
     "unfold_gradients": (values(2 * LAYOUT.ranked), values(LAYOUT.size), DEVIATIONS, values(LAYOUT.size),
-                         LAYOUT.pack_fields, 2),
+                         LAYOUT.fields, 2),
     "unfold_gradients, copies": (values(2 * LAYOUT.ranked), values(2 * LAYOUT.size), None, values(2 * LAYOUT.size),
-                                 LAYOUT.pack_fields, 2),
+                                 LAYOUT.fields, 2),
     "sgd": (values(9), values(9, seed=1), values(9, seed=2), torch.tensor(0.1), 4.0, 0.9, 5e-4),
     "branch_rows": (torch.zeros(4), torch.tensor([[2, 0], [1, -1], [0, -1], [-2, 3], [-1, 0]]), values(9),
                     DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),
@@ -151,13 +151,13 @@ def test_where_kernels_run(monkeypatch):
 @pytest.mark.parametrize("built", [True, False], ids=["extension", "no-extension"])
 def test_what_computes_an_op_is_the_extension_then_the_kernel_then_the_reference(monkeypatch, built):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(ops.extension, "serves", lambda name, device: built and name == "pack_rank_one")
+    monkeypatch.setattr(ops.extension, "serves", lambda name, device: built and name == "pack_weights")
     for device, dtype, kernel in (
         ("cpu", torch.float32, "reference"),
         ("cuda", torch.float32, "triton" if launch.HAS_TRITON else "reference"),
         ("cuda", torch.float64, "reference"),
     ):
-        assert ops.implementation("pack_rank_one", device, dtype) == ("extension" if built else kernel)
+        assert ops.implementation("pack_weights", device, dtype) == ("extension" if built else kernel)
         assert ops.implementation("grouped_conv", device, dtype) == kernel
         assert ops.implementation("perturb_step", device, dtype) == "reference", "it has no Triton kernel"
     with launch.use_kernels():

@@ -21,7 +21,7 @@ CASES = [*(case for case in layouts.CASES if case != "two-tables"), "positions"]
 def problem(case: str, dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor]]:
     if case != "positions":
         return layouts.problem(case, dtype)
-    weights = [("conv", (7, 3, 3, 3), 1, True), ("fc", (35, 7 * 6), 1, True), ("last", (4, 35), 1, False)]
+    weights = [("conv", (7, 3, 3, 3), True), ("fc", (35, 7 * 6), True), ("last", (4, 35), False)]
     layout = Layout.build(weights, 5, 2, POSITIONS)
     g = torch.Generator().manual_seed(1)
     sizes = {
@@ -41,8 +41,8 @@ def in_kernel_order(layout: Layout, gradients: Tensor) -> Tensor:
         W = gradients[:, layer.weight : layer.weight + layer.weight_size]
         if layer.positions > 1:  # [K, Co, C, H·W] → [K, H·W, C, Co]
             W = W.view(K, layer.out_channels, -1, layer.positions).permute(0, 3, 2, 1)
-        else:  # [K, Co, Ci/groups, taps] → [K, taps, Ci/groups, Co]
-            W = W.view(K, layer.out_channels, layer.group_channels, layer.taps).permute(0, 3, 2, 1)
+        else:  # [K, Co, Ci, taps] → [K, taps, Ci, Co]
+            W = W.view(K, layer.out_channels, layer.in_channels, layer.taps).permute(0, 3, 2, 1)
         flat[K * layer.weight : K * (layer.weight + layer.weight_size)] = W.flatten()
         if layer.bias >= 0:
             b = gradients[:, layer.bias : layer.bias + layer.out_channels]
