@@ -31,8 +31,7 @@ from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.kernels.launch import use_kernels
-from fastensdistill.method.modes import evaluating
-from fastensdistill.method.perturbation import Perturbed, tdiv_sdiv
+from fastensdistill.method.perturbation import Perturbed
 from fastensdistill.method.student import LatentBE, RankOneLayer
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.layers import BatchNorm2d
@@ -132,8 +131,7 @@ def reference(student: LatentBE, teachers: Teachers, config: DistillConfig, clas
     logits: list[Tensor] = []
 
     def perturb(images: Tensor, pair: tuple[int, int]) -> Perturbed:
-        with evaluating(student):
-            return tdiv_sdiv(images, teachers, student, pair, pair, config.step_size)
+        return step.perturbation.perturb(images, teachers, student, pair)
 
     def distil(perturbed: Perturbed, labels: Tensor) -> dict[str, Tensor]:
         logits.clear()

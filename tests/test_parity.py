@@ -3,6 +3,7 @@
 import pytest
 
 from fastensdistill.method import perturbation
+from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import BatchEnsemble
 from tests import parity
 
@@ -20,9 +21,9 @@ def test_a_fault_is_seen(monkeypatch, fault):
         seeds = perturbation.diversity_seed
         monkeypatch.setattr(perturbation, "diversity_seed", lambda t, s: (*seeds(t, s)[:3], -seeds(t, s)[3]))
     elif fault == "pair swapped":
-        right = parity.tdiv_sdiv
-        swapped = lambda x, t, s, pair, branches, size: right(x, t, s, pair[::-1], branches[::-1], size)  # noqa: E731
-        monkeypatch.setattr(parity, "tdiv_sdiv", swapped)
+        right = Perturbation.perturb
+        swapped = lambda self, x, teachers, student, pair: right(self, x, teachers, student, pair[::-1])  # noqa: E731
+        monkeypatch.setattr(Perturbation, "perturb", swapped)
     else:
         groups = BatchEnsemble.parameter_groups
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.errors import InputError
-from fastensdistill.method.perturbation import Perturbation, gaussian, ods, tdiv, tdiv_sdiv
+from fastensdistill.method.perturbation import PERTURBATIONS, Perturbation
 from fastensdistill.method.student import Hydra, LatentBE, Single
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
@@ -26,6 +26,13 @@ def setting():
     student = scatter(LatentBE(tiny(), 3), 9).double().eval()
     x = torch.rand(B, 3, SIZE, SIZE, dtype=torch.float64) * 0.9 + 0.05
     return teachers, student, x
+
+
+def perturbed(name, x, teachers=None, student=None, pair=None, *, size=EPSILON, temperature=4.0, seed=0):
+    """``x`` by the perturbation ``name`` of three teachers and three branches."""
+    pick, noise = torch.Generator(), torch.Generator().manual_seed(seed)
+    chosen = Perturbation(name, 3, 3, size=size, temperature=temperature, pick=pick, noise=noise)
+    return chosen.perturb(x, teachers, student, pair)
 
 
 def ascend(x, objective, factor=1.0):
@@ -47,16 +54,16 @@ def test_tdiv_minus_sdiv(setting):
         t, s = teachers(x), student(x)  # all members both ways, as the authors' code runs it
         return cross_entropy(t[0], t[2]) - cross_entropy(s[0], s[2])
 
-    found = tdiv_sdiv(x, teachers, student, (2, 0), (2, 0), EPSILON)
+    found = perturbed("tdiv-sdiv", x, teachers, student, (2, 0))
     expected = ascend(x, objective)
     check_close("change", found.images - x, expected - x, 1e-9)
-    check_close("tdiv", found.tdiv, cross_entropy(teachers(x)[0], teachers(x)[2]), 1e-12)
-    check_close("sdiv", found.sdiv, cross_entropy(student(x)[0], student(x)[2]), 1e-12)
+    check_close("tdiv", found.diversities["tdiv"], cross_entropy(teachers(x)[0], teachers(x)[2]), 1e-12)
+    check_close("sdiv", found.diversities["sdiv"], cross_entropy(student(x)[0], student(x)[2]), 1e-12)
 
 
 def test_tdiv_alone(setting):
     teachers, _, x = setting
-    found = tdiv(x, teachers, (0, 1), EPSILON)
+    found = perturbed("tdiv", x, teachers, pair=(0, 1))
     expected = ascend(x, lambda x: cross_entropy(teachers(x)[1], teachers(x)[0]))
     check_close("change", found.images - x, expected - x, 1e-9)
 
@@ -65,8 +72,9 @@ def test_tdiv_alone(setting):
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_ods_and_confods(setting, confident, temperature):
     teachers, _, x = setting
-    w = torch.rand(B, CLASSES, dtype=torch.float64) * 2 - 1
-    found = ods(x, teachers, 1, w, temperature, EPSILON, confident)
+    w = torch.empty(B, CLASSES, dtype=torch.float64).uniform_(-1, 1, generator=torch.Generator().manual_seed(5))
+    name = "confods" if confident else "ods"
+    found = perturbed(name, x, teachers, pair=(1, 1), temperature=temperature, seed=5)
     confidence = (teachers(x)[1] / temperature).softmax(-1).max(-1).values.view(-1, 1, 1, 1) if confident else 1.0
     expected = ascend(x, lambda x: (w * (teachers(x)[1] / temperature).softmax(-1)).sum(), confidence)
     check_close("change", found.images - x, expected - x, 1e-9)
@@ -74,10 +82,10 @@ def test_ods_and_confods(setting, confident, temperature):
 
 def test_gaussian_has_the_standard_deviation_and_the_seed():
     x = torch.full((4, 3, 32, 32), 0.5)
-    y = gaussian(x, EPSILON, torch.Generator().manual_seed(3)).images
+    y = perturbed("gaussian", x, seed=3).images
     assert (y - x).std().item() == pytest.approx(EPSILON, rel=0.03)
-    assert torch.equal(y, gaussian(x, EPSILON, torch.Generator().manual_seed(3)).images)
-    edge = gaussian(torch.ones(4, 3, 8, 8), 0.5).images
+    assert torch.equal(y, perturbed("gaussian", x, seed=3).images)
+    edge = perturbed("gaussian", torch.ones(4, 3, 8, 8), size=0.5).images
     assert edge.min() >= 0
     assert edge.max() <= 1
 
@@ -85,14 +93,14 @@ def test_gaussian_has_the_standard_deviation_and_the_seed():
 @pytest.mark.parametrize("size", [1 / 255, 0.5 / 255])
 def test_the_step_has_the_root_mean_square_size(setting, size):
     teachers, student, x = setting
-    change = tdiv_sdiv(x, teachers, student, (0, 1), (0, 1), size).images - x
+    change = perturbed("tdiv-sdiv", x, teachers, student, (0, 1), size=size).images - x
     check_close("rms", change.square().mean((1, 2, 3)).sqrt(), torch.full((B,), size, dtype=torch.float64), 1e-9)
 
 
 def test_values_are_clipped_to_pixels(setting):
     teachers, student, x = setting
     x[:, :, ::2], x[:, :, 1::2] = 0.0, 1.0
-    y = tdiv_sdiv(x, teachers, student, (0, 1), (0, 1), 0.3).images
+    y = perturbed("tdiv-sdiv", x, teachers, student, (0, 1), size=0.3).images
     assert y.min() == 0
     assert y.max() == 1
     assert (y != x).any()
@@ -103,17 +111,15 @@ def test_zero_gradients_leave_the_images_and_make_no_nan(setting):
     for network in (*teachers.networks, student.module):  # logits that do not depend on the image
         layer = network.classifier if network is not student.module else network.classifier.layer
         layer.weight.data.zero_()
-    assert torch.equal(tdiv_sdiv(x, teachers, student, (0, 1), (0, 1), EPSILON).images, x)
-    assert torch.equal(tdiv(x, teachers, (0, 1), EPSILON).images, x)
-    w = torch.rand(B, CLASSES, dtype=torch.float64)
-    assert torch.equal(ods(x, teachers, 1, w, 4.0, EPSILON, True).images, x)
+    for name in [name for name, row in PERTURBATIONS.items() if row.differentiated]:
+        assert torch.equal(perturbed(name, x, teachers, student, (0, 1)).images, x), name
 
 
 def test_equal_branches_add_nothing_at_the_start(setting):
     teachers, _, x = setting
     start = LatentBE(tiny(), 3).double().eval()
-    both = tdiv_sdiv(x, teachers, start, (0, 1), (0, 1), EPSILON)
-    check_close("images", both.images, tdiv(x, teachers, (0, 1), EPSILON).images, 1e-12)
+    both = perturbed("tdiv-sdiv", x, teachers, start, (0, 1))
+    check_close("images", both.images, perturbed("tdiv", x, teachers, pair=(0, 1)).images, 1e-12)
 
 
 def test_modes_gradients_and_statistics_are_left_alone(setting):
@@ -122,7 +128,7 @@ def test_modes_gradients_and_statistics_are_left_alone(setting):
     student.module.bn.eval()
     before = {k: v.clone() for k, v in student.state_dict().items()}
     pick, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    Perturbation("tdiv-sdiv", 3, 3, pick=pick, noise=noise)(x, teachers, student, CLASSES)
+    Perturbation("tdiv-sdiv", 3, 3, pick=pick, noise=noise)(x, teachers, student)
     assert student.training
     assert not student.module.bn.training
     assert all(p.grad is None for p in student.parameters())
@@ -199,7 +205,7 @@ def test_hydra_can_be_perturbed(setting):
     objective = lambda x: (  # noqa: E731
         cross_entropy(teachers(x)[1], teachers(x)[0]) - cross_entropy(hydra(x)[1], hydra(x)[0])
     )
-    found = tdiv_sdiv(x, teachers, hydra, (0, 1), (0, 1), EPSILON)
+    found = perturbed("tdiv-sdiv", x, teachers, hydra, (0, 1))
     check_close("change", found.images - x, ascend(x, objective) - x, 1e-9)
 
 

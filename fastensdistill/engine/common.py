@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.engine.parallel import rank
-from fastensdistill.method.perturbation import Perturbation, Perturbed
+from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Single, Student
 from fastensdistill.method.teachers import Teachers
 
@@ -76,12 +76,6 @@ def drawn_state(perturbation: Perturbation) -> State:
 def load_drawn_state(perturbation: Perturbation, state: State) -> None:
     perturbation.pick.set_state(state["pick"])
     perturbation.noise.set_state(state["noise"])
-
-
-def diversities(perturbed: Perturbed) -> Scalars:
-    """The diversities that were ascended, by name."""
-    scalars = {"tdiv": perturbed.tdiv, "sdiv": perturbed.sdiv}
-    return {name: value for name, value in scalars.items() if value is not None}
 
 
 def micro_batch_momentum(momentum: float, micro_batches: int) -> float:

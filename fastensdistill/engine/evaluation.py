@@ -12,20 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastensdistill.config import DistillConfig
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.slots import BranchSlots
 from fastensdistill.engine.weights import Weights
-from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
-from fastensdistill.kernels.perturb_step import perturb_step
-from fastensdistill.method.perturbation import Perturbation, gaussian, step_length
+from fastensdistill.method.perturbation import Direction, Pair, Perturbation
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import INPUT, Group, Part, grad
 from fastensdistill.network.nodes import Network
-from fastensdistill.network.plan import PERTURBED, plan
+from fastensdistill.network.plan import plan
 
 
 class Slots:
@@ -96,7 +93,6 @@ class FusedPerturbation:
 
     def __init__(
         self,
-        config: DistillConfig,
         perturbation: Perturbation,
         slots: Slots,
         parameters: FlatParameters,
@@ -104,15 +100,15 @@ class FusedPerturbation:
         execution: Execution,
         choices: Sequence[tuple[int, int]] = (),
     ):
-        self.config, self.noise, self.slots = config, perturbation.noise, slots
-        self.choices, self.teachers = choices, perturbation.teachers
-        drawn = PERTURBED[config.perturbation]
-        self.heads = slots.heads if "Sa" in drawn else None
+        self.perturbation, self.slots, self.choices = perturbation, slots, choices
+        row = perturbation.row
+        members = list(row.members)
+        self.heads = slots.heads if row.evaluates("S") else None
         if self.heads:  # one network has them all
-            drawn = [name for name in drawn if name != "Sb"]
+            members.remove("Sb")
             self.pairs = torch.tensor(self.choices, device=slots.device)
         networks = list(slots.networks)
-        groups = [Group(n, self._network(n), gradient="input" if n[1] == "a" else None) for n in drawn]
+        groups = [Group(n, self._network(n), gradient="input" if n in row.differentiated else None) for n in members]
         self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
         forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
         gradient = {part.network: part for part in backward}
@@ -123,20 +119,16 @@ class FusedPerturbation:
             index = torch.tensor(table, dtype=torch.int32, device=slots.device)
             self.passes.append((Pass(first, second, weights, execution), index))
 
-    def _member(self, name: str, choice: tuple[int, int]) -> int:
-        return choice[0] if name[1] == "a" else choice[1]
-
     def _network(self, name: str) -> int:
         """Index of the architecture of a group."""
         if name[0] == "S":
             return len(self.slots.networks) - 1
-        return self._member(name, self.choices[0]) % self.teachers
+        return self.perturbation.member(name, self.choices[0])
 
     def _slot(self, name: str, choice: tuple[int, int]) -> int:
-        member = self._member(name, choice)
+        member = self.perturbation.member(name, choice)
         if name[0] == "T":
-            teacher = member % self.teachers
-            return self.slots.members(self.slots.networks[teacher]).index(teacher)
+            return self.slots.members(self.slots.networks[member]).index(member)
         assert self.slots.branches is not None
         return self.slots.branches.first + (0 if self.heads else member)
 
@@ -147,49 +139,34 @@ class FusedPerturbation:
 
     def __call__(self, x: Tensor, draw: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Perturbed images, and the diversities by name. ``draw`` is int64 (1,) on the device."""
-        if self.config.perturbation == "none":
-            return x, {}
-        if self.config.perturbation == "gaussian":
-            noisy = gaussian(x.permute(0, 3, 1, 2), self.config.step_size, self.noise).images
-            return noisy.permute(0, 2, 3, 1), {}
+        if self.perturbation.row.move:
+            return self.perturbation.row.move(x.permute(0, 3, 1, 2), self.perturbation).permute(0, 2, 3, 1), {}
         logits: dict[str, Tensor] = {}
         for run, table in self.passes:
             found = run.forward(x[None], table.index_select(0, draw)[0])
             logits |= dict(zip((group.name for group in run.parts[0].groups), found, strict=True))
-        seeds, scalars, confidence = self._seeds(logits, draw)
+        direction = self._direction(logits, draw)
         gradients = []
         for run, _ in self.passes:
             for backward in run.parts[1:]:
-                seed = torch.stack([seeds[group.name] for group in backward.groups])
-                gradients.append(run.backward(seed)[grad(INPUT)])
+                grad_logits = torch.stack([direction.grad_logits[group.name] for group in backward.groups])
+                gradients.append(run.backward(grad_logits)[grad(INPUT)])
         gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-        length = step_length(x, self.config.step_size)
-        return perturb_step(x, gradient, length, confidence=confidence), scalars
+        return self.perturbation.step(x, gradient, direction), direction.diversities
 
-    def _seeds(
-        self, logits: dict[str, Tensor], draw: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        """Gradients in the logits of the drawn members, the diversities, and ConfODS's factor."""
-        name = self.config.perturbation
-        if name in ("ods", "confods"):
-            weights = torch.empty_like(logits["Ta"]).uniform_(-1, 1, generator=self.noise)
-            seed, confidence = ods_seed(logits["Ta"], weights, self.config.temperature)
-            return {"Ta": seed}, {}, confidence if name == "confods" else None
-        teachers = torch.stack([logits["Ta"], logits["Tb"]])
-        if name == "tdiv":
-            tdiv, seed = teacher_diversity_seed(teachers)
-            return {"Ta": seed}, {"tdiv": tdiv}, None
-        if self.heads:
-            every, pair = split(logits["Sa"][None], self.heads.K), self.pairs.index_select(0, draw)[0]
-            tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, every.index_select(0, pair))
-            seed_s = join(torch.zeros_like(every).index_copy_(0, pair[:1], seed_s[None].to(every.dtype)))[0]
-            return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None
-        branches = torch.stack([logits["Sa"], logits["Sb"]])
-        tdiv, sdiv, seed_t, seed_s = diversity_seed(teachers, branches)
-        return {"Ta": seed_t, "Sa": seed_s}, {"tdiv": tdiv, "sdiv": sdiv}, None
-
-
-Pair = tuple[int, int]
+    def _direction(self, logits: dict[str, Tensor], draw: Tensor) -> Direction:
+        """Of the members; of a hydra's branches, which are heads of one network, that network has the gradient."""
+        if self.heads is None:
+            return self.perturbation.direction(self.perturbation.by_kind(logits))
+        heads, drawn = split(logits["Sa"][None], self.heads.K), self.pairs.index_select(0, draw)[0]
+        branches = {"S": heads.index_select(0, drawn)}
+        direction = self.perturbation.direction(self.perturbation.by_kind(logits, "T") | branches)
+        grad_heads = torch.zeros_like(heads)
+        for name in [name for name in direction.grad_logits if name[0] == "S"]:
+            which = "ab".index(name[1])
+            grad_branch = direction.grad_logits[name][None].to(heads.dtype)
+            grad_heads.index_copy_(0, drawn[which : which + 1], grad_branch)
+        return direction._replace(grad_logits=direction.grad_logits | {"Sa": join(grad_heads)[0]})
 
 
 def by_architecture(perturbation: Perturbation, slots: Slots) -> tuple[list[list[Pair]], list[Pair]]:

@@ -31,7 +31,6 @@ from fastensdistill.engine.common import (
     ImageShape,
     Scalars,
     State,
-    diversities,
     drawn_perturbation,
     drawn_state,
     load_drawn_state,
@@ -48,7 +47,7 @@ from fastensdistill.engine.trained import Trained
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
-from fastensdistill.method.perturbation import NEED_GRADIENT, Perturbed
+from fastensdistill.method.perturbation import PERTURBATIONS, Perturbed
 from fastensdistill.method.student import BatchEnsemble, Hydra, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import Group
@@ -87,7 +86,7 @@ def check_networks(
     """
     check_unseen(student)
     check_unseen(teachers)
-    own, ascended = plain(student), perturbation in NEED_GRADIENT
+    own, ascended = plain(student), PERTURBATIONS[perturbation].needs_gradient("T")
     networks = [compared(teacher, shape, gradient=ascended) for teacher in teachers.networks]
     networks.append(compared(own, shape, trains=True))
     plan(networks, distillation_groups(networks, student), "backward", 1)
@@ -177,7 +176,7 @@ class FusedStep(CapturedStep):
         slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
         lists, self.places = by_architecture(self.perturbation, slots)
         self.perturbers = [
-            FusedPerturbation(self.config, self.perturbation, slots, self.parameters, images, self.execution, choices)
+            FusedPerturbation(self.perturbation, slots, self.parameters, images, self.execution, choices)
             for choices in lists
         ]
         self.perturber = self.perturbers[0]
@@ -231,14 +230,13 @@ class FusedStep(CapturedStep):
         self.choose(pair)
         perturbed, scalars = self._perturb(self.images)
         x = torch.cat(tuple(perturbed), 1)[0].permute(0, 3, 1, 2)
-        return Perturbed(x, scalars.get("tdiv"), scalars.get("sdiv"))
+        return Perturbed(x, scalars)
 
     @torch.no_grad()
     def distil(self, perturbed: Perturbed, labels: Tensor) -> Scalars:
         """The second half, not captured, on images that are perturbed already."""
         self.load((perturbed.images, labels))
-        scalars = self._distil(self.images.chunk(self.micro_batches, 1), self.labels)
-        return scalars | diversities(perturbed)
+        return self._distil(self.images.chunk(self.micro_batches, 1), self.labels) | perturbed.diversities
 
     def choose(self, pair: tuple[int, int] | None = None) -> None:
         """Draw by the host's generator, as the reference engine does; the device sees one number change.

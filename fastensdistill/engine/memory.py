@@ -19,6 +19,7 @@ import torch
 from fastensdistill.engine.passes import dead_after
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
+from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.models import create_model, image_size
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_running, is_sums, owner
 from fastensdistill.network.nodes import Conv, Linear, Network, Norm
@@ -140,7 +141,7 @@ def estimate(
     images = FLOAT * batch * C * H * W
     factors = sum(n.shape[0] + n.in_shape[0] for n in student.nodes if isinstance(n, Conv | Linear))
     ranked = branches > 1
-    perturbed = branches if perturbation == "tdiv-sdiv" else 0
+    perturbed = branches if PERTURBATIONS[perturbation].evaluates("S") else 0
     fixed = {
         "student: weights, momentum, gradients": FLOAT * 3.0 * trained + FLOAT * 2.0 * norms,
         "student: gradients of the branches": FLOAT * branches * own,

@@ -19,7 +19,6 @@ from fastensdistill.engine.common import (
     Scalars,
     State,
     autocast,
-    diversities,
     drawn_perturbation,
     drawn_state,
     float32_products,
@@ -86,7 +85,7 @@ class ReferenceStep:
         check_micro_batches(len(images), n)
         self.first.see(images)
         with float32_products(self.config, self.device), autocast(self.config, self.device):
-            return self.perturbation(images, self.teachers, self.student, self.num_classes, n)
+            return self.perturbation(images, self.teachers, self.student, n)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> Scalars:
         """The second half, on images that are perturbed already: teachers and student see only those."""
@@ -96,7 +95,7 @@ class ReferenceStep:
         batch = perturbed.images, labels
         losses = update(self.student, self.optimizer, batch, self.config, self.losses)
         self.first.over = True
-        return dict(zip(("loss", "loss_kd", "loss_ce"), losses, strict=True)) | diversities(perturbed)
+        return dict(zip(("loss", "loss_kd", "loss_ce"), losses, strict=True)) | perturbed.diversities
 
     def losses(self, images: Tensor, labels: Tensor) -> list[Tensor]:
         """Of a micro-batch: the loss, and the two that it is made of."""

@@ -92,7 +92,7 @@ def strip_images(student: Student, teachers: Teachers, config: dict[str, Any], d
         config["perturbation"], len(teachers), student.branches, size=config["step_size"],
         temperature=config["temperature"], pick=pick, noise=noise,
     )  # fmt: skip
-    perturbed = perturbation(images, teachers.cpu(), student.cpu(), data.num_classes).images
+    perturbed = perturbation(images, teachers.cpu(), student.cpu()).images
     return images, perturbed, [data.classes[i] for i in data.test.labels[:STRIP]]
 
 

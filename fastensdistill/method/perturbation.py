@@ -1,15 +1,14 @@
-"""Perturbations: nudge a batch to where the teachers disagree and the branches do not yet (method §3).
+"""Perturbations: nudge a batch to where the teachers disagree and the branches do not yet.
 
-Each returns images of the same shape, clipped to [0, 1]. ``teachers(x, members)`` and ``student(x, branches)`` give
-logits (n, B, C); only the members that count are evaluated, in evaluation mode, and gradients flow to x alone.
-Source: Nam et al., ICML 2022, section 4 (tdiv, tdiv-sdiv); Nam et al., NeurIPS 2021 (ods, confods).
+``PERTURBATIONS`` has a row for each, which both engines read: whom it evaluates, and what gradient their logits get.
+Source: docs/method.md, "Perturbation"; Nam et al., ICML 2022 (tdiv, tdiv-sdiv) and NeurIPS 2021 (ods, confods).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,74 +16,130 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.method.modes import evaluating
 
-PERTURBATIONS = ("none", "gaussian", "ods", "confods", "tdiv", "tdiv-sdiv")
-NEED_GRADIENT = ("ods", "confods", "tdiv", "tdiv-sdiv")
-"""Those that ascend the teachers' outputs."""
+Pair = tuple[int, int]
+ByKind = Mapping[str, Tensor]
+"""Logits (n, B, C) of teachers, "T", and of branches, "S"."""
 Members = Callable[[Tensor, Sequence[int]], Tensor]
+"""(images, members) → logits (n, B, C), in evaluation mode."""
 
 
 class Perturbed(NamedTuple):
-    """Perturbed images (B, channels, H, W), and the diversities that were ascended (scalars), where there are any."""
+    """Perturbed images (B, channels, H, W), and the diversities that were ascended, scalars by name."""
 
     images: Tensor
-    tdiv: Tensor | None = None
-    sdiv: Tensor | None = None
+    diversities: dict[str, Tensor]
 
 
-def gaussian(x: Tensor, std: float, generator: torch.Generator | None = None) -> Perturbed:
-    """``clip(x + std·N(0, 1), 0, 1)``."""
-    noise = torch.empty_like(x).normal_(generator=generator)
-    return Perturbed((x + std * noise).clamp_(0, 1))
+class Direction(NamedTuple):
+    """Where the images are to move, said by the logits."""
+
+    grad_logits: dict[str, Tensor]  # (B, C) by member: the gradient of what is ascended
+    diversities: dict[str, Tensor]  # scalars by name
+    factor: Tensor | None = None  # (B,), by which an image's step is multiplied
 
 
-def ods(x: Tensor, teacher: Members, member: int, weights: Tensor, temperature: float, size: float,
-        confident: bool = False) -> Perturbed:  # fmt: skip
-    """Output-diversified sampling: ascend ``Σ_c w_c softmax(z/τ)_c`` of one teacher, weights (B, C) in [-1, 1].
+class Row(NamedTuple):
+    """A perturbation. The members of a drawn choice (a, b) are the teachers Ta and Tb and the branches Sa and Sb.
 
-    With ``confident`` (ConfODS) the step of an image is multiplied by ``max_c softmax(z/τ)_c``.
+    Args:
+        choices: (teachers, branches) → the choices (a, b), of which one is drawn for a batch. Branch k belongs to
+            teacher k mod M, so Ta and Tb are teachers a mod M and b mod M.
+        members: who is evaluated.
+        differentiated: those of them through whose logits the images' gradient is taken.
+        grad_logits: (logits (n, B, C) of the members that are teachers, "T", and branches, "S", in their order; the
+            perturbation, to draw by its ``noise``) → the direction.
+        move: instead of all that, (images (B, channels, H, W), the perturbation) → perturbed images.
     """
-    with _watched(x) as watched:
-        logits = teacher(watched, [member])[0]
-        seed, confidence = ods_seed(logits.detach(), weights, temperature)
-        gradient = _input_gradients([logits], [seed], watched)
-    return Perturbed(perturb_step(x, gradient, step_length(x, size), confidence=confidence if confident else None))
+
+    choices: Callable[[int, int], list[Pair]] = lambda teachers, branches: []
+    members: tuple[str, ...] = ()
+    differentiated: tuple[str, ...] = ()
+    grad_logits: Callable[[ByKind, Perturbation], Direction] | None = None
+    move: Callable[[Tensor, Perturbation], Tensor] | None = None
+
+    def evaluates(self, kind: str) -> bool:
+        """Whether ``kind`` "T", teachers, or "S", the student's branches, are among the members."""
+        return any(name[0] == kind for name in self.members)
+
+    def needs_gradient(self, kind: str) -> bool:
+        """Whether the images' gradient is taken through teachers, "T", or branches, "S"."""
+        return any(name[0] == kind for name in self.differentiated)
 
 
-def tdiv(x: Tensor, teachers: Members, pair: tuple[int, int], size: float) -> Perturbed:
+def one_teacher(teachers: int, branches: int) -> list[Pair]:
+    """A teacher drawn alone."""
+    return [(m, m) for m in range(teachers)]
+
+
+def pair_of_teachers(teachers: int, branches: int) -> list[Pair]:
+    """Two teachers, in order."""
+    return _differing(teachers, teachers)
+
+
+def pair_of_branches(teachers: int, branches: int) -> list[Pair]:
+    """Two branches whose teachers differ; for K = M these are the paper's M(M − 1) ordered pairs."""
+    return _differing(branches, teachers)
+
+
+def _differing(count: int, teachers: int) -> list[Pair]:
+    return [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
+
+
+def unchanged(x: Tensor, perturbation: Perturbation) -> Tensor:
+    """The images themselves."""
+    return x
+
+
+def gaussian(x: Tensor, perturbation: Perturbation) -> Tensor:
+    """``clip(x + ε·N(0, 1), 0, 1)``."""
+    noise = torch.empty_like(x).normal_(generator=perturbation.noise)
+    return (x + perturbation.size * noise).clamp_(0, 1)
+
+
+def ods(logits: ByKind, perturbation: Perturbation) -> Direction:
+    """Output-diversified sampling: ascend ``Σ_c w_c softmax(z/τ)_c`` of one teacher, w uniform on [-1, 1]."""
+    return confods(logits, perturbation)._replace(factor=None)
+
+
+def confods(logits: ByKind, perturbation: Perturbation) -> Direction:
+    """The same, the step of an image multiplied by ``max_c softmax(z/τ)_c``."""
+    (z,) = logits["T"].to(accumulator(logits["T"].dtype))
+    weights = torch.empty_like(z).uniform_(-1, 1, generator=perturbation.noise)
+    gradient, confidence = ods_seed(z, weights, perturbation.temperature)
+    return Direction({"Ta": gradient}, {}, confidence)
+
+
+def tdiv(logits: ByKind, perturbation: Perturbation) -> Direction:
     """Ascend the disagreement of teachers a and b, ``mean_b −Σ_c sg(p_b)_c log(p_a)_c``, through a alone."""
-    a, b = pair
-    with torch.no_grad():
-        t_b = teachers(x, [b])[0]
-    with _watched(x) as watched:
-        t_a = teachers(watched, [a])[0]
-        divergence, seed = teacher_diversity_seed(torch.stack([t_a.detach(), t_b]))
-        gradient = _input_gradients([t_a], [seed], watched)
-    return Perturbed(perturb_step(x, gradient, step_length(x, size)), divergence)
+    value, gradient = teacher_diversity_seed(logits["T"])
+    return Direction({"Ta": gradient}, {"tdiv": value})
 
 
-def tdiv_sdiv(x: Tensor, teachers: Members, student: Members, pair: tuple[int, int], branches: tuple[int, int],
-              size: float) -> Perturbed:  # fmt: skip
+def tdiv_sdiv(logits: ByKind, perturbation: Perturbation) -> Direction:
     """Ascend TDiv − SDiv: where teachers a and b disagree and the branches that learn from them do not yet."""
-    with torch.no_grad():
-        t_b, s_b = teachers(x, [pair[1]])[0], student(x, [branches[1]])[0]
-    with _watched(x) as watched:
-        t_a, s_a = teachers(watched, [pair[0]])[0], student(watched, [branches[0]])[0]
-        teacher_div, student_div, seed_t, seed_s = diversity_seed(
-            torch.stack([t_a.detach(), t_b]), torch.stack([s_a.detach(), s_b])
-        )
-        gradient = _input_gradients([t_a, s_a], [seed_t, seed_s], watched)
-    return Perturbed(perturb_step(x, gradient, step_length(x, size)), teacher_div, student_div)
+    of_teachers, of_branches, grad_teacher, grad_branch = diversity_seed(logits["T"], logits["S"])
+    return Direction({"Ta": grad_teacher, "Sa": grad_branch}, {"tdiv": of_teachers, "sdiv": of_branches})
+
+
+PERTURBATIONS = {
+    "none": Row(move=unchanged),
+    "gaussian": Row(move=gaussian),
+    "ods": Row(one_teacher, ("Ta",), ("Ta",), ods),
+    "confods": Row(one_teacher, ("Ta",), ("Ta",), confods),
+    "tdiv": Row(pair_of_teachers, ("Ta", "Tb"), ("Ta",), tdiv),
+    "tdiv-sdiv": Row(pair_of_branches, ("Ta", "Sa", "Tb", "Sb"), ("Ta", "Sa"), tdiv_sdiv),
+}
 
 
 class Perturbation:
-    """One of :data:`PERTURBATIONS` by name, drawing its random choices itself.
+    """One of :data:`PERTURBATIONS` by name, with its generators.
 
-    ``pick`` (CPU) draws the pair or teacher of a batch, ``noise`` (the images' device) everything per image.
-    The pair (a, b) is drawn over the K branches whose teachers differ, which for K = M are the paper's M(M−1) ordered
-    pairs; branch k belongs to teacher k mod M. Without branches (tdiv) it is drawn over the teachers.
+    ``pick`` (CPU) draws the choice of a batch, ``noise`` (the images' device) everything per image. ``size`` is the
+    root mean square of a step over the values of an image, in pixels.
 
     Raises InputError for an unknown name and where fewer than two teachers or branches leave no pair.
     """
@@ -93,69 +148,75 @@ class Perturbation:
                  pick: torch.Generator, noise: torch.Generator):  # fmt: skip
         if name not in PERTURBATIONS:
             raise unknown("perturbation", name, PERTURBATIONS)
-        if name in ("tdiv", "tdiv-sdiv") and teachers < 2:
+        self.row = PERTURBATIONS[name]
+        if "Tb" in self.row.members and teachers < 2:
             raise InputError(f"perturbation {name!r} needs at least 2 teachers that can disagree, got {teachers}")
-        if name == "tdiv-sdiv" and branches < 2:
+        if "Sb" in self.row.members and branches < 2:
             raise InputError(
                 f"perturbation {name!r} needs a student of at least 2 branches, got {branches}: choose another, or none"
             )
         self.name, self.teachers, self.branches = name, teachers, branches
         self.size, self.temperature, self.pick, self.noise = size, temperature, pick, noise
-        if name in ("ods", "confods"):
-            self.pairs = [(m, m) for m in range(teachers)]  # a teacher drawn alone
-        else:
-            count = {"tdiv": teachers, "tdiv-sdiv": branches}.get(name, 0)
-            self.pairs = [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
-
-    def __call__(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, parts: int = 1) -> Perturbed:
-        """``x`` perturbed as one batch: one pair or teacher for all images, taken in ``parts`` after one another."""
-        number = self.choose()
-        found = [self._part(chunk, teachers, student, num_classes, number) for chunk in x.chunk(parts)]
-        return found[0] if len(found) == 1 else join(found)
+        self.pairs = self.row.choices(teachers, branches)
 
     def choose(self) -> int:
         """Draws what is drawn once for a batch, an index into ``pairs``; 0, undrawn, where there are none."""
         return int(torch.randint(len(self.pairs), (), generator=self.pick)) if self.pairs else 0
 
-    def _part(self, x: Tensor, teachers: Members, student: nn.Module, num_classes: int, number: int) -> Perturbed:
-        if self.name == "none":
-            return Perturbed(x)
-        if self.name == "gaussian":
-            return gaussian(x, self.size, self.noise)
-        a, b = self.pairs[number]
-        if self.name in ("ods", "confods"):
-            weights = torch.empty(len(x), num_classes, dtype=x.dtype, device=x.device)
-            weights.uniform_(-1, 1, generator=self.noise)
-            return ods(x, teachers, a, weights, self.temperature, self.size, self.name == "confods")
-        if self.name == "tdiv":
-            return tdiv(x, teachers, (a, b), self.size)
-        with evaluating(student):
-            return tdiv_sdiv(x, teachers, student, (a % self.teachers, b % self.teachers), (a, b), self.size)
+    def __call__(self, x: Tensor, teachers: Members, student: nn.Module, micro_batches: int = 1) -> Perturbed:
+        """``x`` perturbed as one batch: one choice for all images, taken in slices after one another."""
+        number = self.choose()
+        pair = self.pairs[number] if self.pairs else None
+        found = [self.perturb(images, teachers, student, pair) for images in x.chunk(micro_batches)]
+        return found[0] if len(found) == 1 else joined(found)
+
+    def perturb(self, x: Tensor, teachers: Members, student: nn.Module, pair: Pair | None = None) -> Perturbed:
+        """``x`` perturbed by plain PyTorch, for this choice.
+
+        Only the members are evaluated, the student in evaluation mode, and gradients flow to the images alone.
+        """
+        if self.row.move:
+            return Perturbed(self.row.move(x, self), {})
+        assert pair is not None
+        networks: Mapping[str, Members] = {"T": teachers, "S": student}
+
+        def logits(x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+            return {name: networks[name[0]](x, [self.member(name, pair)])[0] for name in names}
+
+        with evaluating(student) if self.row.evaluates("S") else nullcontext():
+            with torch.no_grad():
+                constant = logits(x, [name for name in self.row.members if name not in self.row.differentiated])
+            with torch.enable_grad():
+                watched = x.detach().requires_grad_()
+                found = logits(watched, self.row.differentiated)
+                direction = self.direction(self.by_kind(constant | {name: z.detach() for name, z in found.items()}))
+                gradients = [direction.grad_logits[name].to(z.dtype) for name, z in found.items()]
+                (gradient,) = torch.autograd.grad(list(found.values()), [watched], gradients)
+        return Perturbed(self.step(x, gradient[None], direction), direction.diversities)
+
+    def member(self, name: str, pair: Pair) -> int:
+        """The number of the teacher or branch that ``name`` is of this choice."""
+        number = pair["ab".index(name[1])]
+        return number % self.teachers if name[0] == "T" else number
+
+    def by_kind(self, logits: Mapping[str, Tensor], kinds: str = "TS") -> dict[str, Tensor]:
+        """Logits (B, C) by member, as a row takes them."""
+        found = {kind: [logits[name] for name in self.row.members if name[0] == kind] for kind in kinds}
+        return {kind: torch.stack(z) if len(z) > 1 else z[0][None] for kind, z in found.items() if z}
+
+    def direction(self, logits: ByKind) -> Direction:
+        """The row's own, for logits of its members."""
+        assert self.row.grad_logits
+        return self.row.grad_logits(logits, self)
+
+    def step(self, x: Tensor, gradients: Tensor, direction: Direction) -> Tensor:
+        """``clip(x + ε·√D·g/‖g‖, 0, 1)``; ``gradients`` (G, B, …) of the images add up to g."""
+        length = self.size * math.sqrt(x[0].numel())  # L2, of a step whose root mean square is ``size``
+        return perturb_step(x, gradients, length, confidence=direction.factor)
 
 
-def join(parts: Sequence[Perturbed]) -> Perturbed:
-    """The parts of a batch as one; diversities are means over its images, and parts equally large."""
-
-    def mean(values: list[Tensor | None]) -> Tensor | None:
-        given = [v for v in values if v is not None]
-        return torch.stack(given).mean(0) if given else None
-
-    images, tdivs, sdivs = zip(*parts, strict=True)
-    return Perturbed(torch.cat(images), mean(list(tdivs)), mean(list(sdivs)))
-
-
-def step_length(x: Tensor, size: float) -> float:
-    """``ε·√D``: the L2 length of a step whose root mean square over the D values of an image is ``size``."""
-    return size * math.sqrt(x[0].numel())
-
-
-@contextmanager
-def _watched(x: Tensor) -> Iterator[Tensor]:
-    with torch.enable_grad():
-        yield x.detach().requires_grad_()
-
-
-def _input_gradients(outputs: list[Tensor], seeds: list[Tensor], x: Tensor) -> Tensor:
-    """The sum of the outputs' input gradients, as one group (1, B, ...). Weight gradients are never computed."""
-    (gradient,) = torch.autograd.grad(outputs, [x], [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)])
-    return gradient.unsqueeze(0)
+def joined(parts: Sequence[Perturbed]) -> Perturbed:
+    """The micro-batches of a batch as one; diversities are means over its images, and all are equally large."""
+    images, diversities = zip(*parts, strict=True)
+    means = {name: torch.stack([values[name] for values in diversities]).mean(0) for name in diversities[0]}
+    return Perturbed(torch.cat(images), means)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastensdistill.errors import InputError, unknown
+from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.network.backward import Backward
 from fastensdistill.network.forward import Forward
 from fastensdistill.network.launch import Group, Launch, Part
@@ -81,28 +82,18 @@ def check(part: Part) -> None:
 
 Passes = dict[str, tuple[list[Group], str]]
 
-# Who computes an input gradient, and whose logits it needs besides. A fused step draws the members by weight slots.
-PERTURBED = {
-    "none": [],
-    "gaussian": [],
-    "ods": ["Ta"],
-    "confods": ["Ta"],
-    "tdiv": ["Ta", "Tb"],
-    "tdiv-sdiv": ["Ta", "Sa", "Tb", "Sb"],
-}
-
 
 def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
     """The passes of one distillation step, name → groups and direction (Nam et al., ICML 2022, section 3).
 
-    Network 0 is the teachers'; ``student`` is the index of the student's. Only member a's gradient is taken: b's logits
-    are constants.
+    Network 0 is the teachers'; ``student`` is the index of the student's.
     """
-    if perturbation not in PERTURBED:
-        raise unknown("perturbation", perturbation, PERTURBED)
+    if perturbation not in PERTURBATIONS:
+        raise unknown("perturbation", perturbation, PERTURBATIONS)
+    row = PERTURBATIONS[perturbation]
     drawn = [
-        Group(name, student if name[0] == "S" else 0, gradient="input" if name[1] == "a" else None)
-        for name in PERTURBED[perturbation]
+        Group(name, student if name[0] == "S" else 0, gradient="input" if name in row.differentiated else None)
+        for name in row.members
     ]
     distillation = [Group(f"T{m + 1}", 0) for m in range(teachers)]
     distillation += [Group(f"S{k + 1}", student, "S", "parameters") for k in range(branches)]

@@ -23,7 +23,7 @@ from fastensdistill.method.arguments import checked_student, checked_teachers
 from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.calls import dtype_of, habits_of
 from fastensdistill.method.inspection import check_network, check_values
-from fastensdistill.method.perturbation import NEED_GRADIENT
+from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.wrappers import unwrap
@@ -59,7 +59,7 @@ def ready_student(
     student = checked_student(student)
     check_values(student, "student")
     check_branches(student, shape)
-    ascended = config.perturbation if config.perturbation == "tdiv-sdiv" else ""
+    ascended = config.perturbation if PERTURBATIONS[config.perturbation].needs_gradient("S") else ""
     expected = [student.branches, classes]
     notes = check_network(student, "student", shape, expected, device, trained=True, ascended=ascended)
     return place(student, device), notes
@@ -70,7 +70,7 @@ def ready_teachers(
 ) -> tuple[Teachers, list[str]]:
     """Copies of the teachers in float32 on the device, and what to say of them. InputError for any that do not fit."""
     own, notes = Teachers(teachers.networks) if isinstance(teachers, Teachers) else checked_teachers(teachers), []
-    ascended = config.perturbation if config.perturbation in NEED_GRADIENT else ""
+    ascended = config.perturbation if PERTURBATIONS[config.perturbation].needs_gradient("T") else ""
     for i, network in enumerate(own.networks):
         name = f"teacher {i}"
         check_values(network, name)

@@ -20,7 +20,7 @@ from bench.gpu_run.steps import METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
-from fastensdistill.engine import evaluation, fused, graph, planned_ops, trained
+from fastensdistill.engine import fused, graph, planned_ops, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
@@ -39,6 +39,7 @@ from fastensdistill.kernels.launch import (
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.tiles import Tile, changed_tiles
+from fastensdistill.method import perturbation
 
 SETTING = Setting("tiny", "tdiv-sdiv", 2, 2)
 WRONG = f"distillation, backward: {' '.join(CULPRIT)}"
@@ -456,7 +457,7 @@ WALKED = {
         "pass": "distillation, backward", "op": "weight gradient", "node": "groups.1.0.shortcut",
     }),
     "no momentum": (trained, "sgd", forgetful, {"pass": "update", "buffer": "parameters"}),
-    "no perturbation": (evaluation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
+    "no perturbation": (perturbation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
                                                               "buffer": "perturbation of the images"}),
 }  # fmt: skip
 

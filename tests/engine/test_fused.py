@@ -6,13 +6,14 @@ import dataclasses
 import pytest
 import torch
 
-from fastensdistill.engine import evaluation, planned_ops, slots, trained
+from fastensdistill.engine import planned_ops, slots, trained
 from fastensdistill.engine.evaluation import FusedPerturbation
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import use_kernels
+from fastensdistill.method import perturbation
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
 from tests import parity
@@ -29,8 +30,8 @@ def test_recorded_steps(capsys):
 
 
 def wrong_sign(monkeypatch):
-    seeds = evaluation.diversity_seed
-    monkeypatch.setattr(evaluation, "diversity_seed", lambda t, s: (*seeds(t, s)[:3], -seeds(t, s)[3]))
+    seeds = perturbation.diversity_seed
+    monkeypatch.setattr(perturbation, "diversity_seed", lambda t, s: (*seeds(t, s)[:3], -seeds(t, s)[3]))
 
 
 def swapped_pair(monkeypatch):
