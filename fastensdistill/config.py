@@ -16,12 +16,11 @@ from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
-from fastensdistill.models import check_name
+from fastensdistill.models import SHAPED, check_name
 from fastensdistill.settings import Settings, setting
 
 ENGINES = ("auto", "reference", "fused")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-SHAPED = ("preresnet", "resnet")  # the models that the settings of a shape are for
 
 
 def check_device_name(name: str) -> None:

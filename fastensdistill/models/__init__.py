@@ -116,6 +116,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+SHAPED = tuple(name for name, build in MODELS.items() if isinstance(build, type))
+"""The models whose shape (``blocks``, ``widen``, ``in_planes``) the caller sets."""
+
+
 def create_model(
     name: str,
     num_classes: int,
@@ -157,6 +161,10 @@ def check_name(name: str) -> None:
         raise unknown("model", name, MODELS if near else {*MODELS, *others})
 
 
+def __getattr__(name: str) -> Callable[..., nn.Module]:  # for type checkers: the functions are made below
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _builder(name: str) -> Callable[..., nn.Module]:
     check_name(name)
     if name.startswith("timm/"):
@@ -174,12 +182,5 @@ def _named(name: str) -> Callable[..., nn.Module]:
     return create
 
 
-preresnet = _named("preresnet")
-wrn28_1 = _named("wrn28_1")
-wrn28_2 = _named("wrn28_2")
-wrn28_4 = _named("wrn28_4")
-wrn28_10 = _named("wrn28_10")
-resnet = _named("resnet")
-resnet32 = _named("resnet32")
-resnet32x2 = _named("resnet32x2")
-resnet32x4 = _named("resnet32x4")
+# ``models.wrn28_4(num_classes=100)``: a function for each of ours
+globals().update({name: _named(name) for name in MODELS if name not in TORCHVISION})

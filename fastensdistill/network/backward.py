@@ -142,7 +142,7 @@ class Backward(Builder):
         weights: int = 0,
     ) -> None:
         """A launch that computes one reader's gradient of ``value`` (from ``steps`` on) and goes on from there."""
-        steps, writes, fusions = [*(steps or [])], [*(writes or [])], BACKWARD_FUSIONS[op]
+        steps, writes, fusions = [*(steps or [])], [*(writes or [])], BACKWARD_FUSIONS.get(op, ())
         if steps:
             fusions = after(fusions, steps[0].kind)
         while True:

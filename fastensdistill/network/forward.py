@@ -73,7 +73,7 @@ class Forward(Builder):
 
     def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
         """A launch that computes ``node`` by ``steps`` and takes along what it can."""
-        fusions = FORWARD_FUSIONS[op]
+        fusions = FORWARD_FUSIONS.get(op, ())
         if steps and steps[0].kind in fusions:
             fusions = after(fusions, steps[0].kind)
         steps = [*steps, *self.chain(node.name, fusions)]

@@ -29,6 +29,11 @@ from fastensdistill.network.nodes import (
     Shape,
 )
 
+LEAVES = (
+    Normalize, BatchNorm2d, PadShortcut, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout,
+)  # fmt: skip
+"""The layers that become nodes as a whole."""
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 FLATTEN = (torch.flatten, "flatten")

@@ -16,19 +16,13 @@ from torch import fx, nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
-from fastensdistill.models.layers import BatchNorm2d, Normalize, PadShortcut
 from fastensdistill.network.nodes import Network, Shape
-from fastensdistill.network.reader import Reader
+from fastensdistill.network.reader import LEAVES, Reader
 from fastensdistill.network.unseen import check_unseen, generators_kept, refusing
-
-LEAVES = (
-    Normalize, BatchNorm2d, PadShortcut, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout,
-)  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the layers this file knows; a subclass with a forward of its own is looked into."""
+    """Stops at the layers that the reader knows; a subclass with a forward of its own is looked into."""
 
     def __init__(self) -> None:
         super().__init__()
