@@ -111,8 +111,8 @@ def process(rank, folder):
     if rank == 1:
         select.verify_distillation = no_kernel
     found["no kernel"] = refused(lambda: make(engine="fused"))
-    select.choose_engine = lambda *_: ("fused", "as on a GPU")
-    found["engine"] = make(epochs=1).fit().engine
+    select.choose_engine = lambda *_: select.EngineChoice("fused", "as on a GPU")
+    found["engine"] = str(make(epochs=1).fit().engine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

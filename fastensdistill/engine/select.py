@@ -1,9 +1,9 @@
-"""Which engine trains a run, and why: one line for the user, decided before anything is built."""
+"""Which engine trains a run, and why, decided before anything is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -25,21 +25,44 @@ from fastensdistill.method.teachers import Teachers
 Networks = Student | Sequence[nn.Module]
 Built = TypeVar("Built", FusedStep, FusedTeachStep)
 AnyStep = ReferenceStep | FusedStep | TeachStep | FusedTeachStep
+SLOWER = "some layers would be faster with the extension's CUDA convolutions, which were not built"
+
+
+class EngineChoice(NamedTuple):
+    """Which engine trains, and why; ``str(choice)`` is the line for the user."""
+
+    name: str
+    """fused or reference."""
+    reason: str
+    dtype: str = ""
+    """Of a fused step's activations."""
+    peak: float = 0.0
+    """Bytes that a fused step takes beside the training set, as ``engine.memory`` estimates them."""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        about = f", {self.dtype}, about {self.peak / 2**30:.2f} GiB beside the training set" if self.dtype else ""
+        return f"{self.name} engine{about}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
 def choose_engine(
     config: TrainConfig, trained: Networks, teachers: Teachers | None, device: torch.device, image_shape: ImageShape
-) -> tuple[str, str]:
-    """("fused" or "reference", why in one line) for a student with its teachers, or for networks that become teachers.
+) -> EngineChoice:
+    """The engine for a student with its teachers, or for networks that become teachers.
 
     ``config.engine`` "auto" is fused on a CUDA device for networks that it can run. Raises InputError where "fused" is
     asked for and cannot be: nothing falls back without having been allowed to. Of several processes, where one cannot,
     none does.
     """
-    reason = anyone(_obstacle(config, trained, teachers, device, image_shape))
-    if reason is not None:
-        return "reference", reason
-    return "fused", "asked for" if config.engine == "fused" else "every layer has a kernel"
+    obstacle = anyone(_obstacle(config, trained, teachers, device, image_shape))
+    if obstacle is not None:
+        return EngineChoice("reference", obstacle)
+    return EngineChoice("fused", "asked for" if config.engine == "fused" else "every layer has a kernel")
+
+
+def no_cuda(device: torch.device) -> str:
+    """The reason for the reference engine on another ``device`` than a GPU."""
+    return f"no CUDA device, training on {device.type}"
 
 
 def _obstacle(
@@ -49,7 +72,7 @@ def _obstacle(
     if config.engine == "reference":
         return "asked for"
     if config.engine == "auto" and not _on_cuda(device):
-        return f"no CUDA device, training on {device.type}"
+        return no_cuda(device)
     if config.engine == "auto" and not HAS_TRITON:
         return "Triton is not installed"
     try:
@@ -78,7 +101,7 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float]]) -> tuple[str, str]:
+def verified(config: TrainConfig, choice: EngineChoice, verify: Callable[[], dict[str, float]]) -> EngineChoice:
     """The fused engine if it computes here what the reference engine does, and the reason with what was measured.
 
     With ``engine="auto"`` a disagreement, or any error on the way there, means the reference engine; with "fused" it is
@@ -93,71 +116,72 @@ def verified(config: TrainConfig, why: str, verify: Callable[[], dict[str, float
         trouble, cause = in_a_line(error), error
     trouble = anyone(trouble)  # all processes take the same engine
     if trouble is None:
-        return "fused", f"{why}; checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
+        measured = f"checked against the reference engine, 1 − cosine {max(found.values()):.0e}"
+        return choice._replace(reason=f"{choice.reason}; {measured}")
     if config.engine == "fused":
         raise InputError(f"engine='fused' cannot be used on this device: {trouble}") from cause
-    return "reference", trouble
+    return EngineChoice("reference", trouble)
 
 
-def built(config: TrainConfig, why: str, build: Callable[[], Built]) -> tuple[Built | None, str]:
-    """The fused step and ``why``; with ``engine="auto"`` None, and what kept it from being built.
+def fused_step(
+    config: TrainConfig, choice: EngineChoice, verify: Callable[[], dict[str, float]], build: Callable[[], Built]
+) -> tuple[Built | None, EngineChoice]:
+    """The fused step where it is chosen and has been verified, else None; and the choice that this comes to.
 
-    Several processes exchange their weights while they build, and none can turn back alone: there it is raised.
+    With ``engine="auto"`` an error of ours while it is built means the reference engine. Several processes exchange
+    their weights there, and none can turn back alone: it is raised.
     """
+    if choice.name == "fused":
+        choice = verified(config, choice, verify)
+    if choice.name == "reference":
+        return None, choice
     try:
-        return build(), why
+        step = build()
     except InputError as error:
         if config.engine == "fused" or processes() > 1:
             raise
-        return None, in_a_line(error)
+        return None, EngineChoice("reference", in_a_line(error))
+    advice = SLOWER if step.implementations.missing(device_arch(step.rate)) else ""
+    dtype = str(step.dtype).removeprefix("torch.")
+    return step, choice._replace(dtype=dtype, advice=advice)
 
 
 def distillation_step(
     student: Student, teachers: Teachers, config: DistillConfig, image_shape: ImageShape, num_classes: int
-) -> tuple[ReferenceStep | FusedStep, str]:
-    """The step of the chosen engine, and in a line which it is and why."""
-    name, why = choose_engine(config, student, teachers, next(student.parameters()).device, image_shape)
-    if name == "fused":
-        name, why = verified(
-            config, why, lambda: verify_distillation(student, teachers, config, image_shape, num_classes)
-        )
-    fused: FusedStep | None = None
-    if name == "fused":
-        fused, why = built(config, why, lambda: FusedStep(student, teachers, config, image_shape=image_shape))
-    if fused:
-        *frozen, own = fused.networks
-        # Teachers of several architectures are counted as if all were like the one that keeps the most
-        peak = max(
-            estimate(
-                teacher, own, len(frozen), 1 if fused.heads else student.branches, config.batch_size // processes(),
-                config.perturbation, itemsize=fused.dtype.itemsize, parts=config.micro_batches,
-            ).peak
-            for teacher in set(frozen)
-        )  # fmt: skip
-        return fused, described(fused, peak, why)
-    return ReferenceStep(student, teachers, config, num_classes=num_classes), f"reference engine: {why}"
+) -> tuple[ReferenceStep | FusedStep, EngineChoice]:
+    """The step of the chosen engine, and the choice."""
+    step, choice = fused_step(
+        config,
+        choose_engine(config, student, teachers, next(student.parameters()).device, image_shape),
+        lambda: verify_distillation(student, teachers, config, image_shape, num_classes),
+        lambda: FusedStep(student, teachers, config, image_shape=image_shape),
+    )
+    if step is None:
+        return ReferenceStep(student, teachers, config, num_classes=num_classes), choice
+    *frozen, own = step.networks
+    # Teachers of several architectures are counted as if all were like the one that keeps the most
+    peak = max(
+        estimate(
+            teacher, own, len(frozen), 1 if step.heads else student.branches, config.batch_size // processes(),
+            config.perturbation, itemsize=step.dtype.itemsize, parts=config.micro_batches,
+        ).peak
+        for teacher in set(frozen)
+    )  # fmt: skip
+    return step, choice._replace(peak=peak)
 
 
 def teaching_step(
     networks: Sequence[nn.Module], config: TeachConfig, image_shape: ImageShape
-) -> tuple[TeachStep | FusedTeachStep, str]:
+) -> tuple[TeachStep | FusedTeachStep, EngineChoice]:
     """As :func:`distillation_step`, for networks that become teachers."""
-    name, why = choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape)
-    if name == "fused":
-        name, why = verified(config, why, lambda: verify_teaching(networks, config, image_shape))
-    fused: FusedTeachStep | None = None
-    if name == "fused":
-        fused, why = built(config, why, lambda: FusedTeachStep(networks, config, image_shape=image_shape))
-    if fused:
-        share = config.batch_size // processes()
-        found = estimate_teaching(fused.network, len(networks), share, fused.dtype.itemsize, parts=config.micro_batches)
-        return fused, described(fused, found.peak, why)
-    return TeachStep(networks, config), f"reference engine: {why}"
-
-
-def described(step: FusedStep | FusedTeachStep, peak: float, why: str) -> str:
-    """The line about a fused step that takes ``peak`` bytes."""
-    name = str(step.dtype).removeprefix("torch.")
-    line = f"fused engine, {name}, about {peak / 2**30:.2f} GiB beside the training set: {why}"
-    slower = "; some layers would be faster with the extension's CUDA convolutions, which were not built"
-    return line + (slower if step.implementations.missing(device_arch(step.rate)) else "")
+    step, choice = fused_step(
+        config,
+        choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape),
+        lambda: verify_teaching(networks, config, image_shape),
+        lambda: FusedTeachStep(networks, config, image_shape=image_shape),
+    )
+    if step is None:
+        return TeachStep(networks, config), choice
+    share = config.batch_size // processes()
+    found = estimate_teaching(step.network, len(networks), share, step.dtype.itemsize, parts=config.micro_batches)
+    return step, choice._replace(peak=found.peak)

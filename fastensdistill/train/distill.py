@@ -77,9 +77,9 @@ class DistillTrainer(Trainer):
         self.seeds = [config.seed]
         with parallel.together():
             self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
-            check_statistics(config, self.distil, self.engine)
+            check_statistics(config, self.engine)
         self.step = self.distil
-        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
+        self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
         self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
         self._about_teachers: dict[str, Any] = {}
 

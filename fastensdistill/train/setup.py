@@ -15,9 +15,7 @@ from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import ImageShape
-from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.select import AnyStep
-from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.engine.select import EngineChoice
 from fastensdistill.errors import InputError
 from fastensdistill.method.arguments import checked_student, checked_teachers
 from fastensdistill.method.branch_check import check_branches
@@ -111,9 +109,9 @@ def check_tf32(config: TrainConfig, device: torch.device) -> None:
         raise InputError("precision='tf32' on a CPU: expected auto, fp32 or bf16; tf32 is tensor cores' float32")
 
 
-def check_statistics(config: TrainConfig, step: AnyStep, engine: str) -> None:
+def check_statistics(config: TrainConfig, engine: EngineChoice) -> None:
     """Raise InputError where several processes are to share BatchNorm's statistics and the engine cannot."""
-    if config.sync_batch_norm and parallel.processes() > 1 and not isinstance(step, FusedStep | FusedTeachStep):
+    if config.sync_batch_norm and parallel.processes() > 1 and engine.name != "fused":
         raise InputError(f"sync_batch_norm needs the fused engine, which was not chosen ({engine})")
 
 

@@ -16,6 +16,7 @@ from fastensdistill.config import DistillConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine.common import precision_on
+from fastensdistill.engine.select import no_cuda
 from fastensdistill.files import expanded
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def describe(trainer: Trainer) -> str:
     length = f"{_several(config.epochs, 'epoch')} of {_several(trainer.steps_per_epoch, 'step')}"
     rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
     size = f"{data.image_size[0]}x{data.image_size[1]}, {_several(data.channels, 'channel')}"
-    device = "" if f"on {trainer.device}" in trainer.engine else f" on {trainer.device}"
+    device = "" if trainer.engine.reason == no_cuda(trainer.device) else f" on {trainer.device}"  # said there
     lines = {
         "recipe": f"{length}, batch {config.batch_size}, {rate}",
         "data": splits(data),
@@ -103,7 +104,7 @@ def models(networks: list[nn.Module]) -> str:
 def used(trainer: Trainer) -> Any:
     """The settings that config.yaml holds, with what "auto" meant in them: engine, precision and augmentation."""
     settings = trainer.saved_config
-    resolved = {"engine": trainer.engine.split()[0], "precision": precision_on(trainer.config, trainer.device),
+    resolved = {"engine": trainer.engine.name, "precision": precision_on(trainer.config, trainer.device),
                 "flip": trainer.augment.flip, "pad": trainer.augment.pad}  # fmt: skip
     return dataclasses.replace(settings, **resolved)
 

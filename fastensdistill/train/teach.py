@@ -50,9 +50,9 @@ class TeachTrainer(Trainer):
         self.seeds = [config.seed + i for i in range(config.members)]
         with parallel.together():
             self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
-            check_statistics(config, self.teach, self.engine)
+            check_statistics(config, self.engine)
         self.step = self.teach
-        self.evaluator = Evaluator(self.engine.split()[0], shape, precision=config.precision)
+        self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
 
     def train_step(self) -> dict[str, Tensor]:
         return self.teach.train_on(self.loaders)

@@ -24,7 +24,7 @@ from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import precision_on
 from fastensdistill.engine.predict import Evaluator
-from fastensdistill.engine.select import AnyStep
+from fastensdistill.engine.select import AnyStep, EngineChoice
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.method.modes import set_mode
@@ -64,7 +64,7 @@ class Trainer:
     title: str
     networks: dict[str, nn.Module]  # what is trained, by the name it is saved under
     step: AnyStep
-    engine: str  # which engine trains, and why
+    engine: EngineChoice  # which engine trains, and why; prints as a line
     evaluator: Evaluator  # what the validation images go through
     seeds: list[int]  # one stream of batches each
     fitted_with: TrainConfig  # the settings that fit began with

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from fastensdistill.config import TeachConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.engine.select import choose_engine
+from fastensdistill.engine.select import EngineChoice, choose_engine
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.train.setup import seeded
@@ -111,12 +111,12 @@ def test_the_choice_is_explained():
         config.engine = engine
         return choose_engine(config, student, teachers, device, shape)
 
-    assert choose(student, teachers, cpu) == ("reference", "no CUDA device, training on cpu")
-    assert choose(student, teachers, cuda) == ("fused", "every layer has a kernel")
-    assert choose(student, teachers, cpu, "fused") == ("fused", "asked for")
-    assert choose(student, teachers, cuda, "reference") == ("reference", "asked for")
+    assert choose(student, teachers, cpu) == EngineChoice("reference", "no CUDA device, training on cpu")
+    assert choose(student, teachers, cuda) == EngineChoice("fused", "every layer has a kernel")
+    assert choose(student, teachers, cpu, "fused") == EngineChoice("fused", "asked for")
+    assert choose(student, teachers, cuda, "reference") == EngineChoice("reference", "asked for")
     hydra, _, _ = setting("hydra")
-    assert choose(hydra, teachers, cuda) == ("fused", "every layer has a kernel")
+    assert choose(hydra, teachers, cuda) == EngineChoice("fused", "every layer has a kernel")
 
     class Squared(torch.nn.Module):
         def __init__(self):
@@ -127,15 +127,15 @@ def test_the_choice_is_explained():
             return self.inner(x) ** 2
 
     foreign, _, _ = setting(student=lambda _seed: Squared().double())
-    name, why = choose(foreign, teachers, cuda)
-    assert name == "reference"
-    assert "pow" in why
-    assert "\n" not in why
+    choice = choose(foreign, teachers, cuda)
+    assert choice.name == "reference"
+    assert "pow" in choice.reason
+    assert "\n" not in choice.reason
     with pytest.raises(InputError, match=r"engine='fused' cannot train this: .*pow"):
         choose(foreign, teachers, cuda, "fused")
     trainer = make()
     assert isinstance(trainer.step, ReferenceStep)
-    assert trainer.engine == "reference engine: no CUDA device, training on cpu"
+    assert str(trainer.engine) == "reference engine: no CUDA device, training on cpu"
 
 
 def test_dropout_in_the_student_goes_to_the_reference():
@@ -148,6 +148,6 @@ def test_dropout_in_the_student_goes_to_the_reference():
             return self.inner(self.drop(x))
 
     student, teachers, config = setting(student=lambda _seed: Dropped().double())
-    name, why = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
-    assert name == "reference"
-    assert "dropout" in why
+    choice = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
+    assert choice.name == "reference"
+    assert "dropout" in choice.reason

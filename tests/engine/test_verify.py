@@ -6,6 +6,7 @@ import torch
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.engine import evaluation, select, trained
 from fastensdistill.engine.reference import ReferenceStep
+from fastensdistill.engine.select import EngineChoice
 from fastensdistill.engine.verify import verify_distillation, verify_teaching
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE, Single
@@ -57,22 +58,22 @@ def test_a_fault_is_found_and_the_engine_chosen_accordingly(monkeypatch, fault, 
     student, teachers, config = setting(precision=precision)
     with pytest.raises(InputError, match=f"fused engine's {words}"):
         select.distillation_step(student, teachers, config, SHAPE, 5)
-    monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
+    monkeypatch.setattr(select, "choose_engine", lambda *a: EngineChoice("fused", "every layer has a kernel"))
     config.engine = "auto"
-    step, line = select.distillation_step(student, teachers, config, SHAPE, 5)
+    step, choice = select.distillation_step(student, teachers, config, SHAPE, 5)
     assert isinstance(step, ReferenceStep)
-    assert line.startswith(f"reference engine: the fused engine's {words} is not")
+    assert str(choice).startswith(f"reference engine: the fused engine's {words} is not")
 
 
 def test_where_another_process_finds_a_fault_all_take_the_reference_engine(monkeypatch):
-    monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
+    monkeypatch.setattr(select, "choose_engine", lambda *a: EngineChoice("fused", "every layer has a kernel"))
     asked = []
     monkeypatch.setattr(select, "anyone", lambda trouble: asked.append(trouble) or "process 1 differs")
     student, teachers, config = setting()
     config.engine = "auto"
-    step, line = select.distillation_step(student, teachers, config, SHAPE, 5)
+    step, choice = select.distillation_step(student, teachers, config, SHAPE, 5)
     assert isinstance(step, ReferenceStep)
-    assert (asked, line) == ([None], "reference engine: process 1 differs")
+    assert (asked, choice) == ([None], EngineChoice("reference", "process 1 differs"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_any_error_on_the_way_means_the_reference_engine_or_one_line(monkeypatch
         monkeypatch.setattr(select, "HAS_TRITON", True)
         monkeypatch.setattr(select, "_on_cuda", lambda device: True)
     else:
-        monkeypatch.setattr(select, "choose_engine", lambda *a: ("fused", "every layer has a kernel"))
+        monkeypatch.setattr(select, "choose_engine", lambda *a: EngineChoice("fused", "every layer has a kernel"))
         monkeypatch.setattr(select, "verify_distillation", lambda *a: {"update": 0.0})
     monkeypatch.setattr(select, where, fails)
     with pytest.raises(InputError) as raised:
@@ -107,9 +108,10 @@ def test_any_error_on_the_way_means_the_reference_engine_or_one_line(monkeypatch
     assert line in str(raised.value)
     assert "\n" not in str(raised.value)
     config.engine = "auto"
-    step, said = select.distillation_step(student, teachers, config, SHAPE, 5)
+    step, choice = select.distillation_step(student, teachers, config, SHAPE, 5)
     assert isinstance(step, ReferenceStep)
-    assert said == f"reference engine: {line}"
+    assert choice == EngineChoice("reference", line)
+    assert str(choice) == f"reference engine: {line}"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
