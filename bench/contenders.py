@@ -19,7 +19,19 @@ from bench.peers.eager import EagerStep, EagerTeach, statistics
 from bench.peers.grouped import GroupedStep, GroupedTeach
 from bench.peers.torch_uncertainty import LibraryStep
 from bench.peers.vmapped import VmapStep
-from bench.setting import DISTIL, Batch, Problem, Setting, batches, drawn_pairs, make
+from bench.setting import (
+    CLASSES,
+    DISTIL,
+    Batch,
+    Distillation,
+    Problem,
+    Setting,
+    Teaching,
+    batches,
+    contiguous,
+    drawn_pairs,
+    make,
+)
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -40,41 +52,49 @@ class Engine:
         self.step, self.problem = step, problem
 
     def __call__(self, batch: Batch) -> object:
-        if self.problem.networks is not None:
+        if isinstance(self.problem, Teaching):
             return self.step([*zip(batch.images, batch.labels, strict=True)])
         return self.step(batch.images, batch.labels)
 
     def state(self) -> dict[str, list[Tensor]]:
-        networks = self.problem.networks
-        if networks is not None:
-            parameters = [p for network in networks for p in network.parameters()]
-            return {"shared": parameters, "statistics": [b for network in networks for b in statistics(network)]}
-        assert self.problem.student is not None
-        named = dict(self.problem.student.module.named_parameters())
-        factors = [p for name, p in named.items() if ".delta_" in name]
-        shared = [p for name, p in named.items() if ".delta_" not in name]
-        return {"shared": shared, "factors": factors, "statistics": statistics(self.problem.student.module)}
+        """What a step changes, by kind, in the networks' order."""
+        problem = self.problem
+        networks = [problem.student.module] if isinstance(problem, Distillation) else problem.modules
+        changed: dict[str, list[Tensor]] = {"shared": [], "factors": [], "statistics": []}
+        for network in networks:
+            for name, p in network.named_parameters():
+                changed["factors" if ".delta_" in name else "shared"].append(p)
+            changed["statistics"] += statistics(network)
+        return changed
 
 
 def reference_engine(problem: Problem) -> Step:
-    if problem.networks is not None:
-        return Engine(TeachStep(problem.networks, problem.config), problem)
-    step = ReferenceStep(problem.student, problem.teachers, problem.config, num_classes=100)
+    step: Any
+    if isinstance(problem, Teaching):
+        step = TeachStep(problem.networks, problem.config)
+    else:
+        assert isinstance(problem, Distillation)
+        step = ReferenceStep(problem.student, problem.teachers, problem.config, num_classes=CLASSES)
     return Engine(step, problem)
 
 
 tuned: Dispatch | None = None  # of ``bench.throughput --dispatch``
-own: Dispatch | None = None  # for the fused engine: what a diagnosis found to be right, where its kernels were not
+diagnosed: Dispatch | None = None  # what a diagnosis found to be right where the fused engine's kernels were not
 
 
-def fused_engine(problem: Problem, implementations: Dispatch | None = None, capture: bool = True) -> Step:
+def fused_engine(problem: Problem, implementations: Dispatch | None = None, capture: bool = True) -> Engine:
     for module in problem.modules:
-        module.to(memory_format=torch.contiguous_format)
-    options: dict[str, Any] = {"implementations": implementations or own, "capture": capture}
-    if problem.networks is not None:
-        shape = (3, problem.setting.size, problem.setting.size)
-        return Engine(FusedTeachStep(problem.networks, problem.config, image_shape=shape, **options), problem)
-    return Engine(FusedStep(problem.student, problem.teachers, problem.config, **options), problem)
+        contiguous(module)
+    options: dict[str, Any] = {
+        "image_shape": problem.image_shape, "implementations": implementations or diagnosed, "capture": capture,
+    }  # fmt: skip
+    step: Any
+    if isinstance(problem, Teaching):
+        step = FusedTeachStep(problem.networks, problem.config, **options)
+    else:
+        assert isinstance(problem, Distillation)
+        step = FusedStep(problem.student, problem.teachers, problem.config, **options)
+    return Engine(step, problem)
 
 
 def how(step: Any) -> dict[str, Any]:
@@ -123,7 +143,7 @@ class Contender:
 
 
 def _teach(step: Callable[..., Step], teach: Callable[..., Step], *rest: Any) -> Callable[[Problem], Step]:
-    return lambda problem: (teach if problem.networks is not None else step)(problem, *rest)
+    return lambda problem: (teach if isinstance(problem, Teaching) else step)(problem, *rest)
 
 
 # In the order in which they are built: where time runs out, the last are left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from bench.throughput import OURS
 from fastensdistill.evaluate.drawing import QUIET, empty_figure, line_styles, styled
 
 if TYPE_CHECKING:
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
 Run = dict[str, Any]
@@ -100,7 +101,7 @@ def kernels(run: Run) -> Figure:
     axes.grid()
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="area: share of\nthe step's time")
     for handle in legend.legend_handles:
-        handle.set_sizes([40])
+        cast("PathCollection", handle).set_sizes([40])
     of = run["setting"]
     axes.set_title(f"{of['network']}, {TITLES[of['method']]}, batch {of['batch']}, M = K = {of['members']}")
     figure.suptitle(caption(run), fontsize=8.5, color=QUIET, x=0.01, ha="left")

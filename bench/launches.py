@@ -41,7 +41,7 @@ class Exact(dict):
 
     def __init__(self, buffers: dict[str, Any], dtype: torch.dtype | None = None):
         super().__init__(buffers)
-        self.dtype = dtype or (buffers.dtype if isinstance(buffers, Exact) else torch.float64)
+        self.dtype: torch.dtype = dtype or (buffers.dtype if isinstance(buffers, Exact) else torch.float64)
 
     def __getitem__(self, name: str) -> Any:
         return cast(super().__getitem__(name), self.dtype)
@@ -249,9 +249,9 @@ def named(written: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(written, Tensor):
         return {name: written} if written.is_floating_point() else {}
     if isinstance(written, dict):
-        items = written.items()
+        items = list(written.items())
     elif hasattr(written, "_fields"):
-        items = zip((f"{name}.{field}" for field in written._fields), written, strict=True)
+        items = [(f"{name}.{field}", value) for field, value in zip(written._fields, written, strict=True)]
     else:
-        items = ((f"{name}.{i}", value) for i, value in enumerate(written or ()))
+        items = [(f"{name}.{i}", value) for i, value in enumerate(written or ())]
     return {k: v for key, value in items for k, v in named(value, key).items()}

@@ -52,7 +52,7 @@ def compare(shape: tuple[int, int, int, int], alpha: float, device: str) -> str:
         return distillation_loss_reference(teacher, branch, labels, 4.0, alpha, False)
 
     for name, a, e in zip(("loss", "kd", "ce", "gradient"), op(), reference(), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-7, msg=f"{name}: {{}}".format)
     times: dict[str, list[float]] = {"op": [], "reference": []}
     for _ in range(REPEATS):
         times["op"].append(timed(op, device))

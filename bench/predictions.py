@@ -46,9 +46,6 @@ def images(k: Kernel) -> float:
     return k.launch.flops / (2 * k.node.macs)
 
 
-# ---- other kernels
-
-
 def assumed(rates: dict[int, int], channels: int) -> float:
     return 1e12 * rates[max(width for width in rates if width <= channels)]
 
@@ -123,9 +120,6 @@ CHANGES = (
     Change("the same, the gradient of a block's inner BatchNorm too", (*WGMMA, norm_on_load, norm_gradient_on_load)),
 )
 ROOF = "every planned launch at its roof, nothing beside"
-
-
-# ---- what they give
 
 
 def costs(setting: Setting, change: Change, gpu: Gpu) -> list[tuple[Kernel, float]]:

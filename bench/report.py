@@ -74,7 +74,7 @@ def markdown(rows: Sequence[Run], columns: dict[str, str]) -> str:
     lines = ["| " + " | ".join(kept.values()) + " |"]
     lines.append("|" + "|".join("---:" if numeric[key] else "---" for key in kept) + "|")
     for row in rows:
-        lines.append("| " + " | ".join(cell(TITLES.get(row.get(k), row.get(k))) for k in kept) + " |")
+        lines.append("| " + " | ".join(cell(TITLES.get(str(row.get(k)), row.get(k))) for k in kept) + " |")
     return "\n".join(lines)
 
 

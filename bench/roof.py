@@ -36,13 +36,14 @@ def measure(device: torch.device, *, smoke: bool = False, rounds: int = 15) -> t
         raise RuntimeError(f"the roof's own product errs by {worst:.1e}")
     flops, nbytes = 2 * n**3, 2 * size
     copy, multiply = spread(times["copy"]), spread(times["product"])
+    rate, bandwidth = flops / multiply["median"], nbytes / copy["median"]
     found = {
-        "flops_per_second": flops / multiply["median"], "bytes_per_second": nbytes / copy["median"],
+        "flops_per_second": rate, "bytes_per_second": bandwidth,
         "dtype": str(dtype).removeprefix("torch."), "matrix": n, "copied_bytes": size,
         "seconds": {"copy": copy, "product": multiply},
     }  # fmt: skip
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    return Gpu(name, found["flops_per_second"], found["bytes_per_second"], "measured"), found
+    return Gpu(name, rate, bandwidth, "measured"), found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

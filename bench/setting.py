@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -117,24 +117,61 @@ class Batch:
 
 @dataclass
 class Problem:
-    """The student with its teachers, or the networks to be trained as teachers."""
+    """What a step of ``setting`` trains: a ``Distillation`` or a ``Teaching``."""
 
     setting: Setting
     config: TrainConfig
-    student: Student | None = None
-    teachers: Teachers | None = None
-    networks: list[nn.Module] | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [m for m in (self.student, self.teachers, *(self.networks or [])) if m is not None]
+        raise NotImplementedError
 
-    def copy(self, dtype: torch.dtype | None = None, precision: str | None = None) -> Problem:
-        own = copy.deepcopy(self)
-        for module in own.modules:
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.setting.size, self.setting.size
+
+    def copy(self, dtype: torch.dtype | None = None, precision: str | None = None) -> Self:
+        """Networks of its own, in ``dtype``; a step's ``precision`` changed in the config."""
+        other = copy.deepcopy(self)
+        for module in other.modules:
             module.to(dtype or next(module.parameters()).dtype)
-        own.config.precision = precision or own.config.precision
-        return own
+        other.config.precision = precision or other.config.precision
+        return other
+
+
+@dataclass
+class Distillation(Problem):
+    """A student with its teachers."""
+
+    config: DistillConfig
+    student: Student
+    teachers: Teachers
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.student, self.teachers]
+
+
+@dataclass
+class Teaching(Problem):
+    """Networks that are trained side by side, as teachers."""
+
+    config: TeachConfig
+    networks: list[nn.Module]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return self.networks
+
+
+def channels_last(module: nn.Module) -> None:
+    """Convolutions' weights in the layout that the reference and the peers compute in."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
+
+
+def contiguous(module: nn.Module) -> None:
+    """Weights in the layout of a new network, which the fused engine and convolutions with groups are given."""
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # PyTorch's stubs lack it
 
 
 def make(setting: Setting, device: torch.device) -> Problem:
@@ -146,23 +183,24 @@ def make(setting: Setting, device: torch.device) -> Problem:
         networks = [setting.build() for _ in range(setting.members + 1)]
     for network in networks:
         settle(network.to(device), images.to(device))
-        network.to(memory_format=torch.channels_last)
+        channels_last(network)
     if setting.method == "teach":
-        return Problem(setting, TeachConfig(learning_rate=0.01, members=setting.members), networks=networks[:-1])
+        return Teaching(setting, TeachConfig(learning_rate=0.01, members=setting.members), networks[:-1])
     kind, perturbation = METHODS[setting.method]
     assert kind is not None
     assert perturbation is not None
     config = DistillConfig(learning_rate=0.01, student=kind, branches=setting.k, perturbation=perturbation)
     teachers = Teachers(networks[:-1])
     if kind == "single":
-        return Problem(setting, config, Single(networks[-1]), teachers)
-    student = LatentBE(networks[-1], setting.k).to(device).to(memory_format=torch.channels_last)
+        return Distillation(setting, config, Single(networks[-1]), teachers)
+    student = LatentBE(networks[-1], setting.k).to(device)
+    channels_last(student)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in student.layers():
             for factor in (layer.delta_r, layer.delta_s):
                 factor.copy_(0.1 * torch.randn(factor.shape, generator=generator))
-    return Problem(setting, config, student, teachers)
+    return Distillation(setting, config, student, teachers)
 
 
 @torch.no_grad()

@@ -113,8 +113,6 @@ class Run:
             found["TRITON_INTERPRET"] = "1"
         return found
 
-    # ---- a stage
-
     def do(self, stage: Stage) -> None:
         """Start one, and wait for it unless it goes on in the background."""
         for name in stage.after:

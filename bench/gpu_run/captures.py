@@ -23,7 +23,7 @@ from bench.gpu_run.record import Row
 from bench.gpu_run.remedies import NAME, Capture, Remedies, replaced
 from bench.gpu_run.steps import build, differing, places, refusal, run_steps
 from bench.launches import named
-from bench.setting import Setting, batches, drawn_pairs
+from bench.setting import Setting, Teaching, batches, drawn_pairs
 from fastensdistill.network.launch import Launch
 
 WAYS = (Capture(keep_buffers=True), Capture(warm_up=6), Capture(pool_per_graph=True))
@@ -134,7 +134,7 @@ class Parts:
         self.graphs, self.step.graphs = type(self.step.graphs), None
         seed = engine.problem.config.seed
         engine(batches(setting, 1, context.device, drawn_pairs(setting, seed, 1), torch.float32)[0])
-        self.teach = engine.problem.networks is not None
+        self.teach = isinstance(engine.problem, Teaching)
         self.bodies: dict[str, Callable[[], Tensors]] = {
             **({} if self.teach else {"perturbation": self.perturbation}),
             "forward": self.forward, "backward": self.backward, "un-fold and update": self.update, WHOLE: self.whole,
@@ -142,8 +142,6 @@ class Parts:
         self.order = [name for name in self.bodies if name != WHOLE]
         self.images = self.step.images
         self.start = self.state()
-
-    # ---- the parts, each on what those before have left
 
     def perturbation(self) -> Tensors:
         (images,), found = self.step._perturb(self.step.images)
@@ -174,8 +172,6 @@ class Parts:
 
     def whole(self) -> Tensors:
         return self.step.body()
-
-    # ---- one part, launched and captured
 
     def state(self) -> list[Tensor]:
         """Copies of all that outlives a part."""

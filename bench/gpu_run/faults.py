@@ -36,9 +36,6 @@ CULPRIT = ("conv gradient", "groups.1.0.conv1")  # of ``tiny``, in training: 3x3
 RIGHT_WARPS = 8
 
 
-# ---- captured graphs
-
-
 class StandIn(Captured):
     """A capture that is none: it runs the body once more, and ``graph`` is an object whose replay runs it again."""
 
@@ -79,7 +76,7 @@ class StandInGraphs(Graphs):
 
     def __init__(self, state: Callable[[], Sequence[Tensor]], device: torch.device):
         self.state, self.device = state, device
-        self.pool, self.made = object(), {}
+        self.pool, self.made = object(), {}  # type: ignore[assignment]  # a stand-in for memory
 
     def prepare(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Captured:
         made = self.made.setdefault(key, StandIn(body, self.state, generators, self.device, self.pool))
@@ -88,9 +85,6 @@ class StandInGraphs(Graphs):
             for other in self.made.values():
                 other.give_up()
         return made
-
-
-# ---- faults
 
 
 def wrong(value: Tensor) -> Tensor:

@@ -104,8 +104,6 @@ class Check:
     def of(self, index: int, kind: str = "launch") -> list[Recorded]:
         return [row for row in self.rows if row["kind"] == kind and row["index"] == index]
 
-    # ---- one launch
-
     def launch(self, index: int, prepared: Prepared) -> None:
         """Judge it; where it is wrong, try its variants in their order."""
         if self._done(index):
@@ -154,9 +152,9 @@ class Check:
                 second = written(prepared, trial.dispatch or Dispatch())
                 synchronise(self.context)
             found = list(errors(first, right, prepared.weights.dtype))
-        except Exception as error:
-            self._failed(index, title(prepared), name, reason_of(error), crashed=spoils_context(error))
-            if spoils_context(error):
+        except Exception as raised:
+            self._failed(index, title(prepared), name, reason_of(raised), crashed=spoils_context(raised))
+            if spoils_context(raised):
                 raise
             return False
         output, error, allowed = max(found, key=lambda one: one[1] / one[2], default=("", 0.0, 1.0))
@@ -198,9 +196,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# ---- variants
 
 
 class Ops(TorchDispatchMode):

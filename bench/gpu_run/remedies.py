@@ -112,8 +112,6 @@ class Remedies:
     references: tuple[str, ...] = ()
     capture: Capture = field(default_factory=Capture)
 
-    # ---- the file
-
     @staticmethod
     def load(path: Path) -> Remedies:
         """Those in a file; none where there is no file."""
@@ -157,8 +155,6 @@ class Remedies:
             capture,
         )
 
-    # ---- what they do
-
     @property
     def dispatch(self) -> Dispatch | None:
         """The table for ``implementations=``; None where the step may keep its own."""
@@ -169,7 +165,8 @@ class Remedies:
         """All in one line, for a row of results; empty where there are none."""
         rows = [f"{row.op} {describe(row)} by cuDNN" for row in self.rows]
         references = [f"{op} by its reference" for op in self.references]
-        every = [*(one.words for one in (*self.launches, *self.halved)), *rows, *references, *self.capture.words]
+        launches = [*(one.words for one in self.launches), *(one.words for one in self.halved)]
+        every = [*launches, *rows, *references, *self.capture.words]
         return "; ".join(f"{one} ({every.count(one)} times)" if every.count(one) > 1 else one
                          for one in dict.fromkeys(every))  # fmt: skip
 

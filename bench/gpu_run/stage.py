@@ -210,7 +210,7 @@ def large(context: Context) -> Setting:
     return context.setting(context.sizes.batches[0])
 
 
-RUN: dict[str, Callable[[Context], None]] = {
+RUN: dict[str, Callable[[Context], object]] = {
     "device": device,
     "extension": build_extension,
     "warm": lambda c: compile_kernels(c, c.sizes.network),
@@ -239,9 +239,6 @@ RUN: dict[str, Callable[[Context], None]] = {
     "pack": pack,
 }
 CHECKS = ("launches-odd", "launches", "warps-4", "warps-8")  # they find remedies; the others obey them
-
-
-# ---- faults of a whole stage, in a rehearsal
 
 
 def planted_for(plants: Sequence[str], name: str) -> list[str]:
@@ -314,7 +311,7 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
         if name not in CHECKS:
             remedies = Remedies.load(context.out / REMEDIES)
             stack.enter_context(remedies.in_force())
-            contenders.own = remedies.dispatch
+            contenders.diagnosed = remedies.dispatch
             if remedies.words:
                 context.record.shared["remedies"] = remedies.words
                 context.record.add("in force")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESULTS = "results.jsonl"
 NO_DEVICE = 77  # exit status of the stage device without one
@@ -49,7 +50,7 @@ class Stage:
 
 
 # A process of a proof may need half a minute for its first record: PyTorch and cuDNN from a disk that is cold
-PROOF = {"restarts": 5, "stall": 45}
+PROOF: dict[str, Any] = {"restarts": 5, "stall": 45}
 QUIET = ("launches-odd", "compile-peer")  # before anything is timed; what the first finds, the timed step obeys
 STAGES = (
     Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 90, 12),

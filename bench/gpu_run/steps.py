@@ -22,9 +22,7 @@ from bench.gpu_run.launches import reason_of
 from bench.gpu_run.record import Row
 from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.setting import Setting, batches, make
-from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.passes import Pass
-from fastensdistill.engine.teach import FusedTeachStep
 
 METHODS = ("tdiv-sdiv", "kd", "teach")
 STEPS = 4  # so that the pair changes inside the captured graph
@@ -80,9 +78,6 @@ def replayed(context: Context, setting: Setting, remedies: Remedies) -> dict[str
     }  # fmt: skip
 
 
-# ---- steps of one's own
-
-
 @torch.no_grad()
 def build(
     context: Context, setting: Setting, remedies: Remedies, capture: bool, dtype: torch.dtype = torch.float32
@@ -90,21 +85,11 @@ def build(
     """The fused engine, ready for its first batch; modules of ``dtype`` float64 compute in it throughout."""
     precision = "fp32" if context.rehearse or dtype == torch.float64 else "bf16"
     problem = make(setting, context.device).copy(dtype, precision)
-    for module in problem.modules:
-        module.to(memory_format=torch.contiguous_format)
-    own: dict[str, Any] = {"capture": capture, "implementations": remedies.dispatch}
-    step: Any
-    if problem.networks is not None:
-        shape = (3, setting.size, setting.size)
-        step = FusedTeachStep(problem.networks, problem.config, image_shape=shape, **own)
-    else:
-        assert problem.student is not None
-        assert problem.teachers is not None
-        step = FusedStep(problem.student, problem.teachers, problem.config, **own)
-    step.build((setting.batch, 3, setting.size, setting.size))
+    engine = fused_engine(problem, remedies.dispatch, capture)
+    engine.step.build((setting.batch, 3, setting.size, setting.size))
     if capture and context.rehearse:
-        step.graphs = StandInGraphs(step.parameters.state, context.device)
-    return Engine(step, problem)
+        engine.step.graphs = StandInGraphs(engine.step.parameters.state, context.device)
+    return engine
 
 
 @dataclass

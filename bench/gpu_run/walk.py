@@ -74,9 +74,6 @@ def limit(key: Key, own: float, dtype: torch.dtype) -> float:
     return max(2 * own, FLOOR[dtype] * (MASKS if key[4].endswith("mask") else 1))
 
 
-# ---- three steps from one start
-
-
 def run_step(engine: Engine, context: Context, i: int) -> Any:
     """Its results on the ``i``-th batch, the same for all."""
     setting = engine.problem.setting
@@ -120,9 +117,6 @@ def changed(parameters: Any) -> list[Tensor]:
             value *= 1 + CHANGE * signs
         found.append(value)
     return found
-
-
-# ---- what a step shows
 
 
 @contextlib.contextmanager

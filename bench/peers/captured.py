@@ -19,7 +19,7 @@ from fastensdistill.engine.graph import uncollected
 Compile = dict[str, Any] | None
 # The whole step is captured here, so without Inductor's own graphs. Its search among kernels (minutes for a network)
 # is a contender of its own.
-CAPTURED: Compile = {}
+CAPTURED: dict[str, Any] = {}
 AUTOTUNED: Compile = {"mode": "max-autotune-no-cudagraphs"}
 OWN_GRAPHS: Compile = {"mode": "reduce-overhead"}
 
@@ -36,7 +36,8 @@ class Replay:
 
     def __init__(self, body: Any, changed: list[Tensor], optimizer: torch.optim.Optimizer, device: torch.device):
         self.body, self.changed, self.optimizer = body, changed, optimizer
-        self.cuda, self.graph = device.type == "cuda", None
+        self.cuda = device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         if not self.cuda:
@@ -94,7 +95,7 @@ class CapturedStep(EagerStep):
     def run_all(self, x: Tensor) -> Tensor:
         return super().branches(x)
 
-    def teacher(self, x: Tensor, member: Tensor) -> Tensor:
+    def teacher(self, x: Tensor, member: Any) -> Tensor:
         return self.one_teacher(x, member)
 
     def all_teachers(self, x: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class CompiledStep(EagerStep):
     def branches(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         return (self.every_branch(x) if chosen is None else self.some_branches(x, chosen)).clone()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor | None:
         torch.compiler.cudagraph_mark_step_begin()
         return super().__call__(batch)
 

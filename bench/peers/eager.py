@@ -7,16 +7,15 @@ layer does. What the other peers do differently are the three methods ``teacher`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bench.setting import Batch, Problem
-from fastensdistill.config import DistillConfig
+from bench.setting import Batch, Distillation, Problem, Teaching
 from fastensdistill.method.student import RankOneLayer
-from fastensdistill.method.teachers import Teachers
 
 
 class ActivationLayer(nn.Module):
@@ -52,11 +51,9 @@ class EagerStep:
     as a term of the loss, no autocast; else four forwards, decay by the optimiser, bf16 where the config says so."""
 
     def __init__(self, problem: Problem, *, as_written: bool = False):
-        assert isinstance(problem.config, DistillConfig)
-        assert problem.student is not None
-        assert problem.teachers is not None
+        assert isinstance(problem, Distillation)
         self.config, self.as_written = problem.config, as_written
-        self.teachers: Teachers = problem.teachers
+        self.teachers = problem.teachers
         self.k, self.mean_target = problem.student.branches, problem.student.kind == "single"
         self.network = replace_layers(problem.student.module, RankOneLayer, self.layer)
         own = dict(self.network.named_parameters())
@@ -66,7 +63,7 @@ class EagerStep:
         self.device = self.shared[0].device
         self.members = [torch.tensor([m], device=self.device) for m in range(max(self.k, len(self.teachers)))]
         rate, decay = self.config.learning_rate, self.config.weight_decay
-        groups = [{"params": self.shared, "weight_decay": decay}]
+        groups: list[dict[str, Any]] = [{"params": self.shared, "weight_decay": decay}]
         if self.factors:
             groups.append({"params": self.factors, "lr": self.k * rate, "weight_decay": decay / self.k})
         if as_written:
@@ -76,9 +73,8 @@ class EagerStep:
     def layer(self, wrapped: RankOneLayer) -> nn.Module:
         return ActivationLayer(wrapped)
 
-    # ---- what peers do differently
-
-    def teacher(self, x: Tensor, member: int) -> Tensor:
+    def teacher(self, x: Tensor, member: Any) -> Tensor:
+        """``member`` is a number, as ``a`` and ``b`` are below, or what a peer passes in its place."""
         return self.teachers.networks[member](x)
 
     def all_teachers(self, x: Tensor) -> Tensor:
@@ -95,9 +91,7 @@ class EagerStep:
         own |= {name: own[name].index_select(0, chosen) for name in self.named_factors}
         return functional_call(self.network, own, torch.cat([x] * len(chosen))).unflatten(0, (-1, len(x)))
 
-    # ---- the step
-
-    def pair_logits(self, x: Tensor, watched: Tensor, a: int, b: int) -> Sequence[Tensor]:
+    def pair_logits(self, x: Tensor, watched: Tensor, a: Any, b: Any) -> Sequence[Tensor]:
         """Of teachers and branches a and b, with a graph for a."""
         if self.as_written:
             t, s = torch.stack([teacher(watched) for teacher in self.teachers.networks]), self.branches(watched)
@@ -106,7 +100,7 @@ class EagerStep:
             t_b, s_b = self.teacher(x, b), self.branches(x, self.members[b])[0]
         return self.teacher(watched, a), t_b, self.branches(watched, self.members[a])[0], s_b
 
-    def perturb(self, x: Tensor, a: int, b: int) -> Tensor:
+    def perturb(self, x: Tensor, a: Any, b: Any) -> Tensor:
         self.network.eval()
         watched = x.detach().requires_grad_()
         with self.autocast():
@@ -135,31 +129,33 @@ class EagerStep:
         loss = tau**2 * F.cross_entropy((logits / tau).flatten(0, 1), targets.flatten(0, 1))
         objective = loss
         if self.as_written:
-            penalty = sum(p.square().sum() for p in self.shared)
-            penalty = penalty + sum(p.square().sum() for p in self.factors) / self.k
+            penalty = torch.stack([p.square().sum() for p in self.shared]).sum()
+            for p in self.factors:
+                penalty = penalty + p.square().sum() / self.k
             objective = loss + self.config.weight_decay / 2 * penalty
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         if self.as_written:
             for p in self.factors:
+                assert p.grad is not None
                 p.grad.mul_(self.k)
         self.optimizer.step()
         return loss.detach()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor | None:
         x = self.perturb(batch.images, *batch.pair) if self.config.perturbation == "tdiv-sdiv" else batch.images
         return self.distil(x)
 
     def state(self) -> dict[str, list[Tensor]]:
         """What a step changes, by kind, in the student's order."""
-        return {"shared": self.shared, "factors": self.factors, "statistics": statistics(self.network)}
+        return {"shared": [*self.shared], "factors": [*self.factors], "statistics": statistics(self.network)}
 
 
 class EagerTeach:
     """M networks trained one after the other: cross-entropy, fused SGD, autocast."""
 
     def __init__(self, problem: Problem):
-        assert problem.networks is not None
+        assert isinstance(problem, Teaching)
         self.networks, self.config = problem.networks, problem.config
         self.parameters = [p for network in self.networks for p in network.parameters()]
         self.device = self.parameters[0].device
@@ -183,4 +179,4 @@ class EagerTeach:
         self.optimizer.step()
 
     def state(self) -> dict[str, list[Tensor]]:
-        return {"shared": self.parameters, "statistics": [b for n in self.networks for b in statistics(n)]}
+        return {"shared": [*self.parameters], "statistics": [b for n in self.networks for b in statistics(n)]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peers.eager import ActivationLayer, EagerStep, EagerTeach, replace_layers
-from bench.setting import Problem
+from bench.setting import Problem, contiguous
 from fastensdistill.method.student import RankOneLayer
 from fastensdistill.models.layers import BatchNorm2d, Normalize
 
@@ -120,11 +120,11 @@ class GroupedStep(EagerStep):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         self.together, _ = group(list(self.teachers.networks))
-        self.together.eval().to(memory_format=torch.contiguous_format)
+        contiguous(self.together.eval())
         self.branched: nn.Module | None = None
         if self.factors:
             # the same parameters and statistics, in another arrangement: modules are shared, not copied
-            memo = {id(t): t for t in (*self.network.parameters(), *self.network.buffers())}
+            memo: dict[int, Any] = {id(t): t for t in (*self.network.parameters(), *self.network.buffers())}
             memo |= {id(m): m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)}
             kept = {id(m): m for m in self.network.modules() if isinstance(m, ActivationLayer)}
             self.branched = replace_layers(
@@ -159,8 +159,8 @@ class GroupedTeach(EagerTeach):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         self.originals = self.networks
-        one, self.named = group(self.originals, trained=True)
-        self.one = one.to(memory_format=torch.contiguous_format).train()
+        self.one, self.named = group(self.originals, trained=True)
+        contiguous(self.one.train())
         self.optimizer.param_groups[0]["params"] = [p for _, p in self.named]
 
     def logits(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -170,7 +170,8 @@ class GroupedTeach(EagerTeach):
 
     def state(self) -> dict[str, list[Tensor]]:
         """Taken apart again, network by network."""
-        count, found, own = len(self.originals), {"shared": [], "statistics": []}, dict(self.named)
+        count, own = len(self.originals), dict(self.named)
+        found: dict[str, list[Tensor]] = {"shared": [], "statistics": []}
         norms = {name: m.norm for name, m in self.one.named_modules() if isinstance(m, GroupedNorm)}
         for m, network in enumerate(self.originals):
             for name, p in network.named_parameters():

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.setting import Batch, Problem
-from fastensdistill.config import DistillConfig
+from bench.setting import Batch, Distillation, Problem
 from fastensdistill.engine.fused import plain
 from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Input, Linear, Network, Norm, Pad, Pool
 from fastensdistill.network.trace import trace
@@ -98,13 +97,11 @@ class JaxStep:
     """One distillation step; the arrays live in JAX, and ``state`` copies them back."""
 
     def __init__(self, problem: Problem):
-        assert isinstance(problem.config, DistillConfig)
-        assert problem.student is not None
-        assert problem.teachers is not None
+        assert isinstance(problem, Distillation)
         self.student, self.config, setting = problem.student, problem.config, problem.setting
         first = next(problem.student.parameters())
         jax.config.update("jax_enable_x64", first.dtype == torch.float64)
-        shape = (3, setting.size, setting.size)
+        shape = problem.image_shape
         self.k, self.single = setting.k, problem.student.kind == "single"
         network, teacher = trace(plain(problem.student), shape), trace(problem.teachers.networks[0], shape)
         own = {n.replace(".layer.", "."): p for n, p in problem.student.module.state_dict(keep_vars=True).items()}

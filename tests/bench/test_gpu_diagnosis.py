@@ -88,9 +88,6 @@ def verdicts(context: Context) -> list[tuple[str, str, bool]]:
     return [(row["launch"], row["variant"], row["ok"]) for row in rows(context, "launch")]
 
 
-# ---- launches
-
-
 @interpreted
 def test_right_launches_need_no_remedy(here, few):
     total = check_launches(here, SETTING)
@@ -267,8 +264,6 @@ def test_partial_sums_are_judged_by_their_total(prepared):
     assert allowed["groups.1.0.bn1.grad_sums"] < 1e-5
 
 
-# ---- remedies
-
 ROW = Row("conv", "cudnn", "wrong", shape=Shape(3, 2, 8, 16, 8, 8))
 
 
@@ -352,9 +347,6 @@ def test_remedies_of_the_capture_end_with_their_context():
     assert before == (Captured.prepare, graph.WARM_UP, Execution.watch)
 
 
-# ---- whole steps
-
-
 def test_right_steps_are_right_captured_and_launched(here):
     assert check_step(here)
     assert [(row["method"], row["ok"]) for row in rows(here, "step")] == [(method, True) for method in METHODS]
@@ -404,9 +396,6 @@ def test_a_step_that_raises_is_recorded(here, monkeypatch):
     monkeypatch.setattr(steps, "run_steps", lambda *_, **__: 1 / 0)
     assert not check_step(here)
     assert rows(here, "replay")[0]["error"] == "ZeroDivisionError: division by zero"
-
-
-# ---- the walk
 
 
 def test_beside_float64_a_right_step_shows_nothing(here):
@@ -495,9 +484,6 @@ def test_the_walk_runs_kernels_and_obeys_the_remedies(here):
                 remedy = launches.variants(one, Remedies(), None)["8 warps"]
         Remedies.extend(here.out / NAME, remedy)
         assert walk(here, small)["first_wrong"] == "nothing found"
-
-
-# ---- captures
 
 
 def test_what_is_captured_right_needs_no_remedy(here):

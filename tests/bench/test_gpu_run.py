@@ -136,9 +136,6 @@ def test_a_launch_that_kills_its_process_is_passed_over_and_remedied(tmp_path):
     assert "with conv_data_gradient_kernel 8 warps" in done.stdout
 
 
-# ---- the pieces
-
-
 def test_the_stated_times_fit_the_calls():
     assert stated(of_call("A")) <= CALLS["A"] <= 420
     assert stated(of_call("B")) <= CALLS["B"] <= 300
