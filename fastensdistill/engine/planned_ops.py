@@ -20,7 +20,7 @@ from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.weights import unpack_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_backward_statistics
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
@@ -202,7 +202,8 @@ def gradient_steps(run: PartRun, launch: Launch) -> None:
 
 def norm_sums_gradient(run: PartRun, launch: Launch) -> None:
     d, z = run.read(launch.reads[0]), run.read(run.node(launch.node).inputs[0])
-    result = batch_norm_backward_statistics(d, z, **run.statistics(launch.node))
+    options: dict[str, Any] = {"z": z, **run.statistics(launch.node)}
+    result = elementwise_gradient(d, **options)
     run.buffers[launch.writes[0]] = result.statistics
 
 

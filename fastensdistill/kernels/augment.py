@@ -2,7 +2,7 @@
 
     out[b, h, w] = images[index[b], h + dy[b], w' + dx[b]] / 255, 0 outside the image;   w' = W − 1 − w if flipped
 
-Shifts (dy, dx) in [−4, 4] are the zero-padded random crop of CIFAR recipes (method §5).
+Shifts (dy, dx) in [−4, 4] are the zero-padded random crop of CIFAR recipes (docs/method.md, Recipe).
 """
 
 import torch
@@ -56,8 +56,12 @@ def augment_kernel(
     tl.store(p_out + i_b * (H * W * C) + o_n, (b_x / 255.0).to(p_out.dtype.element_ty), mask=m_n)
 
 
+def _empty(images, index, shifts, flips, dtype):
+    return images.new_empty(index.shape[0], *images.shape[1:], dtype=DTYPE_NAMES[dtype])
+
+
 def _launch(images, index, shifts, flips, dtype):
-    out = _augment_fake(images, index, shifts, flips, dtype)
+    out = _empty(images, index, shifts, flips, dtype)
     height, width, channels = images.shape[1:]
     launch(
         augment_kernel,
@@ -75,11 +79,7 @@ def _launch(images, index, shifts, flips, dtype):
     return out
 
 
-def _augment_fake(images, index, shifts, flips, dtype):
-    return images.new_empty(index.shape[0], *images.shape[1:], dtype=DTYPE_NAMES[dtype])
-
-
-_augment = define("augment", augment_reference, _augment_fake, _launch)
+_augment = define("augment", augment_reference, _empty, _launch)
 
 
 def augment(
@@ -89,6 +89,7 @@ def augment(
 
     ``images`` uint8 (count, H, W, C), contiguous; ``index`` int32 or int64 (B,), rows of it; ``shifts`` int32 (B, 2),
     (down, right) offsets of the crop in pixels; ``flips`` uint8 (B,), non-zero mirrors the image left to right.
+    Raises InputError for other shapes and dtypes.
     """
     check_tensor("images", images, 4)
     require(images.dtype == torch.uint8, f"images is {images.dtype}, expected uint8")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.elementwise_gradient import ElementwiseGradient, elementwise_gradient
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
 from fastensdistill.kernels.operands import accumulator, check_out, check_rows, check_tensor, require
 from fastensdistill.kernels.ops import define
@@ -39,11 +38,6 @@ class NormGradient(NamedTuple):
     d: Tensor  # (G, N, H, W, C)
     d_weight: Tensor  # (Q, C) float32
     d_bias: Tensor
-
-
-def batch_norm_backward_statistics(d: Tensor, z: Tensor, mean: Tensor, inv_std: Tensor) -> ElementwiseGradient:
-    """The partial sums of ``d``, where nothing made them on its way."""
-    return elementwise_gradient(d, z=z, mean=mean, inv_std=inv_std)
 
 
 def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:

@@ -14,7 +14,7 @@ own scale and shift, and the deviation of s'_k = s_k·scale from one, which fold
     shift              −1: 0,  −2: −1
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,32 +28,34 @@ from fastensdistill.kernels.tiles import Tile
 ROWS_TILE = Tile(0, 256, 0, 4, 1, "gathers: latency decides, 2 values a thread")
 
 
-def branch_rows_reference(
-    out: Tensor,
-    table: Tensor,
-    parameters: Tensor,
-    deviations: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: Tensor,
-    scales: int,
-) -> None:
-    """The equations above; the BatchNorms' γ start at ``scales`` in the parameters, their β follow."""
-    target, deviation, norm, parameter, shifted = table
-    P, one = eps.shape[0], parameters.new_ones(1)
-    gamma, beta = parameters[scales : scales + P], parameters[scales + P : scales + 2 * P]
-    scale = gamma * (running_var + eps).rsqrt()
-    shift = torch.cat([beta - scale * running_mean, one])  # an index of −1 is the last
-    factor = torch.cat([1 + deviations.flatten(), one])[deviation] * torch.cat([scale, one])[norm]
-    value = torch.where(parameter < 0, (-1 - parameter).to(factor.dtype), parameters[parameter.clamp_min(0)])
+class BranchRowsOperands(NamedTuple):
+    out: Tensor  # (values,), written at the targets
+    table: Tensor  # (5, n) int64
+    parameters: Tensor  # flat: every γ from ``scales`` on, then every β
+    deviations: Tensor  # (K, R)
+    running_mean: Tensor  # (P,), a value per channel of every BatchNorm
+    running_var: Tensor
+    eps: Tensor
+    scales: int
+
+
+def branch_rows_reference(o: BranchRowsOperands) -> None:
+    target, deviation, norm, parameter, shifted = o.table
+    start, P, one = o.scales, len(o.eps), o.parameters.new_ones(1)
+    gamma, beta = o.parameters[start : start + P], o.parameters[start + P : start + 2 * P]
+    scale = gamma * (o.running_var + o.eps).rsqrt()
+    shift = torch.cat([beta - scale * o.running_mean, one])  # an index of −1 is the last
+    factor = torch.cat([1 + o.deviations.flatten(), one])[deviation] * torch.cat([scale, one])[norm]
+    value = torch.where(parameter < 0, (-1 - parameter).to(factor.dtype), o.parameters[parameter.clamp_min(0)])
     added = torch.where(shifted < 0, (1 + shifted).to(factor.dtype), shift[shifted.clamp_min(-1)])
-    out.index_copy_(0, target, torch.addcmul(added, factor, value))
+    o.out.index_copy_(0, target, torch.addcmul(added, factor, value))
 
 
 @triton.jit
 def branch_rows_kernel(
-    p_out, p_table, p_parameters, p_deviations, p_mean, p_var, p_eps, n, scales, P, BLOCK_N: tl.constexpr
-):
+    p_out, p_table, p_parameters, p_deviations, p_running_mean, p_running_var, p_eps, n, scales, P,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     i_deviation = tl.load(p_table + n + o_n, mask=m_n, other=-1)
@@ -64,37 +66,25 @@ def branch_rows_kernel(
     p_beta = p_gamma + P
     b_factor = 1.0 + tl.load(p_deviations + i_deviation, mask=i_deviation >= 0, other=0.0)
     m_norm = i_norm >= 0
-    b_var = tl.load(p_var + i_norm, mask=m_norm, other=1.0) + tl.load(p_eps + i_norm, mask=m_norm, other=0.0)
+    b_var = tl.load(p_running_var + i_norm, mask=m_norm, other=1.0) + tl.load(p_eps + i_norm, mask=m_norm, other=0.0)
     b_factor *= tl.load(p_gamma + i_norm, mask=m_norm, other=1.0) / tl.sqrt_rn(b_var)
     b_value = tl.load(p_parameters + i_parameter, mask=i_parameter >= 0, other=0.0)
     b_value = tl.where(i_parameter < -1, 1.0, b_value)
     m_shift = i_shift >= 0
-    b_var = tl.load(p_var + i_shift, mask=m_shift, other=1.0) + tl.load(p_eps + i_shift, mask=m_shift, other=0.0)
+    b_var = tl.load(p_running_var + i_shift, mask=m_shift, other=1.0) + tl.load(
+        p_eps + i_shift, mask=m_shift, other=0.0
+    )
     b_scale = tl.load(p_gamma + i_shift, mask=m_shift, other=0.0) / tl.sqrt_rn(b_var)
     b_shift = tl.load(p_beta + i_shift, mask=m_shift, other=0.0)
-    b_shift -= b_scale * tl.load(p_mean + i_shift, mask=m_shift, other=0.0)
+    b_shift -= b_scale * tl.load(p_running_mean + i_shift, mask=m_shift, other=0.0)
     b_shift = tl.where(i_shift < -1, -1.0, b_shift)
     o_out = tl.load(p_table + o_n, mask=m_n, other=0)
     tl.store(p_out + o_out, b_factor * b_value + b_shift, mask=m_n)
 
 
-def _launch(out, table, parameters, deviations, running_mean, running_var, eps, scales):
-    n = table.shape[1]
-    launch(
-        branch_rows_kernel,
-        (-(-n // ROWS_TILE.BLOCK_N),),
-        ROWS_TILE,
-        p_out=out,
-        p_table=table,
-        p_parameters=parameters,
-        p_deviations=deviations,
-        p_mean=running_mean,
-        p_var=running_var,
-        p_eps=eps,
-        n=n,
-        scales=scales,
-        P=eps.shape[0],
-    )
+def _launch(o):
+    n = o.table.shape[1]
+    launch(branch_rows_kernel, (-(-n // ROWS_TILE.BLOCK_N),), ROWS_TILE, o, n=n, P=len(o.eps))
 
 
 _branch_rows = define("branch_rows", branch_rows_reference, launcher=_launch, mutates=("out",))
@@ -123,20 +113,18 @@ def branch_rows(
     Raises:
         InputError: a dtype, shape or device that does not fit.
     """
-    P = eps.shape[0]
+    o = BranchRowsOperands(out, table, parameters.detach(), deviations.detach(), running_mean, running_var, eps, scales)
+    P = len(eps)
     if table.dtype != torch.int64 or table.dim() != 2 or table.shape[0] != 5:
         raise InputError(f"table has dtype {table.dtype} and shape {tuple(table.shape)}; expected torch.int64, (5, n)")
     check_device("table", table, "out", out)
     if not 0 <= scales <= parameters.numel() - 2 * P:
         raise InputError(f"scales is {scales}; {parameters.numel()} parameters hold no 2 x {P} values from there on")
-    named = {
-        "out": out, "parameters": parameters, "deviations": deviations, "running_mean": running_mean,
-        "running_var": running_var, "eps": eps,
-    }  # fmt: skip
+    named = {name: tensor for name, tensor in o._asdict().items() if name not in ("table", "scales")}
     for name, tensor in named.items():
         check_like(name, tensor, "out", out)
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tuple(tensor.shape) != (P,):
             raise InputError(f"{name} has shape {tuple(tensor.shape)}; expected {(P,)}, that of eps")
     check_contiguous(("table", table), *named.items())
-    _branch_rows(out, table, parameters.detach(), deviations.detach(), running_mean, running_var, eps, scales)
+    _branch_rows(*o)

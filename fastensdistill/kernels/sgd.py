@@ -6,7 +6,7 @@
 deviations of K branches (Nam et al., ICML 2022, section 2). 20 bytes per value are moved, in five launches 60.
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,20 @@ from fastensdistill.kernels.tiles import Tile
 SGD_TILE = Tile(0, 1024, 0, 4, 1, "8 values a thread: two 16-byte loads of each of three buffers")
 
 
-def sgd_reference(
-    p: Tensor, v: Tensor, g: Tensor, rate: Tensor, scale: float, momentum: float, weight_decay: float
-) -> None:
-    """The equations above in plain PyTorch, any device, float32 or float64."""
-    g = g.add(p, alpha=weight_decay)
-    v.mul_(momentum).add_(g)
-    p.sub_(g.add_(v, alpha=momentum).mul_(rate if scale == 1 else scale * rate))
+class SgdOperands(NamedTuple):
+    p: Tensor  # parameters, any shape, written
+    v: Tensor  # momentum, like p, written
+    g: Tensor  # gradient, like p
+    rate: Tensor  # η, a scalar
+    scale: float
+    momentum: float  # μ
+    weight_decay: float  # λ
+
+
+def sgd_reference(o: SgdOperands) -> None:
+    g = o.g.add(o.p, alpha=o.weight_decay)
+    o.v.mul_(o.momentum).add_(g)
+    o.p.sub_(g.add_(o.v, alpha=o.momentum).mul_(o.rate if o.scale == 1 else o.scale * o.rate))
 
 
 @triton.jit
@@ -41,20 +48,9 @@ def sgd_kernel(p_p, p_v, p_g, p_rate, count, scale, momentum, weight_decay, BLOC
     tl.store(p_p + o, b_p - rate * (b_g + momentum * b_v), mask=m)
 
 
-def _launch(p, v, g, rate, scale, momentum, weight_decay):
-    launch(
-        sgd_kernel,
-        (-(-p.numel() // SGD_TILE.BLOCK_N),),
-        SGD_TILE,
-        p_p=p,
-        p_v=v,
-        p_g=g.contiguous(),
-        p_rate=rate,
-        count=p.numel(),
-        scale=float(scale),
-        momentum=float(momentum),
-        weight_decay=float(weight_decay),
-    )
+def _launch(o):
+    count = o.p.numel()
+    launch(sgd_kernel, (-(-count // SGD_TILE.BLOCK_N),), SGD_TILE, o, p_g=o.g.contiguous(), count=count)
 
 
 _sgd = define("sgd", sgd_reference, launcher=_launch, mutates=("p", "v"))
