@@ -24,9 +24,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.augment import augment
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.tiles import assume_arch
@@ -66,7 +66,7 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
     sample = name == "sample"
     module = PreResNet(classes, blocks=(1, 1), widen=4) if sample else create_model(name, num_classes=classes)
     network = trace(module, (3, size, size))
-    left: dict[bool, tuple[Weights, dict[str, Any]]] = {}
+    left: dict[bool, tuple[PackedWeights, dict[str, Any]]] = {}
     with record_launches() as launches:
         for plan in plan_step(network, network, groups, groups, batch).values():
             for part in plan.parts:
@@ -75,7 +75,7 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
                     weights, buffers = left.pop(part.training)
                     buffers[grad(network.output)] = torch.empty(count, batch, classes)
                 else:
-                    weights = Weights(part, count, torch.bfloat16)
+                    weights = PackedWeights(part, count, torch.bfloat16, "cpu")
                     buffers = {INPUT: torch.empty(1, batch, size, size, 3)}
                     left[part.training] = weights, buffers
                 run_part(PartRun(part, weights, torch.arange(count, dtype=torch.int32), buffers))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bench.setting import METHODS, Setting
 from fastensdistill.engine.dispatch import OPS, VENDOR
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution, Implement, PartRun, kernels_themselves
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.launch import references_only
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 from fastensdistill.network.plan import Plan, plan_step
@@ -54,7 +54,7 @@ class Prepared:
     where: str
     launch: Launch
     part: Part
-    weights: Weights
+    weights: PackedWeights
     slots: Tensor
     buffers: dict[str, Any]
 
@@ -86,7 +86,7 @@ class Prepared:
     def exact(self, dtype: torch.dtype = torch.float64) -> Prepared:
         """The same in float64: the same rounded inputs, computed without rounding by the references."""
         slots = len(next(iter(self.weights.layers.values())).forward)
-        weights = Weights(self.weights.part, slots, dtype, self.slots.device)
+        weights = PackedWeights(self.weights.part, slots, dtype, self.slots.device)
         for name, layer in self.weights.layers.items():
             for key in ("forward", "gradient", "bias"):
                 if getattr(layer, key) is not None:
@@ -139,7 +139,7 @@ def prepare(
         for part in plan.parts:
             for launch in part.launches:
                 counts[key(launch, part)] = counts.get(key(launch, part), 0) + 1
-    left: dict[bool, tuple[Weights, dict[str, Any]]] = {}
+    left: dict[bool, tuple[PackedWeights, dict[str, Any]]] = {}
     seen: set[tuple[Any, ...]] = set()
     images = torch.rand(1, setting.batch, setting.size, setting.size, 3, device=device)
     # what trains comes first: most of a step's time, and what is left over where the time for measuring it runs out
@@ -148,7 +148,7 @@ def prepare(
             G = len(part.groups)
             slots = torch.arange(G, dtype=torch.int32, device=device)
             if part.launches[0].op == "conv":
-                weights = Weights(part, G, dtype, device)
+                weights = PackedWeights(part, G, dtype, device)
                 for slot in range(G):
                     weights.write(slot, {name: v.to(device) for name, v in states[slot].items()})
                 buffers: dict[str, Any] = {INPUT: images.to(torch.float64 if dtype == torch.float64 else torch.float32)}

@@ -26,9 +26,9 @@ from bench import kernel_report
 from bench.common import RESULTS
 from bench.setting import METHODS, Setting
 from fastensdistill.engine.graph_nodes import GraphNodes, count_step
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution, PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import Weights
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.ops import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
@@ -188,7 +188,7 @@ def record(
         found.append((first, *kernels))
 
     with torch.device("meta"), assume_arch(90), record_launches() as recorded, OnMeta():
-        weights, slots = Weights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
+        weights, slots = PackedWeights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
         C, H, W = network.nodes[0].shape
         buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":

@@ -150,17 +150,17 @@ class Parts:
 
     def forward(self) -> Tensors:
         trained = self.step.trained
-        trained.write()
+        trained.refresh()
         with replaced(trained, "backward", self._take):
             losses = list(self.step._gradients(self.images, self.step.labels, False))
-        self.buffers = dict(trained.training_pass.buffers)
+        self.buffers = dict(trained.buffers)
         return named(losses, "losses") | {"gradient of the logits": self.seed} | named(self.buffers)
 
     def _take(self, seed: Tensor, add: bool = False) -> None:
         self.seed = seed
 
     def backward(self) -> Tensors:
-        self.step.trained.training_pass.buffers = dict(self.buffers)
+        self.step.trained.buffers = dict(self.buffers)
         self.step.trained.backward(self.seed, False)
         return {}
 
@@ -180,7 +180,7 @@ class Parts:
     def kept(self) -> Tensors:
         trained, parameters = self.step.trained, self.step.parameters
         state = dict(zip(STATE, parameters.state(), strict=True))
-        return state | {"the layers' gradients": trained.gradients, "the gradient": parameters.gradient}
+        return state | {"the layers' gradients": trained.layer_gradients, "the gradient": parameters.gradient}
 
     def put_back(self, state: list[Tensor]) -> None:
         for tensor, value in zip(self.kept().values(), state, strict=True):

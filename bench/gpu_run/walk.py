@@ -145,12 +145,12 @@ class Watch:
             told = set()
             self.seen.append((buffers, told))
         given = [name for name in launch.reads if name not in told]
-        sinks = self.step.trained.sinks  # where parameters' gradients are written, in the place of buffers
+        gradients = self.step.trained.gradients  # where parameters' gradients are written, in the place of buffers
         for kind, names in (("given", given), (launch.op, launch.writes)):
             for name in names:
                 told.add(name)
-                if name in sinks and name not in buffers:
-                    self._buffer((place.where, place.index, kind, launch.node), name, sinks[name].clone())
+                if name in gradients and name not in buffers:
+                    self._buffer((place.where, place.index, kind, launch.node), name, gradients[name].clone())
                 else:  # None for running estimates, which are told below
                     self._buffer((place.where, place.index, kind, launch.node), name, buffers.get(name))
         if launch.op == "norm statistics":

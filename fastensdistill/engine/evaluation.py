@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from fastensdistill.engine.heads import Heads, join, split
+from fastensdistill.engine.packed import PackedWeights, TrainedWeights
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
-from fastensdistill.engine.slots import BranchSlots
-from fastensdistill.engine.weights import Weights
 from fastensdistill.method.perturbation import Direction, Pair, Perturbation
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.launch import INPUT, Group, Part, grad
@@ -42,22 +41,22 @@ class Slots:
     ):
         self.networks, self.teachers, self.dtype, self.device = networks, teachers, dtype, device
         self.heads = heads
-        self.weights: dict[Network, Weights] = {}
-        self.branches: BranchSlots | None = None
+        self.weights: dict[Network, PackedWeights] = {}
+        self.branches: TrainedWeights | None = None
 
     def members(self, network: Network) -> list[int]:
         """The teachers of one architecture; slot i is the i-th of them."""
         return [m for m, own in enumerate(self.networks[:-1]) if own == network]
 
-    def add(self, part: Part, parameters: FlatParameters | None = None) -> Weights:
+    def add(self, part: Part, parameters: FlatParameters | None = None) -> PackedWeights:
         """The slots that ``part`` runs with; given the student's ``parameters``, its branches' follow the teachers'."""
+        weights: PackedWeights
         if part.network not in self.weights:
             members = self.members(part.network)
             if parameters and part.network == self.networks[-1]:
-                self.branches = BranchSlots(part, parameters, self.dtype, len(members))
-                weights = self.branches.weights
+                weights = self.branches = TrainedWeights(part, parameters, self.dtype, len(members))
             else:
-                weights = Weights(part, len(members), self.dtype, self.device)
+                weights = PackedWeights(part, len(members), self.dtype, self.device)
             for slot, m in enumerate(members):
                 weights.write(slot, self.teachers.networks[m].state_dict())
             self.weights[part.network] = weights
@@ -135,7 +134,7 @@ class FusedPerturbation:
     def write(self) -> None:
         """Pack the branches' weights: once before the first call of a step."""
         if self.slots.branches:
-            self.slots.branches.write()
+            self.slots.branches.refresh()
 
     def __call__(self, x: Tensor, draw: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Perturbed images, and the diversities by name. ``draw`` is int64 (1,) on the device."""

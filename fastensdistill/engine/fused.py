@@ -43,7 +43,7 @@ from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep, Loaders, mean_of_micro_batches
-from fastensdistill.engine.trained import Trained
+from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
@@ -172,7 +172,7 @@ class FusedStep(CapturedStep):
         forward, backward = (plan(self.networks, groups, way, images).parts for way in ("forward", "backward"))
         (gradient,) = backward
         trained = next(part for part in forward if part.training)
-        self.trained = Trained(self.networks[-1], trained, gradient, self.parameters, self.dtype, self.execution)
+        self.trained = TrainedPass(trained, gradient, self.parameters, self.dtype, self.execution)
         slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
         lists, self.places = by_architecture(self.perturbation, slots)
         self.perturbers = [

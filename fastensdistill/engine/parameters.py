@@ -76,7 +76,7 @@ class FlatParameters:
     frozen_deviations: Tensor | None = None
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
-        self.network, self.copies = network, len(modules)
+        self.network, self.copies, self.ranked = network, len(modules), ranked
         self.layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
         self.norms = [node for node in network.nodes if isinstance(node, Norm)]
         self.paths = paths(network, ranked)
@@ -93,6 +93,8 @@ class FlatParameters:
             channels += norm.shape[0]
         self.values, self.momentum, self.gradient = (self._zeros(self.layout.size) for _ in range(3))
         self.running_mean, self.running_var = (self._zeros(channels) for _ in range(2))
+        eps = [torch.full((norm.shape[0],), norm.eps, dtype=self.dtype) for norm in self.norms]
+        self.eps = torch.cat([*eps, torch.zeros(0, dtype=self.dtype)]).to(self.device)  # per channel
         self.batches = torch.zeros(len(self.norms), self.copies, dtype=torch.int64, device=self.device)
         self.buffers = [dict(module.named_buffers()) for module in modules]
         for i, module in enumerate(modules):
@@ -152,6 +154,10 @@ class FlatParameters:
         """(copies, C) of a BatchNorm in the running mean or variance."""
         start, C = self.copies * self.norm_offsets[norm.name], norm.shape[0]
         return flat[start : start + self.copies * C].view(self.copies, C)
+
+    def channels(self, norm: Norm) -> Tensor:
+        """Where the channels of a BatchNorm are among those of all, for one copy."""
+        return self.norm_offsets[norm.name] + torch.arange(norm.shape[0])
 
     def norm_weights(self, norm: Norm) -> NormWeights:
         scale, shift = (self.view(self.values, f"{norm.name}.{kind}") for kind in ("weight", "bias"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastensdistill.engine.weights import Weights
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.network.launch import Launch, Part, Step, grad, statistics
 from fastensdistill.network.nodes import Conv, Linear, Node
 
@@ -62,7 +62,7 @@ class PartRun:
     """
 
     part: Part
-    weights: Weights
+    weights: PackedWeights
     weight_index: Tensor
     buffers: Buffers
     execution: Execution = field(default_factory=Execution)

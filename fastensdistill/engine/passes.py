@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 
+import torch
 from torch import Tensor
 
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.parallel import average
 from fastensdistill.engine.part_run import Buffers, Execution, PartRun
 from fastensdistill.engine.planned_ops import OPS
-from fastensdistill.engine.weights import Weights
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 
 Dead = Sequence[tuple[str, ...]]  # names of buffers to be freed, launch by launch
@@ -73,7 +74,7 @@ class Pass:
         self,
         forward: Part,
         backward: Part | None,
-        weights: Weights,
+        weights: PackedWeights,
         execution: Execution,
         gradients: Mapping[str, Tensor] = NONE,
     ):
@@ -82,9 +83,14 @@ class Pass:
         self.output, self.output_grad = forward.network.output, grad(forward.network.output)
         self.dead = dead_after(self.parts, [INPUT, grad(INPUT), self.output, self.output_grad, *gradients])
         self.buffers: Buffers = {}
+        self.in_order = torch.arange(len(forward.groups), dtype=torch.int32, device=weights.values.device)
 
-    def forward(self, images: Tensor, weight_index: Tensor) -> Tensor:
-        """Logits (G, N, classes) of ``images`` (1 or G, N, H, W, C); ``weight_index`` int32 (G,), each group's slot."""
+    def forward(self, images: Tensor, weight_index: Tensor | None = None) -> Tensor:
+        """Logits (G, N, classes) of ``images`` (1 or G, N, H, W, C).
+
+        ``weight_index`` int32 (G,) on the device: the slot of each group; if it is not given, group g has slot g.
+        """
+        weight_index = self.in_order if weight_index is None else weight_index
         self.weight_index, self.buffers = weight_index, {INPUT: images}
         run_part(PartRun(self.parts[0], self.weights, weight_index, self.buffers, self.execution), self.dead[0])
         logits = self.buffers[self.output]

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.engine.common import micro_batch_momentum
+from fastensdistill.engine.packed import unpack_gradient
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
-from fastensdistill.engine.weights import unpack_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient

@@ -21,10 +21,10 @@ from fastensdistill.engine.common import ImageShape, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import plain
 from fastensdistill.engine.graph import Captured, Capturing
+from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.probe import compared
-from fastensdistill.engine.weights import Weights
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import BatchEnsemble, LatentBE, Single, Student
@@ -106,7 +106,7 @@ class GroupedPredictor(Capturing):
         self.capture = capture and self.device.type == "cuda"
         self._build(1)
         self.members = [[int(group.name) for group in part.groups] for part in self.plan.parts]
-        self.weights = [Weights(part, len(part.groups), dtype, self.device) for part in self.plan.parts]
+        self.weights = [PackedWeights(part, len(part.groups), dtype, self.device) for part in self.plan.parts]
         self.index = [torch.arange(len(m), dtype=torch.int32, device=self.device) for m in self.members]
         # Networks of one architecture run together; put them back into the order they were given in
         order = [i for members in self.members for i in members]

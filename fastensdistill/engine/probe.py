@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.packed import pack
+from fastensdistill.engine.parameters import NormWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import NormWeights, pack
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
 from fastensdistill.network.launch import INPUT, Group, grad

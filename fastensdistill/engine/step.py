@@ -21,7 +21,7 @@ from fastensdistill.engine.graph import Captured, Capturing, Graphs
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
-from fastensdistill.engine.trained import Trained
+from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
 from fastensdistill.network.unseen import refusing
 
@@ -50,7 +50,7 @@ class CapturedStep(Capturing):
 
     graphs: Graphs | None = None
     parameters: FlatParameters
-    trained: Trained
+    trained: TrainedPass
     classes: int
     images: Tensor  # (N, B, H, W, channels), from ``build`` on
     labels: Tensor  # int64 (N, B)
@@ -172,7 +172,7 @@ class CapturedStep(Capturing):
 
     def _train(self, images: Sequence[Tensor], labels: Tensor) -> Sequence[Tensor]:
         """One update by the mean gradient of the micro-batches ``images``; the means of their losses."""
-        self.trained.write()
+        self.trained.refresh()
         pairs = zip(images, labels.chunk(self.micro_batches, 1), strict=True)
         losses = [self._gradients(x, of_them, add=i > 0) for i, (x, of_them) in enumerate(pairs)]
         self.trained.finish()

@@ -19,7 +19,7 @@ from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep
-from fastensdistill.engine.trained import Trained
+from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
 from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.network.nodes import Network
@@ -77,7 +77,7 @@ class FusedTeachStep(CapturedStep):
         (forward,), (backward,) = (
             plan([self.network], groups, way, images).parts for groups, way in teach_groups(self.batches).values()
         )
-        self.trained = Trained(self.network, forward, backward, self.parameters, self.dtype, self.execution)
+        self.trained = TrainedPass(forward, backward, self.parameters, self.dtype, self.execution)
 
     def _launch_all(self, images: Tensor, labels: Tensor) -> Scalars:
         (loss,) = self._train([x.contiguous() for x in images.chunk(self.micro_batches, 1)], labels)

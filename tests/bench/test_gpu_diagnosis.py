@@ -24,7 +24,7 @@ from fastensdistill.engine import fused, graph, planned_ops, trained
 from fastensdistill.engine.dispatch import Row, Shape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
-from fastensdistill.engine.trained import Trained
+from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.kernels import tiles
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -405,13 +405,13 @@ def test_beside_float64_a_right_step_shows_nothing(here):
         assert row["buffers"] > 100
 
 
-def stale(self, write=Trained.write):
+def stale(self, refresh=TrainedPass.refresh):
     """Packs the weights once only."""
     if not oracle() and not hasattr(self, "packed"):
         self.packed = True
-        write(self)
+        refresh(self)
     elif oracle():
-        write(self)
+        refresh(self)
 
 
 def turned(*arguments, **options):
@@ -439,7 +439,8 @@ def oracle() -> bool:
 
 
 WALKED = {
-    "stale weights": (Trained, "write", stale, {"pass": "distillation, forward", "op": "weights", "node": "stem"}),
+    "stale weights": (TrainedPass, "refresh", stale, {"pass": "distillation, forward", "op": "weights",
+                                                      "node": "stem"}),
     "sign of the seed": (fused, "distillation_loss", turned, {"pass": "distillation, backward", "op": "given",
                                                               "buffer": "classifier.grad"}),
     "a gradient that is not where it is read": (planned_ops, "conv_weight_gradient", lost, {

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.packed import PackedWeights, TrainedWeights
+from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.launch import Part
 from tests.compare import check_close
 from tests.network.models import moved
 
@@ -66,3 +70,33 @@ def check_equal(first, second, one, two, tolerance: float) -> None:
 
 def teach_setting(M=3, dtype=torch.float64):
     return [network(20 + m).to(dtype) for m in range(M)], TeachConfig(members=M, learning_rate=0.05, seed=7)
+
+
+# ---- what tests look at in a fused step that has been built; only these know where it is
+
+
+def packed(step: FusedStep | FusedTeachStep) -> TrainedWeights:
+    """What is trained, as it is packed for training."""
+    return step.trained.weights
+
+
+def packed_for_evaluation(step: FusedStep) -> TrainedWeights | None:
+    """The student's branches, as they are packed for the perturbation; None where it does not look at them."""
+    return step.perturber.slots.branches
+
+
+def packed_by_architecture(step: FusedStep) -> list[PackedWeights]:
+    """All that is packed for evaluation mode: the teachers of each architecture, and the branches with them."""
+    return list(step.perturber.slots.weights.values())
+
+
+def trained_parts(step: FusedStep | FusedTeachStep) -> tuple[Part, Part]:
+    """Forward and backward part of what is trained."""
+    forward, backward = step.trained.parts
+    return forward, backward
+
+
+def update(step: FusedStep | FusedTeachStep) -> None:
+    """All that a step does after its last backward pass."""
+    step.trained.finish()
+    step.trained.update(step.rate, step.config.momentum, step.config.weight_decay)

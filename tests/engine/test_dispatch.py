@@ -20,7 +20,7 @@ from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 from fastensdistill.network.trace import trace
 from tests.compare import check_close, relative_error
-from tests.engine.cases import CLASSES, check_equal, network, setting, steps
+from tests.engine.cases import CLASSES, check_equal, network, setting, steps, trained_parts
 from tests.kernels.both import values
 from tests.network import models
 
@@ -126,7 +126,7 @@ def test_one_layer_can_be_named():
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
     steps(step, 1)
-    part = step.trained.training_pass.parts[0]
+    part = trained_parts(step)[0]
     launches = [launch for launch in part.launches if launch.op == "conv"]
     table = Dispatch([Row("conv", "cudnn", "for the test", layer="stem"), Row("conv", "triton", "the others")])
     assert {table.choice(part, launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
@@ -143,7 +143,7 @@ def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
     (tmp_path / "rows").write_text(json.dumps([dataclasses.asdict(row) for row in given]))
     table = Dispatch.load(tmp_path / "rows")
     assert table.table == tuple(given)
-    for part in step.trained.training_pass.parts:
+    for part in trained_parts(step):
         for launch in part.launches:
             if launch.op not in OPS:
                 continue
@@ -195,9 +195,7 @@ def test_halo_convolutions_give_the_same_step(monkeypatch, build, perturbation):
     covered = {row.layer for row in rows}
     assert len(rows) == 2 * len(covered) >= 8
     assert set(calls) == {"halo_conv", "halo_data_gradient"}
-    launches = [
-        (part, launch) for part in two.trained.training_pass.parts for launch in part.launches if launch.node in covered
-    ]
+    launches = [(part, launch) for part in trained_parts(two) for launch in part.launches if launch.node in covered]
     chosen = {Dispatch(rows).choice(*both) for both in launches if both[1].op in ("conv", "conv gradient")}
     assert chosen == {"cuda"}
 

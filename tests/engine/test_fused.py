@@ -6,9 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from fastensdistill.engine import planned_ops, slots, trained
+from fastensdistill.engine import planned_ops, trained
 from fastensdistill.engine.evaluation import FusedPerturbation
 from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.packed import TrainedWeights
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
@@ -18,7 +19,7 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
 from tests import parity
 from tests.compare import check_close, relative_error
-from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
+from tests.engine.cases import CLASSES, batch, check_equal, network, packed, setting, steps, teach_setting
 from tests.network import models
 from tests.parity import RECORDING
 
@@ -45,14 +46,14 @@ def missing_mask(monkeypatch):
 
 
 def stale_branches(monkeypatch):
-    write = slots.BranchSlots.write
+    refresh = TrainedWeights.refresh
 
     def once(self):
         if not hasattr(self, "written"):
             self.written = True
-            write(self)
+            refresh(self)
 
-    monkeypatch.setattr(slots.BranchSlots, "write", once)
+    monkeypatch.setattr(TrainedWeights, "refresh", once)
 
 
 def no_decay_of_factors(monkeypatch):
@@ -223,7 +224,7 @@ def test_bf16_errs_at_most_twice_as_much_as_pytorch():
     steps(ReferenceStep(reference, narrow, half, num_classes=CLASSES), 2, B=8, size=8, dtype=torch.float32)
     step = FusedStep(engine, narrow, half)
     steps(step, 2, B=8, size=8, dtype=torch.float32)
-    assert step.trained.slots.weights.layers["classifier"].forward.dtype == torch.bfloat16
+    assert packed(step).layers["classifier"].forward.dtype == torch.bfloat16
     kinds = {"layer.weight", "delta_r", "delta_s", "bn.weight", "running_mean", "running_var"}
     for kind in kinds:
         names = [name for name in start if name.endswith(kind)]

@@ -15,7 +15,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
 from fastensdistill.network.plan import plan_step
 from fastensdistill.network.trace import trace
-from tests.engine.cases import batch, setting
+from tests.engine.cases import batch, packed, packed_by_architecture, setting
 from tests.engine.meta import build, watched
 
 
@@ -54,11 +54,10 @@ def test_peak_is_what_a_step_allocates(monkeypatch, model, B, settings):
 
 def tensors_of(step: FusedStep) -> list[torch.Tensor]:
     """Everything the step itself holds for the whole run."""
-    writers = [w for w in (step.trained.slots, step.perturber.slots.branches) if w]
-    kept = [step.images, step.parameters.gradient, step.trained.gradients, *step.parameters.state()]
-    for weights in {id(w): w for w in [step.trained.slots.weights, *step.perturber.slots.weights.values()]}.values():
-        kept += [t for layer in weights.layers.values() for t in (layer.forward, layer.gradient)]
-    return [*kept, *(writer.rows.values for writer in writers)]
+    kept = [step.images, step.parameters.gradient, step.trained.layer_gradients, *step.parameters.state()]
+    for weights in [packed(step), *packed_by_architecture(step)]:
+        kept += [weights.values, *(t for layer in weights.layers.values() for t in (layer.forward, layer.gradient))]
+    return kept
 
 
 def test_fixed_buffers_stay_and_every_other_is_freed_after_its_last_reader():
@@ -66,18 +65,18 @@ def test_fixed_buffers_stay_and_every_other_is_freed_after_its_last_reader():
     student, teachers, config = setting(dtype=torch.float32)
     step = FusedStep(student, teachers, config)
     step(*batch(0, dtype=torch.float32))
-    training = step.trained.training_pass
+    training = step.trained
     output = training.output
-    dead = dead_after(training.parts, ["input", output, f"{output}.grad", *step.trained.sinks])
+    dead = dead_after(training.parts, ["input", output, f"{output}.grad", *training.gradients])
     expected: set[str] = {"input"}
-    step.trained.write()
-    grad_logits = torch.zeros_like(step.trained.forward(step.images))
+    training.refresh()
+    grad_logits = torch.zeros_like(training.forward(step.images))
     alive = set(training.buffers)
     assert len(alive) > 10
     left = set(training.backward(grad_logits))
     for part, gone in zip(training.parts, dead, strict=True):
         for launch, names in zip(part.launches, gone, strict=True):
-            expected |= {n for n in launch.writes if n not in step.trained.sinks and not n.endswith(".running")}
+            expected |= {n for n in launch.writes if n not in training.gradients and not n.endswith(".running")}
             expected -= set(names)
         if part is training.parts[0]:
             assert alive == expected

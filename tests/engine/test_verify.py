@@ -42,8 +42,8 @@ def test_teachers_pass():
 
 
 def wrong_update(monkeypatch):
-    update = trained.Trained.backward
-    monkeypatch.setattr(trained.Trained, "backward", lambda self, seed, add: update(self, seed.flip(1), add))
+    update = trained.TrainedPass.backward
+    monkeypatch.setattr(trained.TrainedPass, "backward", lambda self, seed, add: update(self, seed.flip(1), add))
 
 
 def wrong_perturbation(monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.packed import PackedWeights, pack
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import Weights, pack
 from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.nodes import Network
@@ -55,7 +55,7 @@ def run_pass(
     grad_logits: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
-) -> tuple[dict[str, Any], Weights]:
+) -> tuple[dict[str, Any], PackedWeights]:
     """The engine's one part forward and, given ``grad_logits``, backward: its buffers and its weights.
 
     ``index`` picks each group's state; ``x`` is (N, C, H, W). The ops run their references on a CPU.
@@ -111,7 +111,7 @@ def check_gradient(name: str, actual: Tensor, expected: Tensor, tolerance: float
     check_close(name, actual, expected, tolerance)
 
 
-def check_running(weights: Weights, module: nn.Module, index: int = 0) -> None:
+def check_running(weights: PackedWeights, module: nn.Module, index: int = 0) -> None:
     """All of a module's running statistics, after a step of training."""
     new = module.state_dict()
     assert {f"{name}.running_mean" for name in weights.norms} == {name for name in new if "running_mean" in name}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.engine.packed import pack
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.engine.weights import pack
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.kernels.diversity_seed import diversity_seed
 from fastensdistill.kernels.launch import use_kernels
