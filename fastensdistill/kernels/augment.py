@@ -30,16 +30,10 @@ def augment_reference(images: Tensor, index: Tensor, shifts: Tensor, flips: Tens
 
 @triton.jit
 def augment_kernel(
-    p_images,
-    p_index,
-    p_shifts,
-    p_flips,
-    p_out,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
+    p_images, p_index, p_shifts, p_flips, p_out,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < H * W * C

@@ -83,24 +83,11 @@ def batch_norm_apply_reference(o: ApplyOperands) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_statistics_kernel(
-    p_partials,
-    p_weight,
-    p_bias,
-    p_running_mean,
-    p_running_var,
-    p_mean,
-    p_inv_std,
-    p_scale,
-    p_shift,
-    n_rows,
-    share,
-    momentum,
-    eps,
-    correction,
+    p_partials, p_weight, p_bias, p_running_mean, p_running_var, p_mean, p_inv_std, p_scale, p_shift,
+    n_rows, share, momentum, eps, correction,
     C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i_q = tl.program_id(1).to(tl.int64)
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -123,25 +110,12 @@ def batch_norm_statistics_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_apply_kernel(
-    p_z,
-    p_scale,
-    p_shift,
-    p_residual,
-    p_y,
-    p_mask,
-    N,
-    s_scale,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_z, p_scale, p_shift, p_residual, p_y, p_mask,
+    N, s_scale,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(1)
     i_g = tl.program_id(2).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

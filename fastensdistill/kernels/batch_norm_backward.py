@@ -56,20 +56,11 @@ def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_coefficients_kernel(
-    p_partials,
-    p_weight,
-    p_mean,
-    p_inv_std,
-    p_d_weight,
-    p_d_bias,
-    p_abc,
-    n_rows,
-    share,
-    C: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    p_partials, p_weight, p_mean, p_inv_std, p_d_weight, p_d_bias, p_abc,
+    n_rows, share,
+    C: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i_q = tl.program_id(1).to(tl.int64)
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -92,17 +83,11 @@ def batch_norm_coefficients_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_backward_kernel(
-    p_d,
-    p_z,
-    p_abc,
-    p_residual,
-    p_out,
-    positions,
-    s_abc,
+    p_d, p_z, p_abc, p_residual, p_out,
+    positions, s_abc,
     C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_g = tl.program_id(2).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

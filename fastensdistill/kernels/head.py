@@ -54,26 +54,11 @@ def head_reference(o: HeadOperands) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def head_kernel(
-    p_z,
-    p_weight,
-    p_bias,
-    p_weight_index,
-    p_scale,
-    p_shift,
-    p_logits,
-    p_pooled,
-    N,
-    s_scale,
-    POSITIONS: tl.constexpr,
-    C: tl.constexpr,
-    CLASSES: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_z, p_weight, p_bias, p_weight_index, p_scale, p_shift, p_logits, p_pooled,
+    N, s_scale,
+    POSITIONS: tl.constexpr, C: tl.constexpr, CLASSES: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(1)
     i_g = tl.program_id(2).to(tl.int64)
     i_slot = tl.load(p_weight_index + i_g).to(tl.int64)

@@ -67,30 +67,11 @@ def head_backward_reference(o: HeadBackwardOperands) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def head_data_gradient_kernel(
-    p_d_logits,
-    p_z,
-    p_weight,
-    p_weight_index,
-    p_scale,
-    p_shift,
-    p_mean,
-    p_inv_std,
-    p_d,
-    p_statistics,
-    N,
-    n_partials,
-    s_scale,
-    s_mean,
-    POSITIONS: tl.constexpr,
-    C: tl.constexpr,
-    CLASSES: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    p_d_logits, p_z, p_weight, p_weight_index, p_scale, p_shift, p_mean, p_inv_std, p_d, p_statistics,
+    N, n_partials, s_scale, s_mean,
+    POSITIONS: tl.constexpr, C: tl.constexpr, CLASSES: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     i_g = tl.program_id(2).to(tl.int64)
     i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -146,20 +127,11 @@ def head_data_gradient_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def head_weight_gradient_kernel(
-    p_d_logits,
-    p_pooled,
-    p_weight,
-    p_d_weight,
-    p_d_bias,
+    p_d_logits, p_pooled, p_weight, p_d_weight, p_d_bias,
     N,
-    C: tl.constexpr,
-    CLASSES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    C: tl.constexpr, CLASSES: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_g = tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C

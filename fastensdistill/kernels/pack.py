@@ -100,17 +100,11 @@ def _table(fields: Sequence[int]) -> tuple[Rows, ...]:
 
 @triton.jit
 def pack_kernel(
-    p_parameters,
-    p_deviations,
-    p_packed,
-    p_packed_gradient,
-    p_table,
-    factors,
-    first_slot,
+    p_parameters, p_deviations, p_packed, p_packed_gradient, p_table,
+    factors, first_slot,
     COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     p_row = p_table + tl.program_id(0) * COLUMNS
     i_k = tl.program_id(1).to(tl.int64)
     weight = tl.load(p_row)

@@ -63,21 +63,12 @@ def max_pool_backward_reference(o: MaxPoolBackwardOperands) -> Tensor:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def max_pool_kernel(
-    p_x,
-    p_y,
-    p_taps,
+    p_x, p_y, p_taps,
     N,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HO: tl.constexpr,
-    WO: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_g = tl.program_id(2).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < N * (HO * WO)
@@ -109,21 +100,12 @@ def max_pool_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def max_pool_backward_kernel(
-    p_d,
-    p_taps,
-    p_dx,
+    p_d, p_taps, p_dx,
     N,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HO: tl.constexpr,
-    WO: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_g = tl.program_id(2).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < N * (H * W)

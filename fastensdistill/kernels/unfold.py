@@ -115,19 +115,11 @@ def _tables(fields: Sequence[int]) -> tuple[Rows, ...]:
 
 @triton.jit
 def unfold_kernel(
-    p_gradients,
-    p_parameters,
-    p_deviations,
-    p_gradient,
-    p_partials,
-    p_table,
-    K,
-    factors,
-    partials,
+    p_gradients, p_parameters, p_deviations, p_gradient, p_partials, p_table,
+    K, factors, partials,
     COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     p_row = p_table + tl.program_id(0) * COLUMNS
     weight = tl.load(p_row)
     size = tl.load(p_row + 1)
@@ -175,20 +167,11 @@ def unfold_kernel(
 
 @triton.jit
 def unfold_factors_kernel(
-    p_gradients,
-    p_parameters,
-    p_deviations,
-    p_gradient,
-    p_factor_gradients,
-    p_partials,
-    p_table,
-    K,
-    factors,
-    partials,
+    p_gradients, p_parameters, p_deviations, p_gradient, p_factor_gradients, p_partials, p_table,
+    K, factors, partials,
     COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     p_row = p_table + tl.program_id(0) * COLUMNS
     i_k = tl.program_id(1).to(tl.int64)
     n_terms = tl.load(p_row + 1).to(tl.int32)
