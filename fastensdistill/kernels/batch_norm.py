@@ -220,10 +220,15 @@ def batch_norm_statistics(
 ) -> NormStatistics:
     """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place.
 
-    ``partials`` (G, P, 2, C): ``grouped_conv``'s statistics about ``center=running_mean``; ``count`` values per channel
-    and **set** (all groups together where Q = 1); ``weight, bias, running_mean, running_var`` (Q, C) float32.
-    The running variance moves towards ``correction`` times the biased one, n/(n − 1) for PyTorch's unbiased one.
-    Raises InputError for shapes that disagree.
+    Args:
+        partials: (G, P, 2, C) float32, ``grouped_conv``'s statistics about ``center=running_mean``.
+        count: values of a channel per **set** (all groups together where Q = 1).
+        weight, bias, running_mean, running_var: (Q, C) float32, Q = 1 or G.
+        momentum, eps: of BatchNorm. correction: the running variance moves towards so many times the biased one,
+            n/(n − 1) for PyTorch's unbiased one.
+
+    Raises:
+        InputError: shapes that disagree.
     """
     require(partials.dim() == 4, f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
     o = StatisticsOperands(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
@@ -246,9 +251,13 @@ def batch_norm_apply(
 ) -> NormOutput:
     """``relu(scale · z + shift + residual)`` and, with ``mask``, the bits where it is positive.
 
-    ``z`` (G, N, H, W, C); ``scale, shift`` (Q, C) float32, Q = G or 1, by group; ``residual`` (G, N, Hr, Wr, Cr ≤ C) is
-    read at every ``residual_stride``-th position, missing channels being 0. The result has z's dtype. Raises InputError
-    for shapes that disagree.
+    Args:
+        z: (G, N, H, W, C), float32, float16 or bfloat16, which the result is too (float64: reference only).
+        scale, shift: (Q, C) float32, Q = G or 1, by group.
+        residual: (G, N, Hr, Wr, Cr ≤ C), read at every ``residual_stride``-th position, missing channels being 0.
+
+    Raises:
+        InputError: shapes that disagree.
     """
     check_tensor("z", z, 5)
     check_pair("scale and shift", scale, shift, z.shape[0], z.shape[4])

@@ -166,10 +166,16 @@ def batch_norm_backward(
 ) -> NormGradient:
     """Gradient of BatchNorm's input, weight γ and bias β, from the sums (G, P, 2, C) made with ``d``.
 
-    ``d, z`` and the optional ``residual`` gradient, added last, (G, N, H, W, C); ``weight, mean, inv_std`` (Q, C)
-    float32; ``count`` as in ``batch_norm_statistics``. The result has d's dtype. The parameters' gradients are in
-    ``d_weight, d_bias`` where these are given, with ``add`` on top of what they hold. Raises InputError for shapes
-    that disagree.
+    Args:
+        d, z: (G, N, H, W, C), float32, float16 or bfloat16, which the result is too (float64: reference only).
+        count: as of ``batch_norm_statistics``.
+        weight, mean, inv_std: (Q, C) float32.
+        residual: another gradient of z, (G, N, H, W, C), which is added last.
+        d_weight, d_bias: (Q, C) float32, where the parameters' gradients are written, with ``add`` on top of what they
+            hold; without them in new memory.
+
+    Raises:
+        InputError: shapes that disagree.
     """
     check_tensor("d", d, 5)
     for name, x in (("z", z), ("residual", residual)):

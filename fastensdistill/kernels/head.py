@@ -138,6 +138,11 @@ def _launch(o):
 _head = define("head", head_reference, _empty, _launch)
 
 
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    good = tuple(x.shape) == shape and x.is_contiguous()
+    require(good, f"{name} has shape {tuple(x.shape)}, expected {shape}, contiguous")
+
+
 def check_head(o: Any) -> None:
     """Refuse operands of ``head`` or of ``head_backward`` that do not fit one another."""
     z, weight, groups = o.z, o.weight, o.weight_index.shape[0]
@@ -163,11 +168,19 @@ def head(
 ) -> HeadOutput:
     """Logits (G, N, classes) and the pooled features they come from (G, N, C), both float32.
 
-    ``z`` (G, N, H, W, C); ``weight`` (S, C, classes), its dtype is multiplied in; ``bias`` (S, classes) float32 or
-    None; ``weight_index`` int32 (G,), the slot of each group; ``scale, shift`` (S or 1, C) float32, by slot, or None.
-    ``relu=False`` for a network whose last layer has its ReLU already; ``precision`` of float32 products is "ieee" or
-    "tf32". Raises InputError for shapes that disagree and for another precision.
+    Args:
+        z: (G, N, H, W, C), float32, float16 or bfloat16 (float64: reference only).
+        weight: (S, C, classes), in the dtype that is multiplied in. bias: (S, classes) float32, or None.
+        weight_index: int32 (G,), the slot of each group.
+        scale, shift: (S or 1, C) float32, by slot, or None.
+        relu: False for a network whose last layer has its ReLU already.
+        precision: how float32 is multiplied, "ieee" or "tf32".
+
+    Raises:
+        InputError: shapes that disagree, another precision.
     """
     o = HeadOperands(z, weight, bias, weight_index, scale, shift, relu, precision)
     check_head(o)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
     return HeadOutput(*_head(*o))

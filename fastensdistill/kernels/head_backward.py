@@ -16,12 +16,13 @@ from fastensdistill.kernels.head import (
     HEAD_TILE,
     IMAGES_BLOCK,
     check_head,
+    check_shape,
     class_block,
     head_sizes,
     normalized,
 )
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
-from fastensdistill.kernels.operands import check_out, check_pair, require
+from fastensdistill.kernels.operands import check_out, check_pair
 from fastensdistill.kernels.ops import define, present
 from fastensdistill.kernels.reference import leave, partial_rows, pick
 
@@ -225,10 +226,16 @@ def head_backward(
 ) -> HeadGradient:
     """Gradient of ``head``: of z, and, where ``pooled`` is given, of weight and bias per group.
 
-    ``d_logits`` (G, N, classes) float32; the rest as in ``head``. Without ``mean`` the gradient is of z itself (eval
-    mode: times scale); with ``mean, inv_std`` (S or 1, C) it is of the BatchNorm's output, with its partial sums for
-    ``batch_norm_backward``. The gradients of weight (G, C, classes) and bias (G, classes) are in ``d_weight, d_bias``
-    where these are given, with ``add`` on top of what they hold. Raises InputError as ``head`` does.
+    Args:
+        d_logits: (G, N, classes) float32. z, weight, weight_index, scale, shift, relu, precision: as of ``head``.
+        mean, inv_std: (S or 1, C) float32. Without them the gradient is of z itself (evaluation mode: times scale);
+            with them of the BatchNorm's output, with its partial sums for ``batch_norm_backward``.
+        pooled: (G, N, C) float32, as ``head`` returned it.
+        d_weight, d_bias: (G, C, classes) and (G, classes) float32, where these gradients are written, with ``add`` on
+            top of what they hold; without them in new memory.
+
+    Raises:
+        InputError: shapes that disagree, another precision.
     """
     o = HeadBackwardOperands(
         d_logits, z, weight, weight_index, scale, shift, relu, mean, inv_std, pooled, precision, d_weight, d_bias, add
@@ -236,12 +243,11 @@ def head_backward(
     check_head(o)
     check_pair("mean and inv_std", mean, inv_std, weight.shape[0], z.shape[4])
     groups, (_, channels, classes) = z.shape[0], weight.shape
-    wanted = (groups, z.shape[1], classes)
-    good = d_logits.shape == wanted and d_logits.is_contiguous()
-    require(good, f"d_logits has shape {tuple(d_logits.shape)}, expected {wanted}, contiguous")
+    check_shape("d_logits", d_logits, (groups, z.shape[1], classes))
     if pooled is None:
         o = o._replace(d_weight=None, d_bias=None)
     else:
+        check_shape("pooled", pooled, (groups, z.shape[1], channels))
         d_weight = check_out("d_weight", d_weight, (groups, channels, classes), d_logits, add)
         o = o._replace(d_weight=d_weight, d_bias=check_out("d_bias", d_bias, (groups, classes), d_logits, add))
     d, statistics = _head_backward(*o)

@@ -85,6 +85,10 @@ def test_refusals():
         head(z, weight[:, 1:].contiguous(), bias, weight_index)
     with pytest.raises(InputError, match="expected 1 as weight_index has"):
         head(z, weight, bias, weight_index[:1])
+    with pytest.raises(InputError, match=r"bias has shape \(1, 11\), expected \(3, 11\)"):
+        head(z, weight, bias[:1], weight_index)
+    with pytest.raises(InputError, match=r"pooled has shape \(2, 19, 11\), expected \(2, 19, 20\)"):
+        head_backward(values(2, 19, 11), z, weight, weight_index, pooled=values(2, 19, 11))
     with pytest.raises(InputError, match="d_logits has shape"):
         head_backward(values(2, 19, 3), z, weight, weight_index)
     with pytest.raises(InputError, match="given together"):
