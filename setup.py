@@ -1,11 +1,11 @@
-"""Builds the optional extension: CPU ops with a C++ compiler, CUDA ops too with nvcc, else pure Python.
+"""Builds the optional extension, the ops' CUDA kernels, with nvcc and a C++ compiler; else the package is pure Python.
 
 The extension uses the libtorch stable ABI (2.10): it needs the headers of an installed PyTorch and nothing of its
 Python, and the result loads in every later PyTorch. So PyTorch is not a build requirement (it would fetch a second one,
 perhaps another, into the isolated build); it is looked for where the package is being installed. Nothing here makes an
 installation fail: what was built, and why not more, is kept in ``_build.json`` for ``fastensdistill doctor``.
 
-FASTENSDISTILL_BUILD=python or cpu limits what is built; TORCH_CUDA_ARCH_LIST names GPU architectures, CXX the compiler.
+FASTENSDISTILL_BUILD=python builds nothing; TORCH_CUDA_ARCH_LIST names GPU architectures, CXX the C++ compiler.
 """
 
 import json
@@ -23,8 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "pack"]
-SOURCES = ["tensors", "rows", *KERNELS]
+KERNELS = ["halo_conv", "logits", "pack", "perturb_step"]
 # INTERFACE in fastensdistill/kernels/extension.py: a library of another interface is not loaded.
 INTERFACE = re.search(r"^INTERFACE = (\d+)", (ROOT / "fastensdistill/kernels/extension.py").read_text(), re.M)[1]
 LIBRARY = f"_extension_v{INTERFACE}.so"
@@ -105,38 +104,35 @@ class BuildExtension(build_ext):
         for folder in (library.parent, work):
             folder.mkdir(parents=True, exist_ok=True)
         library.unlink(missing_ok=True)  # of an earlier build, which would be packaged
-        report, limit = {"cpu": False, "cuda": False}, os.environ.get("FASTENSDISTILL_BUILD", "auto")
+        report = {"built": False}
         try:
-            if limit == "python" or os.name != "posix":
-                raise NotBuilt("FASTENSDISTILL_BUILD=python" if limit == "python" else f"no build on {sys.platform}")
+            if os.environ.get("FASTENSDISTILL_BUILD") == "python":
+                raise NotBuilt("FASTENSDISTILL_BUILD=python")
+            if os.name != "posix":
+                raise NotBuilt(f"no build on {sys.platform}")
             cxx, report["compiler"] = find_compiler()
             torch, report["torch"], torch_cuda = find_torch()
-            try:
-                if limit == "cpu":
-                    raise NotBuilt("FASTENSDISTILL_BUILD=cpu")
-                nvcc, report["nvcc"] = find_nvcc(torch_cuda)
-                gencode, report["architectures"] = architectures(nvcc)
-                self.compile(library, work, torch, cxx, nvcc, gencode)
-                report["cpu"] = report["cuda"] = True
-            except NotBuilt as reason:
-                report["reason"] = f"no CUDA ops: {reason}"
-                self.compile(library, work, torch, cxx, None, [])
-                report["cpu"] = True
+            nvcc, report["nvcc"] = find_nvcc(torch_cuda)
+            gencode, report["architectures"] = architectures(nvcc)
+            self.compile(library, work, torch, cxx, nvcc, gencode)
+            report["built"] = True
         except NotBuilt as reason:
             report["reason"] = f"pure Python: {reason}"
         library.with_name(Path(REPORT).name).write_text(json.dumps(report, indent=1) + "\n")
-        print("fastensdistill:", report.get("reason", "CPU and CUDA ops built"), file=sys.stderr)
+        print("fastensdistill:", report.get("reason", "CUDA ops built"), file=sys.stderr)
 
     def compile(self, library, work, torch, cxx, nvcc, gencode):
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
-        host = [*flags, "-fopenmp-simd", "-fno-math-errno", f"-I{torch}/include", *(["-DFED_CUDA"] if nvcc else [])]
+        host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{torch}/include"]
         host += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of 2.10, whatever these headers are
         device = ["-std=c++17", "-O3", *gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        jobs = [(cxx, *host, "-c", ROOT / f"csrc/{name}.cpp", "-o", work / f"{name}.cpp.o") for name in SOURCES]
-        jobs += [(nvcc, *device, "-c", ROOT / f"csrc/{k}.cu", "-o", work / f"{k}.cu.o") for k in KERNELS if nvcc]
+        jobs = [(nvcc, *device, "-c", ROOT / f"csrc/{name}.cu", "-o", work / f"{name}.cu.o") for name in KERNELS]
+        jobs += [
+            (cxx, *host, "-c", ROOT / f"csrc/{name}.cpp", "-o", work / f"{name}.cpp.o")
+            for name in ("tensors", *KERNELS)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: run(*job), jobs))
-        link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}"] if nvcc else [cxx, "-shared"]
+        link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}"]
         run(*link, *(job[-1] for job in jobs), f"-L{torch}/lib", "-ltorch_cpu", "-o", library)
 
     def copy_extensions_to_source(self):  # editable installations

@@ -244,7 +244,7 @@ def describe_host(device: torch.device) -> dict[str, Any]:
         "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{processor()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else None, "python": platform.python_version(),
-        "extension": {name: extension.describe()[name] for name in ("loaded", "cpu", "cuda", "reason")},
+        "extension": {name: extension.describe()[name] for name in ("loaded", "reason")},
     }  # fmt: skip
     if device.type == "cuda":
         meter = Meter(device)

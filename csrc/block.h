@@ -1,13 +1,21 @@
 // How the CUDA kernels are written: as phases over the threads of one block.
 //
-// A kernel's body is a function template over the block it runs on. DeviceBlock is a CUDA block; HostBlock runs the
-// same body on one CPU thread, phase by phase, thread by thread, so that grid, block and thread arithmetic and the
-// reductions are tested without a GPU. `reversed` walks the threads backwards: a result that changes has a race.
+// A kernel is a struct of its operands with
+//   THREADS, BLOCKS   of a block, and the blocks per multiprocessor that registers are kept free for
+//   Scratch           its shared memory
+//   grid()            its blocks
+//   run(block, scratch), a template over the block it runs on, called for every block
+// DeviceBlock is a CUDA block. The tests have another, which runs the same kernel on one CPU thread, phase by phase and
+// thread by thread, so that grid, block and thread arithmetic and the reductions are tested without a GPU.
 #pragma once
 
 #include "numbers.h"
 
 namespace fed {
+
+// Puts a kernel on a stream; 0 or the CUDA error. Defined for the kernels that launch.cuh is asked for.
+template <class Kernel>
+int launch(const Kernel& kernel, void* stream);
 
 template <int THREADS>
 struct DeviceBlock {
@@ -49,37 +57,6 @@ struct DeviceBlock {
   }
 };
 
-template <int THREADS>
-struct HostBlock {
-  static constexpr int threads = THREADS;
-
-  template <class V>
-  struct PerThread {
-    V value[THREADS];
-    V& operator[](int thread) { return value[thread]; }
-  };
-
-  int index;
-  bool reversed;
-
-  template <class F>
-  void each(F f) {
-    for (int thread = 0; thread < THREADS; ++thread) f(reversed ? THREADS - 1 - thread : thread);
-  }
-
-  template <class F>
-  void phase(F f) {
-    each(f);
-  }
-
-  template <class V>
-  PerThread<V> exchange(PerThread<V>& mine, int mask) {
-    PerThread<V> other;
-    for (int thread = 0; thread < THREADS; ++thread) other[thread] = mine[thread ^ mask];
-    return other;
-  }
-};
-
 struct Sum {
   template <class V>
   FED_HD V operator()(V a, V b) const {
@@ -93,20 +70,16 @@ struct Max {
   }
 };
 
-// Reduces `values` over WIDTH neighbouring threads (a power of two up to 32): every one of them gets the result.
-template <int WIDTH, class Block, class V, class Op>
-FED_HD void reduce_neighbours(Block& block, typename Block::template PerThread<V>& values, Op op) {
+// Reduces f(thread) over the block in a fixed order; every thread gets the result. `scratch` holds threads/32 values.
+template <class V, class Block, class Op, class F>
+FED_HD V reduce(Block& block, V* scratch, Op op, F f) {
+  typename Block::template PerThread<V> values;
+  block.each([&](int thread) { values[thread] = f(thread); });
 FED_UNROLL
-  for (int mask = WIDTH / 2; mask > 0; mask /= 2) {
+  for (int mask = 16; mask > 0; mask /= 2) {
     auto other = block.exchange(values, mask);
     block.each([&](int thread) { values[thread] = op(values[thread], other[thread]); });
   }
-}
-
-// Reduces `values` over the block in a fixed order; every thread gets the result. `scratch` holds threads/32 values.
-template <class Block, class V, class Op>
-FED_HD V reduce(Block& block, typename Block::template PerThread<V>& values, V* scratch, Op op) {
-  reduce_neighbours<32, Block, V>(block, values, op);
   block.phase([&](int thread) {
     if (thread % 32 == 0) scratch[thread / 32] = values[thread];
   });

@@ -1,19 +1,12 @@
-// halo_conv and halo_data_gradient for CUDA tensors: operands, outputs, registration; on a CPU the references serve.
+// halo_conv and halo_data_gradient for CUDA tensors: operands, outputs, registration.
 #include "halo_conv.h"
 
 #include "operands.h"
 
-#ifdef FED_CUDA
-
 namespace fed {
 namespace {
 
-using Tile = std::vector<int64_t>;  // images, rows and columns of positions, channels
-
-template <class T>
-T* pointer_or_null(const Optional& tensor) {
-  return tensor ? pointer<T>(*tensor) : nullptr;
-}
+using Tile = Sizes;  // images, rows and columns of positions, channels
 
 // The tensor at an address that 16-byte accesses need: itself, or a copy if it is a view at an odd offset.
 Tensor aligned(const Tensor& tensor) {
@@ -25,7 +18,7 @@ Tensor aligned(const Tensor& tensor) {
 Optional aligned(const Optional& tensor) { return tensor ? Optional(aligned(*tensor)) : tensor; }
 
 Rows rows(const Optional& tensor) {
-  return {pointer_or_null<float>(tensor), tensor && tensor->size(0) > 1 ? int(tensor->size(1)) : 0};
+  return {pointer<float>(tensor), tensor && tensor->size(0) > 1 ? int(tensor->size(1)) : 0};
 }
 
 // Channels of the slots: a row each, or one for all.
@@ -81,7 +74,7 @@ HaloArgs<Epilogue> common(
   args.x = pointer<bf16>(x);
   args.weight = pointer<bf16>(weight);
   args.slots = pointer<int32_t>(slots);
-  args.residual = pointer_or_null<bf16>(residual);
+  args.residual = pointer<bf16>(residual);
   args.x_stride = x.size(0) == 1 ? 0 : x.size(1) * x.size(2) * x.size(3) * x.size(4);
   args.G = int(slots.size(0));
   args.N = int(x.size(1));
@@ -110,12 +103,10 @@ Tensor new_statistics(HaloArgs<Epilogue>& args, const Tensor& like, bool wanted)
 }
 
 template <class Epilogue>
-void launch(const HaloArgs<Epilogue>& args, const Tensor& x, int64_t columns) {
-  if (args.G == 0 || args.tile.count == 0) return;
-  const int status = launch_halo(args, int(columns), current_stream(x));
-  STD_TORCH_CHECK(
-      status == 0, "fastensdistill: halo convolution not launched: ", launch_error(status), "; its kernels need ",
-      "compute capability 8.0, 8.7, 9.0 or 10.x, up to ", HALO_MOST_SHARED, " bytes of shared memory a block");
+void run(const Launches& launches, const HaloArgs<Epilogue>& args, int64_t columns) {
+  if (args.G > 0 && args.tile.count > 0)
+    launches.check(launch_halo(args, int(columns), launches.stream),
+                   "; the halo convolution needs compute capability 8.0, 8.7, 9.0 or 10.x");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
@@ -135,13 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
   check_rows(operands, "next_scale", next_scale, S, Co);
   check_rows(operands, "next_shift", next_shift, S, Co);
   check_rows(operands, "center", center, S, Co);
-  operands.check_device<true>("x");
-  const auto guard = on_device(x);
+  operands.check_device("x");
+  const Launches launches(x);
   x = aligned(x);
   weight = aligned(weight);
   residual = aligned(residual);
   auto args = common<HaloForward>(x, weight, slots, residual, residual_stride, tile);
-  args.inputs = pointer_or_null<int32_t>(inputs);
+  args.inputs = pointer<int32_t>(inputs);
   args.in_scale = rows(in_scale);
   args.in_shift = rows(in_shift);
   args.in_relu = in_relu;
@@ -153,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
   const Tensor statistics = new_statistics(args, x, center.has_value());
   args.epilogue = {rows(bias), rows(next_scale), rows(next_shift), rows(center), pointer<bf16>(z),
                    next_scale ? pointer<bf16>(activated) : nullptr, mask ? pointer<uint8_t>(bits) : nullptr, relu};
-  launch(args, x, tile[3]);
+  run(launches, args, tile[3]);
   return {z, activated, bits, statistics};
 }
 
@@ -172,8 +163,8 @@ std::tuple<Tensor, Tensor> halo_data_gradient(
   check_rows(operands, "scale", scale, S, Ci);
   check_rows(operands, "mean", mean, S, Ci);
   check_rows(operands, "inv_std", inv_std, S, Ci);
-  operands.check_device<true>("d");
-  const auto guard = on_device(d);
+  operands.check_device("d");
+  const Launches launches(d);
   d = aligned(d);
   weight_flipped = aligned(weight_flipped);
   residual = aligned(residual);
@@ -181,18 +172,16 @@ std::tuple<Tensor, Tensor> halo_data_gradient(
   auto args = common<HaloGradient>(d, weight_flipped, slots, residual, residual_stride, tile);
   const Tensor out = new_tensor(d, {args.G, args.N, args.H, args.W, args.Co}, ScalarType::BFloat16);
   const Tensor statistics = new_statistics(args, d, z.has_value());
-  args.epilogue = {pointer_or_null<uint8_t>(mask), rows(scale), rows(mean), rows(inv_std),
-                   pointer_or_null<bf16>(z), pointer<bf16>(out), residual_first};
-  launch(args, d, tile[3]);
+  args.epilogue = {pointer<uint8_t>(mask), rows(scale), rows(mean), rows(inv_std),
+                   pointer<bf16>(z), pointer<bf16>(out), residual_first};
+  run(launches, args, tile[3]);
   return {out, statistics};
 }
 
 }  // namespace
 }  // namespace fed
 
-STABLE_TORCH_LIBRARY_IMPL(fastensdistill, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(fastensdistill, FED_KEY, library) {
   library.impl("halo_conv", TORCH_BOX(&fed::halo_conv));
   library.impl("halo_data_gradient", TORCH_BOX(&fed::halo_data_gradient));
 }
-
-#endif

@@ -82,4 +82,6 @@ int launch_halo(const HaloArgs<Epilogue>& args, int columns, void* stream) {
 template int launch_halo<HaloForward>(const HaloArgs<HaloForward>&, int, void*);
 template int launch_halo<HaloGradient>(const HaloArgs<HaloGradient>&, int, void*);
 
+const char* launch_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
 }  // namespace fed

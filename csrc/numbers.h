@@ -1,5 +1,5 @@
 // Number types of the kernels, for host and device, without PyTorch's headers: bf16 and half as bits, widened to
-// float32 for every computation; the exponential of the softmaxes.
+// float32 for every computation; functions by one name for both.
 #pragma once
 
 #include <cmath>
@@ -92,30 +92,8 @@ FED_HD half narrow<half>(float value) {  // to nearest, ties to even
 #endif
 }
 
-// exp(x) for x <= 0, as a softmax about its largest logit needs it. On the host in float32: x = n·ln 2 + r with
-// |r| <= ln 2 / 2, a polynomial of degree 6 in r, times 2^n; no branch and no call, so that loops vectorise. Largest
-// relative error 2.5e-7 on [-87, 0]; below, the result is exp(-87) = 1.6e-38 instead of less. NaN stays NaN.
-FED_HD float softmax_exp(float x) {
-#ifdef __CUDA_ARCH__
-  return expf(x);
-#else
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the sum's last bits are n, rounded to nearest
-  const float n = shifted - 12582912.0f;
-  float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const uint32_t exponent = (bit_cast<uint32_t>(shifted) + 127) << 23;
-  return p * bit_cast<float>(exponent);
-#endif
-}
-FED_HD double softmax_exp(double x) { return exp(x); }
-
+FED_HD float exponential(float x) { return expf(x); }
+FED_HD double exponential(double x) { return exp(x); }
 FED_HD float logarithm(float x) { return logf(x); }
 FED_HD double logarithm(double x) { return log(x); }
 FED_HD float square_root(float x) { return sqrtf(x); }

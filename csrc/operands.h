@@ -10,8 +10,6 @@
 
 namespace fed {
 
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 constexpr int64_t ANY = -1;  // any size
 
 inline std::string name_of(ScalarType type) {
@@ -53,17 +51,12 @@ inline std::string text_of(const Tensor& tensor) {
          " on " + device_of(tensor);
 }
 
-inline bool floating(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
 // The operands of one call of `op`, all on the device of `first`.
 struct Operands {
   const char* op;
   const Tensor& first;
 
-  [[noreturn]] void refuse(const char* name, const std::string& found, const std::string& expected) const {
+  [[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) const {
     STD_TORCH_CHECK(false, "fastensdistill::", op, ": ", name, " is ", found, "; expected ", expected);
     std::abort();  // unreachable, for compilers that cannot know
   }
@@ -83,20 +76,20 @@ struct Operands {
     if (tensor) check(name, *tensor, type, sizes, dense);
   }
 
-  void check_floating(const char* name, const Tensor& tensor) const {
-    if (!floating(tensor.scalar_type())) refuse(name, text_of(tensor), "float32, float64, bfloat16 or float16");
-  }
-
-  // What is empty divides by zero, or is a grid of no blocks; kernels count the values of a row in 32 bits.
-  void check_counts(const char* name, const Tensor& tensor, const char* expected) const {
-    for (int64_t size : tensor.sizes())
-      if (size < 1 || size > INT_MAX) refuse(name, text_of(tensor), std::string(expected) + ", not empty");
+  // Of a floating dtype, with the dimensions that `axes` names (... for more of them), and not empty: that divides by
+  // zero, or is a grid of no blocks. Kernels count the values of a row in 32 bits.
+  void check_floating(const char* name, const Tensor& tensor, const std::string& axes) const {
+    const ScalarType type = tensor.scalar_type();
+    const int64_t least = 1 + std::count(axes.begin(), axes.end(), ',');
+    bool good = (arithmetic(type) == type || type == ScalarType::BFloat16 || type == ScalarType::Half) &&
+                (axes.find("...") == std::string::npos ? tensor.dim() == least : tensor.dim() >= least);
+    for (int64_t size : tensor.sizes()) good = good && size >= 1 && size <= INT_MAX;
+    if (!good) refuse(name, text_of(tensor), "float32, float64, bfloat16 or float16 " + axes + ", not empty");
   }
 
   // Last of all, so that the rest is tested where there is no GPU.
-  template <bool CUDA>
   void check_device(const char* name) const {
-    if (CUDA ? !first.is_cuda() : !first.is_cpu()) refuse(name, text_of(first), CUDA ? "a CUDA device" : "the CPU");
+    if (!on_cuda(first)) refuse(name, text_of(first), "a CUDA device");
   }
 };
 

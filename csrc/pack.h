@@ -8,7 +8,6 @@
 
 namespace fed {
 
-constexpr int TILE_THREADS = 256;
 constexpr int TILE_O = 32;
 constexpr int TILE_I = 32;
 constexpr int MAX_LAYERS = 64;  // per launch: the table travels in the kernel's 4 KB of parameters
@@ -77,13 +76,13 @@ FED_HD Tile make_tile(const Layer& layer, int tile) {
   return t;
 }
 
+// One block per tile of the table's layers.
 template <class A>
-struct TileScratch {
-  A values[TILE_O][tile_row<A> + 1];  // the odd pitch keeps a walk along output channels off one bank
-};
-
-template <class A>
-struct PackArgs {
+struct Pack {
+  static constexpr int THREADS = 256, BLOCKS = 3;
+  struct Scratch {
+    A values[TILE_O][tile_row<A> + 1];  // the odd pitch keeps a walk along output channels off one bank
+  };
   LayerTable table;
   const A* parameters;
   const A* deviations;  // [K, R]
@@ -91,42 +90,41 @@ struct PackArgs {
   bf16* packed_gradient;
   int64_t R;
   int K, first_slot;
+
+  unsigned grid() const { return unsigned(table.tiles); }
+
+  template <class Block>
+  FED_HD void run(Block& block, Scratch& scratch) const {
+    const Layer& layer = table.of_tile(block.index);
+    const Tile tile = make_tile(layer, block.index);
+    const int count = tile.count_o * tile.columns;
+    block.phase([&](int thread) {
+      for (int e = thread; e < count; e += Block::threads)
+        scratch.values[e / tile.columns][e % tile.columns] = parameters[layer.weight + tile.offset(layer, e)];
+    });
+    for (int k = 0; k < K; ++k) {
+      const A* r = deviations + k * R + layer.r + tile.i;
+      const A* s = deviations + k * R + layer.s + tile.o;
+      const int64_t slot = layer.packed + (first_slot + k) * layer.size();
+      const auto folded = [&](int o, int i, int t) {
+        return narrow<bf16>(float((A(1) + s[o]) * scratch.values[o][i * layer.taps + t] * (A(1) + r[i])));
+      };
+      block.each([&](int thread) {
+        for (int e = thread; e < count; e += Block::threads) {
+          const int o = e % tile.count_o, i = e / tile.count_o % tile.count_i, t = e / (tile.count_o * tile.count_i);
+          const int64_t row = int64_t(t) * layer.Ci + tile.i + i;
+          packed[slot + row * layer.Co + tile.o + o] = folded(o, i, t);
+        }
+        for (int e = thread; e < count; e += Block::threads) {
+          const int i = e % tile.count_i, o = e / tile.count_i % tile.count_o, t = e / (tile.count_o * tile.count_i);
+          const int64_t row = int64_t(layer.taps - 1 - t) * layer.Co + tile.o + o;
+          packed_gradient[slot + row * layer.Ci + tile.i + i] = folded(o, i, t);
+        }
+      });
+    }
+  }
 };
 
-template <class Block, class A>
-FED_HD void pack_body(Block& block, TileScratch<A>& scratch, const PackArgs<A>& args) {
-  const Layer& layer = args.table.of_tile(block.index);
-  const Tile tile = make_tile(layer, block.index);
-  const int count = tile.count_o * tile.columns;
-  block.phase([&](int thread) {
-    for (int e = thread; e < count; e += Block::threads)
-      scratch.values[e / tile.columns][e % tile.columns] = args.parameters[layer.weight + tile.offset(layer, e)];
-  });
-  for (int k = 0; k < args.K; ++k) {
-    const A* r = args.deviations + k * args.R + layer.r + tile.i;
-    const A* s = args.deviations + k * args.R + layer.s + tile.o;
-    const int64_t slot = layer.packed + (args.first_slot + k) * layer.size();
-    const auto folded = [&](int o, int i, int t) {
-      return narrow<bf16>(float((A(1) + s[o]) * scratch.values[o][i * layer.taps + t] * (A(1) + r[i])));
-    };
-    block.each([&](int thread) {
-      for (int e = thread; e < count; e += Block::threads) {
-        const int o = e % tile.count_o, i = e / tile.count_o % tile.count_i, t = e / (tile.count_o * tile.count_i);
-        const int64_t row = int64_t(t) * layer.Ci + tile.i + i;
-        args.packed[slot + row * layer.Co + tile.o + o] = folded(o, i, t);
-      }
-      for (int e = thread; e < count; e += Block::threads) {
-        const int i = e % tile.count_i, o = e / tile.count_i % tile.count_o, t = e / (tile.count_o * tile.count_i);
-        const int64_t row = int64_t(layer.taps - 1 - t) * layer.Co + tile.o + o;
-        args.packed_gradient[slot + row * layer.Ci + tile.i + i] = folded(o, i, t);
-      }
-    });
-  }
-}
-
-// ---- the CUDA launcher, a grid of table.tiles blocks: 0 or the CUDA error of the launch
-
-template <class A>
-int launch_pack(const PackArgs<A>& args, void* stream);
+#define FED_PACK_KERNELS(X) X(fed::Pack<float>) X(fed::Pack<double>)
 
 }  // namespace fed

@@ -5,11 +5,18 @@
 
 namespace fed {
 
-constexpr int STEP_THREADS = 512;
+template <class A>
+FED_HD A clip(A value, A low, A high) {  // NaN stays NaN
+  return value < low ? low : value > high ? high : value;
+}
 
 template <class T, class G>
-struct StepArgs {
+struct Step {
   using A = typename Arithmetic<T>::type;
+  static constexpr int THREADS = 512, BLOCKS = sizeof(T) == 8 ? 2 : 3;
+  struct Scratch {
+    A values[THREADS / 32];
+  };
   const T* images;  // [B, D], D values in the memory order of the image
   const G* gradients;  // [groups, B, D], the same order
   const A* confidence;  // [B] or nullptr
@@ -17,73 +24,52 @@ struct StepArgs {
   int64_t groups, B, D;
   int64_t group_stride, image_stride;  // of the gradients
   A step, low, high;
+
+  unsigned grid() const { return unsigned(B); }
+
+  template <class Block>
+  FED_HD void run(Block& block, Scratch& scratch) const {
+    const int64_t image = block.index, base = image * D;
+    const auto summed = [&](int64_t d) {
+      const G* p = gradients + image * image_stride + d;
+      A sum = widen(p[0]);
+      for (int64_t g = 1; g < groups; ++g) sum += widen(p[g * group_stride]);
+      return sum;
+    };
+    const A largest = reduce(block, scratch.values, Max(), [&](int thread) {
+      A value = 0;
+      for (int64_t d = thread; d < D; d += Block::threads) {
+        const A g = summed(d);
+        value = Max()(g < 0 ? -g : g, value);
+      }
+      return value;
+    });
+    const A peak = largest == A(0) ? A(1) : largest;
+    const A square = reduce(block, scratch.values, Sum(), [&](int thread) {
+      A value = 0;
+      for (int64_t d = thread; d < D; d += Block::threads) {
+        const A g = summed(d) / peak;
+        value += g * g;
+      }
+      return value;
+    });
+    // A NaN among zeros leaves the largest at zero but not the square.
+    const bool still = square == A(0);
+    // Step along one value of g: its share of g / ‖g‖ is (g/peak) / ‖g/peak‖, peak the largest |g|.
+    const A length = step / square_root(square) * (confidence ? confidence[image] : A(1));
+    block.each([&](int thread) {
+      for (int64_t d = thread; d < D; d += Block::threads) {
+        const A moved = widen(images[base + d]) + summed(d) / peak * length;
+        out[base + d] = still ? images[base + d] : narrow<T>(clip(moved, low, high));
+      }
+    });
+  }
 };
 
-// ---- mathematics
-
-template <class A>
-FED_HD A clip(A value, A low, A high) {  // NaN stays NaN
-  return value < low ? low : value > high ? high : value;
-}
-
-template <class T, class G, class A = typename Arithmetic<T>::type>
-FED_HD A summed_gradient(const StepArgs<T, G>& args, int64_t image, int64_t d) {
-  const G* p = args.gradients + image * args.image_stride + d;
-  A sum = widen(p[0]);
-  for (int64_t g = 1; g < args.groups; ++g) sum += widen(p[g * args.group_stride]);
-  return sum;
-}
-
-// Step along one value of g: its share of g / ‖g‖ is (g/peak) / ‖g/peak‖, peak the largest |g|.
-template <class A>
-FED_HD A step_length(A step, A confidence, A scaled_square) {
-  return step / square_root(scaled_square) * confidence;
-}
-
-// ---- one image
-
-template <class A>
-struct StepScratch {
-  A values[STEP_THREADS / 32];
-};
-
-template <class Block, class T, class G, class A = typename Arithmetic<T>::type>
-FED_HD void step_body(Block& block, StepScratch<A>& scratch, const StepArgs<T, G>& args) {
-  const int64_t image = block.index, base = image * args.D;
-  typename Block::template PerThread<A> value;
-  block.each([&](int thread) {
-    A largest = 0;
-    for (int64_t d = thread; d < args.D; d += Block::threads) {
-      const A g = summed_gradient(args, image, d);
-      largest = Max()(g < 0 ? -g : g, largest);
-    }
-    value[thread] = largest;
-  });
-  const A largest = reduce<Block, A>(block, value, scratch.values, Max());
-  const A peak = largest == A(0) ? A(1) : largest;
-  block.each([&](int thread) {
-    A sum = 0;
-    for (int64_t d = thread; d < args.D; d += Block::threads) {
-      const A g = summed_gradient(args, image, d) / peak;
-      sum += g * g;
-    }
-    value[thread] = sum;
-  });
-  const A square = reduce<Block, A>(block, value, scratch.values, Sum());
-  // A NaN among zeros leaves the largest at zero but not the square.
-  const bool still = square == A(0);
-  const A length = step_length(args.step, args.confidence ? args.confidence[image] : A(1), square);
-  block.each([&](int thread) {
-    for (int64_t d = thread; d < args.D; d += Block::threads) {
-      const A moved = widen(args.images[base + d]) + summed_gradient(args, image, d) / peak * length;
-      args.out[base + d] = still ? args.images[base + d] : narrow<T>(clip(moved, args.low, args.high));
-    }
-  });
-}
-
-// ---- the CUDA launcher, a grid of B blocks: 0 or the CUDA error of the launch
-
-template <class T, class G>
-int launch_step(const StepArgs<T, G>& args, void* stream);
+#define FED_STEP_KERNELS(X)                                                                                    \
+  X(fed::Step<double, double>) X(fed::Step<float, float>) X(fed::Step<float, fed::bf16>)                       \
+  X(fed::Step<float, fed::half>) X(fed::Step<fed::bf16, float>) X(fed::Step<fed::bf16, fed::bf16>)             \
+  X(fed::Step<fed::bf16, fed::half>) X(fed::Step<fed::half, float>) X(fed::Step<fed::half, fed::bf16>)         \
+  X(fed::Step<fed::half, fed::half>)
 
 }  // namespace fed

@@ -57,8 +57,8 @@ def facts() -> list[tuple[str, str]]:
 
 def _extension() -> list[tuple[str, str]]:
     found = extension.describe()
-    ops = " and ".join(kind.upper() for kind in ("cpu", "cuda") if found[kind])
-    rows = [("extension", f"{ops} ops, {found['library']}" if ops else "none; the references in Python serve")]
+    own = f"CUDA ops, {found['library']}" if found["loaded"] else "none; the references in Python serve"
+    rows = [("extension", own)]
     if found["reason"]:
         rows.append(("", str(found["reason"])))
     built = found["built_with"]

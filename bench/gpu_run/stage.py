@@ -78,7 +78,7 @@ def arch_of(context: Context) -> int:
 def build_extension(context: Context) -> None:
     """Nothing where the library that was carried loads; else it is built, for this device alone."""
     found = extension.describe()
-    if found["cuda"] or context.rehearse:
+    if found["loaded"] or context.rehearse:
         context.record.add("extension", built=False, **found)
         return
     arch = arch_of(context)
@@ -173,7 +173,7 @@ def pack(context: Context) -> None:
     """Compiled kernels, their launchers, the peer's cache and the extension, in files of at most ``PIECE`` bytes."""
     folder = context.out / "caches"
     archive = context.out / "caches.tgz"
-    if extension.describe()["cuda"]:
+    if extension.describe()["loaded"]:
         (folder / "extension").mkdir(parents=True, exist_ok=True)
         for file in (extension.LIBRARY, extension.BUILD_REPORT):
             shutil.copy2(file, folder / "extension")

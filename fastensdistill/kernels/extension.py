@@ -1,7 +1,7 @@
 """The compiled extension that may implement the ops: loaded, and described.
 
 Every op is defined from Python (``ops.define``) and serves any device; the extension, where it was built (see
-``setup.py``), adds kernels for CPU and CUDA tensors, which the dispatcher prefers. Nothing is compiled at import.
+``setup.py``), adds kernels for CUDA tensors, which the dispatcher prefers. Nothing is compiled at import.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Part of the library's file name. Raised whenever a schema changes, so that a build of another interface is left aside.
-INTERFACE = 1
+INTERFACE = 2
 DISABLE = "FASTENSDISTILL_NO_EXTENSION"
 LIBRARY = Path(__file__).with_name(f"_extension_v{INTERFACE}.so")
 BUILD_REPORT = Path(__file__).with_name("_build.json")
@@ -43,16 +43,13 @@ def describe() -> dict[str, Any]:
     """What implements the ops.
 
     Returns:
-        ``loaded``: whether the library is in use. ``cpu``, ``cuda``: whether it has kernels for such tensors.
-        ``reason``: why it is absent or lacks CUDA kernels, else None. ``library``: its path or None. ``torch``: the
-        version in use. ``built_with``: compiler, PyTorch, nvcc and GPU architectures of the build, where recorded.
+        ``loaded``: whether the library is in use; for CUDA tensors, others have no kernels in it. ``reason``: why it is
+        not, else None. ``library``: its path or None. ``torch``: the version in use. ``built_with``: compiler, PyTorch,
+        nvcc and GPU architectures of the build, where recorded.
     """
     report: dict[str, Any] = json.loads(BUILD_REPORT.read_text()) if BUILD_REPORT.exists() else {}
-    loaded = _reason is None and LIBRARY.exists()
     return {
-        "loaded": loaded,
-        "cpu": serves("distillation_loss", "cpu"),
-        "cuda": serves("distillation_loss", "cuda"),
+        "loaded": _reason is None and LIBRARY.exists(),
         "reason": _reason or report.get("reason"),
         "library": str(LIBRARY) if LIBRARY.exists() else None,
         "torch": torch.__version__,
@@ -62,6 +59,6 @@ def describe() -> dict[str, Any]:
 
 def serves(name: str, device: str) -> bool:
     """Whether the library in use implements ``fastensdistill::name`` for tensors on ``device``, such as "cuda"."""
-    if _reason is not None or not LIBRARY.exists() or device not in ("cpu", "cuda"):
+    if _reason is not None or not LIBRARY.exists() or device != "cuda":
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastensdistill::{name}", device.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastensdistill::{name}", "CUDA")

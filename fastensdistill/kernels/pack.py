@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.launch import launch, runs_kernel, tl, triton
+from fastensdistill.kernels.launch import launch, tl, triton
 from fastensdistill.kernels.layout import (
     Layout,
     Rows,
@@ -33,6 +33,7 @@ from fastensdistill.kernels.ops import define, implementation
 from fastensdistill.kernels.tiles import Tile
 
 PACK_TILE = Tile(32, 32, 0, 4, 1, "32 bf16 are two 32-byte sectors either way; 8 values a thread leave registers free")
+EXTENSION_TAPS = 144  # of a row that the extension keeps in shared memory, in float64: tile_row in csrc/pack.h
 COLUMNS = 15
 
 
@@ -173,8 +174,8 @@ def pack_weights(
         packed, packed_gradient: [layout.packed_size], both bf16, fp16, float32 or float64; orders as above.
         first_slot: slot of the first network; other slots are left as they are.
 
-    The compiled extension serves branches in bf16 (on the device kinds it was built for), Triton everything else on a
-    GPU but float64, the reference what is left.
+    The compiled extension serves branches in bf16 on a GPU, Triton everything else there but float64, the reference
+    what is left.
 
     Raises:
         InputError: a dtype, shape, device or slot that does not fit the layout.
@@ -184,10 +185,10 @@ def pack_weights(
     parameters = parameters.detach().contiguous()
     if deviations is not None:
         deviations = deviations.detach().contiguous()
-        covered = packed.dtype == torch.bfloat16 and all(layer.positions == 1 for layer in layout.layers)
-        device, dtype = parameters.device.type, parameters.dtype
-        interpreted = device == "cpu" and runs_kernel(device, dtype)  # asked for, so as to be compared
-        if covered and not interpreted and implementation("pack_rank_one", device, dtype) == "extension":
+        covered = packed.dtype == torch.bfloat16 and all(
+            layer.positions == 1 and layer.taps <= EXTENSION_TAPS for layer in layout.layers
+        )
+        if covered and implementation("pack_rank_one", parameters.device.type, parameters.dtype) == "extension":
             _pack_rank_one(parameters, deviations, packed, packed_gradient, layout.fields, first_slot)
             return
     _pack_weights(parameters, deviations, packed, packed_gradient, layout.fields, first_slot, K)

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "halo_conv.h"
+#include "host_blocks.h"
 
 using namespace fed;
 
@@ -35,7 +36,7 @@ class Meeting {
 };
 
 template <class Shape, class Epilogue>
-void run(const HaloArgs<Epilogue>& args, bool reversed, bool together) {
+void run(const HaloArgs<Epilogue>& args, bool together) {
   using Block = HostTensorBlock<Shape::THREADS>;
   const int bytes = (halo_layout<Shape>(args.tile, args.Ci).total + 127) / 128 * 128;
   char* shared = static_cast<char*>(std::aligned_alloc(128, bytes));
@@ -43,7 +44,7 @@ void run(const HaloArgs<Epilogue>& args, bool reversed, bool together) {
     std::memset(shared, 0xff, bytes);
     Meeting meeting(Shape::THREADS / 32);
     const auto warp = [&](int first, int last) {
-      Block block(index, reversed, shared);
+      Block block(index, shared);
       block.begin = first;
       block.end = last;
       if (together) block.barrier = [&] { meeting.wait(); };
@@ -90,7 +91,8 @@ bool check(int Ci, int Co) {
     args.tile = halo_tile(1, H, W, N, H, W);
   };
   bool same = true;
-  for (bool reversed : {false, true}) {
+  for (bool backwards : {false, true}) {
+    reversed = backwards;
     std::vector<bf16> z[2], activated[2], d[2];
     std::vector<float> sums[2], gradient_sums[2];
     std::vector<uint8_t> bits[2];
@@ -109,11 +111,11 @@ bool check(int Ci, int Co) {
       forward.in_relu = true;
       forward.epilogue = {rows, rows, rows, rows, z[together].data(), activated[together].data(),
                           bits[together].data(), true};
-      run<Shape>(forward, reversed, together);
+      run<Shape>(forward, together);
       HaloArgs<HaloGradient> gradient{};
       fill(gradient, gradient_sums[together].data());
       gradient.epilogue = {bits[together].data(), rows, rows, rows, other.data(), d[together].data(), true};
-      run<Shape>(gradient, reversed, together);
+      run<Shape>(gradient, together);
     }
     const auto equal = [](const auto& pair) {
       return std::memcmp(pair[0].data(), pair[1].data(), pair[0].size() * sizeof(pair[0][0])) == 0;

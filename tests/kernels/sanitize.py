@@ -1,4 +1,4 @@
-"""Builds the driver that runs every CUDA launcher of csrc without PyTorch, and runs it under compute-sanitizer.
+"""Builds the driver that runs every CUDA kernel of csrc without PyTorch, and runs it under compute-sanitizer.
 
     python -m tests.kernels.sanitize --build DIR            only builds; prints the program's path
     python -m tests.kernels.sanitize --build DIR --run      builds and runs it, by itself and under each tool there is
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAM = "sanitize"
 PARTS = ["driver", "rows", "packing", "halo"]
-KERNELS = ["diversity_seed", "distillation_loss", "halo_conv", "perturb_step", "pack"]
+KERNELS = ["halo_conv", "logits", "pack", "perturb_step"]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 NO_DEVICE = 77
 

@@ -1,4 +1,4 @@
-// Runs every CUDA launcher of csrc on small odd sizes and compares with plain loops; a line each. Exits with 0 if all
+// Runs every CUDA kernel of csrc on small odd sizes and compares with plain loops; a line each. Exits with 0 if all
 // are right, 1 if one is wrong, 77 without a device. Needs no PyTorch, so that compute-sanitizer takes seconds over it.
 // Arguments: the parts to run (rows, steps, packing, halo), by default all.
 #include "sanitize_driver.h"

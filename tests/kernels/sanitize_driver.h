@@ -1,4 +1,4 @@
-// Memory of the device and comparisons, for the driver that runs every CUDA launcher without PyTorch (sanitize.py).
+// Memory of the device and comparisons, for the driver that runs every CUDA kernel without PyTorch (sanitize.py).
 // sanitize_cuda.cpp allocates with cudaMalloc, each buffer by itself, so that compute-sanitizer sees where it ends;
 // sanitize_host.cpp is memory of the host and blocks run one thread after the other, to test the driver without a GPU.
 #pragma once
@@ -60,7 +60,7 @@ class Buffer {
   T* memory;
 };
 
-// One line of the report: a launcher in one dtype.
+// One line of the report: a kernel in one dtype.
 class Line {
  public:
   explicit Line(std::string name) : name(std::move(name)) {}
@@ -158,7 +158,7 @@ inline const char* name_of<fed::bf16>() { return "bf16"; }
 template <>
 inline const char* name_of<fed::half>() { return "half"; }
 
-// Every launcher of one file of csrc; whether all were right.
+// Every kernel of one file of csrc; whether all were right.
 bool rows();
 bool steps();
 bool packing();

@@ -182,7 +182,7 @@ void gradient_case(Line& line, const Case& t, int columns, bool first) {
 
 bool halo_of(int columns, int Ci, int Co) {
   const std::string of = "<" + std::to_string(columns) + " channels>";
-  Line forward("launch_halo" + of), gradient("launch_halo" + of + ", gradient");
+  Line forward("HaloForward" + of), gradient("HaloGradient" + of);
   for (bool second : {false, true}) {
     poisoned = second;
     // Two whole images, a tile that is cut short below, and one beside; a large tile before a small one

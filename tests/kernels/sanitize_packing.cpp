@@ -1,4 +1,4 @@
-// The packing by its CUDA launcher, against plain loops in float64.
+// The packing by its CUDA kernel, against plain loops in float64.
 #include "pack.h"
 #include "sanitize_driver.h"
 
@@ -39,11 +39,11 @@ void pack_case(Line& line) {
   const std::vector<bf16> sevens(plan.packed, narrow<bf16>(7));
   const Buffer<A> parameters{p}, deviations{d};
   const Buffer<bf16> packed{sevens}, packed_gradient{sevens};
-  PackArgs<A> args{{}, parameters, deviations, packed, packed_gradient, plan.R, K, FIRST_SLOT};
+  Pack<A> kernel{{}, parameters, deviations, packed, packed_gradient, plan.R, K, FIRST_SLOT};
   const int64_t count = int64_t(plan.fields.size());
   for (int64_t at = 0; at < count;) {
-    at += fill_table<A>(args.table, plan.fields.data() + at, count - at);
-    if (!line.ran(launch_pack(args, nullptr))) return;
+    at += fill_table<A>(kernel.table, plan.fields.data() + at, count - at);
+    if (!line.ran(launch(kernel, nullptr))) return;
   }
   Row forward(plan.packed, 7), backward(plan.packed, 7);
   for (int64_t at = 0; at < count; at += FIELDS) {
@@ -63,7 +63,7 @@ void pack_case(Line& line) {
 
 template <class A>
 bool pack_of() {
-  Line line(std::string("launch_pack<") + name_of<A>() + ">");
+  Line line(std::string("Pack<") + name_of<A>() + ">");
   for (bool second : {false, true}) {
     poisoned = second;
     pack_case<A>(line);

@@ -1,4 +1,4 @@
-// The loss, the seeds and the perturbation step by their CUDA launchers, against plain loops in float64.
+// The loss, the seeds and the perturbation step by their CUDA kernels, against plain loops in float64.
 #include <algorithm>
 
 #include "distillation_loss.h"
@@ -59,18 +59,18 @@ void loss_case(Line& line, int64_t M, int64_t K, int64_t B, int C, bool mean, bo
   const Buffer<T> d_teacher(teacher), d_branch(branch), gradient(K * B * C), grad_a(B * C), grad_b(B * C);
   const Buffer<int64_t> d_labels(labels), d_pair(pair);
   const Buffer<A> rows(2 * K * B), row_tdiv(B), row_sdiv(B), scalars(3), diversities(2);
-  BothArgs<T> args{{d_teacher, d_branch, d_labels, gradient, rows, rows + K * B, M, K, B, C, mean, A(temperature),
-                    A(alpha)}, nullptr, nullptr, nullptr, nullptr, nullptr};
-  ScalarArgs<A> finish{rows, rows + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature), A(alpha), {}};
+  LossRows<T> loss{{}, d_teacher, d_branch, d_labels, gradient, rows, rows + K * B, M, K, B, C, mean, A(temperature),
+                   A(alpha), nullptr, nullptr, nullptr, nullptr, nullptr};
+  LossScalars<A> finish{{}, rows, rows + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature), A(alpha), {}};
   if (with_pair) {
-    args.pair = d_pair;
-    args.grad_teacher_a = grad_a;
-    args.grad_branch_a = grad_b;
-    args.row_tdiv = row_tdiv;
-    args.row_sdiv = row_sdiv;
-    finish.diversity = {{row_tdiv, row_sdiv}, {diversities, diversities + 1}, B};
+    loss.pair = d_pair;
+    loss.grad_teacher_a = grad_a;
+    loss.grad_branch_a = grad_b;
+    loss.row_tdiv = row_tdiv;
+    loss.row_sdiv = row_sdiv;
+    finish.diversity = {{}, {row_tdiv, row_sdiv}, {diversities, diversities + 1}, B};
   }
-  if (!line.ran(launch_both(args, finish, nullptr))) return;
+  if (!line.ran(launch(loss, nullptr)) || !line.ran(launch(finish, nullptr))) return;
 
   Row expected(K * B * C);
   double kd = 0, ce = 0;
@@ -108,14 +108,14 @@ void pairs_case(Line& line, int64_t B, int C, bool with_branch) {
   const auto teacher = numbers.list<T>(2 * B * C, 4), branch = numbers.list<T>(2 * B * C, 4);
   const Buffer<T> d_teacher(teacher), d_branch(branch), grad_a(B * C), grad_b(B * C);
   const Buffer<A> rows_a(B), rows_b(B), value_a(1), value_b(1);
-  PairsArgs<T> args{{d_teacher, d_teacher + B * C, grad_a, rows_a, B, C, A(1)}, {}};
-  MeanArgs<A> means{{rows_a, nullptr}, {value_a, nullptr}, B};
+  PairRows<T> pairs{{}, {d_teacher, d_teacher + B * C, grad_a, rows_a, B, C, A(1)}, {}};
+  Means<A> means{{}, {rows_a, nullptr}, {value_a, nullptr}, B};
   if (with_branch) {
-    args.branch = {d_branch, d_branch + B * C, grad_b, rows_b, B, C, A(-1)};
+    pairs.branch = {d_branch, d_branch + B * C, grad_b, rows_b, B, C, A(-1)};
     means.rows[1] = rows_b;
     means.mean[1] = value_b;
   }
-  if (!line.ran(launch_pairs(args, means, nullptr))) return;
+  if (!line.ran(launch(pairs, nullptr)) || !line.ran(launch(means, nullptr))) return;
   Row gradient(B * C);
   line.compare("tdiv", value_a.read(), {pair_value(teacher, 0, 1, B, C, 1, gradient)});
   line.compare("grad_teacher_a", grad_a.read(), gradient);
@@ -132,8 +132,8 @@ void ods_case(Line& line, int64_t B, int C) {
   const auto logits = numbers.list<T>(B * C, 4), weights = numbers.list<T>(B * C);
   const Buffer<T> z(logits), w(weights), gradient(B * C);
   const Buffer<A> confidence(B);
-  const OdsArgs<T> args{z, w, gradient, confidence, B, C, A(temperature)};
-  if (!line.ran(launch_ods(args, nullptr))) return;
+  const OdsRows<T> rows{{}, z, w, gradient, confidence, B, C, A(temperature)};
+  if (!line.ran(launch(rows, nullptr))) return;
   Row expected(B * C), largest(B);
   for (int64_t b = 0; b < B; ++b) {
     const Row p = softmax(row_of(logits, b, C, 1 / temperature)), own = row_of(weights, b, C);
@@ -159,9 +159,9 @@ void step_case(Line& line, int64_t groups, int64_t B, int64_t D, bool confident)
   const Buffer<T> x(images), out(B * D);
   const Buffer<G> g(gradients);
   const Buffer<A> c(confidence);
-  const StepArgs<T, G> args{x, g, confident ? static_cast<A*>(c) : nullptr, out, groups, B, D, B * D, D, A(step),
-                            A(low), A(high)};
-  if (!line.ran(launch_step(args, nullptr))) return;
+  const Step<T, G> kernel{x, g, confident ? static_cast<A*>(c) : nullptr, out, groups, B, D, B * D, D, A(step), A(low),
+                          A(high)};
+  if (!line.ran(launch(kernel, nullptr))) return;
   Row expected(B * D);
   for (int64_t b = 0; b < B; ++b) {
     Row sum(D);
@@ -181,25 +181,25 @@ void step_case(Line& line, int64_t groups, int64_t B, int64_t D, bool confident)
 
 template <class T>
 bool rows_of() {
-  Line both(std::string("launch_both<") + name_of<T>() + ">"), pairs(std::string("launch_pairs<") + name_of<T>() + ">");
-  Line ods(std::string("launch_ods<") + name_of<T>() + ">");
+  const std::string of = std::string("<") + name_of<T>() + ">";
+  Line loss("LossRows" + of), pairs("PairRows" + of), ods("OdsRows" + of);
   for (bool second : {false, true}) {
     poisoned = second;
     for (int C : {7, 301})  // more classes than threads
       for (bool flag : {false, true}) {
-        loss_case<T>(both, 3, 2, 3, C, flag, true);
-        loss_case<T>(both, 2, 3, 2, C, flag, false);
+        loss_case<T>(loss, 3, 2, 3, C, flag, true);
+        loss_case<T>(loss, 2, 3, 2, C, flag, false);
         pairs_case<T>(pairs, 3, C, flag);
         ods_case<T>(ods, flag ? 1 : 3, C);
       }
   }
-  const bool good[] = {both.end(), pairs.end(), ods.end()};
+  const bool good[] = {loss.end(), pairs.end(), ods.end()};
   return good[0] && good[1] && good[2];
 }
 
 template <class T, class G>
 bool step_of() {
-  Line line(std::string("launch_step<") + name_of<T>() + ", " + name_of<G>() + ">");
+  Line line(std::string("Step<") + name_of<T>() + ", " + name_of<G>() + ">");
   for (bool second : {false, true}) {
     poisoned = second;
     step_case<T, G>(line, 1, 3, 37, false);

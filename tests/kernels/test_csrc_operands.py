@@ -1,8 +1,7 @@
 """What the extension's ops refuse, called without the checks that the public functions make in Python.
 
-Past these stands a kernel: on a CPU a division by zero or a read past a buffer's end ends the process, on a GPU a
-tensor of another device ends the CUDA context. ``redispatch`` picks a device's kernel whatever tensors it is given; the
-CUDA kernels look at the device of their first operand last, so that all else is tested here.
+Past these stands a kernel: a read past a buffer's end, and a tensor of another device ends the CUDA context. The ops
+are called as ``emulation.py`` builds them, whose kernels run on the CPU.
 """
 
 from __future__ import annotations
@@ -18,21 +17,16 @@ import torch
 
 from fastensdistill.kernels import extension, halo_conv
 from tests.kernels import test_opcheck_csrc as row_ops
+from tests.kernels.emulation import OPS, call
 from tests.kernels.test_halo_conv import CASES, epilogues, gradient_epilogues
 from tests.kernels.test_halo_conv import operands as halo_operands
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not extension.serves("perturb_step", "cpu"), reason="the extension is not built: the references have no such checks"
-)
-KEYS = {"CPU": torch._C.DispatchKey.CPU, "CUDA": torch._C.DispatchKey.CUDA}
 FIRST = {  # the operand whose device the others have to be on
     "distillation_loss": "branch_logits", "distill_and_diversify": "branch_logits",
     "teacher_diversity_seed": "teacher_pair", "diversity_seed": "teacher_pair", "ods_seed": "logits",
     "perturb_step": "images", "pack_rank_one": "parameters", "halo_conv": "x", "halo_data_gradient": "d",
 }  # fmt: skip
-CUDA_ALONE = ("pack_rank_one", "halo_conv", "halo_data_gradient")  # on a CPU the references serve
-ROW_OPS = [name for name in FIRST if name not in CUDA_ALONE]
 DENSE = {  # operands that have to be contiguous
     "pack_rank_one": ("packed", "packed_gradient"),
     **{name: tuple(a.name for a in getattr(torch.ops.fastensdistill, name).default._schema.arguments)
@@ -57,14 +51,6 @@ def arguments(name: str) -> dict[str, object]:
     return dict(zip(names, values, strict=True))
 
 
-def call(name: str, given: dict[str, object], device: str | None = None):
-    device = device or ("CPU" if name in ROW_OPS else "CUDA")
-    if device == "CUDA" and not halo_conv.built():
-        pytest.skip("the extension has no CUDA kernels")
-    op = getattr(torch.ops.fastensdistill, name).default
-    return op.redispatch(torch._C.DispatchKeySet(KEYS[device]), *given.values())
-
-
 def strided(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
@@ -73,43 +59,37 @@ def tensors(name: str) -> list[str]:
     return [key for key, value in arguments(name).items() if isinstance(value, torch.Tensor)]
 
 
-EACH = [
-    (device, name, operand)
-    for device in KEYS
-    for name in FIRST
-    for operand in tensors(name)
-    if name in ROW_OPS or device == "CUDA"  # on a CPU the reference serves
-]
+def refuses(name: str, given: dict[str, object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"fastensdistill::{name}: {message}"):
+        call(name, *given.values())
 
 
-@pytest.mark.parametrize(("device", "name", "operand"), EACH)
-def test_an_operand_of_another_dtype_rank_or_device(device, name, operand):
+@pytest.mark.parametrize(("name", "operand"), [(name, operand) for name in FIRST for operand in tensors(name)])
+def test_an_operand_of_another_dtype_rank_or_device(name, operand):
     good = arguments(name)
     tensor = good[operand]
     first = operand == FIRST[name]
-    told = rf"fastensdistill::{name}: {operand} is "
-    with pytest.raises(RuntimeError, match=told + r"Short \[.*; expected "):
-        call(name, good | {operand: tensor.to(torch.int16)}, device)
+    refuses(name, good | {operand: tensor.to(torch.int16)}, rf"{operand} is Short \[.*; expected ")
     # one more dimension of the first operand can be the others' mistake
-    with pytest.raises(RuntimeError, match=rf"fastensdistill::{name}: \w+ is " if first else told):
-        call(name, good | {operand: tensor[None]}, device)
+    refuses(name, good | {operand: tensor[None]}, r"\w+ is " if first else f"{operand} is ")
     if not first:
-        with pytest.raises(RuntimeError, match=told + ".* on another kind of device; expected .* on the CPU"):
-            call(name, good | {operand: tensor.to("meta")}, device)
+        on = " on another kind of device; expected .* on the CPU"
+        refuses(name, good | {operand: tensor.to("meta")}, f"{operand} is .*{on}")
     if operand in DENSE.get(name, ()):
-        with pytest.raises(RuntimeError, match=told + r".*, strided, on the CPU; expected .*, contiguous, on"):
-            call(name, good | {operand: strided(tensor)}, device)
+        on = ", strided, on the CPU; expected .*, contiguous, on"
+        refuses(name, good | {operand: strided(tensor)}, f"{operand} is .*{on}")
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_all_operands_on_a_device_that_is_not_the_kernels(name):
     good = arguments(name)
+    away = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in good.items()}
+    refuses(name, away, rf"{FIRST[name]} is .* on another .*; expected a CUDA device")
+    if not extension.serves(name, "cuda"):
+        pytest.skip("the extension is not built")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match=rf"{name}: {FIRST[name]} is .* on the CPU; expected a CUDA device"):
-        call(name, good, "CUDA")
-    if name in ROW_OPS:
-        away = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in good.items()}
-        with pytest.raises(RuntimeError, match=rf"{name}: {FIRST[name]} is .* on another .*; expected the CPU"):
-            call(name, away, "CPU")
+        getattr(torch.ops.fastensdistill, name).default.redispatch(keys, *good.values())
 
 
 def cut(name: str, **dims: tuple[int, ...]) -> dict[str, object]:
@@ -141,24 +121,28 @@ EMPTY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("device", KEYS)
 @pytest.mark.parametrize("case", EMPTY)
-def test_what_is_empty(case, device):
+def test_what_is_empty(case):
     name, dims = EMPTY[case]
-    if name in CUDA_ALONE and device == "CPU":
-        pytest.skip("the reference serves")
-    with pytest.raises(RuntimeError, match=rf"{name}: \w+ is .*\b0\b.*; expected .*, not empty"):
-        call(name, cut(name, **dims), device)
+    refuses(name, cut(name, **dims), r"\w+ is .*\b0\b.*; expected .*, not empty")
 
 
 def test_gradients_in_float64_of_images_that_are_not():
     """What is dispatched over two dtypes has combinations without a kernel."""
     good = arguments("perturb_step")
-    with pytest.raises(RuntimeError, match=r"input_gradients is float64 .*; expected float32"):
-        call("perturb_step", good | {"input_gradients": good["input_gradients"].double()})
-    wide = {"images": good["images"].double(), "confidence": good["confidence"].double()}
-    with pytest.raises(RuntimeError, match=r"input_gradients is float32 .*; expected float64"):
-        call("perturb_step", good | wide)
+    wide = good | {"input_gradients": good["input_gradients"].double()}
+    refuses("perturb_step", wide, "input_gradients is float64 .*; expected float32")
+    wide = good | {"images": good["images"].double(), "confidence": good["confidence"].double()}
+    refuses("perturb_step", wide, "input_gradients is float32 .*; expected float64")
+
+
+def test_a_mean_of_too_many_teachers():
+    """A block keeps the softmax of each."""
+    good = arguments("distillation_loss") | {"mean_target": True}
+    many = good["teacher_logits"][:1].expand(257, -1, -1)
+    refuses(
+        "distillation_loss", good | {"teacher_logits": many}, "teacher_logits is .*; expected a mean of at most 256"
+    )
 
 
 # number in a layer's nine → a value that leaves the buffers, or divides by zero
@@ -175,18 +159,16 @@ def test_layers_outside_the_buffers():
         for value in values:
             wrong = fields[:9] + [value if i == number else field for i, field in enumerate(fields[9:])]
             told = rf"layer 1 of fields is \[.*(?<![-\d]){value}\b.*; expected offsets"
-            with pytest.raises(RuntimeError, match=told):
-                call("pack_rank_one", good | {"fields": wrong})
+            refuses("pack_rank_one", good | {"fields": wrong}, told)
     for wrong in ([], fields[:-1]):
-        with pytest.raises(RuntimeError, match=rf"fields is {len(wrong)} integers; expected 9 for each layer"):
-            call("pack_rank_one", good | {"fields": wrong})
+        told = f"fields is {len(wrong)} integers; expected 9 for each layer"
+        refuses("pack_rank_one", good | {"fields": wrong}, told)
 
 
 def test_slots_outside_the_packings():
     good = arguments("pack_rank_one")
     for slot in (-1, 3, 2**62):
-        with pytest.raises(RuntimeError, match=rf"pack_rank_one: layer \d of fields is .* from slot {slot}"):
-            call("pack_rank_one", good | {"first_slot": slot})
+        refuses("pack_rank_one", good | {"first_slot": slot}, rf"layer \d of fields is .* from slot {slot}")
 
 
 def halo_cases():
@@ -223,23 +205,24 @@ def halo_cases():
 HALO = halo_cases()
 
 
+def test_every_op_is_here():
+    assert set(OPS) == set(FIRST)
+
+
 @pytest.mark.parametrize("case", HALO)
 def test_halo_refusals(case):
     name, changed, operand = HALO[case]
-    with pytest.raises(RuntimeError, match=rf"fastensdistill::{name}: {operand} is .*; expected "):
-        call(name, arguments(name) | changed)
+    refuses(name, arguments(name) | changed, f"{operand} is .*; expected ")
 
 
 def test_offsets_of_32_bits():
     """One group of more values than its kernels can count; nothing is read before that."""
     good = arguments("halo_conv")
     x = torch.empty(1, 1, 1, 1, 16, dtype=torch.bfloat16).expand(1, 2**15, 2**6, 2**6, 16)
-    with pytest.raises(RuntimeError, match=r"x is .*, strided"):
-        call("halo_conv", good | {"x": x})
+    refuses("halo_conv", good | {"x": x}, "x is .*, strided")
     meta = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in good.items()}
     x = torch.empty(1, 2**15, 2**6, 2**6, 16, dtype=torch.bfloat16, device="meta")
-    with pytest.raises(RuntimeError, match=r"x is .*; expected fewer than 2\^31 values in a group"):
-        call("halo_conv", meta | {"x": x})
+    refuses("halo_conv", meta | {"x": x}, r"x is .*; expected fewer than 2\^31 values in a group")
 
 
 def test_a_library_that_comes_later_is_found(tmp_path):

@@ -19,6 +19,7 @@ from fastensdistill.kernels.diversity_seed import diversity_seed
 from tests.compare import check_close
 from tests.kernels.rounding import rounding
 
+pytestmark = pytest.mark.usefixtures("each_implementation")
 # id: M, K, B, C — why
 CASES = {
     "two-classes": (2, 2, 3, 2),  # the smallest softmax

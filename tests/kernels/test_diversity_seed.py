@@ -12,6 +12,7 @@ from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teac
 from tests.compare import check_close
 from tests.kernels.rounding import rounding
 
+pytestmark = pytest.mark.usefixtures("each_implementation")
 CASES = {  # id: B, C
     "two-classes": (3, 2),
     "one-image": (1, 10),

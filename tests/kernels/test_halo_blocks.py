@@ -1,6 +1,6 @@
 """The halo convolution's blocks on the CPU, instruction by instruction, against the references; what nvcc makes of it.
 
-``halo_driver.cpp`` runs what a GPU would: blocks, threads, shared memory (NaN before a block starts), ldmatrix, mma and
+``emulation.py`` runs what a GPU would: blocks, threads, shared memory (NaN before a block starts), ldmatrix, mma and
 asynchronous copies. Every case runs twice, forwards with copies as late as allowed and backwards with copies at once.
 ``halo_races.cpp`` runs the warps of a block at the same time.
 """
@@ -8,7 +8,6 @@ asynchronous copies. Every case runs twice, forwards with copies as late as allo
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
@@ -22,8 +21,8 @@ from torch import Tensor
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.grouped_conv import ConvOutput
-from fastensdistill.kernels.launch import row_stride
-from tests.kernels.test_cuda_blocks import both_ways, call
+from fastensdistill.kernels.ops import present
+from tests.kernels.emulation import both_ways, compiler, library
 from tests.kernels.test_halo_conv import (
     CASES,
     FEW,
@@ -38,130 +37,83 @@ from tests.kernels.test_halo_conv import (
 ROOT = Path(__file__).parents[2]
 
 
-def compiler() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    assert found, "the emulation needs a C++ compiler"
-    return found
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("driver") / "halo.so"
-    source = ROOT / "tests/kernels/halo_driver.cpp"
-    command = [
-        compiler(),
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        f"-I{ROOT / 'csrc'}",
-        str(source),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
-
-
-def sizes_of(
-    x: Tensor, slots: Tensor, out_channels: int, residual: Tensor | None, stride: int, columns: int | None
-) -> Tensor:
-    N, H, W, Ci = x.shape[1:]
-    tile = halo.halo_tile(N, H, W, columns or out_channels)
-    of_residual = residual.shape[2:] if residual is not None else (0, 0, 0)
-    step = 0 if x.shape[0] == 1 else N * H * W * Ci
-    return torch.tensor([len(slots), N, H, W, Ci, out_channels, *of_residual, stride, *tile, step])
+def tile_of(x: Tensor, out_channels: int, columns: int | None) -> list[int]:
+    return list(halo.halo_tile(*x.shape[1:4], columns or out_channels))
 
 
 def emulated_conv(
-    driver, x, weight, slots, *, inputs=None, in_scale=None, in_shift=None, in_relu=False, bias=None, residual=None,
+    x, weight, slots, *, inputs=None, in_scale=None, in_shift=None, in_relu=False, bias=None, residual=None,
     residual_stride=1, relu=False, next_scale=None, next_shift=None, center=None, mask=False, columns=None,
 ):  # fmt: skip
-    sizes = sizes_of(x, slots, weight.shape[3], residual, residual_stride, columns)
-    empty = halo._fake(x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
-                       next_scale, next_shift, center, mask, sizes[10:14].tolist())  # fmt: skip
-    strides = torch.tensor([row_stride(rows) for rows in (in_scale, bias, next_scale, center)])
-    outputs = [t if t.numel() else None for t in empty]
-    results = iter(both_ways(
-        lambda backwards: call(
-            driver.halo_forward, x, weight, slots, inputs, in_scale, in_shift, bias, residual, next_scale, next_shift,
-            center, *outputs, sizes, strides, in_relu, relu, backwards
-        ),
-        [t for t in outputs if t is not None],
-    ))  # fmt: skip
-    return ConvOutput(*(None if t is None else next(results) for t in outputs))
+    results = both_ways(
+        "halo_conv", x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
+        next_scale, next_shift, center, mask, tile_of(x, weight.shape[3], columns),
+    )  # fmt: skip
+    return ConvOutput(results[0], *map(present, results[1:]))
 
 
 def emulated_gradient(
-    driver, d, weight, slots, *, residual=None, residual_stride=1, residual_first=False, mask=None, scale=None,
+    d, weight, slots, *, residual=None, residual_stride=1, residual_first=False, mask=None, scale=None,
     z=None, mean=None, inv_std=None, columns=None,
 ):  # fmt: skip
-    sizes = sizes_of(d, slots, weight.shape[3], residual, residual_stride, columns)
-    out, statistics = halo._fake_gradient(d, weight, slots, residual, residual_stride, residual_first, mask, scale, z,
-                                          mean, inv_std, sizes[10:14].tolist())  # fmt: skip
-    strides = torch.tensor([row_stride(scale), row_stride(mean)])
-    outputs = [out, statistics if z is not None else None]
-    results = both_ways(
-        lambda backwards: call(
-            driver.halo_gradient, d, weight, slots, residual, mask, scale, z, mean, inv_std, *outputs, sizes, strides,
-            residual_first, backwards
-        ),
-        [t for t in outputs if t is not None],
+    out, statistics = both_ways(
+        "halo_data_gradient", d, weight, slots, residual, residual_stride, residual_first, mask, scale, z, mean,
+        inv_std, tile_of(d, weight.shape[3], columns),
     )  # fmt: skip
-    return DataGradient(results[0], results[1] if z is not None else None)
+    return DataGradient(out, present(statistics))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_forward(driver, case):
+def test_forward(case):
     x, weight, slots = operands(case)
-    check_forward(emulated_conv(driver, x, weight, slots), x, weight, slots, {})
+    check_forward(emulated_conv(x, weight, slots), x, weight, slots, {})
 
 
 @pytest.mark.parametrize("epilogue", list(epilogues(CASES[0])))
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
-def test_forward_epilogues(driver, case, epilogue):
+def test_forward_epilogues(case, epilogue):
     x, weight, slots = operands(case)
     options = epilogues(case)[epilogue]
     if options.pop("shared", False):
         x = x[:1].contiguous()
-    check_forward(emulated_conv(driver, x, weight, slots, **options), x, weight, slots, options)
+    check_forward(emulated_conv(x, weight, slots, **options), x, weight, slots, options)
 
 
 @pytest.mark.parametrize("epilogue", list(gradient_epilogues(CASES[0])))
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
-def test_data_gradient(driver, case, epilogue):
+def test_data_gradient(case, epilogue):
     d, weight, slots = operands(case)
     options = gradient_epilogues(case)[epilogue]
-    check_gradient(emulated_gradient(driver, d, weight, slots, **options), d, weight, slots, options)
+    check_gradient(emulated_gradient(d, weight, slots, **options), d, weight, slots, options)
 
 
 @pytest.mark.parametrize(("name", "columns"), [("16-odd-four-groups", 64), ("48-channels", 32), ("160-to-160", 128)])
-def test_blocks_wider_than_what_is_left(driver, name, columns):
+def test_blocks_wider_than_what_is_left(name, columns):
     """The table never asks for it: channels past the last are neither read nor written."""
     case = by_name[name]
     x, weight, slots = operands(case)
     options = epilogues(case)["everything"]
-    check_forward(emulated_conv(driver, x, weight, slots, **options, columns=columns), x, weight, slots, options)
+    check_forward(emulated_conv(x, weight, slots, **options, columns=columns), x, weight, slots, options)
     options = gradient_epilogues(case)["residual-first-mask-sums"]
-    check_gradient(emulated_gradient(driver, x, weight, slots, **options, columns=columns), x, weight, slots, options)
+    check_gradient(emulated_gradient(x, weight, slots, **options, columns=columns), x, weight, slots, options)
 
 
-def test_nan_is_passed_on(driver):
+def test_nan_is_passed_on():
     """A ReLU that turns NaN into 0 would hide a diverged network."""
     x, weight, slots = operands(CASES[0])
     x[0, 0, 2, 3, 5] = float("nan")
     rows = torch.ones(1, 16)
-    out = emulated_conv(driver, x, weight, slots, relu=True, next_scale=rows, next_shift=rows)
+    out = emulated_conv(x, weight, slots, relu=True, next_scale=rows, next_shift=rows)
     for value in (out.z, out.activated):
         assert value[0, 0, 1:4, 2:5].isnan().all()
         assert value.isnan().sum() == 9 * 16
 
 
-def needs(driver, tile: halo.HaloTile, channels: int) -> tuple[int, int, int]:
+def needs(tile: halo.HaloTile, channels: int) -> tuple[int, int, int]:
     """Bytes of shared memory and threads of a block, and the blocks for which registers are kept free."""
-    found = torch.empty(3, dtype=torch.int64)
-    call(driver.halo_needs, torch.tensor(tile), channels, found)
-    return tuple(found.tolist())
+    found = (ctypes.c_int64 * 3)()
+    library().halo_needs((ctypes.c_int64 * 4)(*tile), ctypes.c_int64(channels), found)
+    return tuple(found)
 
 
 # network's layer → blocks on a multiprocessor of an H100 or H200 (228 KB of shared memory, 1 KB of it a block's own)
@@ -180,15 +132,15 @@ RESIDENT = {
 
 
 @pytest.mark.parametrize("layer", RESIDENT, ids=str)
-def test_blocks_that_fit_a_multiprocessor(driver, layer):
+def test_blocks_that_fit_a_multiprocessor(layer):
     height, width, channels, out_channels = layer
-    shared, _, blocks = needs(driver, halo.halo_tile(128, height, width, out_channels), channels)
+    shared, _, blocks = needs(halo.halo_tile(128, height, width, out_channels), channels)
     assert min(blocks, 228 * 1024 // (shared + 1024)) == RESIDENT[layer]
     assert shared <= halo.SHARED
 
 
-def test_every_block_fits_the_shared_memory_that_is_asked_for(driver):
-    worst = [needs(driver, halo.HaloTile(5, 7, 7, channels), 640)[0] for channels in halo.CHANNELS]
+def test_every_block_fits_the_shared_memory_that_is_asked_for():
+    worst = [needs(halo.HaloTile(5, 7, 7, channels), 640)[0] for channels in halo.CHANNELS]
     assert max(worst) <= halo.SHARED
 
 
@@ -206,7 +158,13 @@ def test_warps_at_the_same_time(sanitizer, tmp_path):
         "-fno-sanitize-recover=all",
         "-pthread",
     ]
-    command += [f"-I{ROOT / 'csrc'}", str(ROOT / "tests/kernels/halo_races.cpp"), "-o", str(program)]
+    command += [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'tests/kernels'}",
+        str(ROOT / "tests/kernels/halo_races.cpp"),
+        "-o",
+        str(program),
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"no library for -fsanitize={sanitizer} on this machine")
@@ -233,7 +191,7 @@ def instructions(fatbin: Path) -> dict[tuple[str, str], Counter]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-def test_compiled_without_spills_into_tensor_core_instructions(driver, architecture, tmp_path, capsys):
+def test_compiled_without_spills_into_tensor_core_instructions(architecture, tmp_path, capsys):
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         pytest.skip("no nvcc on this machine")
@@ -249,7 +207,7 @@ def test_compiled_without_spills_into_tensor_core_instructions(driver, architect
     rows, code = entry.findall(report), instructions(fatbin)
     assert len(rows) == len(code) == 2 * len(halo.CHANNELS)
     for channels, epilogue, stack, spilt, registers in rows:
-        _, threads, blocks = needs(driver, halo.HaloTile(1, 8, 32, int(channels)), 64)
+        _, threads, blocks = needs(halo.HaloTile(1, 8, 32, int(channels)), 64)
         used = code[(channels, epilogue)]
         with capsys.disabled():
             print(f"\nsm_{architecture} {channels:>3} {epilogue:12} {registers} registers, {used['HMMA']} HMMA, "

@@ -12,6 +12,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.perturb_step import perturb_step
 from tests.compare import check_close
 
+pytestmark = pytest.mark.usefixtures("each_implementation")
 CASES = {  # id: G, shape of the images
     "cifar": (2, (5, 3, 32, 32)),
     "one-image": (2, (1, 3, 32, 32)),

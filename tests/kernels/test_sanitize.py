@@ -1,10 +1,11 @@
-"""The program that runs every CUDA launcher without PyTorch: on the CPU its own loops, with nvcc that it links."""
+"""The program that runs every CUDA kernel without PyTorch: on the CPU its own loops, with nvcc that it links."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 from tests.kernels import sanitize
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = {
-    "launch_both": "rows", "launch_pairs": "rows", "launch_ods": "rows", "launch_step": "steps",
-    "launch_pack": "packing", "launch_halo": "halo",
+# kernel → its part of the program, and the first words of the lines that tell of it
+KERNELS = {
+    "LossRows": ("rows", "LossRows"), "LossScalars": ("rows", "LossRows"), "PairRows": ("rows", "PairRows"),
+    "Means": ("rows", "PairRows"), "OdsRows": ("rows", "OdsRows"), "Step": ("steps", "Step"),
+    "Pack": ("packing", "Pack"), "HaloForward": ("halo", "HaloForward"), "HaloGradient": ("halo", "HaloGradient"),
 }  # fmt: skip
 
 
@@ -30,24 +33,24 @@ def lines(program: Path, *parts: str, **environment: str) -> tuple[int, list[str
     return done.returncode, done.stdout.splitlines()
 
 
-def test_every_launcher_there_is_has_its_lines(program):
-    """4 dtypes of three, 10 pairs of the step, 2 of the packing, 4 shapes and 2 directions of the convolution."""
+def test_every_kernel_has_its_lines(program):
+    """4 dtypes of three, 10 pairs of the step, 2 of the packing, 4 shapes of the convolution both ways."""
     status, found = lines(program)
     assert (status, found[-1]) == (0, "all right")
-    named = [re.fullmatch(r"ok     (launch_\w+)<.*", line)[1] for line in found[:-1]]
-    assert {name: named.count(name) for name in LAUNCHERS} == {
-        "launch_both": 4, "launch_pairs": 4, "launch_ods": 4, "launch_step": 10, "launch_pack": 2,
-        "launch_halo": 8,
+    named = [re.fullmatch(r"ok     (\w+)<.*", line)[1] for line in found[:-1]]
+    assert Counter(named) == {
+        "LossRows": 4, "PairRows": 4, "OdsRows": 4, "Step": 10, "Pack": 2, "HaloForward": 4, "HaloGradient": 4,
     }  # fmt: skip
     headers = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.h"))
-    assert set(re.findall(r"^int (launch_\w+)\(", headers, re.M)) == set(LAUNCHERS)
+    assert set(re.findall(r"X\(fed::(\w+)<", headers)) | {"HaloForward", "HaloGradient"} == set(KERNELS)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_that_does_nothing_is_wrong(program, launcher):
-    status, found = lines(program, LAUNCHERS[launcher], SANITIZE_SKIP=launcher)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_that_does_nothing_is_wrong(program, kernel):
+    part, line = KERNELS[kernel]
+    status, found = lines(program, part, SANITIZE_SKIP=f"fed::{kernel}")
     assert status == 1
-    assert {line.split("<")[0] for line in found if line.startswith("WRONG")} == {f"WRONG  {launcher}"}
+    assert {words.split("<")[0] for words in found if words.startswith("WRONG")} == {f"WRONG  {line}"}
 
 
 def test_a_part_that_does_not_exist_is_no_success(program):
