@@ -135,6 +135,19 @@ def test_modes_gradients_and_statistics_are_left_alone(setting):
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_draws_do_not_depend_on_the_precision(name):
+    """In bfloat16 logits come in another dtype than images."""
+    generators = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        teachers, config = Teachers([tiny() for _ in range(2)]), DistillConfig(perturbation=name, precision=precision)
+        step = ReferenceStep(LatentBE(tiny(), 2), teachers, config, num_classes=CLASSES)
+        assert torch.isfinite(step(torch.rand(2, 3, SIZE, SIZE), torch.tensor([0, 1]))["loss"])
+        generators.append([step.perturbation.pick.get_state(), step.perturbation.noise.get_state()])
+    assert all(torch.equal(one, other) for one, other in zip(*generators, strict=True))
+
+
 class Count(TorchDispatchMode):
     """Counts networks' worth of convolutions: forwards, input gradients, weight gradients."""
 

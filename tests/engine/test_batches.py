@@ -128,8 +128,11 @@ def test_what_does_not_depend_on_batch_statistics_is_that_of_the_whole_batch():
         for parts in (1, 3):
             config.micro_batches = parts
             found.append(engine(copy.deepcopy(student), teachers, config, **shape).perturb(images))
-        for name in ("images", "tdiv", "sdiv"):
-            check_close(name, getattr(found[1], name), getattr(found[0], name), 1e-9)
+        whole, slices = found
+        check_close("images", slices.images, whole.images, 1e-9)
+        assert set(slices.diversities) == {"tdiv", "sdiv"}
+        for name, value in whole.diversities.items():
+            check_close(name, slices.diversities[name], value, 1e-9)
 
         ended = []
         for parts in (1, 2):
@@ -137,7 +140,7 @@ def test_what_does_not_depend_on_batch_statistics_is_that_of_the_whole_batch():
             own = copy.deepcopy(student)
             twice = (images[:3].repeat(parts, 1, 1, 1), labels[:3].repeat(parts))
             step = engine(own, teachers, config, **shape)
-            step.distil(step.perturbation(images[:1], teachers, own, CLASSES)._replace(images=twice[0]), twice[1])
+            step.distil(step.perturbation(images[:1], teachers, own)._replace(images=twice[0]), twice[1])
             ended.append(own.state_dict())
         for name, value in ended[0].items():
             if not name.endswith("num_batches_tracked"):

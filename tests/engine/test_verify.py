@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastensdistill.config import DistillConfig, TeachConfig
-from fastensdistill.engine import evaluation, select, trained
+from fastensdistill.engine import select, trained
+from fastensdistill.engine.evaluation import FusedPerturbation
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.select import EngineChoice
 from fastensdistill.engine.verify import verify_distillation, verify_teaching
@@ -47,8 +48,13 @@ def wrong_update(monkeypatch):
 
 
 def wrong_perturbation(monkeypatch):
-    step = evaluation.perturb_step
-    monkeypatch.setattr(evaluation, "perturb_step", lambda x, g, *a, **k: step(x, -g, *a, **k))
+    right = FusedPerturbation._direction
+
+    def away(self, *arguments):
+        direction = right(self, *arguments)
+        return direction._replace(grad_logits={name: -value for name, value in direction.grad_logits.items()})
+
+    monkeypatch.setattr(FusedPerturbation, "_direction", away)
 
 
 @pytest.mark.parametrize(("fault", "words"), [(wrong_update, "update"), (wrong_perturbation, "perturbation")])
