@@ -141,7 +141,7 @@ def places(step: Any) -> dict[int, Place]:
     runs: list[tuple[Pass, tuple[str, ...]]] = []
     for perturber in getattr(step, "perturbers", []):
         runs += [(run, ("perturbation, forward", "perturbation, input gradient")) for run, _ in perturber.passes]
-    runs += [(run, ("distillation, teachers",)) for run, _ in step.targets.passes] if hasattr(step, "targets") else []
+    runs += [(run, ("distillation, teachers",)) for run in step.targets.passes] if hasattr(step, "targets") else []
     runs.append((step.trained, ("distillation, forward", "distillation, backward")))
     return {
         id(launch): Place(where, i, run.weights, launch)

@@ -37,10 +37,11 @@ from fastensdistill.engine.common import (
     target_of,
 )
 from fastensdistill.engine.dispatch import Dispatch
-from fastensdistill.engine.evaluation import FusedPerturbation, Slots, Targets, by_architecture
+from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.graph import Captured, Graphs
 from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
 from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep, Loaders, mean_of_micro_batches
 from fastensdistill.engine.trained import TrainedPass
@@ -89,7 +90,7 @@ def check_networks(
     own, ascended = plain(student), PERTURBATIONS[perturbation].needs_gradient("T")
     networks = [compared(teacher, shape, gradient=ascended) for teacher in teachers.networks]
     networks.append(compared(own, shape, trains=True))
-    plan(networks, distillation_groups(networks, student), "backward", 1)
+    plan([networks[-1]], branch_groups(student), "backward", 1)
     ranked = isinstance(student, BatchEnsemble)
     FlatParameters.check(student.module if ranked else own, networks[-1], ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
@@ -103,11 +104,10 @@ def check_networks(
     return networks
 
 
-def distillation_groups(networks: list[Network], student: Student) -> list[Group]:
-    """Who runs in the distillation passes; ``networks`` are the teachers' and, last, the student's."""
-    groups = [Group(f"T{m + 1}", m) for m in range(len(networks) - 1)]
+def branch_groups(student: Student) -> list[Group]:
+    """Those that train the student: a group per branch, one for a hydra."""
     copies = 1 if isinstance(student, Hydra) else student.branches
-    return groups + [Group(f"S{k + 1}", len(networks) - 1, "S", "parameters") for k in range(copies)]
+    return [Group(f"S{k + 1}", 0, "S", "parameters") for k in range(copies)]
 
 
 class FusedStep(CapturedStep):
@@ -168,19 +168,22 @@ class FusedStep(CapturedStep):
         if not self.networks:
             _, _, H, W, C = self.images.shape
             self.trace((C, H, W))
-        groups = distillation_groups(self.networks, self.student)
-        forward, backward = (plan(self.networks, groups, way, images).parts for way in ("forward", "backward"))
-        (gradient,) = backward
-        trained = next(part for part in forward if part.training)
-        self.trained = TrainedPass(trained, gradient, self.parameters, self.dtype, self.execution)
-        slots = Slots(self.networks, self.teachers, self.dtype, self.device, self.heads)
-        lists, self.places = by_architecture(self.perturbation, slots)
+        *frozen, own = self.networks
+        groups = branch_groups(self.student)
+        (forward,), (backward,) = (plan([own], groups, way, images).parts for way in ("forward", "backward"))
+        self.trained = TrainedPass(forward, backward, self.parameters, self.dtype, self.execution)
+        needed = self.perturbation.row.evaluates("S")
+        branches = evaluated_branches(own, frozen, self.parameters, self.dtype) if needed else None
+        self.targets = Ensemble(frozen, self.dtype, self.device, self.execution, branches)
+        self.targets.plan(images)
+        for m, teacher in enumerate(self.teachers.networks):
+            self.targets.write(m, teacher.state_dict())
+        lists, self.places = by_architecture(self.perturbation, frozen)
         self.perturbers = [
-            FusedPerturbation(self.perturbation, slots, self.parameters, images, self.execution, choices)
+            FusedPerturbation(self.perturbation, self.targets, branches, self.heads, images, choices)
             for choices in lists
         ]
         self.perturber = self.perturbers[0]
-        self.targets = Targets([part for part in forward if not part.training], slots, self.execution)
 
     def _launch_all(self, images: Tensor, labels: Tensor) -> Scalars:
         perturbed, scalars = self._perturb(images)
@@ -188,7 +191,7 @@ class FusedStep(CapturedStep):
 
     def _perturb(self, images: Tensor) -> tuple[Sequence[Tensor], Scalars]:
         """The micro-batches of ``images`` (1, B, H, W, C), perturbed, and the diversities."""
-        self.perturber.write()
+        self.perturber.refresh()
         micro_batches = images[0].chunk(self.micro_batches)
         perturbed, found = zip(*(self.perturber(x, self.draw) for x in micro_batches), strict=True)
         means = mean_of_micro_batches([list(scalars.values()) for scalars in found])

@@ -14,11 +14,11 @@ from fastensdistill.config import DistillConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
-from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.select import distillation_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.classes import check_teachers
+from fastensdistill.evaluate.validate import Evaluator
 from fastensdistill.method.arguments import checked_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers

@@ -12,10 +12,10 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.data.augment import Augment
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
-from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.select import teaching_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.validate import Evaluator
 from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.train.keeping import Score
 from fastensdistill.train.setup import check_statistics, ready_networks

@@ -23,9 +23,9 @@ from fastensdistill.data.loader import DeviceLoader, EvaluationSet
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import precision_on
-from fastensdistill.engine.predict import Evaluator
 from fastensdistill.engine.select import AnyStep, EngineChoice
 from fastensdistill.errors import InputError
+from fastensdistill.evaluate.validate import Evaluator
 from fastensdistill.files import expanded
 from fastensdistill.method.modes import set_mode
 from fastensdistill.network.overlap import load_state

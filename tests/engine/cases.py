@@ -9,6 +9,7 @@ from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import PackedWeights, TrainedWeights
 from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.evaluate.validate import GroupedPredictor
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
@@ -82,12 +83,18 @@ def packed(step: FusedStep | FusedTeachStep) -> TrainedWeights:
 
 def packed_for_evaluation(step: FusedStep) -> TrainedWeights | None:
     """The student's branches, as they are packed for the perturbation; None where it does not look at them."""
-    return step.perturber.slots.branches
+    return step.perturber.branches
 
 
 def packed_by_architecture(step: FusedStep) -> list[PackedWeights]:
     """All that is packed for evaluation mode: the teachers of each architecture, and the branches with them."""
-    return list(step.perturber.slots.weights.values())
+    branches = [step.perturber.branches] if step.perturber.branches else []
+    return list(dict.fromkeys([*step.targets.weights.values(), *branches]))
+
+
+def evaluated_parts(predictor: GroupedPredictor) -> list[Part]:
+    """What a batch of validation images runs through."""
+    return [run.parts[0] for run in predictor.ensemble.passes]
 
 
 def trained_parts(step: FusedStep | FusedTeachStep) -> tuple[Part, Part]:

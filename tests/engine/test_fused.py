@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastensdistill.engine import planned_ops, trained
-from fastensdistill.engine.evaluation import FusedPerturbation
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import TrainedWeights
+from fastensdistill.engine.perturb import FusedPerturbation
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError

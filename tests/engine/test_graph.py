@@ -15,9 +15,9 @@ from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.engine import graph, parallel, trained
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import Captured, Graphs, warm_up
-from fastensdistill.engine.predict import GroupedPredictor
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.evaluate.validate import GroupedPredictor
 from fastensdistill.models import create_model
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, teach_setting

@@ -10,19 +10,20 @@ from torch import nn
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
 from fastensdistill.engine import planned_ops
-from fastensdistill.engine import predict as grouped
 from fastensdistill.engine.dispatch import VENDOR, Dispatch, Row
+from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.predict import Evaluator, GroupedPredictor, student_states
 from fastensdistill.errors import InputError
+from fastensdistill.evaluate import validate
 from fastensdistill.evaluate.predict import predict
+from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor, student_states
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.modes import evaluating
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet
 from tests.compare import check_close, relative_error
-from tests.engine.cases import batch, network, setting, steps
+from tests.engine.cases import batch, evaluated_parts, network, setting, steps
 from tests.engine.meta import watched
 from tests.network import models
 
@@ -68,16 +69,16 @@ def test_one_plan_serves_every_batch(monkeypatch, batch_size):
     """Batches that fit, a smaller last one, one beyond the set; the same again, and after new weights."""
     networks, split = [network(0), network(1)], images()
     predictor = GroupedPredictor(networks, SHAPE)
-    sizes, right = [], grouped.plan
-    monkeypatch.setattr(grouped, "plan", lambda *a: sizes.append(a[3]) or right(*a))
+    sizes, right = [], Ensemble.plan
+    monkeypatch.setattr(Ensemble, "plan", lambda self, batch: sizes.append(batch) or right(self, batch))
     for round in range(3):
         expected = one_by_one(networks, split)
         check_close(f"round {round}", predictor(split, batch_size), expected, 1e-9)
         with torch.no_grad():
             networks[1].stem.weight.mul_(-1.5)
         predictor.refresh([None, networks[1]])
-    # evenly filled: at most 5 are 4 and 3; the first plan, which the weights are laid out by, is of one image
-    assert sizes == {1: [], 3: [3], 5: [4]}.get(batch_size, [7])
+    # evenly filled: at most 5 are 4 and 3
+    assert sizes == {1: [1], 3: [3], 5: [4]}.get(batch_size, [7])
 
 
 def test_weights_are_copied_and_refreshed():
@@ -101,11 +102,13 @@ def test_weights_are_copied_and_refreshed():
 
 def test_average_and_branches_take_the_launches_of_one_network():
     student, _, _ = setting(K=3)
-    (one,) = GroupedPredictor([student.average()], SHAPE).plan.parts
+    average = GroupedPredictor([student.average()], SHAPE)
+    average(images())
+    (one,) = evaluated_parts(average)
     evaluator = Evaluator("fused", SHAPE)
     evaluator.student(student, images())
     _, predictor = evaluator.kept["student"]
-    (part,) = predictor.plan.parts
+    (part,) = evaluated_parts(predictor)
     assert len(part.groups) == 4
     assert len(part.launches) == len(one.launches) > 5
     assert [launch.op for launch in part.launches] == [launch.op for launch in one.launches]
@@ -193,7 +196,7 @@ def test_a_network_in_training_mode_is_the_one_it_is_in_evaluation():
     networks, split = [Auxiliary().double().train(), Auxiliary().double().eval()], images()
     predictor = GroupedPredictor(networks, SHAPE)
     check_close("both", predictor(split), one_by_one(networks, split), 1e-9)
-    assert len(predictor.plan.parts) == 1
+    assert len(evaluated_parts(predictor)) == 1
 
 
 class Gated(nn.Module):
@@ -264,7 +267,8 @@ def test_bf16_errs_at_most_twice_as_much_as_pytorch():
         pytorch = relative_error(one_by_one(networks, split), exact)
     predictor = GroupedPredictor(networks, (3, 8, 8), precision="bf16")
     ours = relative_error(predictor(split), exact)
-    assert predictor.weights[0].layers["stem"].forward.dtype == torch.bfloat16
+    (weights,) = predictor.ensemble.weights.values()
+    assert weights.layers["stem"].forward.dtype == torch.bfloat16
     assert 1e-5 < ours <= 2 * pytorch
 
 
@@ -294,8 +298,10 @@ def test_the_captured_body_follows_its_static_tensors_alone():
     networks = [network(0), network(1, widen=2), network(2)]
     predictor = GroupedPredictor(networks, SHAPE)
     predictor._build(3)
-    kept = [predictor.images, *(t for w in predictor.weights for t in (w.layers["stem"].forward, w.layers["stem"].bias)
-                                if t is not None)]  # fmt: skip
+    kept = [predictor.images]
+    for weights in predictor.ensemble.weights.values():
+        stem = weights.layers["stem"]
+        kept += [stem.forward, *([] if stem.bias is None else [stem.bias])]
     addresses = [t.data_ptr() for t in kept]
     for i in range(3):
         x, _ = batch(i)
@@ -330,7 +336,7 @@ class Replayed:
 
 
 def test_one_capture_serves_every_batch_and_refresh(monkeypatch):
-    monkeypatch.setattr(grouped, "Captured", Replayed)
+    monkeypatch.setattr(validate, "Captured", Replayed)
     monkeypatch.setattr(Replayed, "made", 0)
     networks, split = [network(0), network(1, widen=2), network(2)], images()
     predictor = GroupedPredictor(networks, SHAPE)

@@ -5,7 +5,7 @@ import torch
 
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.engine import select, trained
-from fastensdistill.engine.evaluation import FusedPerturbation
+from fastensdistill.engine.perturb import FusedPerturbation
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.select import EngineChoice
 from fastensdistill.engine.verify import verify_distillation, verify_teaching

@@ -12,9 +12,9 @@ from fastensdistill.data import Augment, DeviceLoader, Split
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import Captured
-from fastensdistill.engine.predict import GroupedPredictor
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.evaluate.predict import predict
+from fastensdistill.evaluate.validate import GroupedPredictor
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, network, setting, teach_setting
 

@@ -1,6 +1,4 @@
-"""Probabilities of many networks on a whole split: networks of one architecture are groups of the same launches.
-
-    networks → traced architectures → a part each, evaluation mode, BatchNorm in the weights → softmax of the logits
+"""Probabilities of many networks on a whole split, all at once where the engine is fused.
 
 A validation of a rank-one student runs its average and its K branches, K + 1 plain networks of one architecture, in as
 many launches as one of them takes. One plan and, on a CUDA device, one captured graph serve all batches: weights are
@@ -9,7 +7,7 @@ rewritten in their slots, images copied into a tensor that never moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,61 +17,19 @@ from fastensdistill.config import TrainConfig
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.engine.common import ImageShape, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
+from fastensdistill.engine.ensemble import Ensemble, State, architectures, tensors_read
 from fastensdistill.engine.fused import plain
 from fastensdistill.engine.graph import Captured, Capturing
-from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution
-from fastensdistill.engine.passes import Pass
-from fastensdistill.engine.probe import compared
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import BatchEnsemble, LatentBE, Single, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.fold import fold_branches
-from fastensdistill.network.launch import Group
-from fastensdistill.network.nodes import Affine, Network, Norm
-from fastensdistill.network.plan import plan
 
-State = Mapping[str, Tensor]
 Networks = Callable[[], Sequence[nn.Module]]
 MOST_IMAGES = 500  # of a batch, unless told otherwise
 MOST_AT_ONCE = 2000  # images times networks: what a batch's activations may take
-
-
-def architectures(networks: Sequence[nn.Module], shape: ImageShape) -> list[Network]:
-    """The traced architecture of each network, as it is in evaluation mode.
-
-    Raises InputError, naming the network, for one that cannot be traced or planned, or that has another device or
-    number of classes than the first.
-    """
-    if not networks:
-        raise InputError("no networks given: expected at least one")
-    found: dict[int, Network] = {}
-    for i, network in enumerate(networks):
-        if id(network) in found:
-            continue
-        try:
-            found[id(network)] = compared(network, shape, gradient=False)
-            plan([found[id(network)]], [Group("")], "forward", 1)
-        except InputError as error:
-            raise InputError(f"network {i}: {error}") from error
-        pair = network, networks[0]
-        classes, expected = (net.by_name[net.output].shape[0] for net in (found[id(module)] for module in pair))
-        if classes != expected:
-            raise InputError(f"network {i} gives {classes} classes; expected {expected}, as network 0 does")
-        (device, dtype), first = ((p.device, p.dtype) for p in (next(module.parameters()) for module in pair))
-        if (device, dtype) != first:
-            raise InputError(f"network {i} is {dtype} on {device}; expected {first[1]} on {first[0]}, as network 0 is")
-    return [found[id(network)] for network in networks]
-
-
-def read_shapes(network: Network, module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors of ``module``'s state dict that an evaluation reads, and their shapes."""
-    names = [name for node in network.nodes for name in node.parameters]
-    kinds = {Norm: ("running_mean", "running_var"), Affine: ("mean", "std")}
-    names += [f"{node.name}.{kind}" for node in network.nodes for kind in kinds.get(type(node), ())]
-    state = module.state_dict()
-    return {name: tuple(state[name].shape) for name in names}
 
 
 class GroupedPredictor(Capturing):
@@ -97,39 +53,34 @@ class GroupedPredictor(Capturing):
     def __init__(self, networks: Sequence[nn.Module], image_shape: ImageShape, *, precision: str = "auto",
                  capture: bool = True, implementations: Dispatch | None = None):  # fmt: skip
         self.image_shape = tuple(image_shape)
-        self.networks = architectures(networks, image_shape)
-        self.shapes = [read_shapes(net, network) for net, network in zip(self.networks, networks, strict=True)]
+        traced = architectures(networks, image_shape)
+        states = [module.state_dict() for module in networks]
+        self.shapes = [
+            {name: tuple(state[name].shape) for name in tensors_read(network)}
+            for network, state in zip(traced, states, strict=True)
+        ]
         like = next(networks[0].parameters())
         self.device, self.image_dtype = like.device, like.dtype
         dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[0])
-        self.execution = Execution(multiplied, implementations or Dispatch())
+        execution = Execution(multiplied, implementations or Dispatch())
+        self.ensemble = Ensemble(traced, dtype, self.device, execution)
+        self.classes = traced[0].by_name[traced[0].output].shape[0]
         self.capture = capture and self.device.type == "cuda"
-        self._build(1)
-        self.members = [[int(group.name) for group in part.groups] for part in self.plan.parts]
-        self.weights = [PackedWeights(part, len(part.groups), dtype, self.device) for part in self.plan.parts]
-        self.index = [torch.arange(len(m), dtype=torch.int32, device=self.device) for m in self.members]
-        # Networks of one architecture run together; put them back into the order they were given in
-        order = [i for members in self.members for i in members]
-        self.order = torch.tensor(order, device=self.device).argsort() if order != sorted(order) else None
+        self.images = torch.empty(0)
         self.refresh(networks)
 
     def _build(self, batch: int) -> None:
         """Plan and static input for ``batch`` images at a time."""
         C, H, W = self.image_shape
         self.graphs = None  # frees the memory of the graph before
-        self.plan = plan(self.networks, [Group(str(i), i) for i in range(len(self.networks))], "forward", batch)
+        self.ensemble.plan(batch)
         self.images = torch.zeros(batch, H, W, C, dtype=self.image_dtype, device=self.device)
         if self.capture:
             self.graphs = Captured(self._body, list, [], self.device)
 
     def _body(self) -> dict[str, Tensor]:
         """Probabilities (E, B, classes) of ``images``: what is captured."""
-        outputs = []
-        for part, weights, index in zip(self.plan.parts, self.weights, self.index, strict=True):
-            outputs.append(Pass(part, None, weights, self.execution).forward(self.images[None], index))
-        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        logits = logits if self.order is None else logits.index_select(0, self.order)
-        return {"probabilities": logits.float().softmax(-1)}
+        return {"probabilities": self.ensemble(self.images).float().softmax(-1)}
 
     @torch.no_grad()
     def refresh(self, networks: Sequence[nn.Module | State | None]) -> None:
@@ -138,19 +89,17 @@ class GroupedPredictor(Capturing):
         Per network its module, a plain network's state dict, or None for one that has not changed. Raises InputError,
         with nothing copied, for another number of networks and for weights of another shape.
         """
-        if len(networks) != len(self.networks):
-            raise InputError(f"{len(networks)} networks for a predictor of {len(self.networks)}: expected as many")
-        given = {i: network for i, network in enumerate(networks) if network is not None}
-        states = {i: net.state_dict() if isinstance(net, nn.Module) else net for i, net in given.items()}
+        if len(networks) != len(self.shapes):
+            raise InputError(f"{len(networks)} networks for a predictor of {len(self.shapes)}: expected as many")
+        changed = {i: network for i, network in enumerate(networks) if network is not None}
+        states = {i: net.state_dict() if isinstance(net, nn.Module) else net for i, net in changed.items()}
         for i, state in states.items():
             for name, shape in self.shapes[i].items():
-                found = tuple(state[name].shape) if name in state else "missing"
-                if found != shape:
-                    raise InputError(f"network {i}: {name!r} is {found}; expected {shape}, as at first")
-        for weights, members in zip(self.weights, self.members, strict=True):
-            for slot, i in enumerate(members):
-                if i in states:
-                    weights.write(slot, states[i])
+                actual = tuple(state[name].shape) if name in state else "missing"
+                if actual != shape:
+                    raise InputError(f"network {i}: {name!r} is {actual}; expected {shape}, as at first")
+        for i, state in states.items():
+            self.ensemble.write(i, state)
 
     @torch.no_grad()
     def __call__(self, images: EvaluationSet, batch_size: int | None = None) -> Tensor:
@@ -160,20 +109,20 @@ class GroupedPredictor(Capturing):
         batches of one size but for the last. Nothing waits for the device. Raises InputError for a batch size below 1
         and images of another shape.
         """
-        E, N, classes = len(self.networks), len(images), self.networks[0].by_name[self.networks[0].output].shape[0]
+        E, N = len(self.shapes), len(images)
         most = max(1, min(MOST_IMAGES, MOST_AT_ONCE // E)) if batch_size is None else batch_size
         check_batch_size(most)
         size = -(-N // max(1, -(-N // most))) or 1  # as few batches as there must be, evenly filled
         if len(self.images) != size:
             self._build(size)
-        result = torch.empty(E, N, classes, dtype=torch.float32, device=self.device)
+        result = torch.empty(E, N, self.classes, dtype=torch.float32, device=self.device)
         for start, batch in zip(range(0, N, size), images.batches(size), strict=True):
             if tuple(batch.shape[1:]) != self.image_shape:
                 raise InputError(f"images have shape {tuple(batch.shape[1:])}; expected {self.image_shape}")
             # After a smaller last batch stand images of the one before: in evaluation mode they do not meet
             self.images[: len(batch)].copy_(batch.permute(0, 2, 3, 1))
-            found = self.graphs() if self.graphs else self._body()
-            result[:, start : start + len(batch)] = found["probabilities"][:, : len(batch)]
+            results = self.graphs() if self.graphs else self._body()
+            result[:, start : start + len(batch)] = results["probabilities"][:, : len(batch)]
         return result
 
 
@@ -238,8 +187,8 @@ class Evaluator:
             branches = deployed if len(deployed) == K else predict(student, images)
         else:
             predictor.refresh(student_states(student))
-            found = predictor(images)
-            deployed, branches = (found[:1], found[-K:]) if isinstance(student, LatentBE) else (found, found)
+            every = predictor(images)
+            deployed, branches = (every[:1], every[-K:]) if isinstance(student, LatentBE) else (every, every)
         return deployed, branches if K > 1 else None
 
     def networks(self, networks: Sequence[nn.Module], images: EvaluationSet, *, keep: bool = True) -> Tensor:

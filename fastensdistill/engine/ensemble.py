@@ -1,0 +1,107 @@
+"""E plain networks at once, in evaluation mode: those of one architecture are groups of the same launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.packed import PackedWeights
+from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.passes import Pass
+from fastensdistill.engine.probe import compared
+from fastensdistill.errors import InputError
+from fastensdistill.network.launch import Group
+from fastensdistill.network.nodes import Affine, Network, Norm
+from fastensdistill.network.plan import plan
+
+State = Mapping[str, Tensor]
+
+
+def architectures(networks: Sequence[nn.Module], shape: ImageShape) -> list[Network]:
+    """The traced architecture of each network, as it is in evaluation mode.
+
+    Raises InputError, naming the network, for one that cannot be traced or planned, or that has another device or
+    number of classes than the first.
+    """
+    if not networks:
+        raise InputError("no networks given: expected at least one")
+    found: dict[int, Network] = {}
+    for i, network in enumerate(networks):
+        if id(network) in found:
+            continue
+        try:
+            found[id(network)] = compared(network, shape, gradient=False)
+            plan([found[id(network)]], [Group("")], "forward", 1)
+        except InputError as error:
+            raise InputError(f"network {i}: {error}") from error
+        pair = network, networks[0]
+        classes, expected = (net.by_name[net.output].shape[0] for net in (found[id(module)] for module in pair))
+        if classes != expected:
+            raise InputError(f"network {i} gives {classes} classes; expected {expected}, as network 0 does")
+        (device, dtype), first = ((p.device, p.dtype) for p in (next(module.parameters()) for module in pair))
+        if (device, dtype) != first:
+            raise InputError(f"network {i} is {dtype} on {device}; expected {first[1]} on {first[0]}, as network 0 is")
+    return [found[id(network)] for network in networks]
+
+
+def tensors_read(network: Network) -> list[str]:
+    """The names of the tensors in a state dict that an evaluation of ``network`` reads."""
+    names = [name for node in network.nodes for name in node.parameters]
+    kinds = {Norm: ("running_mean", "running_var"), Affine: ("mean", "std")}
+    return names + [f"{node.name}.{kind}" for node in network.nodes for kind in kinds.get(type(node), ())]
+
+
+class Ensemble:
+    """Logits of E networks; the i-th network of an architecture has slot i of its packed weights.
+
+    Args:
+        networks: the traced architecture of each.
+        dtype, device: of the packed weights, which are zero until they are written.
+        branches: packed weights of one architecture, to be used for it; their first slots are the networks'.
+
+    Call :meth:`plan` before the first batch, and again for batches of another size; weights stay as they are.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        dtype: torch.dtype,
+        device: torch.device,
+        execution: Execution,
+        branches: PackedWeights | None = None,
+    ):
+        self.networks, self.execution, self.passes = networks, execution, list[Pass]()
+        self.groups = [Group(str(i), i) for i in range(len(networks))]
+        self.weights: dict[Network, PackedWeights] = {}
+        self.members: dict[Network, list[int]] = {}
+        for part in plan(networks, self.groups, "forward", 1).parts:
+            self.members[part.network] = [int(group.name) for group in part.groups]
+            shared = branches is not None and branches.part.network == part.network
+            self.weights[part.network] = (
+                branches if branches and shared else PackedWeights(part, len(part.groups), dtype, device)
+            )
+        # Networks of one architecture run together; put them back into the order they were given in
+        order = [i for members in self.members.values() for i in members]
+        self.order = torch.tensor(order, device=device).argsort() if order != sorted(order) else None
+
+    def slot(self, number: int) -> int:
+        """Where network ``number`` is in the packed weights of its architecture."""
+        return self.members[self.networks[number]].index(number)
+
+    def write(self, number: int, state: State) -> None:
+        """Pack the weights of network ``number`` from its state dict."""
+        self.weights[self.networks[number]].write(self.slot(number), state)
+
+    def plan(self, batch: int) -> None:
+        """Take ``batch`` images at a time from now on."""
+        parts = plan(self.networks, self.groups, "forward", batch).parts
+        self.passes = [Pass(part, None, self.weights[part.network], self.execution) for part in parts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (E, B, classes) of images (B, H, W, C) in [0, 1]."""
+        outputs = [run.forward(x[None]) for run in self.passes]
+        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return logits if self.order is None else logits.index_select(0, self.order)

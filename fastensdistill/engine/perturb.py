@@ -1,0 +1,139 @@
+"""The perturbation of a batch as a fixed list of launches: the members' logits, their gradient, the images'.
+
+The slots of an architecture's weights are the teachers', written once, and then the branches' of a student of that
+architecture, packed anew in every step that perturbs by them. The drawn pair selects slots on the device; launches
+never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastensdistill.engine.ensemble import Ensemble
+from fastensdistill.engine.heads import Heads, join, split
+from fastensdistill.engine.packed import TrainedWeights
+from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.passes import Pass
+from fastensdistill.method.perturbation import Direction, Pair, Perturbation
+from fastensdistill.network.launch import INPUT, Group, grad
+from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import plan
+
+
+def evaluated_branches(
+    student: Network, teachers: Sequence[Network], parameters: FlatParameters, dtype: torch.dtype
+) -> TrainedWeights:
+    """The student's branches as a perturbation evaluates them, behind the slots of the teachers of its architecture."""
+    (part,) = plan([student], [Group("")], "forward", 1).parts
+    return TrainedWeights(part, parameters, dtype, sum(network == student for network in teachers))
+
+
+class FusedPerturbation:
+    """Perturbs batches (B, H, W, C), for ``draw`` an index into ``choices``.
+
+    Args:
+        teachers: packed weights of all teachers.
+        branches: of the student, where the perturbation evaluates any; its ``heads``, where it is one network for all.
+        choices: pairs (a, b) of the perturbation's whose teachers have the same two architectures.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        teachers: Ensemble,
+        branches: TrainedWeights | None,
+        heads: Heads | None,
+        batch: int,
+        choices: Sequence[Pair],
+    ):
+        self.perturbation, self.teachers, self.branches = perturbation, teachers, branches
+        members, differentiated = perturbation.row.members, perturbation.row.differentiated
+        self.heads = heads if branches else None
+        if branches and heads:  # one network has them all: it runs as the first of those members
+            self.branch_members = [name for name in members if name[0] == "S"]
+            first, *others = self.branch_members
+            members = tuple(name for name in members if name not in others)
+            differentiated = (*differentiated, *([first] if perturbation.row.needs_gradient("S") else []))
+            numbers = [[perturbation.member(name, pair) for name in self.branch_members] for pair in choices]
+            self.drawn_heads = torch.tensor(numbers, device=branches.values.device)
+        networks = [*teachers.networks, *([branches.part.network] if branches else [])]
+        groups = [
+            Group(name, self._network(name, choices[0]), gradient="input" if name in differentiated else None)
+            for name in members
+        ]
+        forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
+        gradient = {part.network: part for part in backward}
+        self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
+        for part in forward:
+            known = branches is not None and part.network == branches.part.network
+            weights = branches if branches and known else teachers.weights[part.network]
+            table = [[self._slot(group.name, pair) for group in part.groups] for pair in choices]
+            index = torch.tensor(table, dtype=torch.int32, device=weights.values.device)
+            self.passes.append((Pass(part, gradient.get(part.network), weights, teachers.execution), index))
+
+    def _network(self, name: str, pair: Pair) -> int:
+        """Index of the architecture of a member: the teachers' own, and behind them the student's."""
+        return len(self.teachers.networks) if name[0] == "S" else self.perturbation.member(name, pair)
+
+    def _slot(self, name: str, pair: Pair) -> int:
+        member = self.perturbation.member(name, pair)
+        if name[0] == "T":
+            return self.teachers.slot(member)
+        assert self.branches is not None
+        return self.branches.first + (0 if self.heads else member)
+
+    def refresh(self) -> None:
+        """Pack the branches' weights: once before the first call of a step."""
+        if self.branches:
+            self.branches.refresh()
+
+    def __call__(self, x: Tensor, draw: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Perturbed images, and the diversities by name. ``draw`` is int64 (1,) on the device."""
+        if self.perturbation.row.move:
+            return self.perturbation.row.move(x.permute(0, 3, 1, 2), self.perturbation).permute(0, 2, 3, 1), {}
+        logits: dict[str, Tensor] = {}
+        for run, table in self.passes:
+            found = run.forward(x[None], table.index_select(0, draw)[0])
+            logits |= dict(zip((group.name for group in run.parts[0].groups), found, strict=True))
+        direction = self._direction(logits, draw)
+        gradients = []
+        for run, _ in self.passes:
+            for backward in run.parts[1:]:
+                grad_logits = torch.stack([direction.grad_logits[group.name] for group in backward.groups])
+                gradients.append(run.backward(grad_logits)[grad(INPUT)])
+        gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+        return self.perturbation.step(x, gradient, direction), direction.diversities
+
+    def _direction(self, logits: dict[str, Tensor], draw: Tensor) -> Direction:
+        """Of the members; the branches of a hydra are heads of one network, which gets the gradients of them all."""
+        if self.heads is None:
+            return self.perturbation.direction(self.perturbation.by_kind(logits))
+        first, drawn = self.branch_members[0], self.drawn_heads.index_select(0, draw)[0]
+        heads = split(logits[first][None], self.heads.K)
+        branches = {"S": heads.index_select(0, drawn)}
+        direction = self.perturbation.direction(self.perturbation.by_kind(logits, "T") | branches)
+        grad_heads = torch.zeros_like(heads)
+        for i, name in enumerate(self.branch_members):
+            if name in direction.grad_logits:
+                grad_heads.index_copy_(0, drawn[i : i + 1], direction.grad_logits[name][None].to(heads.dtype))
+        return direction._replace(grad_logits=direction.grad_logits | {first: join(grad_heads)[0]})
+
+
+def by_architecture(
+    perturbation: Perturbation, teachers: Sequence[Network]
+) -> tuple[list[list[Pair]], list[tuple[int, int]]]:
+    """What can be drawn, sorted by the architectures of its teachers: lists of choices that share their launches.
+
+    And for the i-th of the perturbation's pairs, in which list it is, and where in it.
+    """
+    lists: dict[tuple[Network, ...], list[Pair]] = {}
+    places = []
+    for pair in perturbation.pairs:
+        key = tuple(teachers[member % perturbation.teachers] for member in pair)
+        alike = lists.setdefault(key, [])
+        places.append((list(lists).index(key), len(alike)))
+        alike.append(pair)
+    return list(lists.values()) or [[]], places
