@@ -1,4 +1,4 @@
-"""The launches of a backward pass: nodes in reverse, each gradient going as far as ``BACKWARD_FUSIONS`` lets it.
+"""The launches of a backward pass: nodes in reverse, each gradient going as far as ``FUSIONS`` lets it.
 
 ``missing`` counts, per value, the readers whose gradient has not come yet; ``waiting`` holds those that came and were
 stored apart. The launch that brings the last one adds them, applies the ReLU's mask and so on, and stores the sum.
@@ -6,10 +6,11 @@ stored apart. The launch that brings the last one adds them, applies the ReLU's 
 
 from __future__ import annotations
 
+from math import prod
+
 from fastensdistill.network.build import FLOAT, Builder
 from fastensdistill.network.forward import Forward
 from fastensdistill.network.launch import (
-    BACKWARD_FUSIONS,
     INPUT,
     Part,
     Step,
@@ -22,10 +23,19 @@ from fastensdistill.network.launch import (
     statistics,
     waiting,
 )
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
+from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Layer, Linear, Node, Norm, Pad, Pool
+
+# What follows an op inside its own launch, in this order; of two "add" one can be used.
+FUSIONS: dict[str, tuple[str, ...]] = {
+    "conv gradient": ("add", "mask", "scale", "add", "sums"),
+    "norm gradient": ("add",),
+    "elementwise gradient": ("add", "mask", "scale", "add", "sums"),
+}
 
 
 class Backward(Builder):
+    """The launches of ``part``'s backward pass, appended to it."""
+
     def __init__(self, part: Part, forward: Part):
         """Plan the gradient of ``forward``'s first groups; ``part`` receives the launches."""
         super().__init__(part)
@@ -52,8 +62,9 @@ class Backward(Builder):
         return needed
 
     def emit(self, node: Node, gradient: str) -> None:
+        """What brings the gradient of ``node``'s value to its inputs and its parameters."""
         source = node.inputs[0] if node.inputs else ""
-        if isinstance(node, Conv | Linear):
+        if isinstance(node, Layer):
             self.convolution(node, gradient)
         elif isinstance(node, Norm) and self.part.training:
             self.norm(node, gradient)
@@ -72,47 +83,48 @@ class Backward(Builder):
         elif isinstance(node, Pad):
             self.pass_on(source, Step("add", gradient, node.stride))
 
-    def convolution(self, node: Conv | Linear, gradient: str) -> None:
+    def convolution(self, node: Layer, gradient: str) -> None:
+        """The gradients of a layer's input and of its parameters, where they are wanted."""
         source, prologue = node.inputs[0], []
         if source in self.needed:
             flat = isinstance(node, Linear) and node.in_shape[1:] != (1, 1)
             op = "flat gradient" if flat else "conv gradient"
-            self.deliver(op, node, source, [gradient], macs=node.macs, weights=self.weights(node))
+            self.deliver(op, node, source, [gradient])
         if self.part.gradient == "parameters":
             if isinstance(self.network.by_name[source], Affine):
                 prologue = [Step("affine", source)]
                 source = self.network.by_name[source].inputs[0]
-            writes = self.parameter_buffers(node)
-            reads, share = [source, gradient], self.share(node)
-            self.launch("weight gradient", node.name, reads, writes, prologue=prologue, macs=node.macs, share=share)
+            self.launch("weight gradient", node, [source, gradient], self.parameter_buffers(node), prologue=prologue)
 
-    def parameter_buffers(self, node: Conv | Linear) -> list[str]:
-        writes = [self.buffer(grad(f"{node.name}.weight"), (self.weights(node),), FLOAT)]
+    def parameter_buffers(self, node: Layer) -> list[str]:
+        """Buffers for the gradients of a layer's parameters."""
+        writes = [self.buffer(grad(f"{node.name}.weight"), (prod(node.weight_shape),), FLOAT)]
         if node.bias:
             writes.append(self.buffer(grad(f"{node.name}.bias"), (node.shape[0],), FLOAT))
         return writes
 
     def norm(self, node: Norm, gradient: str) -> None:
+        """The gradients of a training-mode BatchNorm's input, scale and shift, after their sums."""
         source, sums, batch = node.inputs[0], grad_sums(node.name), statistics(node.name)
         if node.name not in self.summed:
             self.sums_buffer(sums, node.name)
-            self.launch("norm sums gradient", node.name, [gradient, source, batch], [sums])
+            self.launch("norm sums gradient", node, [gradient, source, batch], [sums])
         writes = [self.buffer(grad(name), (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
         reads = [gradient, source, sums, batch]
         if source in self.needed:
             self.deliver("norm gradient", node, source, reads, writes=writes)
         else:
-            self.launch("norm gradient", node.name, reads, writes)
+            self.launch("norm gradient", node, reads, writes)
 
     def head_gradient(self) -> None:
+        """From the gradient of the logits to what the head read."""
         head, N = self.head, self.part.batch
         linear = head.linear
         logits = self.buffer(grad(linear.name), (N, linear.shape[0]), FLOAT)
-        reads, writes, macs = [logits, head.source, pooled(linear.name)], [], 2 * linear.macs
+        reads, writes = [logits, head.source], []
         if self.part.gradient == "parameters":
+            reads.append(pooled(linear.name))
             writes = self.parameter_buffers(linear)
-        else:
-            reads, macs = reads[:2], linear.macs
         prologue = [Step("relu")] if head.relu else []
         if head.norm:
             kind = "batch_norm" if self.part.training else "scale_shift"
@@ -123,11 +135,10 @@ class Backward(Builder):
             steps = [Step("store", gradient), Step("sums", name)]
             writes.append(self.sums_buffer(grad_sums(name), name))
             reads.append(statistics(name))
-            self.launch("head gradient", linear.name, reads, writes, steps, prologue, macs, self.weights(linear))
+            self.launch("head gradient", linear, reads, writes, steps, prologue)
             self.norm(head.norm, gradient)
         else:
-            weights = self.weights(linear)
-            self.deliver("head gradient", linear, head.source, reads, [], writes, prologue, macs, weights)
+            self.deliver("head gradient", linear, head.source, reads, writes=writes, prologue=prologue)
 
     def deliver(
         self,
@@ -138,11 +149,9 @@ class Backward(Builder):
         steps: list[Step] | None = None,
         writes: list[str] | None = None,
         prologue: list[Step] | None = None,
-        macs: int = 0,
-        weights: int = 0,
     ) -> None:
         """A launch that computes one reader's gradient of ``value`` (from ``steps`` on) and goes on from there."""
-        steps, writes, fusions = [*(steps or [])], [*(writes or [])], BACKWARD_FUSIONS.get(op, ())
+        steps, writes, fusions = [*(steps or [])], [*(writes or [])], FUSIONS.get(op, ())
         if steps:
             fusions = after(fusions, steps[0].kind)
         while True:
@@ -186,7 +195,7 @@ class Backward(Builder):
                 break
             self.done.add(producer.name)
             value = producer.inputs[0]
-        self.launch(op, node.name, reads, writes, steps, prologue, macs, weights)
+        self.launch(op, node, reads, writes, steps, prologue)
         while self.unfinished:
             self.add_up(self.unfinished.pop())
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from fastensdistill.errors import InputError
-from fastensdistill.network.launch import Buffer, Launch, Part, Step
-from fastensdistill.network.nodes import Activation, Conv, Linear, Network, Node, Norm, Pool
+from fastensdistill.network.launch import Buffer, Launch, Part, Step, grad
+from fastensdistill.network.nodes import Activation, Conv, Layer, Linear, Network, Node, Norm, Pool
 
 ACTIVATION, FLOAT, BIT, INDEX = 16, 32, 1, 8  # bits per element
 
@@ -67,16 +67,20 @@ class Builder:
         self.head = find_head(part)
 
     def sole(self, value: str) -> Node | None:
+        """:func:`sole` of this network."""
         return sole(self.network, value)
 
     def folded(self, node: Node | None) -> bool:
+        """:func:`folded` in this part."""
         return folded(self.part, node)
 
     @property
     def groups(self) -> int:
+        """How many networks run together."""
         return len(self.part.groups)
 
     def buffer(self, name: str, shape: tuple[int, ...], bits: int = ACTIVATION, groups: int | None = None) -> str:
+        """Note a buffer and return its name. ``shape`` is of one share, of which there are ``groups``."""
         self.part.buffers[name] = Buffer(shape, bits, self.groups if groups is None else groups)
         return name
 
@@ -92,43 +96,37 @@ class Builder:
     def launch(
         self,
         op: str,
-        node: str,
+        node: Node,
         reads: list[str],
         writes: list[str],
         epilogue: list[Step] | None = None,
         prologue: list[Step] | None = None,
-        macs: int = 0,
-        weights: int = 0,
-        share: float = 1.0,
     ) -> None:
-        """Append a launch. ``macs`` per image and group, ``weights`` elements per group; steps add their buffers.
+        """Append a launch; steps add their buffers. A layer's are multiplied with its weights, but for its gradient's.
 
-        ``share`` of its main input is read: a 1x1 convolution with stride 2 skips three positions of four.
+        Of its main input a 1x1 convolution with stride 2 skips three positions of four.
         """
-        epilogue = epilogue or []
+        epilogue, macs, share = epilogue or [], 0, 1.0
         residuals = [(s.arg, 1 / s.stride**2) for s in epilogue if s.kind == "add" and "gradient" not in op]
         residuals += [(s.arg, 1.0) for s in epilogue if s.kind == "mask" or (s.kind == "add" and "gradient" in op)]
         writes = [*writes, *(s.arg for s in epilogue if s.kind in ("store", "bits"))]
-        nbytes = weights * self.groups * ACTIVATION / 8
+        nbytes = 0.0
+        if isinstance(node, Layer):
+            weighted = grad(node.parameters[0]) in writes  # the head's gradient makes both
+            macs = node.macs * (2 if weighted and op != "weight gradient" else 1)
+            nbytes = 0.0 if op == "weight gradient" else prod(node.weight_shape) * self.groups * ACTIVATION / 8
+            if isinstance(node, Conv) and op in ("conv", "weight gradient"):
+                share = min(1.0, node.kernel / node.stride) ** 2
         moved = [(reads[0], share), *((name, 1.0) for name in (*reads[1:], *writes)), *residuals]
         reads = [*reads, *(name for name, _ in residuals)]
         for name, part in moved:
             held = self.part.buffers[name]
             nbytes += part * Buffer(held.shape, held.bits, min(held.groups, self.groups)).nbytes
         flops = 2 * macs * self.part.batch * self.groups
-        user = self.sole(node) if op in ("conv", "conv gradient") else None
+        user = self.sole(node.name) if op in ("conv", "conv gradient") else None
         self.part.launches.append(
             Launch(
-                op, node, tuple(reads), tuple(writes), tuple(prologue or ()), tuple(epilogue),
+                op, node.name, tuple(reads), tuple(writes), tuple(prologue or ()), tuple(epilogue),
                 user.name if user and self.folded(user) else "", flops, nbytes,
             )
         )  # fmt: skip
-
-    def share(self, node: Conv | Linear) -> float:
-        """How much of its input a convolution looks at."""
-        return min(1.0, node.kernel / node.stride) ** 2 if isinstance(node, Conv) else 1.0
-
-    def weights(self, node: Conv | Linear) -> int:
-        if isinstance(node, Conv):
-            return node.shape[0] * node.in_shape[0] * node.kernel**2
-        return node.shape[0] * prod(node.in_shape)

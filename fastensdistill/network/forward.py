@@ -1,10 +1,9 @@
-"""The launches of a forward pass: each op takes along what follows it, as far as ``FORWARD_FUSIONS`` lets it."""
+"""The launches of a forward pass: each op takes along what follows it, as far as ``FUSIONS`` lets it."""
 
 from __future__ import annotations
 
 from fastensdistill.network.build import BIT, FLOAT, INDEX, Builder
 from fastensdistill.network.launch import (
-    FORWARD_FUSIONS,
     INPUT,
     Part,
     Step,
@@ -16,10 +15,20 @@ from fastensdistill.network.launch import (
     statistics,
     sums,
 )
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Node, Norm, Pad, Pool
+from fastensdistill.network.nodes import Activation, Add, Affine, Layer, Node, Norm, Pad, Pool
+
+# What follows an op inside its own launch, in this order. "next" is a second output, relu(scale_shift(value)), for the
+# block that comes after.
+FUSIONS: dict[str, tuple[str, ...]] = {
+    "conv": ("add", "relu", "next", "sums"),
+    "norm": ("add", "relu"),
+    "elementwise": ("add", "relu"),
+}
 
 
 class Forward(Builder):
+    """The launches of ``part``'s forward pass, appended to it."""
+
     def __init__(self, part: Part):
         super().__init__(part)
         self.done: set[str] = self.head.absorbed
@@ -32,7 +41,8 @@ class Forward(Builder):
         self.finish_head()
 
     def emit(self, node: Node) -> None:
-        if isinstance(node, Conv | Linear):
+        """The launch that computes ``node``, and what it takes along."""
+        if isinstance(node, Layer):
             self.convolution(node)
         elif isinstance(node, Norm) and self.part.training:
             self.statistics(node)
@@ -57,7 +67,8 @@ class Forward(Builder):
         elif isinstance(node, Pad) and not self.view(node.name):
             self.follow("pad", node, [node.inputs[0]], [])
 
-    def convolution(self, node: Conv | Linear) -> None:
+    def convolution(self, node: Layer) -> None:
+        """A layer, with BatchNorm in its weights where that is possible, and image normalisation as it reads."""
         source, prologue = node.inputs[0], []
         if isinstance(self.network.by_name[source], Affine):
             prologue = [Step("affine", source)]
@@ -66,24 +77,25 @@ class Forward(Builder):
         if user and self.folded(user):
             value, steps = user.name, [Step("bias")]
             self.done.add(user.name)
-        steps += self.chain(value, FORWARD_FUSIONS["conv"])
+        steps += self.chain(value, FUSIONS["conv"])
         self.done.add(node.name)
-        writes, weights = self.sums(steps), self.weights(node)
-        self.launch("conv", node.name, [source], writes, steps, prologue, node.macs, weights, self.share(node))
+        self.launch("conv", node, [source], self.sums(steps), steps, prologue)
 
     def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
         """A launch that computes ``node`` by ``steps`` and takes along what it can."""
-        fusions = FORWARD_FUSIONS.get(op, ())
+        fusions = FUSIONS.get(op, ())
         if steps and steps[0].kind in fusions:
             fusions = after(fusions, steps[0].kind)
         steps = [*steps, *self.chain(node.name, fusions)]
-        self.launch(op, node.name, reads, [*(writes or []), *self.sums(steps)], steps)
+        self.launch(op, node, reads, [*(writes or []), *self.sums(steps)], steps)
         self.done.add(node.name)
 
     def sums(self, steps: list[Step]) -> list[str]:
+        """The buffers of the sums among ``steps``."""
         return [self.sums_buffer(sums(step.arg), step.arg) for step in steps if step.kind == "sums"]
 
     def bits(self, relu: Node) -> list[Step]:
+        """Keep where ``relu`` is open, if a gradient follows."""
         if not self.part.gradient:
             return []
         return [Step("bits", self.image_buffer(mask(relu.name), relu.name, BIT))]
@@ -93,6 +105,7 @@ class Forward(Builder):
         return isinstance(self.network.by_name[value], Pad) and isinstance(self.sole(value), Add)
 
     def addition(self, operand: str) -> Step:
+        """The residual ``operand``, or what a zero-padded shortcut is a view of."""
         node = self.network.by_name[operand]
         if isinstance(node, Pad) and self.view(operand):
             return Step("add", node.inputs[0], node.stride)
@@ -142,12 +155,13 @@ class Forward(Builder):
         """Finish the sums, made here if no launch before could: the batch's statistics, and the running ones moved."""
         channels = norm.shape[0]
         if norm.name not in self.summed:
-            self.launch("norm sums", norm.name, [norm.inputs[0]], [self.sums_buffer(sums(norm.name), norm.name)])
+            self.launch("norm sums", norm, [norm.inputs[0]], [self.sums_buffer(sums(norm.name), norm.name)])
         batch = self.buffer(statistics(norm.name), (2, channels), FLOAT, self.part.sets)
         moved = self.buffer(running(norm.name), (2, channels), FLOAT, self.part.sets)
-        self.launch("norm statistics", norm.name, [sums(norm.name)], [batch, moved])
+        self.launch("norm statistics", norm, [sums(norm.name)], [batch, moved])
 
     def finish_head(self) -> None:
+        """The last layer, with the pooling, ReLU and BatchNorm before it."""
         head = self.head
         reads, prologue = [head.source], []
         if head.norm and self.part.training:
@@ -159,10 +173,9 @@ class Forward(Builder):
         if head.relu:
             prologue.append(Step("relu"))
         N, linear = self.part.batch, head.linear
-        features = self.weights(linear) // linear.shape[0]
         writes = [
             self.buffer(linear.name, (N, linear.shape[0]), FLOAT),
-            self.buffer(pooled(linear.name), (N, features), FLOAT),
+            self.buffer(pooled(linear.name), (N, linear.in_channels), FLOAT),
         ]
         steps = [Step("bias")] if linear.bias else []
-        self.launch("head", linear.name, reads, writes, steps, prologue, macs=linear.macs, weights=self.weights(linear))
+        self.launch("head", linear, reads, writes, steps, prologue)

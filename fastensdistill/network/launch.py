@@ -103,24 +103,6 @@ def is_running(name: str) -> bool:
     return name.endswith(".running")
 
 
-# What follows an op inside its own launch, in this order; of two "add" one can be used. The convolutions' "next" is a
-# second output, relu(scale_shift(value)), for the block that comes after.
-FORWARD_FUSIONS: dict[str, tuple[str, ...]] = {
-    "conv": ("add", "relu", "next", "sums"),
-    "norm": ("add", "relu"),
-    "elementwise": ("add", "relu"),
-    "pool": (),
-    "pad": (),
-}
-BACKWARD_FUSIONS: dict[str, tuple[str, ...]] = {
-    "conv gradient": ("add", "mask", "scale", "add", "sums"),
-    "flat gradient": (),
-    "norm gradient": ("add",),
-    "elementwise gradient": ("add", "mask", "scale", "add", "sums"),
-    "head gradient": (),
-    "pool gradient": (),
-    "pad gradient": (),
-}
 RULES = (
     "Groups of one architecture and one BatchNorm mode share their launches; another architecture forms its own.",
     "BatchNorm in evaluation mode goes into the weights of the convolution before it, if nothing else reads that.",
@@ -166,6 +148,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
+    """One step of a prologue or epilogue, as the module's docstring lists them."""
+
     kind: str
     arg: str = ""
     stride: int = 1
@@ -184,6 +168,7 @@ class Buffer:
 
     @property
     def nbytes(self) -> float:
+        """Of all shares."""
         return self.groups * prod(self.shape) * self.bits / 8
 
 
@@ -207,6 +192,7 @@ class Launch:
     nbytes: float = 0.0
 
     def steps(self, kind: str) -> tuple[Step, ...]:
+        """Those of the epilogue of one kind."""
         return tuple(step for step in self.epilogue if step.kind == kind)
 
 
@@ -226,10 +212,12 @@ class Part:
 
     @property
     def training(self) -> bool:
+        """BatchNorm's mode."""
         return self.groups[0].statistics is not None
 
     @property
     def gradient(self) -> str | None:
+        """What the first groups ask for; see :class:`Group`."""
         return self.groups[0].gradient
 
     @property

@@ -15,6 +15,8 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Node:
+    """A value of the network and how it comes about: ``inputs`` are names, ``shape`` is the value's."""
+
     name: str
     inputs: tuple[str, ...]
     shape: Shape
@@ -36,39 +38,55 @@ class Affine(Node):
 
 
 @dataclass(frozen=True)
-class Conv(Node):
-    """Square, zero-padded convolution with weight (Co, Ci, kernel, kernel)."""
+class Layer(Node):
+    """A node with a weight and perhaps a bias (Co,)."""
 
     in_shape: Shape
-    kernel: int
-    stride: int
-    padding: int
     bias: bool
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """Weight and, where there is one, bias."""
         return (f"{self.name}.weight", *([f"{self.name}.bias"] if self.bias else []))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(Co, Ci) or (Co, Ci, kernel, kernel), as the state dict has it."""
+        return self.shape[0], prod(self.in_shape)
+
+    @property
+    def in_channels(self) -> int:
+        """Ci: what one tap of the weight multiplies."""
+        return self.weight_shape[1]
+
+    @property
+    def taps(self) -> int:
+        """Positions of the input that one of the output sees."""
+        return prod(self.weight_shape[2:])
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        return prod(self.shape) * self.in_shape[0] * self.kernel**2
+        return prod(self.shape[1:]) * prod(self.weight_shape)
 
 
 @dataclass(frozen=True)
-class Linear(Node):
+class Conv(Layer):
+    """Square, zero-padded convolution with weight (Co, Ci, kernel, kernel)."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(Co, Ci, kernel, kernel)."""
+        return self.shape[0], self.in_shape[0], self.kernel, self.kernel
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
     """Linear layer over all C·H·W values of its input, weight (Co, C·H·W)."""
-
-    in_shape: Shape
-    bias: bool
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return (f"{self.name}.weight", *([f"{self.name}.bias"] if self.bias else []))
-
-    @property
-    def macs(self) -> int:
-        return self.shape[0] * prod(self.in_shape)
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Norm(Node):
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """Scale and shift."""
         return f"{self.name}.weight", f"{self.name}.bias"
 
 
@@ -106,6 +125,7 @@ class Pool(Node):
 
     @property
     def is_global(self) -> bool:
+        """Whether it is the mean over the whole image."""
         return self.kind == "adaptive" and self.shape[1:] == (1, 1)
 
 
@@ -131,13 +151,25 @@ class Network:
 
     @cached_property
     def by_name(self) -> dict[str, Node]:
+        """Every node by its own name."""
         return {node.name: node for node in self.nodes}
 
     @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The nodes that have weights."""
+        return tuple(node for node in self.nodes if isinstance(node, Layer))
+
+    @cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every BatchNorm."""
+        return tuple(node for node in self.nodes if isinstance(node, Norm))
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[Node, ...]]:
+        """Per value the nodes that read it."""
         return {value.name: tuple(n for n in self.nodes if value.name in n.inputs) for value in self.nodes}
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass of one image; F, its FLOPs, is twice that."""
-        return sum(node.macs for node in self.nodes if isinstance(node, Conv | Linear))
+        return sum(layer.macs for layer in self.layers)

@@ -223,7 +223,7 @@ class Reader:
         k, s, p = kernel[0], stride[0], int(padding[0])
         self.weighs(layer, (layer.out_channels, layer.in_channels, k, k))
         out = (layer.out_channels, *self.out_size(shape, k, s, p))
-        self.put(op, Conv(name, (value,), out, shape, k, s, p, layer.bias is not None))
+        self.put(op, Conv(name, (value,), out, shape, layer.bias is not None, k, s, p))
 
     def out_size(self, shape: Shape, kernel: int, stride: int, padding: int) -> tuple[int, int]:
         height, width = ((size + 2 * padding - kernel) // stride + 1 for size in shape[1:])
