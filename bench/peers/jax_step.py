@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.setting import Batch, Distillation, Problem
 from fastensdistill.engine.fused import plain
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Input, Linear, Network, Norm, Pad, Pool
+from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Input, Layer, Network, Norm, Pad, Pool
 from fastensdistill.network.trace import trace
 
 State = dict[str, Any]
@@ -40,7 +40,7 @@ def forward(network: Network, p: State, x: Any, dtype: Any, factors: State | Non
         rows = jnp.repeat(rows, len(y) // len(rows), axis=0)
         return rows.reshape(rows.shape[0], *[1] * (y.ndim - 2), rows.shape[1])
 
-    def layer(node: Conv | Linear, y: Any) -> Any:
+    def layer(node: Layer, y: Any) -> Any:
         w = p[f"{node.name}.weight"].astype(dtype)
         if factors:
             y = y * by_branch(factors[f"{node.name}.r"], y).astype(y.dtype)
@@ -58,7 +58,7 @@ def forward(network: Network, p: State, x: Any, dtype: Any, factors: State | Non
     for node in network.nodes:
         inputs = [values[name] for name in node.inputs]
         y = inputs[0] if inputs else x
-        if isinstance(node, Conv | Linear):
+        if isinstance(node, Layer):
             y = layer(node, y)
         elif isinstance(node, Norm):
             wide = y.astype(p[f"{node.name}.weight"].dtype)

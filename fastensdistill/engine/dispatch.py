@@ -31,7 +31,7 @@ from fastensdistill.kernels.ops import present
 from fastensdistill.kernels.reference import leave
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.nodes import Conv, Linear, Network
+from fastensdistill.network.nodes import Conv, Layer, Network
 
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda")
 OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 def shape_of(part: Part, launch: Launch) -> Shape:
     """The shape of the layer that ``launch`` computes, forward or backward. Raises InputError where it has none."""
     node = part.network.by_name[launch.node]
-    if not isinstance(node, Conv | Linear):
+    if not isinstance(node, Layer):
         raise InputError(f"{launch.op} {launch.node} is no convolution")
     kernel, stride = (node.kernel, node.stride) if isinstance(node, Conv) else (1, 1)
     C, H, W = node.in_shape

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -22,7 +23,7 @@ from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.models import create_model, image_size
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_running, is_sums, owner
-from fastensdistill.network.nodes import Conv, Linear, Network, Norm
+from fastensdistill.network.nodes import Layer, Network
 from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
 from fastensdistill.network.trace import trace
 
@@ -97,25 +98,20 @@ class Timeline:
     def scratch(self, part: Part, launch: Launch) -> float:
         """What a weight gradient needs beside its result: the partial sums of its programs."""
         node = part.network.by_name[launch.node]
-        if launch.op != "weight gradient" or not isinstance(node, Conv | Linear):
+        if launch.op != "weight gradient" or not isinstance(node, Layer):
             return 0.0
         Co, H, W = node.shape
-        taps, Ci = (node.kernel**2, node.in_shape[0]) if isinstance(node, Conv) else (1, node.macs // node.shape[0])
-        G = len(part.groups)
+        taps, Ci, G = node.taps, node.in_channels, len(part.groups)
         splits = weight_gradient_split(self.arch, G, part.batch * H * W, taps, Ci, Co, self.itemsize).splits
         return FLOAT * G * taps * Ci * Co * splits if splits > 1 else 0.0
 
 
 def weight_count(network: Network) -> tuple[int, int, int]:
     """Values in the layers' weights, in everything that is trained, and in BatchNorm's scales."""
-    layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
-    norms = sum(node.shape[0] for node in network.nodes if isinstance(node, Norm))
-    weights = [
-        node.shape[0] * (node.in_shape[0] * node.kernel**2 if isinstance(node, Conv) else node.macs // node.shape[0])
-        for node in layers
-    ]
-    biases = sum(node.shape[0] for node in layers if node.bias)
-    return sum(weights), sum(weights) + biases + 2 * norms, norms
+    weights = sum(prod(layer.weight_shape) for layer in network.layers)
+    biases = sum(layer.shape[0] for layer in network.layers if layer.bias)
+    norms = sum(norm.shape[0] for norm in network.norms)
+    return weights, weights + biases + 2 * norms, norms
 
 
 def estimate(
@@ -139,7 +135,7 @@ def estimate(
     frozen, whole, _ = weight_count(teacher)
     C, H, W = student.nodes[0].shape
     images = FLOAT * batch * C * H * W
-    factors = sum(n.shape[0] + n.in_shape[0] for n in student.nodes if isinstance(n, Conv | Linear))
+    factors = sum(layer.shape[0] + layer.in_shape[0] for layer in student.layers)
     ranked = branches > 1
     perturbed = branches if PERTURBATIONS[perturbation].evaluates("S") else 0
     fixed = {

@@ -23,14 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.parameters import FlatParameters, NormWeights, flat_layout, weight_shape
+from fastensdistill.engine.parameters import FlatParameters, NormWeights, flat_layout
 from fastensdistill.kernels.branch_rows import branch_rows
 from fastensdistill.kernels.conv_data_gradient import flip_weight
 from fastensdistill.kernels.operands import accumulator
@@ -38,7 +37,7 @@ from fastensdistill.kernels.pack import pack_weights
 from fastensdistill.network.build import folded, sole
 from fastensdistill.network.fold import Parameters, image_scale_shift, layer_weights, norm_scale_shift
 from fastensdistill.network.launch import Part
-from fastensdistill.network.nodes import Affine, Conv, Linear, Node, Norm, Shape
+from fastensdistill.network.nodes import Affine, Conv, Layer, Node, Norm, Shape
 
 
 @dataclass
@@ -55,7 +54,7 @@ def pack_layer(weight: Tensor, in_shape: Shape) -> Tensor:
     return weight.unflatten(1, in_shape).permute(2, 3, 1, 0).reshape(1, -1, len(weight))
 
 
-def unpack_gradient(gradient: Tensor, layer: Conv | Linear) -> Tensor:
+def unpack_gradient(gradient: Tensor, layer: Layer) -> Tensor:
     """(G, taps, Ci, Co) → (G, Co, Ci, k, k), or (G, 1, H·W·C, Co) → (G, Co, C·H·W)."""
     if isinstance(layer, Conv):
         return gradient.unflatten(1, (layer.kernel, layer.kernel)).permute(0, 4, 3, 1, 2)
@@ -63,13 +62,13 @@ def unpack_gradient(gradient: Tensor, layer: Conv | Linear) -> Tensor:
     return gradient.view(len(gradient), H, W, C, -1).permute(0, 4, 3, 1, 2).flatten(2)
 
 
-def packed_shapes(layer: Conv | Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def packed_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of one slot in the forward packing, and in that of the data gradient."""
-    Co, Ci, *kernel = weight_shape(layer)
-    return (prod(kernel), Ci, Co), (prod(kernel), Co, Ci)
+    Co, Ci, taps = layer.shape[0], layer.in_channels, layer.taps
+    return (taps, Ci, Co), (taps, Co, Ci)
 
 
-def carried_norm(part: Part, layer: Conv | Linear) -> Norm | None:
+def carried_norm(part: Part, layer: Layer) -> Norm | None:
     """The BatchNorm that the weights of ``layer`` contain."""
     user = sole(part.network, layer.name)
     return user if isinstance(user, Norm) and folded(part, user) else None
@@ -94,9 +93,7 @@ class PackedWeights:
 
     def __init__(self, part: Part, slots: int, dtype: torch.dtype, device: torch.device | str, more_values: int = 0):
         self.part, self.dtype = part, dtype
-        nodes = part.network.nodes
-        layers = [node for node in nodes if isinstance(node, Conv | Linear)]
-        norms = [node for node in nodes if isinstance(node, Norm)]
+        nodes, layers, norms = part.network.nodes, part.network.layers, part.network.norms
         self.carried = {layer.name: carried_norm(part, layer) for layer in layers}
         scaled: list[Node] = [node for node in nodes if isinstance(node, Affine)]
         scaled += [norm for norm in norms if not (part.training or folded(part, norm))]
@@ -123,7 +120,7 @@ class PackedWeights:
         """Fill ``slot`` with a plain network's state dict. A BatchNorm that all slots share takes the last one's."""
         for name, layer in self.layers.items():
             node = self.part.network.by_name[name]
-            assert isinstance(node, Conv | Linear)
+            assert isinstance(node, Layer)
             weight, bias = layer_weights(state, node, self.carried[name])
             packed = pack_layer(weight, node.in_shape)
             layer.forward[slot].copy_(packed)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.layout import Layout
-from fastensdistill.network.nodes import Conv, Linear, Network, Norm
+from fastensdistill.network.nodes import Linear, Network, Norm
 from fastensdistill.network.overlap import common_memory, trained_tensors
 
 View = Callable[[Tensor], Tensor]
@@ -39,28 +39,22 @@ class NormWeights:
 
 def flat_layout(network: Network, slots: int = 1) -> Layout:
     """Where the layers of ``network`` lie, and the packed weights of so many ``slots``."""
-    layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
     return Layout.build(
-        [(node.name, weight_shape(node), node.bias) for node in layers],
-        plain=2 * sum(node.shape[0] for node in network.nodes if isinstance(node, Norm)),
+        [(layer.name, layer.weight_shape, layer.bias) for layer in network.layers],
+        plain=2 * sum(norm.shape[0] for norm in network.norms),
         slots=slots,
-        positions={node.name: prod(node.in_shape[1:]) for node in layers if isinstance(node, Linear)},
+        positions={layer.name: prod(layer.in_shape[1:]) for layer in network.layers if isinstance(layer, Linear)},
     )
-
-
-def weight_shape(layer: Conv | Linear) -> tuple[int, ...]:
-    if isinstance(layer, Conv):
-        return layer.shape[0], layer.in_shape[0], layer.kernel, layer.kernel
-    return layer.shape[0], prod(layer.in_shape)
 
 
 def paths(network: Network, ranked: bool) -> dict[str, str]:
     """A plain network's parameter names, layers first → the names in the module that is trained."""
-    nodes = [node for node in network.nodes if isinstance(node, Conv | Linear)]
-    norms = [node for node in network.nodes if isinstance(node, Norm)]
     inner = ".layer" if ranked else ""
-    named = {name: f"{node.name}{inner}.{name.rpartition('.')[2]}" for node in nodes for name in node.parameters}
-    return named | {f"{norm.name}.{kind}": f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in norms}
+    named = {
+        name: f"{layer.name}{inner}.{name.rpartition('.')[2]}" for layer in network.layers for name in layer.parameters
+    }
+    names = (f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in network.norms)
+    return named | {name: name for name in names}
 
 
 class FlatParameters:
@@ -77,8 +71,7 @@ class FlatParameters:
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
         self.network, self.copies, self.ranked = network, len(modules), ranked
-        self.layers = [node for node in network.nodes if isinstance(node, Conv | Linear)]
-        self.norms = [node for node in network.nodes if isinstance(node, Norm)]
+        self.layers, self.norms = network.layers, network.norms
         self.paths = paths(network, ranked)
         self.check(modules[0], network, ranked)
         like = next(modules[0].parameters())
@@ -116,9 +109,9 @@ class FlatParameters:
     @staticmethod
     def check(module: nn.Module, network: Network, ranked: bool) -> None:
         """Raise InputError for a parameter that no layer of ``network`` has, and where none is to be trained."""
-        layers = [node.name for node in network.nodes if isinstance(node, Conv | Linear)]
         known = set(paths(network, ranked).values())
-        known |= {f"{name}.{kind}" for name in layers for kind in ("delta_r", "delta_s")} if ranked else set()
+        if ranked:
+            known |= {f"{layer.name}.{kind}" for layer in network.layers for kind in ("delta_r", "delta_s")}
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for name in parameters:
             if name not in known:

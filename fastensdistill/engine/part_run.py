@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.network.launch import Launch, Part, Step, grad, statistics
-from fastensdistill.network.nodes import Conv, Linear, Node
+from fastensdistill.network.nodes import Layer, Node
 
 Buffers = dict[str, Any]
 Implement = Callable[[Part, Launch, Callable[..., Any]], Callable[..., Any]]
@@ -80,9 +80,9 @@ class PartRun:
     def node(self, name: str) -> Node:
         return self.part.network.by_name[name]
 
-    def layer(self, launch: Launch) -> Conv | Linear:
+    def layer(self, launch: Launch) -> Layer:
         node = self.node(launch.node)
-        assert isinstance(node, Conv | Linear)
+        assert isinstance(node, Layer)
         return node
 
     def implementation(self, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:

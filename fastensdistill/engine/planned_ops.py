@@ -31,7 +31,7 @@ from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pool import max_pool, max_pool_backward
 from fastensdistill.kernels.reference import shortcut
 from fastensdistill.network.launch import INPUT, Launch, Step, grad, grad_sums, index, pooled, statistics, sums
-from fastensdistill.network.nodes import Conv, Linear, Norm, Pad, Pool
+from fastensdistill.network.nodes import Conv, Layer, Norm, Pad, Pool
 
 
 def find(launch: Launch, kind: str) -> Step | None:
@@ -42,12 +42,12 @@ def kinds_of(launch: Launch) -> list[str]:
     return [step.kind for step in launch.epilogue]
 
 
-def flat(x: Tensor, node: Conv | Linear) -> Tensor:
+def flat(x: Tensor, node: Layer) -> Tensor:
     """A linear layer's input as one position with all values."""
     return x if isinstance(node, Conv) else x.flatten(2)[:, :, None, None, :].contiguous()
 
 
-def geometry(node: Conv | Linear) -> dict[str, int]:
+def geometry(node: Layer) -> dict[str, int]:
     if isinstance(node, Conv):
         return {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
     return {"kernel": 1}
@@ -285,7 +285,7 @@ def pad_gradient(run: PartRun, launch: Launch) -> None:
 def head_input(run: PartRun, launch: Launch, source: str) -> tuple[Tensor, dict[str, Any]]:
     """What the head reads, and its prologue."""
     node, x = run.layer(launch), run.read(source)
-    if node.macs // node.shape[0] != x.shape[-1]:  # no pooling: all values are features
+    if node.in_channels != x.shape[-1]:  # no pooling: all values are features
         x = flat(x, node)
     options: dict[str, Any] = {"relu": any(step.kind == "relu" for step in launch.prologue)}
     for step in launch.prologue:

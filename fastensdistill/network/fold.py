@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastensdistill.network.nodes import Conv, Linear, Norm
+from fastensdistill.network.nodes import Layer, Norm
 
 Parameters = Mapping[str, Tensor]
 
@@ -31,7 +31,7 @@ def image_scale_shift(parameters: Parameters, name: str) -> tuple[Tensor, Tensor
     return 1 / std, -mean / std
 
 
-def layer_weights(parameters: Parameters, layer: Conv | Linear, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+def layer_weights(parameters: Parameters, layer: Layer, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution or linear layer, carrying ``norm`` where one is given."""
     weight = parameters[f"{layer.name}.weight"]
     bias = parameters[f"{layer.name}.bias"] if layer.bias else None
