@@ -29,11 +29,14 @@ from bench import roof
 from bench.common import arguments, brief, describe_host, save, spoils_context, spread, start, table
 from bench.launches import Expected, Prepared, compare, expected, prepare
 from bench.setting import NETWORKS, Setting
-from fastensdistill.engine.dispatch import HALO, VENDOR, Row, Shape, channels_last, shape_of
+from fastensdistill.engine.dispatch import Choice, ConvShape, shape_of
 from fastensdistill.engine.graph import uncollected
 from fastensdistill.engine.part_run import Implement
 from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels.halo_conv import HALO
+from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
+from fastensdistill.kernels.vendor_conv import VENDOR, as_images
 from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
@@ -106,20 +109,18 @@ def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
 
     def together(t: Tensor) -> Tensor:
         """(G, N, H, W, C) → (N, G·C, H, W), channels-last."""
-        return channels_last(t.permute(1, 2, 3, 0, 4).flatten(3).contiguous())
+        return as_images(t.permute(1, 2, 3, 0, 4).flatten(3).contiguous())
 
     groups = G if grouped else 1
     pairs: list[tuple[Tensor, ...]]
     if name == "weight gradient":
-        pairs = (
-            [(together(x), together(d))] if grouped else [(channels_last(x[g]), channels_last(d[g])) for g in range(G)]
-        )
+        pairs = [(together(x), together(d))] if grouped else [(as_images(x[g]), as_images(d[g])) for g in range(G)]
         size = (size[0] * groups, *size[1:])
         return lambda: [nn_grad.conv2d_weight(a, size, b, stride, padding, 1, groups) for a, b in pairs]
     assert weight is not None
     flat = weight.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     layers = [w.contiguous(memory_format=torch.channels_last) for w in weight]
-    pairs = [(together(x), flat)] if grouped else [(channels_last(x[g].contiguous()), layers[g]) for g in range(G)]
+    pairs = [(together(x), flat)] if grouped else [(as_images(x[g].contiguous()), layers[g]) for g in range(G)]
     if name == "conv":
         return lambda: [F.conv2d(a, w, None, stride, padding, 1, groups) for a, w in pairs]
     height, width = kwargs["in_size"]
@@ -146,10 +147,9 @@ def by_halo(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]
     if prepared.launch.op not in ("conv", "conv gradient"):
         return {"cuda": None}
     _, (x, weight, *_), kwargs = prepared.call()
-    sizes = {name: kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0))}
-    arch = device_arch(x)
+    window, arch = Window(kwargs["kernel"], kwargs.get("stride", 1), kwargs.get("padding", 0)), device_arch(x)
     if not (arch and halo_conv.built(arch)) or not halo_conv.supports(
-        *weight.shape[2:], **sizes, dtype=x.dtype, arch=arch
+        weight.shape[2], weight.shape[3], window, x.dtype, arch
     ):
         return {"cuda": None}
     other, out_channels = ByHalo(**vars(prepared)), weight.shape[3]
@@ -216,12 +216,12 @@ def row(
     return found
 
 
-def choices(rows: Sequence[dict[str, Any]], arch: int | None, where: str) -> list[Row]:
+def choices(rows: Sequence[dict[str, Any]], arch: int | None, where: str) -> list[Choice]:
     """Rows for ``engine.dispatch``: what is faster than Triton by more than ``GAIN``, all launches of a shape together.
 
     An implementation counts that has been timed for every one of them.
     """
-    together: dict[tuple[str, Shape], list[dict[str, Any]]] = {}
+    together: dict[tuple[str, ConvShape], list[dict[str, Any]]] = {}
     for r in rows:
         if "shape" in r and "us" in r:
             together.setdefault((r["op"], r["shape"]), []).append(r)
@@ -235,7 +235,7 @@ def choices(rows: Sequence[dict[str, Any]], arch: int | None, where: str) -> lis
         best = min(times, key=lambda name: times[name])
         if times[best] < (1 - GAIN) * times["triton"]:
             reason = f"{times['triton']:.0f} → {times[best]:.0f} us a step, {where}"
-            found.append(Row(op, best, reason, shape=shape, arch=arch))
+            found.append(Choice(op, best, reason, shape=shape, arch=arch))
     return found
 
 

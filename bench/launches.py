@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from bench.setting import METHODS, Setting
-from fastensdistill.engine.dispatch import OPS, VENDOR
+from fastensdistill.engine.dispatch import OPS
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution, Implement, PartRun, kernels_themselves
 from fastensdistill.engine.passes import run_part
 from fastensdistill.kernels.launch import references_only
+from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 from fastensdistill.network.plan import Plan, plan_step
 from fastensdistill.network.trace import trace

@@ -36,7 +36,7 @@ void check_together(const Operands& operands, const char* name, const Optional& 
 // with `spread` one that is added at every residual_stride-th.
 void check_common(
     const Operands& operands, const char* x_name, const Tensor& x, const char* weight_name, const Tensor& weight,
-    const Tensor& slots, const Optional& residual, int64_t stride, bool spread, const Tile& tile) {
+    const Tensor& weight_index, const Optional& residual, int64_t stride, bool spread, const Tile& tile) {
   const auto kind = ScalarType::BFloat16;
   operands.check(x_name, x, kind, {ANY, ANY, ANY, ANY, ANY}, true);
   const int64_t N = x.size(1), H = x.size(2), W = x.size(3), Ci = x.size(4);
@@ -46,10 +46,10 @@ void check_common(
   if (Co < 16 || Co % 16 != 0) operands.refuse(weight_name, text_of(weight), "channels in multiples of 16");
   if (N * H * W > INT_MAX / std::max(Ci, Co) || 9 * Ci > INT_MAX / Co)
     operands.refuse(x_name, text_of(x), "fewer than 2^31 values in a group");
-  operands.check("slots", slots, ScalarType::Int, {ANY}, true);
+  operands.check("weight_index", weight_index, ScalarType::Int, {ANY}, true);
   if (stride < 1) operands.refuse("residual_stride", std::to_string(stride), "at least 1");
   if (residual) {
-    operands.check("residual", residual, kind, {slots.size(0), N, ANY, ANY, ANY}, true);
+    operands.check("residual", residual, kind, {weight_index.size(0), N, ANY, ANY, ANY}, true);
     const auto fits = [&](int64_t own, int64_t size) {
       return spread ? own == (size + stride - 1) / stride : (own + stride - 1) / stride == size;
     };
@@ -68,15 +68,15 @@ void check_common(
 
 template <class Epilogue>
 HaloArgs<Epilogue> common(
-    const Tensor& x, const Tensor& weight, const Tensor& slots, const Optional& residual, int64_t residual_stride,
-    const Tile& tile) {
+    const Tensor& x, const Tensor& weight, const Tensor& weight_index, const Optional& residual,
+    int64_t residual_stride, const Tile& tile) {
   HaloArgs<Epilogue> args{};
   args.x = pointer<bf16>(x);
   args.weight = pointer<bf16>(weight);
-  args.slots = pointer<int32_t>(slots);
+  args.weight_index = pointer<int32_t>(weight_index);
   args.residual = pointer<bf16>(residual);
   args.x_stride = x.size(0) == 1 ? 0 : x.size(1) * x.size(2) * x.size(3) * x.size(4);
-  args.G = int(slots.size(0));
+  args.G = int(weight_index.size(0));
   args.N = int(x.size(1));
   args.H = int(x.size(2));
   args.W = int(x.size(3));
@@ -110,14 +110,13 @@ void run(const Launches& launches, const HaloArgs<Epilogue>& args, int64_t colum
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
-    Tensor x, Tensor weight, Tensor slots, Optional inputs, Optional in_scale, Optional in_shift, bool in_relu,
-    Optional bias, Optional residual, int64_t residual_stride, bool relu, Optional next_scale, Optional next_shift,
-    Optional center, bool mask, Tile tile) {
+    Tensor x, Tensor weight, Tensor weight_index, Optional in_scale, Optional in_shift, Optional bias,
+    Optional residual, int64_t residual_stride, bool relu, Optional next_scale, Optional next_shift, Optional center,
+    bool mask, Tile tile) {
   const Operands operands{"halo_conv", x};
-  check_common(operands, "x", x, "weight", weight, slots, residual, residual_stride, false, tile);
-  const int64_t G = slots.size(0), S = weight.size(0), Ci = weight.size(2), Co = weight.size(3);
-  if (!inputs && x.size(0) != 1) operands.check("x", x, ScalarType::BFloat16, {G, ANY, ANY, ANY, Ci});
-  operands.check("inputs", inputs, ScalarType::Int, {G}, true);
+  check_common(operands, "x", x, "weight", weight, weight_index, residual, residual_stride, false, tile);
+  const int64_t G = weight_index.size(0), S = weight.size(0), Ci = weight.size(2), Co = weight.size(3);
+  if (x.size(0) != 1) operands.check("x", x, ScalarType::BFloat16, {G, ANY, ANY, ANY, Ci});
   check_together(operands, "in_scale", in_scale, in_shift);
   check_together(operands, "next_scale", next_scale, next_shift);
   check_rows(operands, "in_scale", in_scale, S, Ci);
@@ -131,11 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
   x = aligned(x);
   weight = aligned(weight);
   residual = aligned(residual);
-  auto args = common<HaloForward>(x, weight, slots, residual, residual_stride, tile);
-  args.inputs = pointer<int32_t>(inputs);
+  auto args = common<HaloForward>(x, weight, weight_index, residual, residual_stride, tile);
   args.in_scale = rows(in_scale);
   args.in_shift = rows(in_shift);
-  args.in_relu = in_relu;
   const std::vector<int64_t> shape{args.G, args.N, args.H, args.W, args.Co};
   const Tensor z = new_tensor(x, shape, ScalarType::BFloat16);
   const Tensor activated = next_scale ? new_tensor(x, shape, ScalarType::BFloat16) : none(x, ScalarType::BFloat16);
@@ -149,11 +146,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halo_conv(
 }
 
 std::tuple<Tensor, Tensor> halo_data_gradient(
-    Tensor d, Tensor weight_flipped, Tensor slots, Optional residual, int64_t residual_stride, bool residual_first,
-    Optional mask, Optional scale, Optional z, Optional mean, Optional inv_std, Tile tile) {
+    Tensor d, Tensor weight_flipped, Tensor weight_index, Optional residual, int64_t residual_stride,
+    bool residual_first, Optional mask, Optional scale, Optional z, Optional mean, Optional inv_std, Tile tile) {
   const Operands operands{"halo_data_gradient", d};
-  check_common(operands, "d", d, "weight_flipped", weight_flipped, slots, residual, residual_stride, true, tile);
-  const int64_t G = slots.size(0), S = weight_flipped.size(0), Co = weight_flipped.size(2), Ci = weight_flipped.size(3);
+  check_common(operands, "d", d, "weight_flipped", weight_flipped, weight_index, residual, residual_stride, true, tile);
+  const int64_t G = weight_index.size(0), S = weight_flipped.size(0);
+  const int64_t Co = weight_flipped.size(2), Ci = weight_flipped.size(3);
   const int64_t N = d.size(1), H = d.size(2), W = d.size(3);
   operands.check("d", d, ScalarType::BFloat16, {G, N, H, W, Co});
   operands.check("mask", mask, ScalarType::Byte, {G, N, H, W, Ci / 8}, true);
@@ -169,7 +167,7 @@ std::tuple<Tensor, Tensor> halo_data_gradient(
   weight_flipped = aligned(weight_flipped);
   residual = aligned(residual);
   z = aligned(z);
-  auto args = common<HaloGradient>(d, weight_flipped, slots, residual, residual_stride, tile);
+  auto args = common<HaloGradient>(d, weight_flipped, weight_index, residual, residual_stride, tile);
   const Tensor out = new_tensor(d, {args.G, args.N, args.H, args.W, args.Co}, ScalarType::BFloat16);
   const Tensor statistics = new_statistics(args, d, z.has_value());
   args.epilogue = {pointer<uint8_t>(mask), rows(scale), rows(mean), rows(inv_std),

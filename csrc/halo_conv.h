@@ -24,16 +24,14 @@ namespace fed {
 
 template <class Epilogue>
 struct HaloArgs {
-  const bf16* x;  // [groups or 1 or as `inputs` says, N, H, W, Ci]
+  const bf16* x;  // [groups or 1, N, H, W, Ci]
   const bf16* weight;  // [slots, 9, Ci, Co]
-  const int32_t* slots;  // [G]
-  const int32_t* inputs;  // [G] or nullptr
+  const int32_t* weight_index;  // [G], slots
   Rows in_scale, in_shift;  // [slots or 1, Ci]
   const bf16* residual;  // [G, N, HR, WR, CR] or nullptr
   float* statistics;  // [G, tiles, 2, Co] or nullptr
   int64_t x_stride;  // from one group of x to the next, 0 where there is only one
   int G, N, H, W, Ci, Co, HR, WR, CR, residual_stride;
-  bool in_relu;
   HaloTile tile;
   Epilogue epilogue;
 };
@@ -70,8 +68,8 @@ struct HaloBlock {
     first_channel = (block.index - rest * column_blocks) * Shape::COLUMNS;
     group = rest / args.tile.count;
     tile = rest - group * args.tile.count;
-    slot = args.slots[group];
-    x = args.x + (args.inputs != nullptr ? args.inputs[group] : group) * args.x_stride;
+    slot = args.weight_index[group];
+    x = args.x + group * args.x_stride;
     weight = args.weight + slot * (9 * int64_t(args.Ci) * args.Co);
     const int line = tile / args.tile.across, image = line / args.tile.down;
     first_column = (tile - line * args.tile.across) * args.tile.columns;
@@ -155,10 +153,7 @@ FED_UNROLL
       load_eight(args.in_scale, slot, channel, scale);
       load_eight(args.in_shift, slot, channel, shift);
 FED_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        if (args.in_scale.values != nullptr) value[i] = value[i] * scale[i] + shift[i];
-        if (args.in_relu) value[i] = open_relu(value[i]);
-      }
+      for (int i = 0; i < 8; ++i) value[i] = value[i] * scale[i] + shift[i];
       store_words(place, pack(value));
     });
   }
@@ -228,7 +223,7 @@ FED_ROLLED
 
   FED_HD void run() {
     const int chunks = pieces(args.Ci, Shape::DEPTH), steps = chunks * Shape::STEPS;
-    const bool prologue = args.in_scale.values != nullptr || args.in_relu;
+    const bool prologue = args.in_scale.values != nullptr;
     block.phase([&](int thread) { fill_tables(thread); });
     PerThread<Accumulators> sum;
     PerThread<Offsets> rows;

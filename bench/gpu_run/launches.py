@@ -28,7 +28,7 @@ from bench.gpu_run.record import Row as Recorded
 from bench.gpu_run.remedies import NAME, Halved, Remedies, Varied, halve, match_of
 from bench.launches import Expected, Prepared, errors, expected, prepare, written
 from bench.setting import Setting
-from fastensdistill.engine.dispatch import OPS, Dispatch, Row, shape_of
+from fastensdistill.engine.dispatch import OPS, Choice, Dispatch, shape_of
 from fastensdistill.kernels.launch import HAS_TRITON, KernelLaunch, record_launches, use_kernels
 from fastensdistill.kernels.tiles import Tile, changed_tiles
 
@@ -263,7 +263,7 @@ def variants(prepared: Prepared, remedies: Remedies, warps: int | None) -> dict[
     if launch.op in OPS:
         if halved:
             found["half the columns"] = Remedies(halved=tuple(halved))
-        row = Row(launch.op, "cudnn", f"{title(prepared)} is wrong otherwise", shape=shape_of(prepared.part, launch))
+        row = Choice(launch.op, "cudnn", f"{title(prepared)} is wrong otherwise", shape=shape_of(prepared.part, launch))
         found["cudnn"] = Remedies(rows=(row,))
     elif ops:
         found["reference"] = Remedies(references=tuple(ops))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.gpu_run.record import plain
 from fastensdistill.engine import graph
-from fastensdistill.engine.dispatch import Dispatch, Row, Shape
+from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.kernels.launch import KernelLaunch, around_launches, references_only
@@ -108,7 +108,7 @@ class Capture:
 class Remedies:
     launches: tuple[Varied, ...] = ()
     halved: tuple[Halved, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Choice, ...] = ()
     references: tuple[str, ...] = ()
     capture: Capture = field(default_factory=Capture)
 
@@ -118,11 +118,10 @@ class Remedies:
         if not path.exists():
             return Remedies()
         given = json.loads(path.read_text())
-        shape = lambda row: Shape(*row["shape"]) if row["shape"] else None  # noqa: E731
         return Remedies(
             tuple(Varied(**one) for one in given["launches"]),
             tuple(Halved(one["kind"], tuple(one["shape"])) for one in given["halved"]),
-            tuple(Row(**row | {"shape": shape(row)}) for row in given["rows"]),
+            tuple(map(Choice.read, given["rows"])),
             tuple(given["references"]),
             Capture(**given["capture"]),
         )
@@ -201,7 +200,7 @@ class Remedies:
         return halve(tile) if Halved(kind, tuple(shape)) in self.halved else tile
 
 
-def describe(row: Row) -> str:
+def describe(row: Choice) -> str:
     if row.shape is None:
         return row.layer or "everywhere"
     k, stride, Ci, Co, *_ = row.shape

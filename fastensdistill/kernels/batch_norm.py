@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.gather import load_shortcut, store_bits
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
     accumulator,
     check_pair,
@@ -191,7 +191,7 @@ def _launch_apply(o):
         H=height,
         W=width,
         C=channels,
-        **residual_sizes(o.residual),
+        **sizes("HR WR CR", o.residual),
     )
     return y, bits
 

@@ -1,6 +1,6 @@
 """Grouped convolution, gradient of the input, with what the backward pass does next.
 
-    u = Σ_taps d[(position + padding − tap) / stride] · W[slots[g], tap]ᵀ          (only where it divides)
+    u = Σ_taps d[(position + padding − tap) / stride] · W[weight_index[g], tap]ᵀ          (only where it divides)
     u += residual (residual_first);   u = mask · u;   u = scale · u;   u += residual (otherwise)
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
@@ -8,7 +8,7 @@
 in training mode ``z, mean, inv_std`` ask for the two sums which ``batch_norm_backward`` needs instead.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +16,43 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from fastensdistill.errors import unknown
-from fastensdistill.kernels.elementwise_gradient import check_epilogue, gradient_epilogue, gradient_sums
+from fastensdistill.kernels.elementwise_gradient import (
+    GradientEpilogue,
+    check_epilogue,
+    gradient_epilogue,
+    gradient_sums,
+)
 from fastensdistill.kernels.gather import column_halves, gather_product, load_bits, load_spread
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
-from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, check_precision, check_tensor, out_size, require
+from fastensdistill.kernels.grouped_conv import conv_tile_of
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
+from fastensdistill.kernels.operands import (
+    DTYPE_NAMES,
+    Window,
+    accumulator,
+    check_precision,
+    check_size,
+    check_tensor,
+    out_size,
+    require,
+)
 from fastensdistill.kernels.ops import define, present
-from fastensdistill.kernels.reference import partial_rows
-from fastensdistill.kernels.tiles import Tile, conv_tile, device_arch
+from fastensdistill.kernels.reference import as_channels, as_groups, partial_rows
+
+
+class DataGradientOperands(NamedTuple):
+    """What a data gradient is made of, beside its :class:`GradientEpilogue` (rows by slot) and :class:`Window`."""
+
+    d: Tensor  # (G, N, Ho, Wo, Co), gradient of the convolution's output
+    weight_flipped: Tensor  # (S, taps reversed, Co, Ci), as ``flip_weight`` packs it, in d's dtype
+    weight_index: Tensor  # int32 (G,), the slot of each group
+    height: int  # of the convolution's input, H
+    width: int
+    out_dtype: str  # of the result, such as "float32"
 
 
 class DataGradient(NamedTuple):
     d: Tensor  # (G, N, H, W, Ci)
     statistics: Tensor | None  # (G, P, 2, Ci) float32: rows of partial sums
-
-
-def _tile(d: Tensor, weight: Tensor) -> Tile:
-    return conv_tile(device_arch(d), weight.shape[2], weight.shape[3], weight.element_size())
 
 
 def flip_weight(weight: Tensor) -> Tensor:
@@ -40,46 +61,18 @@ def flip_weight(weight: Tensor) -> Tensor:
 
 
 def conv_data_gradient_reference(
-    d: Tensor,
-    weight_flipped: Tensor,
-    slots: Tensor,
-    height: int,
-    width: int,
-    residual: Tensor | None,
-    residual_stride: int,
-    residual_first: bool,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    kernel: int,
-    stride: int,
-    padding: int,
-    out_dtype: str,
-    precision: str,
+    o: DataGradientOperands, epilogue: GradientEpilogue, window: Window, precision: str
 ) -> tuple[Tensor, Tensor]:
-    groups, images = d.shape[:2]
-    slot_count, _, out_channels, in_channels = weight_flipped.shape
-    high = accumulator(weight_flipped.dtype)
-    w = weight_flipped.to(high).flip(1).view(slot_count, kernel, kernel, out_channels, in_channels)
-    w = w.permute(0, 3, 4, 1, 2)[slots.long()].flatten(0, 1)
-    u = nn_grad.conv2d_input(
-        [images, groups * in_channels, height, width],
-        w,
-        d.to(high).permute(1, 0, 4, 2, 3).flatten(1, 2),
-        stride=stride,
-        padding=padding,
-        groups=groups,
-    )
-    u = u.unflatten(1, (groups, in_channels)).permute(1, 0, 3, 4, 2)
-    u = gradient_epilogue(u, slots, residual, residual_stride, residual_first, mask, scale)
-    out = u.to(DTYPE_NAMES[out_dtype]).contiguous()
-
-    def rows(values: Tensor) -> Tensor:
-        return class_rows(values, stride, _tile(d, weight_flipped).BLOCK_M)
-
-    return out, gradient_sums(out.to(high), slots, z, mean, inv_std, rows)
+    groups, images = o.d.shape[:2]
+    high, kernel = accumulator(o.d.dtype), window.kernel
+    w = o.weight_flipped[o.weight_index.long()].to(high).flip(1).unflatten(1, (kernel, kernel))
+    size = [images, groups * w.shape[4], o.height, o.width]
+    w = w.permute(0, 3, 4, 1, 2).flatten(0, 1)
+    u = nn_grad.conv2d_input(size, w, as_channels(o.d.to(high)), window.stride, window.padding, groups=groups)
+    u = gradient_epilogue(as_groups(u, groups), o.weight_index, epilogue)
+    out = u.to(DTYPE_NAMES[o.out_dtype]).contiguous()
+    block = conv_tile_of(o.d, o.weight_flipped).BLOCK_M
+    return out, gradient_sums(out, o.weight_index, epilogue, lambda values: class_rows(values, window.stride, block))
 
 
 def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
@@ -91,45 +84,18 @@ def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def conv_data_gradient_kernel(
-    p_d,
-    p_w,
-    p_slots,
-    p_residual,
-    p_mask,
-    p_scale,
-    p_z,
-    p_mean,
-    p_inv_std,
-    p_out,
-    p_statistics,
-    N,
-    n_partials,
-    s_scale,
-    s_mean,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HO: tl.constexpr,
-    WO: tl.constexpr,
-    CO: tl.constexpr,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    RESIDUAL_FIRST: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    p_d, p_weight_flipped, p_weight_index, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics,
+    N, n_partials, s_scale, s_mean,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
+    HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     N_BLOCKS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     i_m = tl.program_id(0) // N_BLOCKS
     i_n = tl.program_id(0) % N_BLOCKS
     i_g = tl.program_id(1).to(tl.int64)
-    i_slot = tl.load(p_slots + i_g).to(tl.int64)
+    i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     # at stride s the positions of one residue (row % s, column % s) all use the same taps, 1 to ceil(KERNEL / s) a side
     i_class = tl.program_id(2)
     first_row = i_class // STRIDE
@@ -152,32 +118,12 @@ def conv_data_gradient_kernel(
     i_row = i_h + (first_row + PADDING - low_row) // STRIDE - n_rows + 1
     i_column = i_w + (first_column + PADDING - low_column) // STRIDE - n_columns + 1
     acc = gather_product(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-        p_d + i_g * N * (HO * WO * CO),
-        p_w + i_slot * (KERNEL * KERNEL * C * CO),
-        None,
-        None,
-        ((image * HO + i_row) * WO + i_column) * CO,
-        i_row,
-        i_column,
-        m_m,
-        o_n,
-        m_n,
-        KERNEL - 1 - low_row - STRIDE * (n_rows - 1),
-        KERNEL - 1 - low_column - STRIDE * (n_columns - 1),
-        n_rows,
-        n_columns,
-        HO,
-        WO,
-        CO,
-        C,
-        KERNEL,
-        STRIDE,
-        BLOCK_K,
-        False,
-        False,
-        PRECISION,
-    )
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), p_d + i_g * N * (HO * WO * CO),
+        p_weight_flipped + i_slot * (KERNEL * KERNEL * C * CO), None, None,
+        ((image * HO + i_row) * WO + i_column) * CO, i_row, i_column, m_m, o_n, m_n,
+        KERNEL - 1 - low_row - STRIDE * (n_rows - 1), KERNEL - 1 - low_column - STRIDE * (n_columns - 1),
+        n_rows, n_columns, HO, WO, CO, C, KERNEL, STRIDE, BLOCK_K, False, PRECISION,
+    )  # fmt: skip
 
     i_h = i_h * STRIDE + first_row
     i_w = i_w * STRIDE + first_column
@@ -203,60 +149,17 @@ def conv_data_gradient_kernel(
         else:
             b_half = acc
         _finish(
-            b_half,
-            p_residual,
-            p_mask,
-            p_scale,
-            p_z,
-            p_mean,
-            p_inv_std,
-            p_out,
-            p_statistics,
-            image,
-            i_h,
-            i_w,
-            m_m,
-            i_n * BLOCK_N + i_half * HALF,
-            H,
-            W,
-            C,
-            HR,
-            WR,
-            CR,
-            RESIDUAL_STRIDE,
-            RESIDUAL_FIRST,
-            BLOCK_M,
-            HALF,
-        )
+            b_half, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics, image, i_h, i_w, m_m,
+            i_n * BLOCK_N + i_half * HALF, H, W, C, HR, WR, CR, RESIDUAL_STRIDE, RESIDUAL_FIRST, BLOCK_M, HALF,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc,
-    p_residual,
-    p_mask,
-    p_scale,
-    p_z,
-    p_mean,
-    p_inv_std,
-    p_out,
-    p_statistics,
-    image,
-    i_h,
-    i_w,
-    m_m,
-    i_first,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    RESIDUAL_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    acc, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics, image, i_h, i_w, m_m, i_first,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """What follows ``acc``, channels from ``i_first``; ``p_statistics`` is the program's, the others the group's."""
     o_n = i_first + tl.arange(0, BLOCK_N)
     m_n = o_n < C
@@ -283,122 +186,108 @@ def _finish(
         tl.store(p_statistics + C + o_n, tl.sum(b_d * b_hat, 0), mask=m_n)
 
 
+def gradient_results(d: Tensor, shape: tuple[int, ...], rows: int, o: GradientEpilogue) -> tuple[Tensor, Tensor]:
+    """The results unwritten, the first like ``d``, with so many rows of partial sums per group."""
+    sums = (shape[0], rows, 2, shape[4]) if o.z is not None else (0,)
+    return d.new_empty(shape), d.new_empty(sums, dtype=accumulator(d.dtype))
+
+
+def _class_tiles(o: DataGradientOperands, stride: int) -> int:
+    """Tiles of the largest residue class; the others get as many, some of them empty."""
+    positions = o.d.shape[1] * -(-o.height // stride) * -(-o.width // stride)
+    return -(-positions // conv_tile_of(o.d, o.weight_flipped).BLOCK_M)
+
+
+def _empty(
+    o: DataGradientOperands, epilogue: GradientEpilogue, window: Window, precision: str
+) -> tuple[Tensor, Tensor]:
+    shape = (len(o.weight_index), o.d.shape[1], o.height, o.width, o.weight_flipped.shape[3])
+    rows = window.stride**2 * _class_tiles(o, window.stride)
+    return gradient_results(o.d.new_empty(0, dtype=DTYPE_NAMES[o.out_dtype]), shape, rows, epilogue)
+
+
 def _launch(
-    d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
-    z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
-):  # fmt: skip
-    out, statistics = _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
-    tile = _tile(d, weight_flipped)
-    tiles = _class_tiles(d, weight_flipped, height, width, stride)
+    o: DataGradientOperands, epilogue: GradientEpilogue, window: Window, precision: str
+) -> tuple[Tensor, Tensor]:
+    out, statistics = _empty(o, epilogue, window, precision)
+    tile, tiles, classes = conv_tile_of(o.d, o.weight_flipped), _class_tiles(o, window.stride), window.stride**2
     launch(
         conv_data_gradient_kernel,
-        (tiles * -(-out.shape[4] // tile.BLOCK_N), slots.shape[0], stride * stride),
+        (tiles * -(-out.shape[4] // tile.BLOCK_N), len(out), classes),
         tile,
-        p_d=d,
-        p_w=weight_flipped,
-        p_slots=slots,
-        p_residual=residual,
-        p_mask=mask,
-        p_scale=scale,
-        p_z=z,
-        p_mean=mean,
-        p_inv_std=inv_std,
+        o,
+        epilogue,
+        window,
         p_out=out,
-        p_statistics=statistics if z is not None else None,
-        N=d.shape[1],
-        n_partials=stride * stride * tiles,
-        s_scale=row_stride(scale),
-        s_mean=row_stride(mean),
-        H=height,
-        W=width,
-        C=out.shape[4],
-        HO=d.shape[2],
-        WO=d.shape[3],
-        CO=d.shape[4],
-        **residual_sizes(residual),
-        RESIDUAL_STRIDE=residual_stride,
-        RESIDUAL_FIRST=residual_first,
-        KERNEL=kernel,
-        STRIDE=stride,
-        PADDING=padding,
+        p_statistics=present(statistics),
+        N=out.shape[1],
+        n_partials=classes * tiles,
+        s_scale=row_stride(epilogue.scale),
+        s_mean=row_stride(epilogue.mean),
+        **sizes("H W C", out),
+        **sizes("HO WO CO", o.d),
+        **sizes("HR WR CR", epilogue.residual),
         PRECISION=precision,
     )
     return out, statistics
 
 
-def _class_tiles(d: Tensor, weight: Tensor, height: int, width: int, stride: int) -> int:
-    """Tiles of the largest residue class; the others get as many, some of them empty."""
-    return -(-d.shape[1] * -(-height // stride) * -(-width // stride) // _tile(d, weight).BLOCK_M)
+_conv_data_gradient = define("conv_data_gradient", conv_data_gradient_reference, _empty, _launch)
 
 
-def _empty_results(d, weight, slots, height, width, z, stride, out_dtype):
-    groups, channels = slots.shape[0], weight.shape[3]
-    out = d.new_empty(groups, d.shape[1], height, width, channels, dtype=DTYPE_NAMES[out_dtype])
-    rows = stride * stride * _class_tiles(d, weight, height, width, stride)
-    shape = (groups, rows, 2, channels) if z is not None else (0,)
-    return out, d.new_empty(shape, dtype=accumulator(weight.dtype))
-
-
-def _conv_data_gradient_fake(
-    d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
-    z, mean, inv_std, kernel, stride, padding, out_dtype, precision,
-):  # fmt: skip
-    return _empty_results(d, weight_flipped, slots, height, width, z, stride, out_dtype)
-
-
-_conv_data_gradient = define("conv_data_gradient", conv_data_gradient_reference, _conv_data_gradient_fake, _launch)
-
-
-def conv_data_gradient(
+def data_gradient_operands(
     d: Tensor,
     weight_flipped: Tensor,
-    slots: Tensor,
+    weight_index: Tensor,
     *,
     in_size: tuple[int, int],
     kernel: int,
     stride: int = 1,
     padding: int = 0,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    residual_first: bool = False,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    z: Tensor | None = None,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     precision: str = "ieee",
-) -> DataGradient:
-    """Gradient of a grouped convolution's input, with mask, scale, residual gradient and BatchNorm sums.
-
-    ``d`` (G, N, Ho, Wo, Co); ``weight_flipped`` (S, taps reversed, Co, Ci) as ``flip_weight`` packs it, in d's dtype;
-    ``slots`` int32 (G,); ``in_size`` = (H, W) of the input. ``residual`` (G, N, ceil(H/s), ceil(W/s), Cr) is added
-    at every ``residual_stride``-th position, to the first min(Cr, Ci) channels, before the mask if ``residual_first``.
-    ``mask`` uint8 (G, N, H, W, ceil(Ci/8)); ``scale, mean, inv_std`` (S or 1, Ci) float32, by slot; ``z`` like the
-    result. ``out_dtype`` defaults to d's. Raises InputError for shapes or dtypes that disagree and oversized groups.
-    """
+    **options: Any,
+) -> tuple[DataGradientOperands, GradientEpilogue, Window, str]:
+    """The operands of a data gradient, checked; ``options`` are the fields of :class:`GradientEpilogue`."""
+    name = str(out_dtype or d.dtype).removeprefix("torch.")
+    o = DataGradientOperands(d, weight_flipped, weight_index, *in_size, name)
+    epilogue, window = GradientEpilogue(**options), Window(kernel, stride, padding)
     check_tensor("d", d, 5)
     check_tensor("weight_flipped", weight_flipped, 4)
     check_precision(precision)
-    slot_count, channels = weight_flipped.shape[0], weight_flipped.shape[3]
-    height, width = in_size
-    shape = (slots.shape[0], d.shape[1], height, width, channels)
-    check_tensor("the result", torch.empty(shape, device="meta"), 5)
+    groups, slots, channels = len(weight_index), weight_flipped.shape[0], weight_flipped.shape[3]
+    shape = (groups, d.shape[1], *in_size, channels)
+    check_size("the result", shape)
     require(
         weight_flipped.shape[1] == kernel * kernel and weight_flipped.shape[2] == d.shape[4],
         f"weight_flipped has shape {tuple(weight_flipped.shape)}, expected "
         f"(slots, {kernel * kernel}, {d.shape[4]}, channels)",
     )
-    require(d.shape[0] == slots.shape[0], f"d has {d.shape[0]} groups, expected {slots.shape[0]} as slots has")
+    require(d.shape[0] == groups, f"d has {d.shape[0]} groups, expected {groups} as weight_index has")
     require(d.dtype == weight_flipped.dtype, f"d is {d.dtype}, expected the weight's {weight_flipped.dtype}")
-    out = tuple(out_size(size, kernel, stride, padding) for size in in_size)
+    out = tuple(out_size(size, *window) for size in in_size)
     require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
-    check_epilogue(shape, slot_count, residual, residual_stride, mask, scale, z, mean, inv_std)
-    name = str(out_dtype or d.dtype).removeprefix("torch.")
+    check_epilogue(shape, slots, epilogue)
     if name not in DTYPE_NAMES:
         raise unknown("out_dtype", name, DTYPE_NAMES)
-    result, statistics = _conv_data_gradient(
-        d, weight_flipped, slots, height, width, residual, residual_stride, residual_first, mask, scale,
-        z, mean, inv_std, kernel, stride, padding, name, precision,
-    )  # fmt: skip
+    return o, epilogue, window, precision
+
+
+def conv_data_gradient(
+    d: Tensor, weight_flipped: Tensor, weight_index: Tensor, *, in_size: tuple[int, int], kernel: int, **options: Any
+) -> DataGradient:
+    """Gradient of a grouped convolution's input, with mask, scale, residual gradient and BatchNorm sums.
+
+    Args:
+        d, weight_flipped, weight_index: see :class:`DataGradientOperands`.
+        in_size: (H, W) of the convolution's input. kernel: its side. Further options: ``stride`` 1, ``padding`` 0,
+            ``out_dtype`` (d's), ``precision`` (how float32 is multiplied: "ieee" or "tf32") and the fields of
+            :class:`GradientEpilogue`, rows by slot.
+
+    Raises:
+        InputError: shapes or dtypes that disagree, and oversized groups.
+    """
+    operands = data_gradient_operands(d, weight_flipped, weight_index, in_size=in_size, kernel=kernel, **options)
+    o, epilogue, window, precision = operands
+    result, statistics = _conv_data_gradient(*o, *epilogue, *window, precision)
     return DataGradient(result, present(statistics))

@@ -1,87 +1,61 @@
 """Grouped convolution, gradient of the weights.
 
-    u = in_scale · x + in_shift, then ReLU if in_relu          (zero padding comes after it)
+    u = in_scale · x + in_shift                                 (zero padding comes after it)
     dW[g, tap, i, o] = Σ over images and positions  u[position · stride − padding + tap, i] · d[position, o]
 
 Positions are split over programs; their float32 partial results are added in a fixed order (no atomics).
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
 from fastensdistill.kernels.grouped_conv import conv_input
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
+    Window,
     accumulator,
     check_out,
     check_pair,
     check_precision,
     check_tensor,
-    out_size,
     require,
 )
 from fastensdistill.kernels.ops import define
-from fastensdistill.kernels.reference import leave
+from fastensdistill.kernels.reference import as_channels, leave
 from fastensdistill.kernels.sums import add_rows
 from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
 
 
+class WeightGradientOperands(NamedTuple):
+    """What a weight gradient is made of, beside its :class:`Window`."""
+
+    x: Tensor  # (G or 1, N, H, W, Ci), the forward pass's input, float32 or d's dtype
+    d: Tensor  # (G, N, Ho, Wo, Co), gradient of its output
+    in_scale: Tensor | None  # (G or 1, Ci) float32, here by group
+    in_shift: Tensor | None
+
+
 def conv_weight_gradient_reference(
-    x: Tensor,
-    d: Tensor,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    in_relu: bool,
-    kernel: int,
-    stride: int,
-    padding: int,
-    precision: str,
-    out: Tensor,
-    add: bool,
+    o: WeightGradientOperands, window: Window, precision: str, out: Tensor, add: bool
 ) -> None:
-    groups, out_channels, in_channels = d.shape[0], d.shape[4], x.shape[4]
-    high = accumulator(d.dtype)
-    u = conv_input(x, None, None, in_scale, in_shift, in_relu, d.dtype).expand(groups, -1, -1, -1, -1)
-    u = u.to(high).permute(1, 0, 4, 2, 3).flatten(1, 2)
-    dw = nn_grad.conv2d_weight(
-        u,
-        [groups * out_channels, in_channels, kernel, kernel],
-        d.to(high).permute(1, 0, 4, 2, 3).flatten(1, 2),
-        stride=stride,
-        padding=padding,
-        groups=groups,
-    )
-    dw = dw.view(groups, out_channels, in_channels, kernel * kernel)
-    leave(dw.permute(0, 3, 2, 1), out, add)
+    groups, channels, high, kernel = len(o.d), o.x.shape[4], accumulator(o.d.dtype), window.kernel
+    u = conv_input(o.x, groups, None, o.in_scale, o.in_shift, o.d.dtype)
+    size = [groups * o.d.shape[4], channels, kernel, kernel]
+    u, d = as_channels(u.to(high)), as_channels(o.d.to(high))
+    dw = nn_grad.conv2d_weight(u, size, d, window.stride, window.padding, groups=groups)
+    leave(dw.view(groups, -1, channels, kernel * kernel).permute(0, 3, 2, 1), out, add)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def conv_weight_gradient_kernel(
-    p_x,
-    p_d,
-    p_in_scale,
-    p_in_shift,
-    p_partial,
-    N,
-    steps,
-    s_in,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HO: tl.constexpr,
-    WO: tl.constexpr,
-    CO: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    SHARED: tl.constexpr,
-    IN_RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    p_x, p_d, p_in_scale, p_in_shift, p_partial, N, steps, s_in,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # rows: taps x input channels; columns: output channels; depth: positions, a run of them per program
     N_BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     i_m = tl.program_id(0) // N_BLOCKS
@@ -139,13 +113,8 @@ def conv_weight_gradient_kernel(
             i_w = i_column[:, None] + tap_column
             m_x = m_x & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W)
         b_x = tl.load(p_x + ((o_x[:, None] + o_tap) + i_channel[None, :]), mask=m_x, other=0.0)
-        if p_in_scale is not None or IN_RELU:
-            b_u = b_x.to(tl.float32)
-            if p_in_scale is not None:
-                b_u = b_u * b_scale + b_shift
-            if IN_RELU:
-                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            b_x = tl.where(m_x, b_u, 0.0)
+        if p_in_scale is not None:
+            b_x = tl.where(m_x, b_x.to(tl.float32) * b_scale + b_shift, 0.0)
         b_d = tl.load(p_d + (o_k[:, None] * CO + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_x.to(b_d.dtype)), b_d, acc, input_precision=PRECISION)
         o_k += BLOCK_K
@@ -165,39 +134,27 @@ def conv_weight_gradient_kernel(
     tl.store(p_partial + (o_out[:, None] * CO + o_n[None, :]), acc, mask=m_m[:, None] & m_n[None, :])
 
 
-def _launch(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision, out, add):
-    groups, images, out_height, out_width, out_channels = d.shape
-    height, width, channels = x.shape[2:]
-    rows = kernel * kernel * channels
-    positions = images * out_height * out_width
+def _launch(o: WeightGradientOperands, window: Window, precision: str, out: Tensor, add: bool) -> None:
+    (groups, images, height, width, out_channels), channels = o.d.shape, o.x.shape[4]
+    taps = window.kernel**2
     tile, blocks, steps, splits = weight_gradient_split(
-        device_arch(d), groups, positions, kernel * kernel, channels, out_channels, d.element_size()
+        device_arch(o.d), groups, images * height * width, taps, channels, out_channels, o.d.element_size()
     )
     direct = splits == 1 and not add
-    partial = out if direct else d.new_empty(splits, groups, rows, out_channels, dtype=torch.float32)
+    partial = out if direct else o.d.new_empty(splits, groups, taps * channels, out_channels, dtype=torch.float32)
     launch(
         conv_weight_gradient_kernel,
         (blocks, splits, groups),
         tile,
-        p_x=x,
-        p_d=d,
-        p_in_scale=in_scale,
-        p_in_shift=in_shift,
+        o,
+        window,
         p_partial=partial,
         N=images,
         steps=steps,
-        s_in=row_stride(in_scale),
-        H=height,
-        W=width,
-        C=channels,
-        HO=out_height,
-        WO=out_width,
-        CO=out_channels,
-        KERNEL=kernel,
-        STRIDE=stride,
-        PADDING=padding,
-        SHARED=x.shape[0] == 1,
-        IN_RELU=in_relu,
+        s_in=row_stride(o.in_scale),
+        **sizes("H W C", o.x),
+        **sizes("HO WO CO", o.d),
+        SHARED=o.x.shape[0] == 1,
         PRECISION=precision,
     )
     if not direct:
@@ -209,7 +166,7 @@ _conv_weight_gradient = define(
 )
 
 
-def conv_weight_gradient(
+def weight_gradient_operands(
     x: Tensor,
     d: Tensor,
     *,
@@ -218,23 +175,16 @@ def conv_weight_gradient(
     padding: int = 0,
     in_scale: Tensor | None = None,
     in_shift: Tensor | None = None,
-    in_relu: bool = False,
     precision: str = "ieee",
     out: Tensor | None = None,
     add: bool = False,
-) -> Tensor:
-    """Weight gradient (G, taps, Ci, Co), float32, of a grouped convolution: in ``out`` where that is given.
-
-    ``x`` (G or 1, N, H, W, Ci), float32 or d's dtype: the forward pass's input, with its prologue ``in_scale,
-    in_shift`` (G or 1, Ci) float32, here **by group**; ``d`` (G, N, Ho, Wo, Co): gradient of its output.
-    ``precision`` is how float32 is multiplied: "ieee" or "tf32". With ``add`` it is added to what ``out`` holds.
-    Raises InputError for shapes that disagree.
-    """
+) -> tuple[WeightGradientOperands, Window, str, Tensor, bool]:
+    """The operands of a weight gradient, checked, and where it goes."""
+    o, window = WeightGradientOperands(x, d, in_scale, in_shift), Window(kernel, stride, padding)
     check_tensor("x", x, 5)
     check_tensor("d", d, 5)
     check_precision(precision)
-    groups = d.shape[0]
-    size = tuple(out_size(side, kernel, stride, padding) for side in x.shape[2:4])
+    groups, size = d.shape[0], window.sizes(x)
     require(
         x.shape[0] in (1, groups) and x.shape[1] == d.shape[1],
         f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups of {d.shape[1]} images",
@@ -243,5 +193,21 @@ def conv_weight_gradient(
     require(x.dtype in (d.dtype, torch.float32), f"x is {x.dtype}, expected float32 or d's {d.dtype}")
     check_pair("in_scale and in_shift", in_scale, in_shift, groups, x.shape[4])
     out = check_out("out", out, (groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
-    _conv_weight_gradient(x, d, in_scale, in_shift, in_relu, kernel, stride, padding, precision, out, add)
+    return o, window, precision, out, add
+
+
+def conv_weight_gradient(x: Tensor, d: Tensor, *, kernel: int, **options: Any) -> Tensor:
+    """Weight gradient (G, taps, Ci, Co), float32, of a grouped convolution.
+
+    Args:
+        x, d: see :class:`WeightGradientOperands`.
+        kernel: its side. Further options: ``stride`` 1, ``padding`` 0, the prologue ``in_scale, in_shift`` of the
+            forward pass, ``precision`` (how float32 is multiplied: "ieee" or "tf32"), ``out``, memory for the result,
+            and ``add``: on top of what it holds.
+
+    Raises:
+        InputError: shapes or dtypes that disagree.
+    """
+    o, window, precision, out, add = weight_gradient_operands(x, d, kernel=kernel, **options)
+    _conv_weight_gradient(*o, *window, precision, out, add)
     return out

@@ -8,13 +8,13 @@ Here scale, mean and inv_std are by group: (Q, C), Q = G or 1. ``gradient_epilog
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastensdistill.kernels.gather import load_bits, load_spread
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, residual_sizes, row_stride, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_tensor, require
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import partial_rows, pick, unpack_mask
@@ -23,16 +23,17 @@ from fastensdistill.kernels.tiles import rows_tile
 ROWS_BLOCK = 512  # positions of one program, and of one row of sums
 
 
-class ElementwiseGradientOperands(NamedTuple):
-    d: Tensor  # (G, N, H, W, C)
-    residual: Tensor | None  # (G, N, ceil(H/s), ceil(W/s), Cr), added at every s-th position to min(C, Cr) channels
-    residual_stride: int  # s
-    residual_first: bool  # before mask and scale, else after them
-    mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
-    scale: Tensor | None  # (Q, C) float32
-    z: Tensor | None  # (G, N, H, W, C): with it statistics are made
-    mean: Tensor | None  # (Q, C) float32
-    inv_std: Tensor | None  # (Q, C) float32
+class GradientEpilogue(NamedTuple):
+    """What is done to a gradient u (G, N, H, W, C). Rows are by group or, of a convolution, by weight slot."""
+
+    residual: Tensor | None = None  # (G, N, ceil(H/s), ceil(W/s), Cr), added to the first min(C, Cr) channels
+    residual_stride: int = 1  # s: it is added at every such position
+    residual_first: bool = False  # before mask and scale, else after them
+    mask: Tensor | None = None  # (G, N, H, W, ceil(C/8)) uint8
+    scale: Tensor | None = None  # (Q or 1, C) float32
+    z: Tensor | None = None  # (G, N, H, W, C): with it, mean and inv_std statistics are made
+    mean: Tensor | None = None  # (Q or 1, C) float32
+    inv_std: Tensor | None = None
 
 
 class ElementwiseGradient(NamedTuple):
@@ -40,55 +41,39 @@ class ElementwiseGradient(NamedTuple):
     statistics: Tensor | None  # (G, P, 2, C) float32
 
 
-def gradient_epilogue(
-    u: Tensor,
-    slots: Tensor | None,
-    residual: Tensor | None,
-    residual_stride: int,
-    residual_first: bool,
-    mask: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor:
-    """u of the equations (G, N, H, W, C) from its first value; without ``slots`` the scale is by group."""
+def gradient_epilogue(u: Tensor, weight_index: Tensor | None, o: GradientEpilogue) -> Tensor:
+    """u of the equations (G, N, H, W, C) from its first value; without ``weight_index`` the scale is by group."""
 
     def with_residual(u: Tensor) -> Tensor:
-        if residual is not None:
-            u = u.clone()
-            u[:, :, ::residual_stride, ::residual_stride, : residual.shape[4]] += residual[..., : u.shape[4]]
+        if o.residual is not None:
+            u, s = u.clone(), o.residual_stride
+            u[:, :, ::s, ::s, : o.residual.shape[4]] += o.residual[..., : u.shape[4]]
         return u
 
-    u = with_residual(u) if residual_first else u
-    if mask is not None:
-        u = u * unpack_mask(mask, u.shape[4])
-    if scale is not None:
-        u = u * pick(scale, slots)
-    return u if residual_first else with_residual(u)
+    u = with_residual(u) if o.residual_first else u
+    if o.mask is not None:
+        u = u * unpack_mask(o.mask, u.shape[4])
+    if o.scale is not None:
+        u = u * pick(o.scale, weight_index)
+    return u if o.residual_first else with_residual(u)
 
 
-def gradient_sums(
-    u: Tensor,
-    slots: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-    rows: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The statistics of the equations, of ``u`` as stored; without z, mean and inv_std nothing.
+def gradient_sums(u: Tensor, weight_index: Tensor | None, o: Any, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """The statistics of the equations, of ``u`` as stored; without z, mean and inv_std of ``o`` nothing.
 
     ``rows`` makes the rows of partial sums, (G, N, H, W, C) → (G, P, C).
     """
     u = u.to(accumulator(u.dtype))
-    if z is None or mean is None or inv_std is None:
+    if o.z is None or o.mean is None or o.inv_std is None:
         return absent(u)
-    standard = (z.to(u.dtype) - pick(mean, slots)) * pick(inv_std, slots)
+    standard = (o.z.to(u.dtype) - pick(o.mean, weight_index)) * pick(o.inv_std, weight_index)
     return torch.stack([rows(u), rows(u * standard)], 2)
 
 
-def elementwise_gradient_reference(o: ElementwiseGradientOperands) -> tuple[Tensor, Tensor]:
-    u = o.d.to(accumulator(o.d.dtype))
-    d = gradient_epilogue(u, None, o.residual, o.residual_stride, o.residual_first, o.mask, o.scale).to(o.d.dtype)
-    sums = gradient_sums(d, None, o.z, o.mean, o.inv_std, lambda v: partial_rows(v.flatten(1, 3), ROWS_BLOCK))
-    return d.clone() if d is o.d else d, sums
+def elementwise_gradient_reference(d: Tensor, o: GradientEpilogue) -> tuple[Tensor, Tensor]:
+    u = gradient_epilogue(d.to(accumulator(d.dtype)), None, o).to(d.dtype)
+    sums = gradient_sums(u, None, o, lambda values: partial_rows(values.flatten(1, 3), ROWS_BLOCK))
+    return u.clone() if u is d else u, sums
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -163,16 +148,16 @@ def elementwise_gradient_kernel(
         tl.store(p_sums + C + o_n, second, mask=m_n)
 
 
-def _empty(o):
-    groups, images, height, width, channels = o.d.shape
+def _empty(d, o):
+    groups, images, height, width, channels = d.shape
     rows = -(-images * height * width // ROWS_BLOCK)
     shape = (groups, rows, 2, channels) if o.z is not None else (0,)
-    return torch.empty_like(o.d), o.d.new_empty(shape, dtype=accumulator(o.d.dtype))
+    return torch.empty_like(d), d.new_empty(shape, dtype=accumulator(d.dtype))
 
 
-def _launch(o):
-    out, sums = _empty(o)
-    groups, images, height, width, channels = o.d.shape
+def _launch(d, o):
+    out, sums = _empty(d, o)
+    groups, images, height, width, channels = d.shape
     rows = -(-images * height * width // ROWS_BLOCK)
     tile = rows_tile(channels)
     launch(
@@ -180,16 +165,15 @@ def _launch(o):
         (rows, -(-channels // tile.BLOCK_N), groups),
         tile,
         o,
+        p_d=d,
         p_out=out,
         p_sums=present(sums),
         N=images,
         n_partials=rows,
         s_scale=row_stride(o.scale),
         s_mean=row_stride(o.mean),
-        H=height,
-        W=width,
-        C=channels,
-        **residual_sizes(o.residual),
+        **sizes("H W C", d),
+        **sizes("HR WR CR", o.residual),
         ROWS=ROWS_BLOCK,
         BLOCK_M=min(tile.BLOCK_M, ROWS_BLOCK),
     )
@@ -199,58 +183,40 @@ def _launch(o):
 _elementwise_gradient = define("elementwise_gradient", elementwise_gradient_reference, _empty, _launch)
 
 
-def check_epilogue(
-    shape: tuple[int, ...],
-    count: int,
-    residual: Tensor | None,
-    residual_stride: int,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor | None,
-    mean: Tensor | None,
-    inv_std: Tensor | None,
-) -> None:
-    """Refuse operands that do not go with a gradient of ``shape`` (G, N, H, W, C) and ``count`` slots or groups."""
-    require((z is None) == (mean is None), "z, mean and inv_std must be given together")
-    if z is not None:
-        require(z.shape == shape and z.is_contiguous(), f"z has shape {tuple(z.shape)}, expected {shape}, contiguous")
-    check_pair("mean and inv_std", mean, inv_std, count, shape[4])
-    check_rows("scale", scale, count, shape[4])
-    if mask is not None:
+def check_epilogue(shape: tuple[int, ...], count: int, o: GradientEpilogue) -> None:
+    """Refuse what does not go with a gradient of ``shape`` (G, N, H, W, C) and ``count`` slots or groups."""
+    require((o.z is None) == (o.mean is None), "z, mean and inv_std must be given together")
+    if o.z is not None:
+        good = o.z.shape == shape and o.z.is_contiguous()
+        require(good, f"z has shape {tuple(o.z.shape)}, expected {shape}, contiguous")
+    check_pair("mean and inv_std", o.mean, o.inv_std, count, shape[4])
+    check_rows("scale", o.scale, count, shape[4])
+    if o.mask is not None:
         wanted = (*shape[:4], -(-shape[4] // 8))
         require(
-            mask.shape == wanted and mask.is_contiguous() and mask.dtype == torch.uint8,
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected uint8 {wanted}, contiguous",
+            o.mask.shape == wanted and o.mask.is_contiguous() and o.mask.dtype == torch.uint8,
+            f"mask is {o.mask.dtype} of shape {tuple(o.mask.shape)}, expected uint8 {wanted}, contiguous",
         )
-    if residual is not None:
-        check_tensor("residual", residual, 5)
-        small = (*shape[:2], *(-(-size // residual_stride) for size in shape[2:4]))
-        require(
-            residual.shape[:4] == small, f"residual has shape {tuple(residual.shape)}, expected {small} and channels"
-        )
+    if o.residual is not None:
+        check_tensor("residual", o.residual, 5)
+        small = (*shape[:2], *(-(-size // o.residual_stride) for size in shape[2:4]))
+        good = o.residual.shape[:4] == small
+        require(good, f"residual has shape {tuple(o.residual.shape)}, expected {small} and channels")
 
 
-def elementwise_gradient(
-    d: Tensor,
-    *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    residual_first: bool = True,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    z: Tensor | None = None,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
-) -> ElementwiseGradient:
+def elementwise_gradient(d: Tensor, *, residual_first: bool = True, **options: Any) -> ElementwiseGradient:
     """Mask, scale and residual of a gradient, and the partial sums that ``batch_norm_backward`` needs.
 
-    ``d`` and ``z`` (G, N, H, W, C); ``residual`` (G, N, ceil(H/s), ceil(W/s), Cr) is added at every
-    ``residual_stride``-th position to the first min(Cr, C) channels, before the mask unless ``residual_first`` is
-    False; ``mask`` uint8 (G, N, H, W, ceil(C/8)); ``scale, mean, inv_std`` (G or 1, C) float32, by group. ``z, mean,
-    inv_std`` together ask for ``statistics``. The result has d's dtype. Raises InputError for shapes that disagree.
+    Args:
+        d: (G, N, H, W, C), float32, float16 or bfloat16, which the result is too (float64: reference only).
+        residual_first: whether the residual is added before mask and scale.
+        options: the further fields of :class:`GradientEpilogue`.
+
+    Raises:
+        InputError: shapes that disagree.
     """
     check_tensor("d", d, 5)
-    o = ElementwiseGradientOperands(d, residual, residual_stride, residual_first, mask, scale, z, mean, inv_std)
-    check_epilogue(tuple(d.shape), d.shape[0], residual, residual_stride, mask, scale, z, mean, inv_std)
-    out, sums = _elementwise_gradient(*o)
+    o = GradientEpilogue(residual_first=residual_first, **options)
+    check_epilogue(tuple(d.shape), d.shape[0], o)
+    out, sums = _elementwise_gradient(d, *o)
     return ElementwiseGradient(out, present(sums))

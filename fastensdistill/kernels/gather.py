@@ -5,32 +5,10 @@ from fastensdistill.kernels.launch import tl, triton
 
 @triton.jit
 def gather_product(
-    acc,
-    p_x,
-    p_w,
-    p_scale,
-    p_shift,
-    o_x,
-    i_row,
-    i_column,
-    m_m,
-    o_n,
-    m_n,
-    tap_row,
-    tap_column,
-    n_rows,
-    n_columns,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    CO: tl.constexpr,
-    KERNEL: tl.constexpr,
-    TAP_STEP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROW_TAPS: tl.constexpr,
-    IN_RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, p_x, p_w, p_scale, p_shift, o_x, i_row, i_column, m_m, o_n, m_n, tap_row, tap_column, n_rows, n_columns,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, KERNEL: tl.constexpr, TAP_STEP: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc[m, n] += Σ over n_rows x n_columns taps and C channels of x[position m shifted by the tap] · w[tap, c, n].
 
     ``o_x`` is the element offset of each position's first tap (which may lie outside), ``i_row, i_column`` its
@@ -69,15 +47,11 @@ def gather_product(
             o_w = (tap * C + i_channel) * CO
             o_in = o_x + ((i_r * W + i_s) * C + i_c)
         b_x = tl.load(p_x + (o_in[:, None] + o_k[None, :]), mask=m_x, other=0.0)
-        if p_scale is not None or IN_RELU:
-            b_u = b_x.to(tl.float32)
-            if p_scale is not None:
-                b_scale = tl.load(p_scale + i_channel, mask=m_k, other=0.0)
-                b_shift = tl.load(p_shift + i_channel, mask=m_k, other=0.0)
-                b_u = b_u * b_scale[None, :] + b_shift[None, :]
-            if IN_RELU:
-                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            # zero padding comes after the prologue: a masked 0 has just become relu(shift)
+        if p_scale is not None:
+            b_scale = tl.load(p_scale + i_channel, mask=m_k, other=0.0)
+            b_shift = tl.load(p_shift + i_channel, mask=m_k, other=0.0)
+            b_u = b_x.to(tl.float32) * b_scale[None, :] + b_shift[None, :]
+            # zero padding comes after the prologue: a masked 0 has just become a shift
             b_x = tl.where(m_x, b_u, 0.0)
         if EVEN_K and not ROW_TAPS:
             b_w = tl.load(p_w + (o_w[:, None] + o_n[None, :]), mask=m_n[None, :], other=0.0)
@@ -129,16 +103,7 @@ def load_bits(p_mask, o_m, m_m, i_first, C: tl.constexpr, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def load_shortcut(
-    p_residual,
-    image,
-    i_h,
-    i_w,
-    m_m,
-    o_n,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    STRIDE: tl.constexpr,
+    p_residual, image, i_h, i_w, m_m, o_n, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, STRIDE: tl.constexpr
 ):
     """A group's residual (N, HR, WR, CR) at every STRIDE-th position, 0 for channels that it has not, in float32."""
     o_r = ((image * HR + i_h * STRIDE) * WR + i_w * STRIDE) * CR
@@ -148,18 +113,9 @@ def load_shortcut(
 
 @triton.jit
 def load_spread(
-    p_residual,
-    image,
-    i_h,
-    i_w,
-    m_m,
-    o_n,
-    m_n,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
+    p_residual, image, i_h, i_w, m_m, o_n, m_n,
+    HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
     """The gradient of what ``load_shortcut`` reads: a residual at every STRIDE-th position, 0 at the others."""
     on_grid = m_m & (i_h % STRIDE == 0) & (i_w % STRIDE == 0)
     o_r = ((image * HR + i_h // STRIDE) * WR + i_w // STRIDE) * CR

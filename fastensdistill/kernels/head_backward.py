@@ -63,7 +63,7 @@ def head_backward_reference(o: HeadBackwardOperands) -> tuple[Tensor, Tensor]:
         leave(o.pooled.to(o.weight.dtype).to(y.dtype).transpose(1, 2) @ d_logits, o.d_weight, o.add)
         leave(o.d_logits.sum(1), o.d_bias, o.add)
     rows = lambda v: partial_rows(v.sum((2, 3)), IMAGES_BLOCK)  # noqa: E731
-    return d, gradient_sums(d, o.weight_index, o.z, o.mean, o.inv_std, rows)
+    return d, gradient_sums(d, o.weight_index, o, rows)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

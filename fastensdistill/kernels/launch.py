@@ -110,18 +110,27 @@ def runs_kernel(device: str, *dtypes: torch.dtype) -> bool:
     return True
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Any, operands: Any = None, /, **arguments: Any) -> None:
+@functools.cache
+def _sources(kernel: Any) -> list[tuple[str, str]]:
+    """What the kernel takes, and the field of a ``Tile`` or of an op's operands that it is, if no argument."""
+    names = [str(name) for name in kernel.arg_names]
+    return [(name, name if name.startswith("BLOCK_") else name.removeprefix("p_").lower()) for name in names]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *operands: Any, **arguments: Any) -> None:
     """Launch ``kernel`` with a ``Tile``'s warps, stages and registers.
 
-    What the kernel takes and ``arguments`` lack is the tile's block size of that name, or the field of the op's
-    ``operands``: ``p_z`` is their z, ``RELU`` their relu. Nothing is launched on an empty grid.
+    What the kernel takes and ``arguments`` lack is the tile's block size of that name, or the field of an op's
+    ``operands``, NamedTuples: ``p_z`` is their z, ``RELU`` their relu. Nothing is launched on an empty grid.
     """
     if 0 in grid:
         return
-    for name in kernel.arg_names:
+    fields = tile._asdict()
+    for one in operands:
+        fields |= one._asdict()
+    for name, field in _sources(kernel):
         if name not in arguments:
-            block = name.startswith("BLOCK_")
-            arguments[name] = getattr(tile, name) if block else getattr(operands, name.removeprefix("p_").lower())
+            arguments[name] = fields[field]
     one = KernelLaunch(kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.maxnreg, tile.programs)
     if _records:
         _records[-1].append(one)
@@ -149,7 +158,6 @@ def row_stride(rows: Tensor | None) -> int:
     return 0 if rows is None or rows.shape[0] == 1 else int(rows.shape[1])
 
 
-def residual_sizes(residual: Tensor | None) -> dict[str, int]:
-    """The sizes of a residual (G, N, HR, WR, CR) as kernels take them."""
-    height, width, channels = residual.shape[2:] if residual is not None else (0, 0, 0)
-    return {"HR": height, "WR": width, "CR": channels}
+def sizes(names: str, x: Tensor | None) -> dict[str, int]:
+    """The sizes of x (G, N, height, width, channels) as a kernel takes them, such as "HR WR CR"; 0 without x."""
+    return dict(zip(names.split(), (0, 0, 0) if x is None else x.shape[2:], strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +28,21 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_size(name: str, shape: Sequence[int]) -> None:
+    """A group's part of a tensor must fit int32 offsets."""
+    count = math.prod(shape[1:])
+    require(
+        count < _LIMIT,
+        f"{name} of shape {tuple(shape)} has {count} elements in one group, more than 32-bit offsets reach; "
+        "use smaller batches",
+    )
+
+
 def check_tensor(name: str, x: Tensor, dimensions: int) -> None:
     """A contiguous tensor of so many dimensions, whose size per group fits int32 offsets."""
     require(x.dim() == dimensions, f"{name} has shape {tuple(x.shape)}, expected {dimensions} dimensions")
     require(x.is_contiguous(), f"{name} of shape {tuple(x.shape)} is not contiguous")
-    count = math.prod(x.shape[1:])
-    require(
-        count < _LIMIT,
-        f"{name} of shape {tuple(x.shape)} has {count} elements in one group, more than 32-bit offsets reach; "
-        "use smaller batches",
-    )
+    check_size(name, x.shape)
 
 
 def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> None:
@@ -119,3 +126,16 @@ def check_positive(name: str, value: float) -> None:
 def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
     """Positions along one side after a convolution or pooling."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+class Window(NamedTuple):
+    """The kernel x kernel positions of the input, from position · stride − padding, that a result is made of."""
+
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+
+    def sizes(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the result of an input (G, N, H, W, C)."""
+        height, width = (out_size(size, *self) for size in x.shape[2:4])
+        return height, width

@@ -8,7 +8,8 @@ For every op the first of these that there is for its tensors:
 """
 
 import inspect
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,38 +39,41 @@ def define(
     """Define ``torch.ops.fastensdistill.name`` and return it; its schema is the reference's signature.
 
     Args:
-        reference: the op in plain PyTorch. It takes the operands by position or, where its one parameter is a
-            NamedTuple, as that.
+        reference: the op in plain PyTorch, called by position. A parameter that is a NamedTuple stands for its fields:
+            operands that travel together are one parameter of the function and several of the schema.
         empty: the results unwritten, of the same operands: the op's fake, and where a launcher gets its memory.
         launcher: launches the op's Triton kernel, same operands and results.
         mutates: names of the operands that it writes into.
+
+    The op has no gradient unless one is registered for it. Tensors that require one are refused in a RuntimeError.
     """
     signature = inspect.signature(reference, eval_str=True)
-    parameters = list(signature.parameters.values())
-    together = parameters[0].annotation if hasattr(parameters[0].annotation, "_fields") else None
-    if together is not None:
-        signature = inspect.signature(together).replace(return_annotation=signature.return_annotation)
-        parameters = list(signature.parameters.values())
-    tensors = [position for position, parameter in enumerate(parameters) if parameter.annotation is Tensor]
+    packings: list[tuple[Any, int, int]] = []  # the NamedTuple or None, and where its fields are in the schema
+    fields: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        together = parameter.annotation if hasattr(parameter.annotation, "_fields") else None
+        inside = {parameter.name: parameter.annotation} if together is None else typing.get_type_hints(together)
+        packings.append((together, len(fields), len(fields) + len(inside)))
+        fields += [parameter.replace(name=field, annotation=kind) for field, kind in inside.items()]
+    tensors = [position for position, field in enumerate(fields) if field.annotation is Tensor]
+
+    def packed(operands: Sequence[Any]) -> list[Any]:
+        return [operands[i] if together is None else together(*operands[i:j]) for together, i, j in packings]
+
+    def run(*operands: Any) -> Any:
+        required = [operands[position] for position in tensors]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in required):
+            raise RuntimeError(f"{name} has no gradient; give it detached tensors, or call it under torch.no_grad()")
+        kernel = launcher is not None and _runs_kernel(name, required[0].device.type, *(x.dtype for x in required))
+        return (launcher if kernel else reference)(*packed(operands))  # type: ignore[misc]
 
     def prototype() -> None: ...
 
-    prototype.__signature__ = signature  # type: ignore[attr-defined]
-
-    def unwritten(*operands: Any) -> Any:
-        return empty(*operands) if together is None else empty(together(*operands))
-
-    def run(*operands: Any) -> Any:
-        given = [operands[position] for position in tensors]
-        function = reference
-        if launcher is not None and _runs_kernel(name, given[0].device.type, *(x.dtype for x in given)):
-            function = launcher
-        return function(*operands) if together is None else function(together(*operands))
-
+    prototype.__signature__ = signature.replace(parameters=fields)  # type: ignore[attr-defined]
     schema = torch.library.infer_schema(prototype, mutates_args=mutates)
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"{NAMESPACE}::{name}", "default", run)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", unwritten)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *operands: empty(*packed(operands)))
     PORTABLE[name] = run
     if launcher is not None:
         LAUNCHERS[name] = launcher

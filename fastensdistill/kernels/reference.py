@@ -43,3 +43,13 @@ def partial_rows(values: Tensor, block: int) -> Tensor:
 def leave(value: Tensor, out: Tensor, add: bool) -> None:
     """``value`` into ``out``, or on top of what is there."""
     out.add_(value) if add else out.copy_(value)
+
+
+def as_channels(x: Tensor) -> Tensor:
+    """(G, N, H, W, C) → (N, G·C, H, W): what PyTorch's grouped convolutions take."""
+    return x.permute(1, 0, 4, 2, 3).flatten(1, 2)
+
+
+def as_groups(x: Tensor, groups: int) -> Tensor:
+    """The inverse of ``as_channels``, not contiguous."""
+    return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2)

@@ -13,7 +13,7 @@ import torch
 
 from bench import kernels, loader, report, roof, scaling, startup, throughput
 from bench.common import ROOT, Meter, interleave, quantile, table
-from fastensdistill.engine.dispatch import Dispatch, Row, Shape
+from fastensdistill.engine.dispatch import Choice, ConvShape, Dispatch
 
 CPU = torch.device("cpu")
 COMMANDS = {
@@ -69,7 +69,7 @@ def test_a_launch_is_counted_as_often_as_the_step_has_it(results):
     convolutions = [row for row in rows if row["op"] in kernels.CONVS]
     assert all(row["dense"] > 0 and row["grouped"] > 0 and row["vendor"] > 0 for row in convolutions)
     assert Dispatch.load(results / "kernels.rows").table == tuple(kernels.choices(
-        [row | ({"shape": Shape(*row["shape"])} if "shape" in row else {}) for row in rows], None,
+        [row | ({"shape": ConvShape(*row["shape"])} if "shape" in row else {}) for row in rows], None,
         f"{run['host']['device']}, tiny, batch 2, M = K = 2",
     ))  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path):
 
 
 def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shape():
-    one, other = Shape(3, 1, 64, 64, 32, 32), Shape(3, 1, 128, 128, 16, 16)
+    one, other = ConvShape(3, 1, 64, 64, 32, 32), ConvShape(3, 1, 128, 128, 16, 16)
     same = {"op": "conv", "shape": one, "count": 2}
     rows = [
         same | {"us": 100.0, "vendor": 90.0, "cuda": 60.0},
@@ -197,6 +197,6 @@ def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shap
     ]
     found = kernels.choices(rows, 90, "here")
     assert found == [
-        Row("conv", "cudnn", "300 → 200 us a step, here", shape=one, arch=90),
-        Row("weight gradient", "cudnn", "300 → 150 us a step, here", shape=other, arch=90),
+        Choice("conv", "cudnn", "300 → 200 us a step, here", shape=one, arch=90),
+        Choice("weight gradient", "cudnn", "300 → 150 us a step, here", shape=other, arch=90),
     ]

@@ -21,7 +21,7 @@ from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
 from fastensdistill.engine import fused, graph, planned_ops, trained
-from fastensdistill.engine.dispatch import Row, Shape
+from fastensdistill.engine.dispatch import Choice, ConvShape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.trained import TrainedPass
@@ -264,7 +264,7 @@ def test_partial_sums_are_judged_by_their_total(prepared):
     assert allowed["groups.1.0.bn1.grad_sums"] < 1e-5
 
 
-ROW = Row("conv", "cudnn", "wrong", shape=Shape(3, 2, 8, 16, 8, 8))
+ROW = Choice("conv", "cudnn", "wrong", shape=ConvShape(3, 2, 8, 16, 8, 8))
 
 
 def test_remedies_are_read_as_they_were_written(tmp_path):

@@ -9,13 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.engine import dispatch
-from fastensdistill.engine.dispatch import OPS, TABLE, Dispatch, Row, Shape, halo_rows
+from fastensdistill.engine.dispatch import OPS, TABLE, Choice, ConvShape, Dispatch, halo_rows
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.reference import partial_rows
+from fastensdistill.kernels.vendor_conv import vendor_conv, vendor_data_gradient, vendor_weight_gradient
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.models.resnet import ResNet
 from fastensdistill.network.trace import trace
@@ -24,7 +25,7 @@ from tests.engine.cases import CLASSES, check_equal, network, setting, steps, tr
 from tests.kernels.both import values
 from tests.network import models
 
-VENDOR_ONLY = [Row(op, "cudnn", "for the test") for op in OPS]
+VENDOR_ONLY = [Choice(op, "cudnn", "for the test") for op in OPS]
 
 
 @pytest.mark.parametrize("build", [network, models.resnet, models.odd], ids=["preresnet", "resnet", "unusual"])
@@ -62,20 +63,19 @@ def test_vendor_convolutions_in_bf16_err_as_the_kernels_do():
     assert 0 < vendor <= 2 * kernels
 
 
-def test_vendor_convolutions_read_inputs_and_slots_as_the_kernels_do():
-    """No group reads the input or the row of its own number: what is by slot and taken by group shows."""
-    i32 = {"dtype": torch.int32}
-    slots, inputs = torch.tensor([2, 0, 2, 1], **i32), torch.tensor([1, 1, 0, 0], **i32)
-    x, d, weight = values(2, 3, 5, 4, 6), values(4, 3, 5, 4, 10), values(3, 9, 6, 10)
+def test_vendor_convolutions_read_slots_as_the_kernels_do():
+    """No group reads the row of its own number: what is by slot and taken by group shows."""
+    slots = torch.tensor([2, 0, 1, 2], dtype=torch.int32)
+    x, d, weight = values(4, 3, 5, 4, 6), values(4, 3, 5, 4, 10), values(3, 9, 6, 10)
     rows = [values(3, 6, seed=seed) for seed in range(3)]
     center = values(3, 10)
     size = {"kernel": 3, "padding": 1}
-    options = size | {"inputs": inputs, "in_scale": rows[0], "in_shift": rows[1], "center": center}
-    actual, expected = (conv(x, weight, slots, **options) for conv in (dispatch.vendor_conv, grouped_conv))
+    options = size | {"in_scale": rows[0], "in_shift": rows[1], "center": center}
+    actual, expected = (conv(x, weight, slots, **options) for conv in (vendor_conv, grouped_conv))
     check_close("z", actual.z, expected.z, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
     options = size | {"scale": rows[0], "z": values(4, 3, 5, 4, 6, seed=1), "mean": rows[1], "inv_std": rows[2]}
-    gradients = (dispatch.vendor_data_gradient, conv_data_gradient)
+    gradients = (vendor_data_gradient, conv_data_gradient)
     actual, expected = (op(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
     check_close("d", actual.d, expected.d, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
@@ -103,12 +103,12 @@ def test_vendor_convolutions_are_given_channels_last_and_copy_no_activation(size
     slots, padding = torch.tensor([1, 0], dtype=torch.int32), kernel // 2
     x, weight = values(2, 3, *size, 6), values(2, kernel**2, 6, 10)
     options = {"kernel": kernel, "stride": stride, "padding": padding}
-    d = values(*dispatch.vendor_conv(x, weight, slots, **options).z.shape, seed=1)
+    d = values(*vendor_conv(x, weight, slots, **options).z.shape, seed=1)
     flipped = flip_weight(weight)
     for activations, run in {
-        (x,): lambda: dispatch.vendor_conv(x, weight, slots, **options),
-        (d,): lambda: dispatch.vendor_data_gradient(d, flipped, slots, in_size=size, **options),
-        (x, d): lambda: dispatch.vendor_weight_gradient(x, d, **options),
+        (x,): lambda: vendor_conv(x, weight, slots, **options),
+        (d,): lambda: vendor_data_gradient(d, flipped, slots, in_size=size, **options),
+        (x, d): lambda: vendor_weight_gradient(x, d, **options),
     }.items():
         with Convolutions() as seen:
             run()
@@ -128,18 +128,21 @@ def test_one_layer_can_be_named():
     steps(step, 1)
     part = trained_parts(step)[0]
     launches = [launch for launch in part.launches if launch.op == "conv"]
-    table = Dispatch([Row("conv", "cudnn", "for the test", layer="stem"), Row("conv", "triton", "the others")])
-    assert {table.choice(part, launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
-    assert {table.choice(part, launch) for launch in launches if launch.node != "stem"} == {"triton"}
-    assert all(Dispatch(TABLE).choice(part, launch) == "triton" for launch in launches)
+    table = Dispatch([Choice("conv", "cudnn", "for the test", layer="stem"), Choice("conv", "triton", "the others")])
+    assert {table.implementation(part, launch) for launch in launches if launch.node == "stem"} == {"cudnn"}
+    assert {table.implementation(part, launch) for launch in launches if launch.node != "stem"} == {"triton"}
+    assert all(Dispatch(TABLE).implementation(part, launch) == "triton" for launch in launches)
 
 
 def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
     steps(step, 1)
-    shape = Shape(3, 1, 4, 4, 6, 6)
-    given = [Row("conv", "cuda", "fastest", shape=shape, arch=90), Row("conv", "cudnn", "next", shape=shape, arch=90)]
+    shape = ConvShape(3, 1, 4, 4, 6, 6)
+    given = [
+        Choice("conv", "cuda", "fastest", shape=shape, arch=90),
+        Choice("conv", "cudnn", "next", shape=shape, arch=90),
+    ]
     (tmp_path / "rows").write_text(json.dumps([dataclasses.asdict(row) for row in given]))
     table = Dispatch.load(tmp_path / "rows")
     assert table.table == tuple(given)
@@ -150,11 +153,11 @@ def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
             node = part.network.by_name[launch.node]
             own = launch.op == "conv" and (node.in_shape, node.shape, node.stride) == ((4, 6, 6), (4, 6, 6), 1)
             monkeypatch.setattr(halo_conv, "built", lambda arch=0: arch != 89)
-            assert table.choice(part, launch, 90) == ("cuda" if own else "triton")
-            assert table.choice(part, launch, 80) == "triton"
+            assert table.implementation(part, launch, 90) == ("cuda" if own else "triton")
+            assert table.implementation(part, launch, 80) == "triton"
             assert not table.missing(90)
             monkeypatch.setattr(halo_conv, "built", lambda arch=0: False)
-            assert table.choice(part, launch, 90) == ("cudnn" if own else "triton")
+            assert table.implementation(part, launch, 90) == ("cudnn" if own else "triton")
             assert table.missing(90)
             assert not table.missing(80)
     for text in ("{}]", '[{"op": "conv"}]', '["conv"]', '{"op": 1}'):
@@ -196,21 +199,21 @@ def test_halo_convolutions_give_the_same_step(monkeypatch, build, perturbation):
     assert len(rows) == 2 * len(covered) >= 8
     assert set(calls) == {"halo_conv", "halo_data_gradient"}
     launches = [(part, launch) for part in trained_parts(two) for launch in part.launches if launch.node in covered]
-    chosen = {Dispatch(rows).choice(*both) for both in launches if both[1].op in ("conv", "conv gradient")}
+    chosen = {Dispatch(rows).implementation(*both) for both in launches if both[1].op in ("conv", "conv gradient")}
     assert chosen == {"cuda"}
 
 
 def test_a_launch_that_no_cuda_kernel_covers_is_refused_by_name():
     student, teachers, config = setting(dtype=torch.float32, precision="bf16")
-    step = FusedStep(student, teachers, config, implementations=Dispatch([Row("conv", "cuda", "for the test")]))
+    step = FusedStep(student, teachers, config, implementations=Dispatch([Choice("conv", "cuda", "for the test")]))
     with pytest.raises(InputError, match='"cuda" for conv stem: halo_conv does not cover 3 to 4 channels'):
         steps(step, 1, dtype=torch.float32)
 
 
 def test_refusals():
     with pytest.raises(InputError, match="weight gradient has no cuda implementation"):
-        Row("weight gradient", "cuda", "")
+        Choice("weight gradient", "cuda", "")
     with pytest.raises(InputError, match="implementation 'cudn'"):
-        Row("conv", "cudn", "")
+        Choice("conv", "cudn", "")
     with pytest.raises(InputError, match="op 'convolution'"):
-        Row("convolution", "cudnn", "")
+        Choice("convolution", "cudnn", "")

@@ -10,7 +10,7 @@ from torch import nn
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
 from fastensdistill.engine import planned_ops
-from fastensdistill.engine.dispatch import VENDOR, Dispatch, Row
+from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
@@ -19,6 +19,7 @@ from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor, student_states
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.launch import use_kernels
+from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.method.modes import evaluating
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet
@@ -287,7 +288,7 @@ def test_precision_and_implementations_reach_the_launches(monkeypatch):
     networks, split = [network(m).float() for m in range(2)], images(dtype=torch.float32)
     for precision, expected in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")):
         seen.clear()
-        table = Dispatch([Row("conv", "cudnn", "a test")])
+        table = Dispatch([Choice("conv", "cudnn", "a test")])
         found = GroupedPredictor(networks, SHAPE, precision=precision, implementations=table)(split)
         assert set(seen) == {("vendor_conv", expected), ("head", expected)}
         check_close(precision, found, one_by_one(networks, split), 5e-2 if precision == "bf16" else 1e-5)

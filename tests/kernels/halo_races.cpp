@@ -75,11 +75,11 @@ bool check(int Ci, int Co) {
   const auto x = numbers<bf16>(positions * Ci), weight = numbers<bf16>(9 * Ci * Co);
   const auto other = numbers<bf16>(positions * Co);
   const auto in_scale = numbers<float>(Ci), in_shift = numbers<float>(Ci), row = numbers<float>(Co);
-  const int32_t slots[] = {0};
+  const int32_t weight_index[] = {0};
   const auto fill = [&](auto& args, float* statistics) {
     args.x = x.data();
     args.weight = weight.data();
-    args.slots = slots;
+    args.weight_index = weight_index;
     args.residual = other.data();
     args.statistics = statistics;
     args.G = args.residual_stride = 1;
@@ -108,7 +108,6 @@ bool check(int Ci, int Co) {
       fill(forward, sums[together].data());
       forward.in_scale = {in_scale.data(), 0};
       forward.in_shift = {in_shift.data(), 0};
-      forward.in_relu = true;
       forward.epilogue = {rows, rows, rows, rows, z[together].data(), activated[together].data(),
                           bits[together].data(), true};
       run<Shape>(forward, together);

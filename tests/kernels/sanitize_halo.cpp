@@ -10,7 +10,7 @@ using namespace fed;
 using Row = std::vector<double>;
 
 constexpr int G = 2, N = 3, H = 5, W = 4, SLOTS = 3, POSITIONS = N * H * W;
-const std::vector<int32_t> SLOT{2, 0}, INPUT{1, 0};
+const std::vector<int32_t> SLOT{2, 0};
 
 // Of every slot and channel: 1/2, 1 or 2.
 std::vector<float> factors(int count, int seed) {
@@ -28,7 +28,7 @@ struct Case {
   const std::vector<bf16> x, weight, other, strided;
   const std::vector<float> in_scale, in_shift, scale, next_shift, bias, center;
   const Buffer<bf16> d_x{x}, d_weight{weight}, d_other{other}, d_strided{strided};
-  const Buffer<int32_t> slots{SLOT}, inputs{INPUT};
+  const Buffer<int32_t> weight_index{SLOT};
   const Buffer<float> d_in_scale{in_scale}, d_in_shift{in_shift}, d_scale{scale}, d_next_shift{next_shift};
   const Buffer<float> d_bias{bias}, d_center{center};
 
@@ -45,7 +45,7 @@ struct Case {
     HaloArgs<Epilogue> args{};
     args.x = d_x;
     args.weight = d_weight;
-    args.slots = slots;
+    args.weight_index = weight_index;
     args.statistics = statistics;
     args.x_stride = POSITIONS * Ci;
     args.G = G;
@@ -105,10 +105,8 @@ void forward_case(Line& line, const Case& t, int columns, bool plain) {
   auto args = t.args<HaloForward>(plain ? nullptr : static_cast<float*>(statistics));
   args.epilogue.z = z;
   if (!plain) {
-    args.inputs = t.inputs;
     args.in_scale = t.row_of(t.d_in_scale, t.Ci);
     args.in_shift = t.row_of(t.d_in_shift, t.Ci);
-    args.in_relu = true;
     args.residual = t.d_other;
     args.HR = H;
     args.WR = W;
@@ -122,9 +120,8 @@ void forward_case(Line& line, const Case& t, int columns, bool plain) {
   t.for_results([&](int g, int n, int h, int w, int c, int64_t at) {
     const int slot = SLOT[g];
     double value = t.sum(g, n, h, w, c, [&](int64_t offset, int i) {
-      if (plain) return double(widen(t.x[int64_t(g) * POSITIONS * t.Ci + offset]));
-      const double raw = widen(t.x[int64_t(INPUT[g]) * POSITIONS * t.Ci + offset]);
-      return std::fmax(raw * t.in_scale[slot * t.Ci + i] + t.in_shift[slot * t.Ci + i], 0);
+      const double raw = widen(t.x[int64_t(g) * POSITIONS * t.Ci + offset]);
+      return plain ? raw : raw * t.in_scale[slot * t.Ci + i] + t.in_shift[slot * t.Ci + i];
     });
     if (!plain) value = std::fmax(value + t.bias[slot * t.Co + c] + widen(t.other[at]), 0);
     expected[at] = rounded(value);

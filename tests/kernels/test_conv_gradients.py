@@ -5,7 +5,8 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import conv_data_gradient as data_gradient
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
-from fastensdistill.kernels.grouped_conv import grouped_conv_reference
+from fastensdistill.kernels.grouped_conv import ConvOperands, grouped_conv_reference
+from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.kernels.tiles import Tile
 from tests.compare import check_close
@@ -75,11 +76,11 @@ def test_stem_gradients(case):
     check_op(conv_data_gradient, *_data(case), **size, **options, tolerance=1e-5)
 
 
-def test_weight_gradient_with_batch_norm_and_relu_in_front():
+def test_weight_gradient_with_a_scale_per_group_in_front():
     case = CASES[4]
     x, _, _ = operands(case)
     affine = {"in_scale": values(2, case.channels, seed=1), "in_shift": 1 + values(2, case.channels, seed=2)}
-    check_op(conv_weight_gradient, x, _output_gradient(case), **case.shape, **affine, in_relu=True)
+    check_op(conv_weight_gradient, x, _output_gradient(case), **case.shape, **affine)
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[7], CASES[10], STEMS[3]], ids=lambda c: c.name)
@@ -87,10 +88,7 @@ def test_references_are_the_adjoints_of_the_forward_reference(case):
     x, weight, slots = (t.double() if t.is_floating_point() else t for t in operands(case))
     x.requires_grad_()
     weight.requires_grad_()
-    none: list = [None] * 4
-    z = grouped_conv_reference(
-        x, weight, slots, None, None, None, False, None, None, 1, False, *none[:3], False, *case.shape.values(), "ieee"
-    )[0]
+    z = grouped_conv_reference(ConvOperands(x, weight, slots), Window(*case.shape.values()), "ieee")[0]
     d = _output_gradient(case).double()
     dx, dw = torch.autograd.grad(z, (x, weight), d)
     size = {"in_size": (case.height, case.width), **case.shape}
@@ -121,6 +119,6 @@ def test_refusals():
 def test_data_gradient_in_two_halves(epilogue, monkeypatch):
     """A tile of 128 columns, as GPUs have, whose epilogue takes one half of them after the other."""
     case = CASES[2]._replace(channels=72, images=2)
-    monkeypatch.setattr(data_gradient, "_tile", lambda d, weight: Tile(32, 128, 16, 4, 1, "two halves"))
+    monkeypatch.setattr(data_gradient, "conv_tile_of", lambda d, weight: Tile(32, 128, 16, 4, 1, "two halves"))
     size = {"in_size": (case.height, case.width), **case.shape}
     check_op(conv_data_gradient, *_data(case), **size, **_epilogues(case)[epilogue], tolerance=TOLERANCE[case.dtype])

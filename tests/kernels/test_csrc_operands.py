@@ -43,10 +43,10 @@ def arguments(name: str) -> dict[str, object]:
         x, weight, slots = halo_operands(CASES[0])
         tile = list(halo_conv.halo_tile(*x.shape[1:4], weight.shape[3]))
         e, g = epilogues(CASES[0]), gradient_epilogues(CASES[0])
-        given = {**e["everything"], **e["prologue"], **e["map-to-inputs"], "residual_stride": 1}
+        given = {**e["everything"], **e["prologue"], "residual_stride": 1}
         if name == "halo_data_gradient":
             given = {**g["mask-scale-residual"], **g["residual-first-mask-sums"], "residual_stride": 1}
-        given |= {"x": x, "d": x, "weight": weight, "weight_flipped": weight, "slots": slots, "tile": tile}
+        given |= {"x": x, "d": x, "weight": weight, "weight_flipped": weight, "weight_index": slots, "tile": tile}
         values = tuple(given[key] for key in names)
     return dict(zip(names, values, strict=True))
 
@@ -173,15 +173,14 @@ def test_slots_outside_the_packings():
 
 def halo_cases():
     f, g = arguments("halo_conv"), arguments("halo_data_gradient")
-    x, weight, slots = f["x"], f["weight"], f["slots"]
+    x, weight = f["x"], f["weight"]
     odd = x[..., :8].contiguous()
     return {
         "channels of the input": ("halo_conv", {"x": odd, "weight": weight[:, :, :8].contiguous()}, "x"),
         "channels of the result": ("halo_conv", {"weight": weight[..., :8].contiguous()}, "weight"),
         "taps": ("halo_conv", {"weight": weight[:, :4].contiguous()}, "weight"),
-        "groups": ("halo_conv", {"x": torch.cat([x, x]), "inputs": None}, "x"),
+        "groups": ("halo_conv", {"x": torch.cat([x, x])}, "x"),
         "groups of a gradient": ("halo_data_gradient", {"d": x[:1]}, "d"),
-        "a map of other length": ("halo_conv", {"inputs": slots[:1]}, "inputs"),
         "rows of other slots": ("halo_conv", {"bias": f["bias"][:2]}, "bias"),
         "rows of other channels": ("halo_conv", {"center": f["center"][:, :8].contiguous()}, "center"),
         "a scale alone": ("halo_conv", {"in_shift": None}, "in_scale"),

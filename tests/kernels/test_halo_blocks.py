@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient
-from fastensdistill.kernels.grouped_conv import ConvOutput
+from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
+from fastensdistill.kernels.grouped_conv import ConvOperands, ConvOutput, conv_output
 from fastensdistill.kernels.ops import present
 from tests.kernels.emulation import both_ways, compiler, library
 from tests.kernels.test_halo_conv import (
@@ -41,25 +42,14 @@ def tile_of(x: Tensor, out_channels: int, columns: int | None) -> list[int]:
     return list(halo.halo_tile(*x.shape[1:4], columns or out_channels))
 
 
-def emulated_conv(
-    x, weight, slots, *, inputs=None, in_scale=None, in_shift=None, in_relu=False, bias=None, residual=None,
-    residual_stride=1, relu=False, next_scale=None, next_shift=None, center=None, mask=False, columns=None,
-):  # fmt: skip
-    results = both_ways(
-        "halo_conv", x, weight, slots, inputs, in_scale, in_shift, in_relu, bias, residual, residual_stride, relu,
-        next_scale, next_shift, center, mask, tile_of(x, weight.shape[3], columns),
-    )  # fmt: skip
-    return ConvOutput(results[0], *map(present, results[1:]))
+def emulated_conv(x, weight, slots, *, columns=None, **options) -> ConvOutput:
+    operands = ConvOperands(x, weight, slots, **options)
+    return conv_output(*both_ways("halo_conv", *operands, tile_of(x, weight.shape[3], columns)))
 
 
-def emulated_gradient(
-    d, weight, slots, *, residual=None, residual_stride=1, residual_first=False, mask=None, scale=None,
-    z=None, mean=None, inv_std=None, columns=None,
-):  # fmt: skip
-    out, statistics = both_ways(
-        "halo_data_gradient", d, weight, slots, residual, residual_stride, residual_first, mask, scale, z, mean,
-        inv_std, tile_of(d, weight.shape[3], columns),
-    )  # fmt: skip
+def emulated_gradient(d, weight, slots, *, columns=None, **options) -> DataGradient:
+    operands = (d, weight, slots, *GradientEpilogue(**options))
+    out, statistics = both_ways("halo_data_gradient", *operands, tile_of(d, weight.shape[3], columns))
     return DataGradient(out, present(statistics))
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.dispatch import vendor_conv
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient, conv_data_gradient, flip_weight
-from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv
+from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
+from fastensdistill.kernels.grouped_conv import ConvOperands, ConvOutput, grouped_conv
 from fastensdistill.kernels.reference import pack_mask, pick
+from fastensdistill.kernels.vendor_conv import vendor_conv
 from tests.compare import check_close
 from tests.kernels.both import values
 from tests.kernels.rounding import rounding
@@ -81,10 +82,8 @@ def epilogues(case: Case) -> dict[str, dict]:
             "mask": True,
         },
         "strided-shortcut": {"residual": strided, "residual_stride": 2, "relu": True, "mask": True},
-        "prologue": {**prologue, "in_relu": True, "center": values(SLOTS, n)},
-        "relu-in-front": {"in_relu": True},
+        "prologue": {**prologue, "center": values(SLOTS, n)},
         "one-input-for-all": {"shared": True, **{name: rows[:1] for name, rows in prologue.items()}},
-        "map-to-inputs": {"inputs": torch.arange(case.groups - 1, -1, -1, dtype=torch.int32)},
     }  # fmt: skip
 
 
@@ -206,7 +205,6 @@ REFUSED = {
     ),
     "float32": (lambda: halo.halo_conv(X.float(), W.float(), S, **SHAPE), "torch.float32, expected torch.bfloat16"),
     "float32 pixels": (lambda: halo.halo_conv(X.float(), W, S, **SHAPE), "torch.float32, expected torch.bfloat16"),
-    "a map in int64": (lambda: halo.halo_conv(X, W, S, **SHAPE, inputs=S.long()), "inputs in torch.int64"),
     "what grouped_conv refuses": (lambda: halo.halo_conv(X, W, S.long(), **SHAPE), "expected int32"),
     "an odd residual": (
         lambda: halo.halo_conv(X, W, S, **SHAPE, residual=X[..., :5].contiguous()), "a residual of 5 channels",
@@ -231,10 +229,9 @@ def test_refusals(name):
 
 
 def test_support():
-    sizes = {"kernel": 3, "stride": 1, "padding": 1, "dtype": BF16}
-    assert all(halo.supports(a, b, **sizes) for a in (16, 48, 160) for b in (32, 640))
-    assert not halo.supports(16, 24, **sizes)
-    assert not halo.supports(16, 16, **{**sizes, "kernel": 1})
+    assert all(halo.supports(a, b, halo.WINDOW, BF16) for a in (16, 48, 160) for b in (32, 640))
+    assert not halo.supports(16, 24, halo.WINDOW, BF16)
+    assert not halo.supports(16, 16, halo.WINDOW._replace(kernel=1), BF16)
     assert [halo.block_channels(n) for n in (16, 48, 64, 160, 320, 640)] == [16, 16, 64, 32, 64, 128]
     with halo.at_most(64):
         assert halo.halo_tile(1, 8, 8, 640).channels == halo.block_channels(640, 128) // 2 == 64
@@ -252,20 +249,15 @@ def test_one_graph_under_torch_compile():
         assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("epilogue", ["statistics", "everything", "map-to-inputs"])
+@pytest.mark.parametrize("epilogue", ["statistics", "everything", "prologue"])
 def test_opcheck_forward(epilogue):
-    keys = ("in_scale", "in_shift", "bias", "residual", "next_scale", "next_shift", "center")
-    given = {**dict.fromkeys(keys), "inputs": None, "relu": False, "mask": False, **epilogues(CASES[0])[epilogue]}
-    a = [given[key] for key in keys]
-    call = (X, W, S, given["inputs"], *a[:2], False, *a[2:4], 1, given["relu"], *a[4:], given["mask"], [1, 6, 8, 16])
+    call = (*ConvOperands(X, W, S, **epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
     torch.library.opcheck(torch.ops.fastensdistill.halo_conv.default, call)
 
 
 @pytest.mark.parametrize("epilogue", ["plain", "mask-scale-residual", "mask-sums"])
 def test_opcheck_gradient(epilogue):
-    given = gradient_epilogues(CASES[0])[epilogue]
-    a = [given.get(key) for key in ("mask", "scale", "z", "mean", "inv_std")]
-    call = (X, W, S, given.get("residual"), 1, False, *a, [1, 6, 8, 16])
+    call = (X, W, S, *GradientEpilogue(**gradient_epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
     torch.library.opcheck(torch.ops.fastensdistill.halo_data_gradient.default, call)
 
 
@@ -340,11 +332,11 @@ class TestDevice:
     def test_an_operand_on_the_cpu_is_refused(self):
         """In a kernel it would end the process' use of the device."""
         x, weight, slots = (t.cuda() for t in operands(CASES[0]))
-        for given in ({"slots": slots.cpu()}, {"inputs": slots.cpu()}, {"bias": torch.ones(1, 16)}):
+        for given in ({"weight_index": slots.cpu()}, {"bias": torch.ones(1, 16)}):
             (name,) = given
-            call = {"slots": slots, **given}
+            call = {"weight_index": slots, **given}
             with pytest.raises(RuntimeError, match=f"{name} is .* on the CPU; expected .* on CUDA device"):
-                halo.halo_conv(x, weight, call.pop("slots"), **SHAPE, **call)
+                halo.halo_conv(x, weight, **SHAPE, **call)
         mask = pack_mask(torch.ones(x.shape, dtype=torch.bool))
         with pytest.raises(RuntimeError, match=r"mask is .* on the CPU; expected .* on CUDA device"):
             halo.halo_data_gradient(x, weight, slots, in_size=(6, 8), **SHAPE, mask=mask)

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastensdistill.engine.dispatch import Dispatch, Row
-from fastensdistill.errors import InputError
+from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.kernels import halo_conv as halo
 from tests.kernels.sanitize import find_nvcc
 
@@ -96,32 +95,29 @@ def test_python_and_cuda_agree(runtime):
 
 @pytest.mark.parametrize("arch", [86, 89, 120, 121])
 def test_an_architecture_without_the_kernels_has_no_support(monkeypatch, arch):
-    sizes = {"kernel": 3, "stride": 1, "padding": 1, "dtype": torch.bfloat16}
-    assert halo.supports(16, 16, **sizes, arch=90)
-    assert not halo.supports(16, 16, **sizes, arch=arch)
-    assert f"compute capability {arch / 10}" in halo.unsupported(16, 16, **sizes, arch=arch)
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names: True)
+    covered = (16, 16, halo.WINDOW, torch.bfloat16)
+    assert halo.supports(*covered, arch=90)
+    assert not halo.supports(*covered, arch=arch)
+    assert f"compute capability {arch / 10}" in halo.unsupported(*covered, arch=arch)
+    monkeypatch.setattr(halo.extension, "serves", lambda *names: True)
     assert halo.built()
     assert halo.built(90)
     assert not halo.built(arch)
-    table = Dispatch([Row("conv", "cuda", "for the test")])
-    assert table.choice(None, SimpleNamespace(op="conv", node="stem"), 90) == "cuda"
-    assert table.choice(None, SimpleNamespace(op="conv", node="stem"), arch) == "triton"
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names: False)
+    table = Dispatch([Choice("conv", "cuda", "for the test")])
+    assert table.implementation(None, SimpleNamespace(op="conv", node="stem"), 90) == "cuda"
+    assert table.implementation(None, SimpleNamespace(op="conv", node="stem"), arch) == "triton"
+    monkeypatch.setattr(halo.extension, "serves", lambda *names: False)
     assert table.missing(90)
     assert not table.missing(arch), "building it would not help"
 
 
 def test_a_device_with_too_little_shared_memory_is_refused(monkeypatch):
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    for limit, good in ((227 * 1024, True), (163 * 1024, True), (99 * 1024, False)):
+    for limit, refused in ((227 * 1024, False), (163 * 1024, False), (99 * 1024, True)):
         found = SimpleNamespace(shared_memory_per_block_optin=limit)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
-        if good:
-            halo._check_device("halo_conv", x)
-        else:
-            with pytest.raises(InputError, match=f"a device with {limit} bytes of shared memory, expected 163840"):
-                halo._check_device("halo_conv", x)
+        expected = f"a device with {limit} bytes of shared memory, expected 163840"
+        assert halo.short_of_memory(x) == (expected if refused else "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
     with pytest.raises(AttributeError):  # what is not known is not taken for enough
-        halo._check_device("halo_conv", x)
+        halo.short_of_memory(x)

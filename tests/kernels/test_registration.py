@@ -18,6 +18,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     branch_rows,
     conv_data_gradient,
     conv_weight_gradient,
+    elementwise_gradient,
     grouped_conv,
     head,
     head_backward,
@@ -47,24 +48,28 @@ def _packed(dtype):
     return torch.zeros(LAYOUT.packed_size, dtype=dtype), torch.zeros(LAYOUT.packed_size, dtype=dtype)
 
 
-def _conv(*options):
-    return (X, W, SLOTS, None, None, None, False, *options, 3, 1, 1, "ieee")
+def _conv(**options):
+    return (*grouped_conv.ConvOperands(X, W, SLOTS, **options), 3, 1, 1, "ieee")
 
 
+EVERYTHING = {"bias": ROW, "residual": Z, "relu": True, "next_scale": ROW, "next_shift": ROW, "center": ROW,
+              "mask": True}  # fmt: skip
+
+
+NO_EPILOGUE = elementwise_gradient.GradientEpilogue()
 CALLS = {
-    "grouped_conv": _conv(None, None, 1, False, *NONE3, False),
-    "grouped_conv, everything": _conv(ROW, Z, 1, True, ROW, ROW, ROW, True),
-    "conv_data_gradient": (Z, W.transpose(2, 3).contiguous(), SLOTS, 5, 4, None, 1, False, None, None, *NONE3, 3, 1, 1,
-                           "float32", "ieee"),
-    "conv_data_gradient, everything": (X, values(2, 9, 6, 10), SLOTS, 9, 8, Z[:, :, :5], 2, True,
+    "grouped_conv": _conv(),
+    "grouped_conv, everything": _conv(**EVERYTHING),
+    "conv_data_gradient": (Z, W.transpose(2, 3).contiguous(), SLOTS, 5, 4, "float32", *NO_EPILOGUE, 3, 1, 1, "ieee"),
+    "conv_data_gradient, everything": (X, values(2, 9, 6, 10), SLOTS, 9, 8, "float32", Z[:, :, :5], 2, True,
                                        torch.zeros(2, 3, 9, 8, 2, dtype=torch.uint8), ROW, values(2, 3, 9, 8, 10), ROW,
-                                       ROW, 3, 2, 1, "float32", "tf32"),
-    "conv_weight_gradient": (X, Z, None, None, True, 3, 1, 1, "ieee", values(2, 9, 6, 10), False),
-    "conv_weight_gradient, on top": (X, Z, None, None, True, 3, 1, 1, "ieee", values(2, 9, 6, 10), True),
+                                       ROW, 3, 2, 1, "tf32"),
+    "conv_weight_gradient": (X, Z, None, None, 3, 1, 1, "ieee", values(2, 9, 6, 10), False),
+    "conv_weight_gradient, on top": (X, Z, None, None, 3, 1, 1, "ieee", values(2, 9, 6, 10), True),
     "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5, 1.5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
-    "elementwise_gradient": (Z, None, 1, True, BITS, None, *NONE3),
+    "elementwise_gradient": (Z, *NO_EPILOGUE._replace(mask=BITS)),
     "elementwise_gradient, everything": (Z, Z, 1, False, BITS, ROW, Z, ROW, ROW),
     "batch_norm_backward": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, None, ROW.clone(), ROW.clone(), False),
     "batch_norm_backward, on top": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, Z, ROW.clone(), ROW.clone(), True),
@@ -171,16 +176,15 @@ def test_what_computes_an_op_is_the_extension_then_the_kernel_then_the_reference
 class Sides(NamedTuple):
     x: Tensor
     out: Tensor
-    factor: float
-    counts: list[int]
+    factor: float = 1.0
 
 
-def test_operands_may_travel_as_one_type():
-    def reference(o: Sides) -> tuple[Tensor, Tensor]:
+def test_operands_that_travel_together_are_one_parameter():
+    def reference(o: Sides, counts: list[int]) -> tuple[Tensor, Tensor]:
         o.out.copy_(o.factor * o.x)
-        return o.x + 1, o.x.new_full((), sum(o.counts))
+        return o.x + 1, o.x.new_full((), sum(counts))
 
-    def empty(o: Sides) -> tuple[Tensor, Tensor]:
+    def empty(o: Sides, counts: list[int]) -> tuple[Tensor, Tensor]:
         return torch.empty_like(o.x), o.x.new_empty(())
 
     op = ops.define("together_for_a_test", reference, empty, mutates=("out",))
@@ -191,3 +195,11 @@ def test_operands_may_travel_as_one_type():
     assert torch.equal(one, x + 1)
     assert torch.equal(out, 2 * x)
     assert total == 7
+
+
+def test_a_gradient_that_an_op_lacks_is_refused_before_it_is_wrong():
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="grouped_conv has no gradient; give it detached tensors"):
+        grouped_conv.grouped_conv(x, W, SLOTS, kernel=3, padding=1)
+    with torch.no_grad():
+        assert not grouped_conv.grouped_conv(x, W, SLOTS, kernel=3, padding=1).z.requires_grad
