@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,16 +38,18 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.layers import BatchNorm2d
 from fastensdistill.models.preresnet import PreResNet
 from tests.compare import relative_error
+from tests.untyped import present
 
 RECORDING = Path(__file__).parent / "data" / "official_k2.npz"
 TOLERANCE = {"reference": 1e-9, "fused": 1e-3}
 DTYPE = {"reference": torch.float64, "fused": torch.float32}
 # Perturbation for a given pair, distillation on its result, and the branches' logits of that.
-Perturb, Distil = Callable[[Tensor, tuple[int, int]], Perturbed], Callable[[Perturbed, Tensor], dict[str, Tensor]]
+Perturb = Callable[[Tensor, tuple[int, int]], Perturbed]
+Distil = Callable[[Perturbed, Tensor], dict[str, Tensor]]
 Halves = tuple[Perturb, Distil, Callable[[], Tensor]]
 
 
-def slots(network: nn.Module) -> dict[str, nn.Module]:
+def slots(network: Any) -> dict[str, Any]:
     """The layers of a PreResNet, plain or wrapped, under the recorded names without the layer kind."""
     named = {"backbone/FirstBlock_0/conv": network.stem}
     blocks = [block for group in network.groups for block in group]
@@ -73,15 +76,15 @@ def to_torch(array: np.ndarray) -> Tensor:
     return t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T if t.ndim == 2 else t
 
 
-def tensors(network: nn.Module, wrapped: bool) -> dict[str, tuple[str, Tensor]]:
+def tensors(network: Any, wrapped: bool) -> dict[str, tuple[str, Tensor]]:
     """Recorded key → (what has to be done on reading, the tensor in the network)."""
     found: dict[str, tuple[str, Tensor]] = {}
     for slot, layer in slots(network).items():
         name = recorded_name(slot, wrapped)
         if isinstance(layer, BatchNorm2d):
             found[f"params/{name}/w"], found[f"params/{name}/b"] = ("", layer.weight), ("", layer.bias)
-            found[f"batch_stats/{name}/m"] = ("", layer.running_mean)
-            found[f"batch_stats/{name}/v"] = ("", layer.running_var)
+            found[f"batch_stats/{name}/m"] = ("", present(layer.running_mean))
+            found[f"batch_stats/{name}/v"] = ("", present(layer.running_var))
             continue
         inner = layer.layer if isinstance(layer, RankOneLayer) else layer
         found[f"params/{name}/w"] = ("weight", inner.weight)
@@ -99,7 +102,7 @@ def convert(kind: str, array: np.ndarray) -> Tensor:
     return to_torch(array) if kind == "weight" else torch.from_numpy(np.asarray(array))
 
 
-def build(record: dict[str, np.ndarray], prefix: str, branches: int) -> nn.Module:
+def build(record: dict[str, np.ndarray], prefix: str, branches: int) -> Any:
     network = PreResNet(
         int(record["meta/classes"]), blocks=record["meta/num_blocks"].tolist(), widen=int(record["meta/widen_factor"]),
         in_planes=int(record["meta/in_planes"]), mean=record["meta/pixel_mean"].tolist(),
@@ -111,7 +114,7 @@ def build(record: dict[str, np.ndarray], prefix: str, branches: int) -> nn.Modul
         if isinstance(m, BatchNorm2d):
             m.eps, m.momentum = float(record["meta/bn_eps"]), 1 - float(record["meta/bn_momentum"])
     student = LatentBE(network, branches) if branches else None
-    inner = student.module if student else network
+    inner: Any = student.module if student else network
     found = tensors(inner, wrapped=student is not None)
     known = {k.removeprefix(f"{prefix}/") for k in record if k.startswith(f"{prefix}/")}
     assert known == set(found), f"{prefix}: the file and the network differ in {sorted(known ^ set(found))[:5]}"

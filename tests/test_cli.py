@@ -25,6 +25,7 @@ from fastensdistill.models import create_model
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, read_tensors, save_network
 from tests.runs import NETWORK, dataset
+from tests.untyped import untyped
 
 SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--device", "cpu"]
 
@@ -62,7 +63,7 @@ def test_the_whole_job(runs, npz, tmp_path, capsys):
         assert "have a standard error of" in (runs / folder / "report.html").read_text()
     student = load_network(runs / "student-0" / "student.safetensors")
     assert student.branches == 2
-    assert student.module.spec.arguments["in_planes"] == 4, "the student's shape is its teachers'"
+    assert untyped(student).module.spec.arguments["in_planes"] == 4, "the student's shape is its teachers'"
 
     assert main(["evaluate", str(runs / "teachers"), str(runs / "student-0"), str(runs / "student-1"), "--data", npz,
                  "--out", str(tmp_path / "report")]) == 0  # fmt: skip
@@ -81,7 +82,9 @@ def test_the_whole_job(runs, npz, tmp_path, capsys):
     assert card["metrics"]["accuracy"] == rows[2]["metrics"][0]["accuracy"]
     with torch.no_grad():
         x = torch.rand(3, 3, 8, 8)
-        assert torch.equal(load_network(tmp_path / "export" / "network.safetensors")(x), student.average().eval()(x))
+        assert torch.equal(
+            load_network(tmp_path / "export" / "network.safetensors")(x), untyped(student).average().eval()(x)
+        )
 
 
 def test_a_finished_run_resumes_to_itself(runs, capsys):
@@ -111,7 +114,7 @@ def bad_npz(tmp_path, **changes):
     for k, v in changes.items():
         if v is None:
             del arrays[k]
-    np.savez(tmp_path / "bad.npz", **arrays)
+    np.savez(tmp_path / "bad.npz", **untyped(arrays))
     return str(tmp_path / "bad.npz")
 
 
@@ -215,7 +218,7 @@ def test_foreign_teachers_of_one_channel_from_start_to_end(tmp_path):
     both = [files[0], str(tmp_path / "run")]  # one that needs --model, and one that says what it is
     assert main(["evaluate", *both, *arguments, "--model", "resnet32", "--out", str(tmp_path / "report")]) == 0
     student = load_network(tmp_path / "run" / "student.safetensors")
-    assert student.module.normalize.mean.numel() == 1
+    assert untyped(student).module.normalize.mean.numel() == 1
     assert len(json.loads((tmp_path / "report" / "results.json").read_text())["rows"]) == 2
 
 

@@ -17,6 +17,7 @@ from fastensdistill.config import DataConfig, DistillConfig, DistillRun, TeachCo
 from fastensdistill.errors import InputError, one_line
 from fastensdistill.settings import settings_of
 from fastensdistill.settings_file import read_settings, to_yaml
+from tests.untyped import untyped
 
 
 def from_yaml(tmp_path, text, *flags, command="distill"):
@@ -126,7 +127,7 @@ def test_a_tilde_is_the_home_folder_in_python_too(tmp_path, monkeypatch):
     images, labels = np.zeros((12, 8, 8, 3), np.uint8), np.arange(12) % 3
     images[:] = labels[:, None, None, None]
     arrays = {f"{part}_{kind}": a for part in ("train", "test") for kind, a in (("images", images), ("labels", labels))}
-    np.savez(tmp_path / "home" / "d.npz", **arrays)
+    np.savez(tmp_path / "home" / "d.npz", **untyped(arrays))
     assert len(fed.load_teachers(files="~")) == 2
     assert len(fed.load_teachers(files=["~/teacher-0.safetensors", "~/teacher-1.safetensors"])) == 2
     network = fed.load_network("~/teacher-0.safetensors")
@@ -197,10 +198,10 @@ def test_numbers_of_other_libraries_become_plain_ones(name, value, expected):
 
 
 def test_tuples_are_made_of_what_stands_for_them():
-    assert TeachRun(blocks=[2, np.int32(1)]).blocks == (2, 1)
-    assert TeachRun(blocks=2).blocks == (2,)
-    assert DistillRun(teachers="a.pt").teachers == (Path("a.pt"),)
-    assert EvaluateRun(mean=np.array([0.5, 0.25])).mean == (0.5, 0.25)
+    assert untyped(TeachRun)(blocks=[2, np.int32(1)]).blocks == (2, 1)
+    assert untyped(TeachRun)(blocks=2).blocks == (2,)
+    assert untyped(DistillRun)(teachers="a.pt").teachers == (Path("a.pt"),)
+    assert untyped(EvaluateRun)(mean=np.array([0.5, 0.25])).mean == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("cls", [DistillConfig, TeachConfig, DataConfig, *(c for c, _ in COMMANDS.values())])

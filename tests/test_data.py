@@ -11,6 +11,7 @@ import torch
 from fastensdistill.data import Dataset, Split, load_dataset
 from fastensdistill.errors import InputError
 from tests.datasets import arrays, one_line, same
+from tests.untyped import untyped
 
 
 def test_digits():
@@ -125,7 +126,9 @@ BY_HAND = [
     pytest.param({"test": Split(IMAGES.transpose(0, 3, 1, 2), LABELS)}, r"expected \(N, H, W, C\)", id="nchw"),
     pytest.param({"test": Split(IMAGES[:, :4], LABELS)}, r"test images are \(4, 6, 3\)", id="two-sizes"),
     pytest.param({"validation": Split(IMAGES[:0], LABELS[:0])}, "validation split is empty", id="empty"),
-    pytest.param({"test": Split(torch.from_numpy(IMAGES), LABELS)}, "a Tensor; expected a NumPy array", id="tensor"),
+    pytest.param(
+        {"test": untyped(Split)(torch.from_numpy(IMAGES), LABELS)}, "a Tensor; expected a NumPy array", id="tensor"
+    ),
     pytest.param({"mean": (0.5,)}, "expected one of each for 3 channels", id="statistics"),
     pytest.param({"std": (0.2, 0.2, 0.0)}, "std above 0", id="no-deviation"),
     pytest.param({"classes": ("a",)}, "at least 2", id="one-class"),
@@ -136,7 +139,7 @@ BY_HAND = [
 def test_a_data_set_made_by_hand_is_checked(change, message):
     parts = {name: Split(IMAGES, LABELS) for name in ("train", "validation", "test")}
     whole = {"name": "mine", **parts, "classes": tuple("abcd"), "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    assert Dataset(**whole).image_size == (5, 6)
+    assert Dataset(**untyped(whole)).image_size == (5, 6)
     with pytest.raises(InputError, match=message) as error:
         Dataset(**(whole | change))
     assert "mine" in one_line(error)

@@ -12,6 +12,7 @@ from fastensdistill.train.record import DivergedError
 from fastensdistill.train.teach import TeachTrainer
 from tests.networks import tiny
 from tests.runs import dataset, make
+from tests.untyped import untyped
 
 RATE = r"at learning rate [\d.e+-]+ \(learning_rate=0.05, precision fp32\); stopped\. Lower learning_rate$"
 
@@ -47,7 +48,7 @@ def test_what_diverges_is_named_with_its_rate_and_not_saved(tmp_path, what):
             trainer.student.state_dict()[name].view(-1)[0] = float("inf")
         return scalars
 
-    trainer.train_step = poisoned
+    untyped(trainer).train_step = poisoned
     with pytest.raises(DivergedError) as error:
         trainer.fit()
     assert re.search(words, str(error.value)), error.value
@@ -74,7 +75,7 @@ def all_finite(path):
 def test_another_precision_is_named_as_a_way_out():
     trainer = make(epochs=1, precision="bf16")
     inner = trainer.train_step
-    trainer.train_step = lambda: inner() | {"loss": torch.tensor(float("nan"))}
+    untyped(trainer).train_step = lambda: inner() | {"loss": torch.tensor(float("nan"))}
     words = r"step 0, .*precision bf16\).* Lower learning_rate, or use precision fp32$"
     with pytest.raises(DivergedError, match=words):
         trainer.fit()
@@ -97,5 +98,5 @@ def test_a_buffer_that_was_never_finite_is_none_of_the_trainings_doing():
     network = Masked()
     check = NotFinite({"teacher-0": network})
     assert check() == ""
-    network.inner.bn.running_var[0] = torch.inf
+    untyped(network).inner.bn.running_var[0] = torch.inf
     assert check() == "the statistics of teacher-0 are not finite (inner.bn.running_var)"

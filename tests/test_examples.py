@@ -2,12 +2,13 @@
 
 import re
 import runpy
+from typing import Any
 
 import pytest
 
 from tests.runs import ROOT
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[dict[str, Any], str]] = {
     "own_loop": (
         {},
         r"with_the_step\n  epoch 1: loss \d+\.\d+, tdiv \d.*\n  test accuracy [01]\.\d+\n"

@@ -18,6 +18,7 @@ from fastensdistill.models import Normalized, create_model
 from fastensdistill.weights import load_network, load_teachers
 from tests.compare import check_close
 from tests.networks import scatter, tiny
+from tests.untyped import untyped
 
 IMAGES = torch.rand(5, 3, 8, 8)
 
@@ -27,7 +28,8 @@ def network():
 
 
 def test_a_network_whose_weights_lie_channels_last_as_training_leaves_them(tmp_path):
-    net = create_model("preresnet", 5, blocks=(1,), in_planes=4).eval().to(memory_format=torch.channels_last)
+    net = create_model("preresnet", 5, blocks=(1,), in_planes=4).eval()
+    net = untyped(net).to(memory_format=torch.channels_last)
     assert [e.error for e in export_network(net, tmp_path, images=IMAGES, formats="safetensors")] == [0.0]
     assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)  # the caller's stays
 
@@ -101,7 +103,7 @@ def test_refusals(tmp_path):
         (nn.Sequential(nn.Conv2d(3, 2, 1)), r"returns shape \(5, 2, 8, 8\)"),
     ):
         with pytest.raises(InputError, match=words):
-            export_network(given, tmp_path, images=IMAGES)
+            untyped(export_network)(given, tmp_path, images=IMAGES)
     for more, words in (
         ({"images": IMAGES[:1]}, "at least 2"),
         ({"images": (IMAGES * 255).byte()}, r"are torch\.uint8"),
@@ -112,7 +114,7 @@ def test_refusals(tmp_path):
         ({"name": "a/b"}, "name='a/b'"),
     ):
         with pytest.raises(InputError, match=words):
-            export_network(network(), tmp_path, **{"images": IMAGES, **more})
+            untyped(export_network)(network(), tmp_path, **{"images": IMAGES, **more})
     assert not list(tmp_path.iterdir())
 
 

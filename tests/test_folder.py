@@ -18,6 +18,7 @@ from fastensdistill.train.record import DivergedError
 from fastensdistill.train.stop import Interrupted
 from tests.networks import tiny
 from tests.runs import ROOT, StopAt, dataset, make
+from tests.untyped import untyped
 
 CONFIG = DistillConfig(epochs=1)
 
@@ -55,7 +56,7 @@ def test_two_trainers_in_one_process(tmp_path):
         refused.append(str(error.value))
         return inner()
 
-    one.train_step = step
+    untyped(one).train_step = step
     one.fit()
     assert len(refused) == 5
     assert all("is in use by process" in line for line in refused)
@@ -168,7 +169,7 @@ def test_a_run_that_fails_in_its_first_step_leaves_no_folder(tmp_path, error, th
     if there:
         out.mkdir()
     trainer = make(out=out, epochs=1)
-    trainer.train_step = error
+    untyped(trainer).train_step = error
     with pytest.raises((torch.OutOfMemoryError, ZeroDivisionError)):
         trainer.fit()
     assert out.exists() == there
@@ -198,7 +199,7 @@ def test_a_run_that_made_steps_but_no_checkpoint_can_be_resumed_and_says_so(tmp_
     def step():
         return inner() if trainer.step_index < 2 else out_of_memory()
 
-    trainer.train_step = step
+    untyped(trainer).train_step = step
     with pytest.raises(torch.OutOfMemoryError):
         trainer.fit()
     assert [name for name, _ in listing(tmp_path / "run")] == ["config.yaml"]
@@ -213,8 +214,8 @@ def test_a_run_that_made_steps_but_no_checkpoint_can_be_resumed_and_says_so(tmp_
 @pytest.mark.parametrize("out", [False, True], ids=["in-memory", "with-a-folder"])
 def test_fit_again_after_a_stop_is_bit_equal(tmp_path, out):
     settings = {"epochs": 3, "perturbation": "tdiv-sdiv"}
-    whole = make(**settings).fit()
-    stopped = make(out=tmp_path / "run" if out else None, **settings)
+    whole = make(**untyped(settings)).fit()
+    stopped = make(out=tmp_path / "run" if out else None, **untyped(settings))
     StopAt(stopped, 7)
     with pytest.raises(Interrupted):
         stopped.fit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from fastensdistill.data import load_dataset
 from fastensdistill.errors import InputError
 from tests.datasets import classes_of, one_line, pairs, same, write_classes, write_image
+from tests.untyped import untyped
 
 PIXELS = np.zeros((6, 5, 3), np.uint8)
 
@@ -115,7 +117,7 @@ def test_tiny_imagenet_with_its_validation_images_beside_their_list(tmp_path):
 
 @pytest.mark.parametrize("layout", ["val/{name}", "val/{name}/images"])
 def test_tiny_imagenet_put_into_class_folders(layout, tmp_path):
-    test = {}
+    test: dict[bytes, str] = {}
     for seed, name in enumerate(("n01", "n02")):
         write_classes(tmp_path / "train" / name, {"images": 5}, seed)
         written = write_classes(tmp_path / layout.format(name=name), {"": 3}, seed + 5)
@@ -200,7 +202,7 @@ def test_class_folders_alone_are_split_by_class(tmp_path):
 
 def test_tiny_imagenet_layout(tmp_path):
     names = ["n01", "n02", "n03"]
-    train = {}
+    train: dict[bytes, str] = {}
     generator = np.random.default_rng(0)
     for name in names:
         train |= write_classes(tmp_path / "train" / name, {"images": 4}, seed=int(name[1:]))
@@ -297,12 +299,12 @@ FOLDERS = [
     ),
     pytest.param(lambda f: write_classes(f / "TRAIN", {"a": 1}), "has both TRAIN and train", id="train-twice"),
     pytest.param(
-        lambda f: [write_image(f / p, PIXELS) for p in ("val/0.png", "val/1.png")],
+        lambda f: [untyped(write_image)(f / p, PIXELS) for p in ("val/0.png", "val/1.png")],
         "val holds images but no",
         id="flat-val",
     ),
     pytest.param(
-        lambda f: [write_image(f / p, PIXELS) for p in ("test/c/0.png", "test/d/1.png")],
+        lambda f: [untyped(write_image)(f / p, PIXELS) for p in ("test/c/0.png", "test/d/1.png")],
         "class folder 'c'",
         id="new-classes",
     ),
@@ -355,8 +357,12 @@ def test_only_the_images_kept_are_decoded(tmp_path):
     same(load_dataset(str(tmp_path), limit=2).train, few.train.images, few.train.labels)
 
 
-def names_of(files: list[str]):
-    return lambda folder: [write_image(folder / file, PIXELS) for file in files]
+def writer_of(files: list[str]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for file in files:
+            write_image(folder / file, PIXELS)
+
+    return write
 
 
 LAYOUTS = [
@@ -373,7 +379,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("files", "message"), LAYOUTS)
 def test_layouts_that_hold_no_classes_are_refused(files, message, tmp_path):
-    names_of(files)(tmp_path)
+    writer_of(files)(tmp_path)
     (tmp_path / "train.csv").write_text("id,label")
     with pytest.raises(InputError, match=message) as error:
         load_dataset(tmp_path)

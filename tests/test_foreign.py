@@ -13,7 +13,9 @@ import pickle
 import sys
 import types
 import zipfile
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from fastensdistill.models import create_model
 from fastensdistill.weights import load_network, save_network
 from tests.compare import check_close
 from tests.networks import scatter, tiny
+from tests.untyped import untyped
 
 
 class Small(nn.Module):
@@ -99,8 +102,16 @@ def test_objects_beside_the_weights_are_passed_over(other, new, tmp_path):
     check_loaded(tmp_path / "t", net)
 
 
-NESTS = {
-    **{key: lambda s, key=key: {"epoch": 3, key: s} for key in (
+def nested(key: str, state: Any) -> dict[str, Any]:
+    return {"epoch": 3, key: state}
+
+
+def nested_with(prefix: str, state: Any) -> dict[str, Any]:
+    return {"state_dict": prefixed(prefix, state)}
+
+
+NESTS: dict[str, Callable[[Any], Any]] = {
+    **{key: partial(nested, key) for key in (
         "state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "state_dict_ema",
         "model_ema", "ema", "student", "teacher", "module", "params_ema", "G", "backbone_weights",
     )},
@@ -108,7 +119,7 @@ NESTS = {
     "a-list": lambda s: [s, 3],
     "a-tuple-in-a-dict": lambda s: {"checkpoint": (3, {"model": s})},
     "defaultdict": lambda s: {"state_dict": collections.defaultdict(None, s)},
-    **{prefix: lambda s, prefix=prefix: {"state_dict": prefixed(prefix, s)} for prefix in (
+    **{prefix: partial(nested_with, prefix) for prefix in (
         "module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "resnet.", "_forward_module.", "network.",
         "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.backbone.", "_forward_module.model.module.",
         "0.", "student.net.",
@@ -379,7 +390,7 @@ def normed(norm):
 BAKED = {
     "weight-norm": weight_norm,
     "weight-norm-of-another-dimension": lambda layer: weight_norm(layer, dim=1),
-    "weight-norm-as-a-whole": lambda layer: weight_norm(layer, dim=None),
+    "weight-norm-as-a-whole": lambda layer: weight_norm(layer, dim=untyped(None)),
     "weight-norm-parametrisation": parametrizations.weight_norm,
     "spectral-norm": spectral_norm,
     "spectral-norm-parametrisation": parametrizations.spectral_norm,
@@ -474,7 +485,7 @@ class Tied(nn.Module):
         self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
         self.b.weight = self.a.weight
         self.register_buffer("table", torch.arange(6.0))
-        self.register_buffer("middle", self.table[2:5])
+        self.register_buffer("middle", untyped(self.table)[2:5])
         self.register_buffer("wide", torch.ones(1).expand(4))
         self.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
 
@@ -496,7 +507,7 @@ def test_modules_on_the_meta_device_are_filled_or_refused(tmp_path):
         tied = Tied()
     save_network(tmp_path / "tied.pt", Tied())
     filled = load_network(tmp_path / "tied.pt", tied)
-    assert filled.a.weight is filled.b.weight
+    assert untyped(filled).a.weight is untyped(filled).b.weight
 
 
 def test_lazy_modules_are_refused_until_they_have_a_shape(tmp_path):
@@ -539,7 +550,7 @@ def test_a_state_dict_of_ours_keeps_the_normalisation_it_holds(tmp_path):
     loaded = load_network(tmp_path / "t.pt", "preresnet", blocks=(1, 1), in_planes=4)
     x = torch.rand(2, 3, 8, 8)
     check_close("logits", loaded(x), net(x), 0.0)
-    assert loaded.spec.arguments["mean"] == pytest.approx((0.1, 0.2, 0.3))
+    assert untyped(loaded).spec.arguments["mean"] == pytest.approx((0.1, 0.2, 0.3))
     with pytest.raises(InputError, match=r"itself: not mean=\(0\.9"):
         load_network(tmp_path / "t.pt", "preresnet", blocks=(1, 1), in_planes=4, mean=(0.9,) * 3, std=(0.4, 0.5, 0.6))
     bare = {k: v for k, v in net.state_dict().items() if not k.startswith("normalize")}
@@ -571,7 +582,7 @@ def test_a_network_of_ours_reads_nothing_else_into_a_stub():
     stub.__setstate__({"append": print})
     assert stub.items == {"a": 1, 1: 2, 2: 3}
     assert isinstance(stub("anything"), Stub)
-    assert stub.append.__func__ is Stub.append
+    assert untyped(stub.append).__func__ is Stub.append
 
 
 def test_reading_a_pickle_gives_leaves_and_stubs(tmp_path):
@@ -594,23 +605,23 @@ def test_the_command_line_takes_the_normalisation_that_python_takes_and_the_data
     state = {k.removeprefix("network."): v for k, v in network.state_dict().items() if "normalize" not in k}
     torch.save(state, tmp_path / "t.pt")
     data = types.SimpleNamespace(mean=(0.1, 0.2, 0.3), std=(0.2,) * 3, channels=3, num_classes=5)
-    loaded = Foreign(model).load(tmp_path / "t.pt", 0, 1, data)
+    loaded = Foreign(model).load(tmp_path / "t.pt", 0, 1, untyped(data))
     assert said in capsys.readouterr().err
     x = torch.rand(1, 3, 32, 32)
     if model == "resnet18":
         check_close("as from Python", loaded(x), load_network(tmp_path / "t.pt", model)(x), 0.0)
     else:
-        assert loaded.spec.arguments["mean"] == data.mean
-    given = Foreign(model, mean=(0.9,) * 3, std=(0.8,) * 3).load(tmp_path / "t.pt", 0, 1, data)
-    assert given.spec.arguments["mean"] == (0.9,) * 3
+        assert untyped(loaded).spec.arguments["mean"] == data.mean
+    given = Foreign(model, mean=(0.9,) * 3, std=(0.8,) * 3).load(tmp_path / "t.pt", 0, 1, untyped(data))
+    assert untyped(given).spec.arguments["mean"] == (0.9,) * 3
 
 
 def test_settings_for_all_files_are_for_those_that_do_not_say_them(tmp_path):
     save_network(tmp_path / "ours.pt", tiny())
     data = types.SimpleNamespace(mean=(0.1,) * 3, std=(0.2,) * 3, channels=3, num_classes=5)
     foreign = Foreign("resnet18", mean=(0.9,) * 3, std=(0.8,) * 3)
-    assert foreign.load(tmp_path / "ours.pt", 0, 2, data).spec.arguments["mean"] == (0.5,) * 3
+    assert untyped(foreign).load(tmp_path / "ours.pt", 0, 2, data).spec.arguments["mean"] == (0.5,) * 3
     with pytest.raises(InputError, match=r"says mean=\(0\.5, 0\.5, 0\.5\) itself"):
-        foreign.load(tmp_path / "ours.pt", 0, 1, data)
+        foreign.load(tmp_path / "ours.pt", 0, 1, untyped(data))
     with pytest.raises(InputError, match=r"holds preresnet.*not resnet18"):
-        Foreign("resnet18").load(tmp_path / "ours.pt", 0, 1, data)
+        Foreign("resnet18").load(tmp_path / "ours.pt", 0, 1, untyped(data))

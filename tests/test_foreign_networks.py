@@ -26,6 +26,7 @@ from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
 from tests.compare import check_close
 from tests.runs import dataset
+from tests.untyped import untyped
 
 CLASSES, SHAPE, CPU = 4, (3, 8, 8), torch.device("cpu")
 
@@ -246,11 +247,11 @@ def test_teachers_are_left_as_they_were():
 def test_a_network_learns_from_itself_as_it_was(how):
     network = Net()
     teachers = [network] if how == "a list" else Teachers([network])
-    learner = teachers.networks[0] if how == "the Teachers' own" else network
+    learner = untyped(teachers).networks[0] if how == "the Teachers' own" else network
     before = copy.deepcopy(learner.state_dict())
     student = Single(learner)
     with torch.no_grad():
-        student.module.head.bias.add_(0)
+        untyped(student).module.head.bias.add_(0)
     trainer = DistillTrainer(student, teachers, dataset(16), config(alpha=0.5), quiet=True).fit()
     assert not torch.equal(learner.state_dict()["head.weight"], before["head.weight"])
     held = trainer.teachers.networks[0].state_dict()
@@ -265,9 +266,9 @@ def test_frozen_networks_and_layers():
         TeachStep([frozen], TeachConfig(members=1))
     network = Net()
     network.body[0].requires_grad_(False)
-    before = network.body[0].weight.clone(), network.head.weight.clone()
+    before = untyped(network).body[0].weight.clone(), network.head.weight.clone()
     TeachTrainer([network], dataset(16), TeachConfig(members=1, epochs=1, batch_size=8, device="cpu"), quiet=True).fit()
-    assert torch.equal(network.body[0].weight, before[0])
+    assert torch.equal(untyped(network).body[0].weight, before[0])
     assert not torch.equal(network.head.weight, before[1])
     assert not network.body[0].weight.requires_grad
 
@@ -280,8 +281,8 @@ def test_a_layer_that_stays_in_evaluation_mode_does():
     network = Net()
     network.body[1] = Still(6)
     TeachTrainer([network], dataset(16), TeachConfig(members=1, epochs=1, batch_size=8, device="cpu"), quiet=True).fit()
-    assert torch.equal(network.body[1].running_mean, torch.zeros(6))
-    assert int(network.body[1].num_batches_tracked) == 0
+    assert torch.equal(untyped(network).body[1].running_mean, torch.zeros(6))
+    assert int(untyped(network).body[1].num_batches_tracked) == 0
 
 
 def test_a_view_trains_as_in_pytorch():
@@ -323,7 +324,7 @@ def test_one_image_of_a_network_that_squeezes():
             return self.head(self.body(x).squeeze())
 
     network = Squeezing()
-    p = predict(network, images(5), batch_size=np.int64(2))
+    p = predict(network, images(5), batch_size=untyped(np.int64(2)))
     check_close("it", p, predict(Net(), images(5)), 1e-6)
 
 
@@ -439,7 +440,7 @@ class Silent(Net):
 
 @pytest.mark.parametrize("kind", ["latent-be", "hydra", "single"])
 def test_a_train_that_returns_nothing(kind):
-    student = STUDENTS[kind](Silent(), np.int64(2))
+    student = untyped(STUDENTS[kind])(Silent(), np.int64(2))
     step = ReferenceStep(student, [Silent(seed=1), Net(seed=2)], config(), num_classes=CLASSES)
     step(X, torch.arange(8) % CLASSES)
     assert student.module.body[1].num_batches_tracked == 1
@@ -477,40 +478,64 @@ def test_what_is_no_teachers_is_refused(make, words):
         Teachers(make())
 
 
+distil, teach, reference, teach_step, fused, measure = map(
+    untyped, (DistillTrainer, TeachTrainer, ReferenceStep, TeachStep, FusedStep, predict)
+)
 ARGUMENTS = {
-    "a name": (lambda: DistillTrainer("latent-be", [Net()], dataset(16)), "student is the name 'latent-be'"),
-    "no student": (lambda: DistillTrainer(Net(), [Net()], dataset(16)), "student is a Net; wrap it: LatentBE"),
-    "swapped": (lambda: DistillTrainer([Net()], Single(Net()), dataset(16)), "in this order"),
-    "swapped Teachers": (lambda: DistillTrainer(Teachers([Net()]), Single(Net()), dataset(16)), "in this order"),
-    "a dictionary": (lambda: DistillTrainer(Single(Net()), [Net()], dataset(16), {"epochs": 1}), "DistillConfig"),
-    "the other config": (lambda: TeachTrainer([Net()], dataset(16), DistillConfig()), "expected a TeachConfig"),
-    "arrays": (lambda: TeachTrainer([Net()], (images(), images())), "data is a tuple"),
-    "a loader": (lambda: TeachTrainer([Net()], torch.utils.data.DataLoader([1])), "data is a DataLoader"),
-    "one network": (lambda: TeachTrainer(Net(), dataset(16)), r"networks are a Net; expected a sequence"),
-    "names": (lambda: TeachTrainer(["resnet18"], dataset(16)), "network 0 is the name 'resnet18'"),
-    "a count": (lambda: TeachTrainer(4, dataset(16)), "networks are a int"),
-    "none": (lambda: TeachTrainer([], dataset(16)), "no networks"),
-    "one twice": (lambda: TeachTrainer([Net()] * 2, dataset(16)), "0 and 1 are one network"),
-    "an augmentation": (lambda: TeachTrainer([Net()], dataset(16), augment=True), "augment is a bool"),
+    "a name": (lambda: distil("latent-be", [Net()], dataset(16)), "student is the name 'latent-be'"),
+    "no student": (lambda: distil(Net(), [Net()], dataset(16)), "student is a Net; wrap it: LatentBE"),
+    "swapped": (lambda: distil([Net()], Single(Net()), dataset(16)), "in this order"),
+    "swapped Teachers": (
+        lambda: distil(Teachers([Net()]), Single(Net()), dataset(16)),
+        "in this order",
+    ),
+    "a dictionary": (
+        lambda: distil(Single(Net()), [Net()], dataset(16), {"epochs": 1}),
+        "DistillConfig",
+    ),
+    "the other config": (
+        lambda: teach([Net()], dataset(16), DistillConfig()),
+        "expected a TeachConfig",
+    ),
+    "arrays": (lambda: teach([Net()], (images(), images())), "data is a tuple"),
+    "a loader": (lambda: teach([Net()], torch.utils.data.DataLoader(untyped([1]))), "data is a DataLoader"),
+    "one network": (lambda: teach(Net(), dataset(16)), r"networks are a Net; expected a sequence"),
+    "names": (lambda: teach(["resnet18"], dataset(16)), "network 0 is the name 'resnet18'"),
+    "a count": (lambda: teach(4, dataset(16)), "networks are a int"),
+    "none": (lambda: teach([], dataset(16)), "no networks"),
+    "one twice": (lambda: teach([Net()] * 2, dataset(16)), "0 and 1 are one network"),
+    "an augmentation": (lambda: teach([Net()], dataset(16), augment=True), "augment is a bool"),
     "members": (lambda: Teachers([Net()])(images(), members=[1]), "members=.*from 0 to 0"),
-    "a step's network": (lambda: ReferenceStep(Net(), [Net()], config(), num_classes=CLASSES), "wrap it: LatentBE"),
+    "a step's network": (
+        lambda: reference(Net(), [Net()], config(), num_classes=CLASSES),
+        "wrap it: LatentBE",
+    ),
     "a student in a wrapper": (
-        lambda: ReferenceStep(nn.DataParallel(LatentBE(Net(), 2)), [Net()], config(), num_classes=CLASSES),
+        lambda: reference(nn.DataParallel(LatentBE(Net(), 2)), [Net()], config(), num_classes=CLASSES),
         "around a LatentBE",
     ),
-    "a step's config": (lambda: ReferenceStep(Single(Net()), [Net()], TeachConfig(), num_classes=4), "DistillConfig"),
-    "a step's classes": (lambda: ReferenceStep(Single(Net()), [Net()], config(), num_classes="4"), "num_classes='4'"),
+    "a step's config": (
+        lambda: reference(Single(Net()), [Net()], TeachConfig(), num_classes=4),
+        "DistillConfig",
+    ),
+    "a step's classes": (
+        lambda: reference(Single(Net()), [Net()], config(), num_classes="4"),
+        "num_classes='4'",
+    ),
     "other classes": (
-        lambda: ReferenceStep(Single(Net()), [Net(seed=1)], config(), num_classes=7)(X, torch.arange(8) % CLASSES),
+        lambda: reference(Single(Net()), [Net(seed=1)], config(), num_classes=7)(X, torch.arange(8) % CLASSES),
         "student: 4 logits per image; expected num_classes=7",
     ),
-    "a step's Sequential": (lambda: TeachStep(nn.Sequential(Net()), TeachConfig()), "networks are a Sequential"),
-    "a step's student": (lambda: TeachStep([Single(Net())], TeachConfig()), "network 0 is a Single"),
-    "a lazy layer": (lambda: TeachStep([nn.LazyLinear(4)], TeachConfig()), "no shape yet"),
-    "a fused step's network": (lambda: FusedStep(Net(), [Net()], config()), "wrap it: LatentBE"),
+    "a step's Sequential": (
+        lambda: teach_step(nn.Sequential(Net()), TeachConfig()),
+        "networks are a Sequential",
+    ),
+    "a step's student": (lambda: teach_step([Single(Net())], TeachConfig()), "network 0 is a Single"),
+    "a lazy layer": (lambda: teach_step([nn.LazyLinear(4)], TeachConfig()), "no shape yet"),
+    "a fused step's network": (lambda: fused(Net(), [Net()], config()), "wrap it: LatentBE"),
     "a script": (lambda: LatentBE(torch.jit.script(Plain()), 2), "no Conv2d or Linear"),
-    "a whole data set": (lambda: predict(Net(), dataset(16)), "expected a split of it"),
-    "a folder": (lambda: TeachTrainer([Net()], dataset(16), out=3), "out is a int"),
+    "a whole data set": (lambda: measure(Net(), dataset(16)), "expected a split of it"),
+    "a folder": (lambda: teach([Net()], dataset(16), out=3), "out is a int"),
 }
 
 

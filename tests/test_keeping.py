@@ -22,6 +22,7 @@ from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network, teacher_files
 from tests.networks import tiny
 from tests.runs import StopAt, dataset, make
+from tests.untyped import untyped
 
 NAN = math.nan
 LOOKS = {  # (accuracy, NLL) of the looks after steps 1, 2, 3, ...; which of them is kept
@@ -108,7 +109,7 @@ def test_a_run_says_and_saves_what_it_kept(tmp_path, capsys):
         score = Score(scores["student"].accuracy, forced[trainer.step_index], scores["student"].branches)
         return {"student": score}, record | {"nll": score.nll}
 
-    trainer.validate, trainer.config.warmup_epochs = validate, 1.0
+    untyped(trainer).validate, trainer.config.warmup_epochs = validate, 1.0
     trainer.fit()
     looks, (kept,) = validations(tmp_path)
     assert (kept["kept_epoch"], kept["nll"], kept["last_nll"], kept["step"]) == (3, 1.1, 1.2, 20)
@@ -147,7 +148,7 @@ def test_teachers_keep_each_its_own_epoch_and_the_last_are_no_teachers(tmp_path)
         values = forced[trainer.step_index]
         return {n: Score(s.accuracy, v) for (n, s), v in zip(scores.items(), values, strict=True)}, record
 
-    trainer.validate = validate
+    untyped(trainer).validate = validate
     trainer.fit()
     assert trainer.kept.startswith("kept epochs 1 2 of 3, validation ")
     assert [path.name for path in teacher_files(tmp_path)] == ["teacher-0.safetensors", "teacher-1.safetensors"]
@@ -185,7 +186,7 @@ def test_what_was_kept_survives_a_stop(tmp_path):
 def test_predictions_that_are_never_finite_leave_nothing_to_keep(tmp_path):
     trainer = make(out=tmp_path, epochs=2, perturbation="none")
     inner = trainer.evaluator.student
-    trainer.evaluator.student = lambda *a: tuple(p * NAN for p in inner(*a))
+    untyped(trainer.evaluator).student = lambda *a: tuple(p * NAN for p in untyped(inner)(*a))
     with pytest.raises(DivergedError, match=r"no look at student .* finite .*learning_rate=0.05"):
         trainer.fit()
     assert not (tmp_path / "network.safetensors").exists()
@@ -197,9 +198,9 @@ def test_a_look_that_is_not_finite_does_not_end_the_run():
     inner = trainer.evaluator.student
 
     def broken(*arguments):
-        return tuple(p * (NAN if trainer.step_index == 10 else 1) for p in inner(*arguments))
+        return tuple(p * (NAN if trainer.step_index == 10 else 1) for p in untyped(inner)(*arguments))
 
-    trainer.evaluator.student = broken
+    untyped(trainer.evaluator).student = broken
     trainer.fit()
     images = EvaluationSet(dataset().validation, "cpu")
     p = predict(trainer.student.deployed(), images).mean(0)

@@ -32,6 +32,7 @@ from fastensdistill.evaluate.metrics import calibration_bins
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.temperature import LARGEST, SMALLEST
 from tests.compare import check_close
+from tests.untyped import untyped
 
 
 def predictions(seed: int, images: int, classes: int, members: int = 1, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -326,7 +327,7 @@ def test_evaluate_puts_the_parts_together() -> None:
     # Sharpened predictions that are evaluated on held-out images: calibration must help here.
     assert m.cnll < m.nll
     assert m.cece < m.ece
-    assert Metrics(**m.to_dict()) == m
+    assert untyped(Metrics)(**m.to_dict()) == m
     single = evaluate(test[:1], y, validation[:1], yv)
     assert (single.diversity_kl, single.agreement) == (None, None)
     assert single.nll == nll(test[0], y)
@@ -347,9 +348,9 @@ REFUSED = [
     pytest.param(lambda: ece(GOOD, torch.tensor([0, 2])), "0 to 1, found 2", id="label-too-large"),
     pytest.param(lambda: brier(GOOD, torch.tensor([-1, 0])), "0 to 1, found -1", id="label-negative"),
     pytest.param(lambda: accuracy(GOOD, Y.float()), "integers", id="float-labels"),
-    pytest.param(lambda: accuracy(GOOD, [0, 1]), "integers", id="labels-in-a-list"),
+    pytest.param(lambda: untyped(accuracy)(GOOD, [0, 1]), "integers", id="labels-in-a-list"),
     pytest.param(lambda: accuracy(GOOD.long(), Y), "floating point", id="integer-probabilities"),
-    pytest.param(lambda: accuracy(GOOD.numpy(), Y), "floating point", id="numpy"),
+    pytest.param(lambda: untyped(accuracy)(GOOD.numpy(), Y), "floating point", id="numpy"),
     pytest.param(lambda: nll(GOOD * math.nan, Y), "4 values are NaN", id="nan"),
     pytest.param(lambda: nll(GOOD[:0], Y[:0]), "something in it", id="empty"),
     pytest.param(lambda: nll(GOOD * 2, Y), "sum to one", id="not-normalised"),
@@ -386,4 +387,4 @@ def test_predict_takes_splits_and_images_and_leaves_the_mode():
     assert network.training
     for wrong, words in ((images[0], r"\(3, 5, 6\)"), (split.images, "ndarray"), (images[:0], "no images")):
         with pytest.raises(InputError, match=words):
-            predict(network, wrong)
+            predict(network, untyped(wrong))

@@ -11,6 +11,7 @@ from fastensdistill.evaluate.comparison import count_macs, count_parameters
 from fastensdistill.models import create_model, image_size, takes_colour, torchvision_models
 from fastensdistill.models.layers import BatchNorm2d, PadShortcut
 from tests.compare import check_close
+from tests.untyped import present, untyped
 
 
 @pytest.mark.parametrize(
@@ -44,13 +45,14 @@ def test_any_image_size_and_channel_count_trains(name, size, channels):
 def test_initialisation_has_variance_two_over_fan_in_and_is_truncated():
     torch.manual_seed(0)
     model = create_model("wrn28_4", 100)
-    for layer in (model.groups[1][2].conv1, model.classifier, model.groups[2][0].shortcut):
+    untyped_model = untyped(model)
+    for layer in (untyped_model.groups[1][2].conv1, untyped_model.classifier, untyped_model.groups[2][0].shortcut):
         std = math.sqrt(2 / layer.weight[0].numel())
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         # truncated at two standard deviations of the normal that was drawn from, 1/0.8796 of the wanted one
         assert layer.weight.abs().max().item() <= 2 * std / 0.8796 * 1.001
         assert layer.weight.abs().max().item() > 1.9 * std / 0.8796
-    assert model.classifier.bias.abs().max() == 0
+    assert untyped_model.classifier.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.37])
@@ -64,14 +66,16 @@ def test_running_variance_follows_the_biased_batch_variance(momentum):
         check_close("output", ours(x), theirs(x), 1e-14)
         mean = (1 - momentum) * mean + momentum * x.mean((0, 2, 3))
         variance = (1 - momentum) * variance + momentum * x.var((0, 2, 3), unbiased=False)
-    check_close("running mean", ours.running_mean, mean, 1e-14)
-    check_close("running variance", ours.running_var, variance, 1e-14)
-    assert (ours.running_var - theirs.running_var).abs().min() > 1e-3  # 12 values a batch: the two must differ
-    assert int(ours.num_batches_tracked) == 3
+    check_close("running mean", present(ours.running_mean), mean, 1e-14)
+    check_close("running variance", present(ours.running_var), variance, 1e-14)
+    assert (
+        present(ours.running_var) - present(theirs.running_var)
+    ).abs().min() > 1e-3  # 12 values a batch: the two must differ
+    assert int(present(ours.num_batches_tracked)) == 3
     ours.eval()
-    before = ours.running_var.clone()
+    before = present(ours.running_var).clone()
     ours(x)
-    assert torch.equal(ours.running_var, before)
+    assert torch.equal(present(ours.running_var), before)
 
 
 def test_pad_shortcut_strides_and_appends_zero_channels():
@@ -125,7 +129,7 @@ def test_refusals(name, arguments, words):
 def test_the_normalisation_that_a_name_stands_for(name, mean, std):
     with torch.device("meta"):
         network = create_model(name, 4)
-    assert network.spec.arguments == {"num_classes": 4, "mean": mean, "std": std}
+    assert untyped(network).spec.arguments == {"num_classes": 4, "mean": mean, "std": std}
 
 
 def test_every_classifier_of_torchvision_is_a_models_name_and_returns_logits():

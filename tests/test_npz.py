@@ -11,6 +11,7 @@ from fastensdistill.data import Split, load_dataset
 from fastensdistill.data.npz import Key, read_key
 from fastensdistill.errors import InputError
 from tests.datasets import arrays, one_line, pairs, same, save
+from tests.untyped import untyped
 
 CONTENT = arrays()
 IMAGES, LABELS = CONTENT["train_images"], CONTENT["train_labels"]
@@ -246,7 +247,7 @@ def test_truncated_npz_is_refused(keep, tmp_path):
 
 def test_damaged_bytes_and_other_files_are_refused(tmp_path):
     path = tmp_path / "set.npz"
-    np.savez_compressed(path, **arrays())
+    np.savez_compressed(path, **untyped(arrays()))
     content = bytearray(path.read_bytes())
     content[400:500] = bytes(100)
     path.write_bytes(content)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -36,6 +37,7 @@ from fastensdistill.evaluate.plots import (
 )
 from fastensdistill.evaluate.report import Row, markdown_table, print_table, read_metrics, table, write_report
 from fastensdistill.evaluate.tables import short
+from tests.untyped import untyped
 
 
 def metrics(acc: float, nll: float = 0.5, kl: float | None = None) -> Metrics:
@@ -235,7 +237,7 @@ def test_line_styles_are_distinct_and_shared_by_seeds() -> None:
 
 def test_reliability_bars_are_the_bins() -> None:
     p, labels = predictions()
-    figure = reliability_diagram({"a": (p, labels), "b": predictions(1)})
+    figure = untyped(reliability_diagram)({"a": (p, labels), "b": predictions(1)})
     counts, confidence, correct = (t.numpy() for t in calibration_bins(p, labels))
     filled = counts > 0
     upper, lower = figure.axes[:2]
@@ -251,7 +253,7 @@ def test_reliability_bars_are_the_bins() -> None:
 
 def test_learning_curves_draw_the_records() -> None:
     runs = {"teachers": run(0.9, members=3), "KD, seed 0": run(0.8), "KD, seed 1": run(0.7)}
-    figure = learning_curves(runs)
+    figure = untyped(learning_curves)(runs)
     loss, accuracy, nll, legend = figure.axes
     assert loss.get_yscale() == "log"
     # Teachers' mean; two seeds and their mean
@@ -278,8 +280,10 @@ def test_a_dot_marks_the_weights_that_were_kept() -> None:
         "teachers": run(0.9, members=2) + kept([10.0, 11.0], [0.85, 0.9], [0.3, 0.2]),
         "KD, seed 0": run(0.8) + kept(9.0, 0.75, 0.5), "KD, seed 1": run(0.7), "LatentBE": run(0.7) + broken,
     }  # fmt: skip
-    figure = learning_curves(runs)
-    plain = learning_curves({name: [r for r in records if r["event"] != "kept"] for name, records in runs.items()})
+    figure = untyped(learning_curves)(runs)
+    plain = untyped(learning_curves)(
+        {name: [r for r in records if r["event"] != "kept"] for name, records in runs.items()}
+    )
     for panel, expected, before in (
         (1, [[(10, 85), (11, 90)], [(9, 75)]], plain.axes[1]), (2, [[(10, 0.3), (11, 0.2)], [(9, 0.5)]], plain.axes[2])
     ):  # fmt: skip
@@ -287,7 +291,7 @@ def test_a_dot_marks_the_weights_that_were_kept() -> None:
         dots = [c for c in axes.collections if len(c.get_offsets()) and type(c).__name__ == "PathCollection"]
         assert len(dots) == len(expected)
         for dot, points in zip(dots, expected, strict=True):
-            assert np.allclose(dot.get_offsets(), points)
+            assert np.allclose(dot.get_offsets(), untyped(points))
         assert dots[1].get_facecolor()[0].tolist() == pytest.approx(list(to_rgba(axes.lines[1].get_color())))
         assert (axes.get_xlim(), axes.get_ylim()) == (before.get_xlim(), before.get_ylim())
     texts = [[t.get_text() for t in f.axes[3].get_legend().get_texts()] for f in (figure, plain)]
@@ -296,7 +300,7 @@ def test_a_dot_marks_the_weights_that_were_kept() -> None:
 
 def test_diversity_draws_branches_and_teachers() -> None:
     runs = {"KD": run(0.8), "LatentBE": run(0.8, branches=True), "TDiv": run(0.8, branches=True)}
-    figure = diversity_over_training(runs)
+    figure = untyped(diversity_over_training)(runs)
     kl, agreement = figure.axes
     assert [float(line.get_ydata()[-1]) for line in kl.lines] == pytest.approx([0.11, 0.11, 0.4])
     assert [float(line.get_ydata()[-1]) for line in agreement.lines] == pytest.approx([78, 78, 80])
@@ -304,7 +308,7 @@ def test_diversity_draws_branches_and_teachers() -> None:
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["LatentBE", "TDiv", "teachers"]
     # Teachers that differ between runs are drawn for each, and far larger ones on a log scale.
-    figure = diversity_over_training({"a": run(0.8, True), "b": run(0.8, True, teacher_kl=40.0)})
+    figure = untyped(diversity_over_training)({"a": run(0.8, True), "b": run(0.8, True, teacher_kl=40.0)})
     assert [float(line.get_ydata()[-1]) for line in figure.axes[0].lines] == pytest.approx([0.11, 0.11, 0.4, 40])
     assert figure.axes[0].get_yscale() == "log"
     assert figure.legends[0].get_texts()[-1].get_text().startswith("its teachers")
@@ -357,8 +361,8 @@ def test_twelve_long_names_fit(which: str) -> None:
     panels = [axes.get_window_extent(renderer) for axes in figure.axes if axes.lines or axes.patches]
     legends = figure.legends + [axes.get_legend() for axes in figure.axes if axes.get_legend()]
     for legend in legends:
-        box = legend.get_window_extent(renderer)
-        assert len(legend.get_texts()) >= 3
+        box = untyped(legend).get_window_extent(renderer)
+        assert len(untyped(legend).get_texts()) >= 3
         assert not any(box.overlaps(panel) for panel in panels)
         assert figure.bbox.containsx(box.x0)
         assert figure.bbox.containsy(box.y0)
@@ -471,7 +475,7 @@ def test_report_says_what_it_was_given(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([f"{name}.png" for name in names] + ["report.html"])
 
 
-EMPTY = {"rows": [], "curves": {}, "reliability": {}, "strip": None, "facts": {}}
+EMPTY: dict[str, Any] = {"rows": [], "curves": {}, "reliability": {}, "strip": None, "facts": {}}
 
 
 @pytest.mark.parametrize(
@@ -525,7 +529,7 @@ def test_students_losses_are_not_drawn_on_the_scale_of_their_teachers():
     def train(loss, **more):
         return [{"event": "train", "step": s, "epoch": s, "loss": x, **more} for s, x in enumerate(loss, 1)]
 
-    figure = learning_curves({"teachers": train([2.0, 0.01]), "KD": train([40.0, 28.0], loss_kd=1.0)})
+    figure = untyped(learning_curves)({"teachers": train([2.0, 0.01]), "KD": train([40.0, 28.0], loss_kd=1.0)})
     panel = figure.axes[0]
     assert panel.get_title(loc="left") == "Training loss of the students"
     assert panel.get_yscale() == "linear"
@@ -543,7 +547,7 @@ def validation(accuracy: list, nll: list) -> list[dict]:
 
 def test_a_curve_that_never_moves_has_an_axis_with_plain_numbers() -> None:
     """A small validation split gives the same accuracy again and again; its axis read ±0.01 around an offset."""
-    figure = learning_curves({"KD": validation([0.5] * 3, [1.0] * 3)})
+    figure = untyped(learning_curves)({"KD": validation([0.5] * 3, [1.0] * 3)})
     figure.canvas.draw()
     panel = figure.axes[1]
     low, high = panel.get_ylim()
@@ -556,6 +560,6 @@ def test_a_curve_that_never_moves_has_an_axis_with_plain_numbers() -> None:
 
 
 def test_the_best_member_is_in_view() -> None:
-    figure = learning_curves({"teachers": validation([[0.1, 0.3], [0.4, 0.9]], [[3.0, 2.0], [1.5, 0.2]])})
+    figure = untyped(learning_curves)({"teachers": validation([[0.1, 0.3], [0.4, 0.9]], [[3.0, 2.0], [1.5, 0.2]])})
     assert figure.axes[1].get_ylim()[1] > 90
     assert figure.axes[2].get_ylim()[0] < 0.2

@@ -28,6 +28,7 @@ from fastensdistill.models import create_model
 from fastensdistill.train.checkpoint import save_checkpoint
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, load_teachers, save_network
+from tests.untyped import untyped
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -40,7 +41,7 @@ def write_npz(path: Path, classes: tuple[str, ...] | None = CLASSES, size: int =
     if classes and set(classes) == set(CLASSES):
         labels = np.array([classes.index(CLASSES[label]) for label in labels])
     arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
-    np.savez(path, **arrays, **({"classes": np.array(classes)} if classes else {}))
+    np.savez(path, **untyped(arrays | ({"classes": np.array(classes)} if classes else {})))
     return path
 
 
@@ -120,7 +121,7 @@ def test_settings_of_the_run_s_data_hold_where_that_data_is_named(npz, tmp_path)
 def test_runs_of_unlike_data_are_refused(key, npz, tmp_path, capsys):
     first = make_run(tmp_path / "a", npz, validation=9)
     changed = {"data": write_npz(tmp_path / "e.npz"), "validation": 9} if key == "data" else {"data": npz}
-    second = make_run(tmp_path / "b", changed.pop("data"), seeds=(2, 3), **changed)
+    second = make_run(tmp_path / "b", untyped(changed).pop("data"), seeds=(2, 3), **changed)
     line = refused(["evaluate", str(first), str(second)], capsys)
     assert f"made with {key} " in line
     assert str(first) in line
@@ -221,7 +222,7 @@ class Late(nn.Module):
 def test_reordered_logits(kind):
     plain = {"rows of the last layer": network, "after the last layer": lambda: Late(network()),
              "student": lambda: LatentBE(network(), 2).eval()}[kind]  # fmt: skip
-    one, two = plain(), plain()
+    one, two = untyped(plain)(), untyped(plain)()
     changed = reordered(two, [2, 0, 1], (3, 8, 8))
     x = torch.rand(5, 3, 8, 8)
     with torch.no_grad():
@@ -363,7 +364,7 @@ def test_copies_of_a_run_are_no_seeds(npz, tmp_path, capsys):
     files = [one / "network.safetensors", two / "network.safetensors", again / "network.safetensors"]
     with pytest.raises(InputError, match="is the same network as"):
         ensemble_of(find_candidates(files, load_dataset(npz)))
-    assert len(ensemble_of(find_candidates(files[:2], load_dataset(npz))).networks[0]) == 2
+    assert len(untyped(ensemble_of(find_candidates(files[:2], load_dataset(npz)))).networks[0]) == 2
 
 
 # --- what rows are called

@@ -21,6 +21,7 @@ from fastensdistill.method.student import (
 from fastensdistill.models import create_model
 from tests.compare import check_close
 from tests.networks import scatter, tiny
+from tests.untyped import present, untyped
 
 
 class Odd(nn.Module):
@@ -100,12 +101,12 @@ def test_timm_network_with_its_own_convolution_class():
 
 def test_product_of_means_and_mean_of_products_differ_and_are_what_they_say():
     student = scatter(LatentBE(tiny(), 3)).double()
-    layer = student.module.groups[0][0].conv1
+    layer = untyped(student).module.groups[0][0].conv1
     w, r, s = layer.layer.weight, layer.r, layer.s
     outer = lambda s, r: s[:, None, None, None] * w * r[None, :, None, None]  # noqa: E731
     with torch.no_grad():
-        product = student.average().groups[0][0].conv1.weight
-        mean = student.average_effective_weights().groups[0][0].conv1.weight
+        product = untyped(student.average()).groups[0][0].conv1.weight
+        mean = untyped(student.average_effective_weights()).groups[0][0].conv1.weight
         check_close("product of means", product, outer(s.mean(0), r.mean(0)), 1e-14)
         check_close("mean of products", mean, sum(outer(s[k], r[k]) for k in range(3)) / 3, 1e-14)
     assert (product - mean).abs().max() > 1e-3
@@ -115,14 +116,14 @@ def test_batch_norm_sees_all_branches_together():
     torch.manual_seed(0)
     student = LatentBE(tiny(), 3).double().train()
     seen = []
-    student.module.bn.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].detach()))
+    untyped(student).module.bn.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].detach()))
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     student(scatter(student) and x)
     assert seen[0].shape[0] == 12
-    running = student.module.bn.running_mean.clone()
+    running = untyped(student).module.bn.running_mean.clone()
     student(x)
     expected = 0.9 * running + 0.1 * seen[1].mean((0, 2, 3))
-    check_close("running mean", student.module.bn.running_mean, expected, 1e-12)
+    check_close("running mean", untyped(student).module.bn.running_mean, expected, 1e-12)
 
 
 def test_equal_branches_at_the_start():
@@ -140,13 +141,13 @@ def test_factors_step_with_k_fold_gradient_and_are_pulled_towards_one():
     student = scatter(LatentBE(tiny(), k)).double()
     optimizer = sgd(student, DistillConfig(weight_decay=lam, learning_rate=lr, momentum=momentum))
     expected = {n: p.detach().clone() for n, p in student.named_parameters()}
-    buffers = {}
+    buffers: dict[str, torch.Tensor] = {}
     for step in range(3):
         x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
         optimizer.zero_grad()
         student(x).square().mean().backward()
         for n, p in student.named_parameters():
-            grad = p.grad * (k if "delta_" in n else 1) + lam * expected[n]
+            grad = present(p.grad) * (k if "delta_" in n else 1) + lam * expected[n]
             buffers[n] = grad if step == 0 else momentum * buffers[n] + grad
             expected[n] = expected[n] - lr * (grad + momentum * buffers[n])
         optimizer.step()
@@ -156,7 +157,7 @@ def test_factors_step_with_k_fold_gradient_and_are_pulled_towards_one():
 
 def test_penalty_counts_factor_deviations_once_for_all_branches():
     student = scatter(LatentBE(tiny(), 4)).double()
-    expected = 0.0
+    expected = torch.zeros((), dtype=torch.float64)
     for n, p in student.named_parameters():
         expected = expected + p.square().sum() / 2 / (4 if "delta_" in n else 1)
     check_close("penalty", student.penalty(), expected, 1e-13)
@@ -172,7 +173,7 @@ def test_hydra_shares_the_body_and_has_heads_of_its_own():
     assert (logits[0] - logits[1]).abs().max() > 1e-3
     check_close("chosen heads", hydra(x, branches=[2]), logits[2:], 1e-13)
     calls = []
-    hydra.module.stem.register_forward_hook(lambda *_: calls.append(1))
+    untyped(hydra).module.stem.register_forward_hook(lambda *_: calls.append(1))
     hydra(x)
     assert len(calls) == 1
     assert hydra.deployed() is hydra
@@ -194,7 +195,7 @@ def test_what_is_deployed():
 
 def test_reestimated_batch_norm_is_the_mean_over_batches_and_leaves_the_rest():
     torch.manual_seed(0)
-    network = scatter(tiny()).train()
+    network = untyped(scatter(tiny()).train())
     network.groups[0].eval()
     momentum, weights = network.bn.momentum, copy.deepcopy(dict(network.named_parameters()))
     batches = [torch.rand(6, 3, 8, 8) for _ in range(3)]

@@ -30,7 +30,8 @@ def block_of(text):
 
 def lines_of(block):
     """The block's lines by their labels, joined where they were broken."""
-    found, label = {}, ""
+    found: dict[str, str] = {}
+    label = ""
     for line in block.splitlines()[1:]:
         label = line[2:12].strip() or label
         found[label] = " ".join([found[label], line[12:]]) if label in found and not line[2:12].strip() else line[12:]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,26 +29,35 @@ from fastensdistill.train.record import DivergedError
 from fastensdistill.train.setup import choose_device, seeded
 from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
+from fastensdistill.train.trainer import Trainer
 from fastensdistill.weights import load_network, read_tensors
 from tests.compare import check_close
 from tests.networks import tiny
 from tests.runs import NETWORK, ROOT, At, StopAt, dataset, make
+from tests.untyped import untyped
 
 # Every network of the package in both engines, per-process pairs and noise, statistics of each process its own.
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "fused": {"engine": "fused", "perturbation": "tdiv-sdiv"},
     "reference": {"engine": "reference", "perturbation": "gaussian", "kind": "hydra"},
 }
 EPOCHS = 3  # of five steps
 
 
-def exact(kind, out, **settings):
+def exact(kind, out, **changes):
     """A run in float64 that nothing random is drawn for but the images."""
     torch.set_default_dtype(torch.float64)
-    common = {"epochs": EPOCHS, "batch_size": 8, "learning_rate": 0.05, "device": "cpu", "engine": "fused"}
-    settings = common | settings
+    settings: dict[str, Any] = {
+        "epochs": EPOCHS,
+        "batch_size": 8,
+        "learning_rate": 0.05,
+        "device": "cpu",
+        "engine": "fused",
+    }
+    settings |= changes
     try:
         networks = [seeded(10 + i, lambda: tiny(4)) for i in range(2)]
+        trainer: Trainer
         if kind == "teach":
             trainer = TeachTrainer(networks, dataset(), TeachConfig(members=2, **settings), out=out, quiet=True)
         else:
@@ -100,7 +110,7 @@ def process(rank, folder):
 
     full, fsync = make(out=out("full")), os.fsync
     if rank == 0:
-        At(full, 7, lambda scalars: setattr(os, "fsync", no_space) or scalars)
+        At(full, 7, fill_the_disk)
     found["full"] = refused(full.fit)
     os.fsync = fsync
     found["other data"] = refused(make(out=out("other"), data=dataset(40 + 8 * rank)).fit)
@@ -119,6 +129,11 @@ def process(rank, folder):
 
 def no_kernel(*_):
     raise RuntimeError("this kernel does not run")
+
+
+def fill_the_disk(scalars: Any) -> Any:
+    os.fsync = untyped(no_space)
+    return scalars
 
 
 def no_space(_descriptor):
@@ -319,7 +334,7 @@ def test_the_command_refuses_what_cannot_be_shared_once(npz, tmp_path):
 )
 def test_each_process_takes_its_own_gpu(monkeypatch, name, local, count, expected):
     """With the driver's answers given: no GPU is touched."""
-    chosen = []
+    chosen: list[torch.device] = []
     for variable, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": local}.items():
         monkeypatch.setenv(variable, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -29,6 +29,7 @@ from fastensdistill.train.teach import TeachTrainer
 from fastensdistill.weights import load_network
 from tests.networks import tiny
 from tests.runs import ROOT, StopAt, dataset, make
+from tests.untyped import untyped
 
 
 def test_schedule_warms_up_from_zero_and_ends_at_zero():
@@ -162,7 +163,7 @@ def killed_in_save():
     if left <= {torn}:
         os.replace = never
     save()
-trainer.train_step = train_step
+untyped(trainer).train_step = train_step
 trainer.save = killed_in_save
 trainer.fit()
 """
@@ -190,10 +191,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     def poisoned():
         if trainer.step_index == 12:
             with torch.no_grad():
-                trainer.student.module.classifier.layer.bias.fill_(float("nan"))
+                untyped(trainer.student).module.classifier.layer.bias.fill_(float("nan"))
         return inner()
 
-    trainer.train_step = poisoned
+    untyped(trainer).train_step = poisoned
     with pytest.raises(DivergedError, match="step 12"):
         trainer.fit()
     kept = load_file(tmp_path / "run" / "checkpoint.safetensors")
@@ -213,11 +214,11 @@ def test_a_stop_signal_saves_nothing_that_is_not_finite(tmp_path, what):
             scalars["loss"] = scalars["loss"] * float("nan")
         if trainer.step_index == 7:
             if what == "weights":
-                trainer.student.module.classifier.layer.bias.data.fill_(float("inf"))
+                untyped(trainer.student).module.classifier.layer.bias.data.fill_(float("inf"))
             signal.raise_signal(signal.SIGTERM)
         return scalars
 
-    trainer.train_step = poisoned
+    untyped(trainer).train_step = poisoned
     with pytest.raises(DivergedError, match="step 6" if what == "loss" else "weights of student .* step 7"):
         trainer.fit()
     resumed = make(out=tmp_path / "run", perturbation="none", resume=True)
@@ -286,7 +287,7 @@ def test_no_space_left_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "fsync", full)
         return inner()
 
-    trainer.train_step = step
+    untyped(trainer).train_step = step
     with pytest.raises(InputError, match="No space left on device"):
         trainer.fit()
     monkeypatch.undo()
@@ -296,7 +297,7 @@ def test_no_space_left_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
 def test_refusals():
     with pytest.raises(InputError, match="wrap it"):
-        DistillTrainer(tiny(4), [tiny(4), tiny(4)], dataset(), DistillConfig())
+        untyped(DistillTrainer)(tiny(4), [tiny(4), tiny(4)], dataset(), DistillConfig())
     with pytest.raises(InputError, match="teacher 1 returns 5 values per image; the data has 4 classes"):
         DistillTrainer(LatentBE(tiny(4), 2), [tiny(4), tiny(5)], dataset(), DistillConfig())
     with pytest.raises(InputError, match="student returns 5 values"):
@@ -341,13 +342,13 @@ def test_data_may_be_a_path_and_nothing_else_passes_for_data(tmp_path):
     np.savez(tmp_path / "set.npz", **arrays)
     assert make(data=tmp_path / "set.npz", epochs=1).fit().step_index == 5
     with pytest.raises(InputError, match="data is a TensorDataset; expected a Dataset"):
-        make(data=torch.utils.data.TensorDataset(torch.zeros(2)))
+        untyped(make)(data=torch.utils.data.TensorDataset(torch.zeros(2)))
 
 
 def test_settings_of_another_kind_are_refused():
     for config, name in ((TeachConfig(), "TeachConfig"), ({"epochs": 1}, "dict")):
         with pytest.raises(InputError, match=f"config is a {name}; expected a DistillConfig"):
-            DistillTrainer(LatentBE(tiny(4), 2), [tiny(4), tiny(4)], dataset(), config)
+            untyped(DistillTrainer)(LatentBE(tiny(4), 2), [tiny(4), tiny(4)], dataset(), config)
     with pytest.raises(InputError, match="branches=3 for a student of 2"):
         make(branches=3)
     with pytest.raises(InputError, match="branches=3 for a single student"):

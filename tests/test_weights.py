@@ -21,6 +21,7 @@ from fastensdistill.models import create_model
 from fastensdistill.weights import load_network, load_teachers, read_tensors, save_network, save_tensors
 from tests.compare import check_close
 from tests.networks import scatter, tiny
+from tests.untyped import untyped
 
 X = torch.rand(2, 3, 8, 8)
 
@@ -137,7 +138,7 @@ def test_refusals(tmp_path):
     with pytest.raises(InputError, match="are names"):
         load_teachers("wrn28_1")
     broken = tiny()
-    broken.classifier.bias.data[0] = float("nan")
+    untyped(broken).classifier.bias.data[0] = float("nan")
     save_network(path, broken)
     with pytest.raises(InputError, match="not finite"):
         load_network(path)
@@ -185,7 +186,7 @@ def test_a_network_whose_own_names_look_like_a_wrapper_keeps_them(tmp_path):
 
     network = Own()
     torch.save(network.state_dict(), tmp_path / "t.pt")
-    assert torch.equal(load_network(tmp_path / "t.pt", Own()).net.weight, network.net.weight)
+    assert torch.equal(untyped(load_network(tmp_path / "t.pt", Own())).net.weight, untyped(network).net.weight)
 
 
 def test_teachers_from_one_path_or_from_the_folder_that_teach_wrote(tmp_path):
@@ -231,7 +232,7 @@ def test_what_is_said_of_a_file_that_says_it_itself_must_agree(tmp_path):
         other = {"mean": {"mean": (0.4,) * 3, "std": (0.25,) * 3}, "num_classes": {"num_classes": 6},
                  "in_planes": {"in_planes": 8}}[said]  # fmt: skip
         with pytest.raises(InputError, match=words):
-            load_network(path, "preresnet" if said != "mean" else None, **other)
+            load_network(path, "preresnet" if said != "mean" else None, **untyped(other))
 
 
 class Own(nn.Module):
@@ -368,11 +369,11 @@ def test_what_has_no_values_to_save_is_named(value, words, tmp_path):
 def test_what_is_no_network_or_model_is_named(tmp_path):
     save_network(tmp_path / "t.pt", tiny())
     for call, words in (
-        (lambda: save_network(tmp_path / "u", "resnet18"), "to save is a str"),
+        (lambda: untyped(save_network)(tmp_path / "u", "resnet18"), "to save is a str"),
         (lambda: load_network(tmp_path / "t.pt", torchvision.models.resnet18), "model is resnet18: expected a model's"),
         (lambda: load_network(tmp_path), "is a folder"),
         (lambda: load_network("a" * 5000), "cannot be read: File name too long"),
-        (lambda: load_network(None), "is a NoneType: expected a path"),
+        (lambda: untyped(load_network)(None), "is a NoneType: expected a path"),
         (lambda: load_network("~/no such file"), f"no such file: {Path.home()}"),
         (lambda: load_teachers([tiny()], mean=(0.5,) * 3), "mean given without files"),
     ):

@@ -5,6 +5,7 @@ import functools
 import pickle
 import random
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.student import BatchEnsemble, Hydra, LatentBE, reestimate_batch_norm
 from tests.compare import check_close
+from tests.untyped import present, untyped
 
 X = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -167,7 +169,9 @@ class Listed(Net):
     def forward(self, x):
         assert self.order[0] is self.conv
         h = self.order[0](x)
-        return self.order[1][0](h.mean((2, 3))) + self.table["head"](h.amax((2, 3))) + self.part(h.amin((2, 3)))
+        return (
+            untyped(self.order[1])[0](h.mean((2, 3))) + self.table["head"](h.amax((2, 3))) + self.part(h.amin((2, 3)))
+        )
 
 
 class Twice(Net):
@@ -450,7 +454,12 @@ def test_layers_that_share_a_weight_share_their_factors():
 
 def test_hooks_of_a_layer_run_once_for_each_branch_and_may_change_its_output():
     network, seen = Net(), []
-    network.conv.register_forward_hook(lambda _m, _i, output: seen.append(output.shape) or output * 2)
+
+    def doubled(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.shape)
+        return output * 2
+
+    network.conv.register_forward_hook(doubled)
     network.head.register_forward_pre_hook(lambda _m, inputs: (inputs[0] + 1,))
     student = move(LatentBE(network, 2)).eval()
     together = student(X)
@@ -548,10 +557,10 @@ class TestHydra:
 def test_reestimation_without_batches_loses_nothing():
     network = WithNorm()
     network(X)
-    mean = network.norm.running_mean.clone()
+    mean = present(network.norm.running_mean).clone()
     with pytest.raises(InputError, match="at least one batch"):
         reestimate_batch_norm(network, [])
-    assert torch.equal(network.norm.running_mean, mean)
+    assert torch.equal(present(network.norm.running_mean), mean)
     assert network.norm.momentum == 0.1
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class Trainer:
             if tensorboard:
                 tensorboard_writer()
 
-    def fit(self) -> Trainer:
+    def fit(self) -> Self:
         """Train to the end. Afterwards the networks hold the weights that ``train.keeping`` chose, on all processes,
         and are in evaluation mode. Called again after it was interrupted it goes on where it stopped, bit for bit;
         after the end it does nothing.
