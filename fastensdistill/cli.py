@@ -52,6 +52,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
 
 
 def usage() -> str:
+    """The page that ``--help`` prints: every command in a line, as wide as the terminal."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines = ["usage: fastensdistill COMMAND [--config FILE] [--FLAG VALUE ...]", ""]
     for name, (cls, _) in COMMANDS.items():
@@ -60,6 +61,7 @@ def usage() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code; errors are raised, ``main`` says them."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2

@@ -95,6 +95,7 @@ class PlanRun(Settings):
 
 
 def teach(run: TeachRun) -> None:
+    """Train M teachers, and write their networks, metrics and report to ``run.out``."""
     from fastensdistill.evaluate import runs
     from fastensdistill.train.setup import seeded
     from fastensdistill.train.teach import TeachTrainer
@@ -113,6 +114,7 @@ def teach(run: TeachRun) -> None:
 
 
 def distill(run: DistillRun) -> None:
+    """Distil teachers into a student, and write its networks, metrics and report to ``run.out``."""
     from fastensdistill.data.channels import for_networks
     from fastensdistill.evaluate import runs
     from fastensdistill.evaluate.origin import choose_data, origins
@@ -159,6 +161,7 @@ def distill(run: DistillRun) -> None:
 
 
 def evaluate(run: EvaluateRun) -> None:
+    """Measure networks, ensembles and runs on the test images: a table, ``results.json`` and a report."""
     from fastensdistill.evaluate import comparison, runs
     from fastensdistill.evaluate.origin import choose_data, origins
     from fastensdistill.train.setup import choose_device
@@ -183,6 +186,7 @@ def evaluate(run: EvaluateRun) -> None:
 
 
 def export(run: ExportRun) -> None:
+    """Write an averaged network in the chosen formats, each reloaded and compared."""
     import torch
 
     from fastensdistill.data.channels import for_networks
@@ -229,18 +233,21 @@ def export(run: ExportRun) -> None:
 
 
 def demo(run: DemoRun) -> None:
+    """Run the whole job on scikit-learn's digits."""
     from fastensdistill.demo import run_demo
 
     run_demo(run.out, run.seeds, run.epochs)
 
 
 def doctor(run: DoctorRun) -> None:
+    """Print what is installed, what was built, and what can be used."""
     from fastensdistill.doctor import print_report
 
     print_report()
 
 
 def plan(run: PlanRun) -> None:
+    """Print the launches of a training step, the least time it takes, and the nodes of its graph."""
     from fastensdistill.engine.graph_nodes import count_step
     from fastensdistill.network.table import print_plan
 
@@ -298,6 +305,7 @@ def say(line: str, notes: Sequence[str]) -> None:
 
 
 def show(rows: Any, data: Any) -> None:
+    """Print the table of results."""
     from rich.console import Console
 
     from fastensdistill.evaluate.report import print_table
@@ -320,6 +328,7 @@ def compare_and_write(
 def summarize(
     candidates: Sequence[Any], data: Any, out: Path, device: Any, title: str, notes: Sequence[str] = ()
 ) -> None:
+    """:func:`compare_and_write` for one run, and where its files are."""
     compare_and_write(candidates, data, out, device, f"{title} on {data.name}", notes)
     print(f"run: {out}  report: {out / 'report.html'}")
 

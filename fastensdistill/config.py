@@ -1,4 +1,4 @@
-"""Every setting, once: these dataclasses are what Python takes, what YAML holds and what the command line offers.
+"""All settings: the dataclasses that Python takes, YAML files hold and the command line offers.
 
 The defaults are the paper's recipe (docs/method.md, Recipe). A run folder's ``config.yaml`` holds the fields of one of
 the ``...Run`` classes.
@@ -133,6 +133,7 @@ class DataConfig(Settings):
             self.data = str(expanded(self.data))
 
     def load(self) -> Dataset:
+        """The data set that these settings name, digits if none. Raises InputError as ``load_dataset`` does."""
         name = self.data or "digits"
         return load_dataset(
             name, root=self.root, limit=self.limit, validation=self.validation, image_size=self.image_size
@@ -160,6 +161,7 @@ class ModelConfig(Settings):
                                  f"{' or '.join(SHAPED)}, or {name} unset")  # fmt: skip
 
     def arguments(self) -> dict[str, Any]:
+        """The settings of the shape that are set, as ``create_model`` takes them."""
         given = {"blocks": self.blocks, "widen": self.widen, "in_planes": self.in_planes}
         return {k: v for k, v in given.items() if v is not None}
 

@@ -21,6 +21,7 @@ EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx", "o
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -69,6 +70,7 @@ def _extension() -> list[tuple[str, str]]:
 
 
 def print_report() -> None:
+    """Print the facts, a line each."""
     rows = facts()
     width = max(len(name) for name, _ in rows)
     for name, finding in rows:

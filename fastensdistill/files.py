@@ -1,4 +1,4 @@
-"""Paths as users write them, and files that are always whole."""
+"""Atomic file writes, and paths as users write them (``~``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags: what a command line says, in the settings of its command, and the page that ``--help`` prints.
+"""Flags: parse a command line into the settings of its command, and format the page that ``--help`` prints.
 
 ``--flag VALUE`` and ``--flag=VALUE``; several values after a flag that takes several, or with commas between them;
 ``--no-flag`` for one that is true or false. A setting is given once: nothing that was said is overridden in silence.
@@ -95,6 +95,7 @@ def own_words(words: Sequence[str]) -> int:
 
 
 def is_number(token: str) -> bool:
+    """Whether ``token`` is a number, a fraction (8/255) or a list of them, and so no flag if it begins with a dash."""
     try:
         float(token.replace("/", "").replace(",", ""))
     except ValueError:
@@ -103,6 +104,7 @@ def is_number(token: str) -> bool:
 
 
 def is_flag(token: str) -> bool:
+    """Whether ``token`` begins like a flag, with a dash of any kind, and is no negative number."""
     return len(token) > 1 and token[0] in "-" + OTHER_DASHES and not is_number(token)
 
 

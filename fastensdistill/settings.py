@@ -1,4 +1,4 @@
-"""What a setting is: a field of a config dataclass, with its meaning, its type and the values that it may have.
+"""A setting: a field of a config dataclass with its description, type and range of values.
 
 Python, YAML files and flags all come to :meth:`Setting.value`, so that they refuse the same values in the same words.
 A setting's meaning is the string that follows the field in the source; ``--help`` and ``help()`` both print it.
@@ -86,6 +86,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
+        """Its name on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
@@ -149,6 +150,7 @@ class Setting:
         )  # fmt: skip
 
     def refusal(self, given: Any, where: str | None) -> InputError:
+        """The error for a value that it does not take: the setting, the value, and what was expected."""
         shown = "nothing" if given is None and where else " ".join(_short.repr(given).split())
         if isinstance(given, str) and _is_number(given):
             shown = given.strip()

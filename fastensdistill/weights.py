@@ -1,4 +1,4 @@
-"""Networks in files: one safetensors file holds the tensors and, in its metadata, a card that says how to build it.
+"""Save and load networks: a safetensors file with the tensors and, as metadata, a card that says how to build it.
 
 Foreign files load too (:mod:`fastensdistill.foreign`): nothing in them is run, and the names of wrappers and of the
 mappings that training scripts nest the weights in are found and taken off.

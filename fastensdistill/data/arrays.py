@@ -1,4 +1,4 @@
-"""Arrays as people store them, understood: images as uint8 ``(N, H, W, C)``, labels as class numbers ``(N,)``.
+"""Convert arrays in the layouts that people store: images to uint8 ``(N, H, W, C)``, labels to class numbers ``(N,)``.
 
 All splits of a set are read in one way, which the splits together decide. What can be meant in two ways is refused.
 """

@@ -1,4 +1,4 @@
-"""Which images of a split are set aside: drawn class by class, always the same ones for the same labels.
+"""Which images of a split are set aside: drawn class by class, and always the same for the same labels.
 
 The seed is fixed: teachers and students of whatever seeds must share their validation images.
 """

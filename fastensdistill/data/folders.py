@@ -1,4 +1,4 @@
-"""Folders of images: splits of class folders under their common names, Tiny-ImageNet, or only class folders."""
+"""Folders of images: splits under any of their common names, Tiny-ImageNet, or class folders without splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files: which are read, their sizes and modes, and one decoded as uint8."""
+"""Image files: which ones are read, their sizes and modes, and decoding to uint8."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def unreadable(path: str | Path, error: Exception) -> InputError:
+    """The error to raise for an image that could not be read because of ``error``."""
     if isinstance(error, MemoryError):
         return InputError(f"{path} does not fit into memory")
     return InputError(f"{path} is not a readable image ({' '.join(str(error).split()) or type(error).__name__})")

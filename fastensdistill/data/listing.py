@@ -1,4 +1,4 @@
-"""What a folder holds: class folders and images, links followed, hidden entries left out."""
+"""List the class folders and images in a folder; links are followed, hidden entries left out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Seen:
     files: Counter[str] = field(default_factory=Counter)  # by suffix
 
     def note(self) -> list[str]:
+        """A line about the files that were left out; none where there were none."""
         if not self.files:
             return []
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(self.files.items()))

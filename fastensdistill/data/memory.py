@@ -1,4 +1,4 @@
-"""Memory that is left, so that data beyond it is refused before hours are spent reading it."""
+"""Available memory, so that data that does not fit is refused before hours are spent on reading it."""
 
 from __future__ import annotations
 

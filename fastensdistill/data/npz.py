@@ -1,4 +1,4 @@
-"""``.npz`` files: arrays named after split and content, as MedMNIST, Keras and people by hand name them."""
+"""``.npz`` files: arrays named after split and content, as MedMNIST, Keras and people who name them by hand do."""
 
 from __future__ import annotations
 

@@ -92,10 +92,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are."""
         return len(self.classes)
 
     @property
     def channels(self) -> int:
+        """Channels of an image: 1 for grey, 3 for colour."""
         return self.train.images.shape[3]
 
     @property

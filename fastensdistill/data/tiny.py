@@ -1,4 +1,4 @@
-"""Tiny-ImageNet's own files: which class the images of ``val`` are of, and the words for the classes."""
+"""Tiny-ImageNet's own files: the classes of the images in ``val``, and the names of the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a network's classes and images are the data's, and its logits in the data's order of classes."""
+"""Check that a network and the data have the same classes and image size; put logits in the data's class order."""
 
 from __future__ import annotations
 

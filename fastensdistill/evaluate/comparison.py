@@ -1,4 +1,4 @@
-"""Measure the networks of every row, and write what was found: results.json and the report."""
+"""Measure the networks of every row, and write the results: results.json and the report."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a 
 
 @dataclass
 class Evaluated:
+    """A row of the results, and the predictions of its first seed, for the plots."""
+
     row: Row
     probabilities: Tensor  # (N, C) of the first seed on the test split
 
@@ -70,6 +72,7 @@ def evaluate_candidate(candidate: Candidate, data: Dataset, device: torch.device
 
 
 def count_parameters(network: nn.Module) -> int:
+    """Values in all parameters, trained or frozen; buffers do not count."""
     return sum(p.numel() for p in network.parameters())
 
 

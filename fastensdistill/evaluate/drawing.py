@@ -1,4 +1,4 @@
-"""What the report's pictures share: names and their colours, series out of a run's records, and a quiet look."""
+"""What the report's pictures share: names and their colours, series from a run's records, and a plain style."""
 
 from __future__ import annotations
 

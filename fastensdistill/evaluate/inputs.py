@@ -1,4 +1,4 @@
-"""What every metric checks before it computes: probabilities and labels that fit together, in float64 on the CPU."""
+"""Input checks of all metrics: probabilities and labels that fit together, converted to float64 on the CPU."""
 
 from __future__ import annotations
 

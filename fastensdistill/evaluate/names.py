@@ -1,4 +1,4 @@
-"""Names of rows, no two of which are one: as short as they can be while a reader can tell them apart."""
+"""Unique row names, as short as possible while a reader can still tell them apart."""
 
 from __future__ import annotations
 

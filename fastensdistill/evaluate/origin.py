@@ -1,4 +1,4 @@
-"""What a path says of the network in it: the run it comes from, whether that ended, and the data it was made for.
+"""Where a network came from: the run, whether it finished, and the data it was made for.
 
 a file of ours: its card, and the config.yaml beside it        a run's folder: its config.yaml and its files' cards
 a foreign file: nothing

@@ -1,4 +1,4 @@
-"""From run folders and files to the networks that the rows of a table are about."""
+"""Load the networks for the rows of a table from run folders and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results table, once as data and then for the terminal, as Markdown, and as the report's HTML."""
+"""The results table, as data and rendered for the terminal and the HTML report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One temperature for a set of predictions, as calibrated NLL and ECE want it (Guo et al. 2017, "On Calibration").
+"""Fit one temperature to a set of predictions, for calibrated NLL and ECE (Guo et al. 2017, "On Calibration").
 
     p_T = softmax(log(p + 1e-8) / T),      T = argmin mean_n -log p_T[n, label_n]  on the validation split
 

@@ -1,1 +1,1 @@
-"""Files of weights that others wrote: read without running anything in them, and matched to a network's names."""
+"""Weight files written by other programs: read without running their code, and matched to a network's names."""

@@ -1,4 +1,4 @@
-"""From what a file holds to one flat table of tensors: every one under the path of keys that leads to it."""
+"""Flatten the contents of a file to a table of tensors, each under the path of keys that leads to it."""
 
 from __future__ import annotations
 

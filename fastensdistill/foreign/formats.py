@@ -1,4 +1,4 @@
-"""What a file of weights is, by its content, and what it holds. A suffix says nothing: people rename files."""
+"""Recognise the format of a weight file by its content, not its suffix (people rename files), and read it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
+    """Whether the content is that of a safetensors file, whatever its name: a length, and JSON."""
     with open(path, "rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**27

@@ -1,4 +1,4 @@
-"""A tensor in a file, known by shape and type, read when it is wanted."""
+"""A tensor in a file: its shape and dtype now, its values when they are needed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Leaf:
         self.shape, self.dtype, self.problem, self._read = shape, dtype, problem, read
 
     def read(self) -> Tensor:
+        """The tensor, on the CPU and owned by the caller."""
         assert self._read is not None, self.problem
         return self._read()
 
@@ -33,8 +34,10 @@ class Leaf:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Leaf:
+        """A tensor that is in memory already."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @classmethod
     def unreadable(cls, problem: str) -> Leaf:
+        """A tensor that cannot be read, and why."""
         return cls(None, None, None, problem)

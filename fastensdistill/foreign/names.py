@@ -1,4 +1,4 @@
-"""Which of a file's tensors are a network's: found by how many names and shapes agree under one prefix."""
+"""Match a file's tensors to a network: the prefix under which most names and shapes agree."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def match(found: Mapping[str, FileTensor], wanted: Mapping[str, Shape], optional
 
 
 def plain_ones(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that do not say they are copies (EMA, averages, momentum)."""
     return [n for n in names if not COPIES.search(n.lower())]
 
 

@@ -1,4 +1,4 @@
-"""Pickles read for their tensors alone.
+"""Read the tensors of a pickle, and nothing else in it.
 
 No name in a pickle is imported: tensors, their storages and types, NumPy arrays and mappings are understood here, and
 every other class or function stands for an inert :class:`Stub`, whatever the pickle says to do with it. Stubs keep what
@@ -76,11 +76,13 @@ class Stub:
         self.items[key] = value
 
     def append(self, value: Any) -> None:
+        """What a pickle adds to a list or a set."""
         self.items[len(self.items)] = value
 
     add = append
 
     def extend(self, values: Any) -> None:
+        """What a pickle adds to a list at once."""
         for value in values:
             self.append(value)
 
@@ -224,6 +226,7 @@ class Unpickler(pickle.Unpickler):
         return type("Stub", (Stub,), {"path": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
+        """The storage that a checkpoint of PyTorch refers to, as a :class:`Leaf` can read it later."""
         if not isinstance(pid, tuple) or not pid:
             raise pickle.UnpicklingError("a reference to something outside the file")
         if pid[0] == "module":  # a class with its source text, as torch.save(network) wrote it

@@ -1,4 +1,4 @@
-"""Students, teachers and networks as Python callers hand them over: taken as what they are, or refused in a line."""
+"""Check students, teachers and networks that callers pass in: unwrap them, or refuse them in one line."""
 
 from __future__ import annotations
 

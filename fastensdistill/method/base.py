@@ -1,4 +1,4 @@
-"""What every student is to the trainer, and the simplest one (docs/method.md, Student)."""
+"""The base class of students, and the simplest one (docs/method.md, Student)."""
 
 from __future__ import annotations
 

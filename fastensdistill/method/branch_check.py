@@ -1,4 +1,4 @@
-"""Whether a student's branches are what they stand for: each one the network with weights of its own.
+"""Check that each branch of a student computes the same as the plain network with that branch's weights.
 
 A network may bring its branches together where nobody sees it: tokens before the batch, crops stacked into it, the
 statistics of a batch, attention over the images. Then a branch learns from the others, and no averaged network is what

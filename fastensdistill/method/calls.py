@@ -1,4 +1,4 @@
-"""Calling a network that others wrote: in its dtype, on images that stay as they are, for logits.
+"""Call a network that somebody else wrote, in its dtype and without changing the images, for its logits.
 
 What is learnt of a network at its first call, in each mode, is kept beside it, never in it: whether it writes into its
 input (``x -= mean``, ``ReLU(inplace=True)``) and so needs images of its own, and whether it needs them contiguous

@@ -1,4 +1,4 @@
-"""Copies of networks that share nothing with them, whatever they keep from their last forward pass."""
+"""Copy networks without sharing anything, even if they keep tensors from their last forward pass."""
 
 from __future__ import annotations
 

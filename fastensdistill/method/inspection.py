@@ -1,4 +1,4 @@
-"""A foreign network is called once before a run, on a copy, as the run will call it: what does not fit is refused.
+"""Call a copy of a network once before a run, the way the run will, and refuse what does not fit.
 
 In evaluation mode and, where it is trained, in training mode too; on images as they lie in memory by default and
 channels last, which is how the loader gives them and faster, and decides how the run gives them to this network.

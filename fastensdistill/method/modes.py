@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, and gradients through a network but not into it."""
+"""Context managers: evaluation mode, and gradients through a network but not to its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network returns: the logits among it, and whether they are logits at all."""
+"""Find the logits in what a network returns, and check that they are logits."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def check_logits(logits: Tensor, name: str) -> None:
 
 
 def in_unit_interval(logits: Tensor) -> bool:
+    """Whether every value lies in [0, 1], as those of probabilities do."""
     return float(logits.min()) >= 0 and float(logits.max()) <= 1
 
 

@@ -1,4 +1,4 @@
-"""A layer of K branches, ``W_k = s_k ⊗ W ⊗ r_k``, in the place of an ordinary Conv2d or Linear."""
+"""A layer of K branches, ``W_k = s_k ⊗ W ⊗ r_k``, which replaces an ordinary Conv2d or Linear."""
 
 from __future__ import annotations
 
@@ -72,21 +72,25 @@ class RankOneLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """A stand-in with the weight's shape, dtype and device: it has a value per branch, and refuses arithmetic."""
         g, taps = self.groups, getattr(self.layer, "kernel_size", ())
         shape = (self.delta_s.shape[1], self.delta_r.shape[1] // g, *taps)
         return SharedWeight.of(shape, originals(self.layer)[0], f"{self.where}.weight", len(self.delta_r))
 
     @property
     def bias(self) -> Tensor | None:
+        """As :attr:`weight`; None without a bias."""
         own = originals(self.layer, "bias")
         return SharedWeight.of(own[0].shape, own[0], f"{self.where}.bias", len(self.delta_r)) if own else None
 
     @property
     def r(self) -> Tensor:
+        """Factors of the inputs, (K, Cin)."""
         return 1 + self.delta_r
 
     @property
     def s(self) -> Tensor:
+        """Factors of the outputs, (K, Cout)."""
         return 1 + self.delta_s
 
     def effective(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -98,6 +102,7 @@ class RankOneLayer(nn.Module):
         return folded.flatten(1, 2), None if bias is None else s * bias
 
     def has_computed_weight(self) -> bool:
+        """Whether the layer's weight is computed before each use: by weight norm, pruning, a parametrisation."""
         return bool(self.computing) or parametrize.is_parametrized(self.layer)
 
     def compute(self) -> None:
@@ -175,6 +180,7 @@ def channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
 
 
 def has_hooks(layer: nn.Module) -> bool:
+    """Whether anything was registered to run before or after the layer."""
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a network holds beside its parameters, buffers and submodules: lists, dictionaries, closures, kept features.
+"""What a network references besides parameters, buffers and submodules: lists, dictionaries, closures, features.
 
 Replacing a layer where it is registered leaves such references at the old one, and copying a network leaves functions
 at the network they were written for. Both are wrong without a word, so they are looked for.

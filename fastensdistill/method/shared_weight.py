@@ -1,4 +1,4 @@
-"""What a network reads where it asks a wrapped layer for its weight."""
+"""The stand-in that a network gets when it reads the weight of a wrapped layer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class SharedWeight(Tensor):
 
     @classmethod
     def of(cls, shape: Sequence[int], like: Tensor, path: str, branches: int) -> Tensor:
+        """A stand-in of ``shape`` with the dtype and device of ``like``, for the parameter at ``path``."""
         found: Any = like.detach().new_empty(()).expand(tuple(shape)).as_subclass(cls)
         found.requires_grad_(like.requires_grad)
         found.path, found.branches = path, branches

@@ -56,6 +56,7 @@ class BatchEnsemble(Student):
             raise InputError(f"{type(module).__name__} has no Conv2d or Linear layer for {self.kind} to wrap")
 
     def layers(self) -> list[RankOneLayer]:
+        """The wrapped layers, in the order of the network."""
         return [m for m in self.module.modules() if isinstance(m, RankOneLayer)]
 
     def forward(self, x: Tensor, branches: Sequence[int] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A copy of a network whose Conv2d and Linear layers have K branches, or why there is none.
+"""Copy a network with K branches in its Conv2d and Linear layers, or say why that is impossible.
 
 Looked at before anything is changed, on the network that was given: what cannot be wrapped is named.
 """

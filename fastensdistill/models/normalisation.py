@@ -1,4 +1,4 @@
-"""Mean and standard deviation of an image's channels: what is given, checked, and what published weights expect."""
+"""Per-channel mean and standard deviation: checks of given values, and those that published weights expect."""
 
 from __future__ import annotations
 

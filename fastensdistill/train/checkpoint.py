@@ -61,6 +61,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Write ``state`` to a run's folder, atomically, with the ``fingerprint`` that a continuation must have."""
     tensors, values = flatten(state)
     save_tensors(folder / CHECKPOINT, tensors, {"kind": "checkpoint", "values": values, "fingerprint": fingerprint})
 
@@ -130,6 +131,7 @@ def with_own_part(state: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def digest_data(data: Dataset) -> str:
+    """A digest of all images and labels: a run is continued with the same ones."""
     digest = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
         digest.update(np.ascontiguousarray(split.images).data)
@@ -138,6 +140,7 @@ def digest_data(data: Dataset) -> str:
 
 
 def digest_networks(networks: Iterable[nn.Module]) -> str:
+    """A digest of all weights and buffers of ``networks``, by name."""
     digest = hashlib.sha256()
     for network in networks:
         for name, tensor in sorted(network.state_dict().items()):
@@ -173,6 +176,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put PyTorch's global generators back to :func:`random_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""Distilling teachers into a student: what a step, a look at the validation images, and the end of a run are."""
+"""The distillation trainer: its step, its validation, and what it saves at the end."""
 
 from __future__ import annotations
 

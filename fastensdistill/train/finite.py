@@ -1,4 +1,4 @@
-"""Whether everything a run would save is finite still, asked in one question to the device for each network."""
+"""Check that everything a run would save is finite, with one synchronisation per network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: held by one process at a time, claimed before anything in it is touched, given back if unused.
+"""A run's folder: locked by one run at a time before anything in it changes, and removed again if unused.
 
 The lock is ``flock``'s on ``.lock`` in the folder, so the kernel releases it however the process ends. Where the file
 system has no such locks, or the platform (Windows), runs go on without.

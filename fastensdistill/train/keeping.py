@@ -51,6 +51,7 @@ class Score:
 
     @property
     def finite(self) -> bool:
+        """Whether both numbers are, so that the weights may be kept."""
         return math.isfinite(self.accuracy) and math.isfinite(self.nll)
 
     def order(self, images: int) -> tuple[float, float, int]:
@@ -82,15 +83,18 @@ class Keeper:
         return True
 
     def kept(self) -> dict[str, Score]:
+        """The best score of every network that has one."""
         return {name: score for name, (score, _) in self.best.items()}
 
     def state_dict(self) -> dict[str, Any]:
+        """Best scores with their weights, and the last scores, for a checkpoint."""
         return {
             "best": {name: {**asdict(score), "weights": weights} for name, (score, weights) in self.best.items()},
             "last": {name: asdict(score) for name, score in self.last.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The way back from :meth:`state_dict`."""
         self.best = {}
         for name, kept in state.get("best", {}).items():
             scores = {k: v for k, v in kept.items() if k != "weights"}

@@ -1,4 +1,4 @@
-"""What a long job shows while it goes on: one line on a terminal that fits its width, or a log that says as much.
+"""The progress of a long job: one line that fits the terminal, or a log with the same information.
 
 The time left is reckoned from the job's own pace, so it is there whatever a step costs. A thread draws: the line moves,
 and a log says something every minute, even within a step that takes longer. Nothing here touches the device.
@@ -118,9 +118,11 @@ class Progress:
             self._thread.join()
 
     def at(self, done: int) -> None:
+        """``done`` units of the whole are done."""
         self.pace.mark(done)
 
     def advance(self, by: int) -> None:
+        """``by`` more units are done."""
         self.pace.mark(self.pace.done + by)
 
     def log(self) -> None:
@@ -131,6 +133,7 @@ class Progress:
 
     @property
     def time_left(self) -> float | None:
+        """Seconds until the end at the present pace; None while that cannot be told."""
         return self.pace.left(self.total, self.besides())
 
     def _watch(self) -> None:
@@ -143,6 +146,7 @@ class Progress:
         return f"{self.title}: {', '.join(said)}"
 
     def left_in_words(self) -> str:
+        """How long it still takes, took, or has taken so far."""
         left = self.time_left
         if self.pace.done >= self.total:
             return f"took {in_words(self.pace.clock() - self.pace.began)}"

@@ -1,7 +1,7 @@
-"""What a run tells: ``metrics.jsonl``, TensorBoard, and a progress display; none of it makes the device wait.
+"""What a run records: ``metrics.jsonl``, TensorBoard and a progress display, without host–device synchronisation.
 
-Scalars are summed on the device. Every few steps their sums start on their way to the host, and are read when the next
-ones start: by then they have arrived. Of several processes they are means over all, and all see the same.
+Scalars are summed on the device. Sums are copied asynchronously every few steps and read one interval later. With
+several processes they are means over all of them, the same on each.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Meter:
         self.pending: tuple[dict[str, Any], list[str], int, Tensor, Any] | None = None
 
     def add(self, step: int, scalars: dict[str, Tensor]) -> None:
+        """Add a step's scalars (tensors, which may still be computed) to the sums; nothing waits for the device."""
         loss = scalars["loss"]
         if self.bad is None:
             self.bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
@@ -144,6 +145,7 @@ class Recorder:
         })  # fmt: skip
 
     def drain(self) -> None:
+        """Write the interval whose sums are being read, if there is one."""
         record = self.meter.read()
         if record is not None:
             self.write(record)
@@ -160,6 +162,7 @@ class Recorder:
         self.progress.pace.skip(seconds)
 
     def validation(self, record: dict[str, Any]) -> None:
+        """Write the record of a validation, and show it."""
         self.write({"event": "validation", **record})
         self.progress.notes = self._notes()
         self.looked_at = record["step"]
@@ -183,6 +186,7 @@ class Recorder:
         })  # fmt: skip
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record to ``metrics.jsonl``. Raises InputError if the file cannot be written."""
         self.last = {**self.last, **record}
         if self.path is not None:
             try:

@@ -1,4 +1,4 @@
-"""The learning rate of every step, and the epochs after which the network is looked at (docs/method.md, Recipe)."""
+"""The learning rate of every step, and the epochs after which the network is validated (docs/method.md, Recipe)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a device of its own, networks on it, shares that come out even."""
+"""Prepare a run: choose its device, move networks there, and check that processes get equal shares of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run begins with: the block it prints before its first step, and what it adds to its settings and files."""
+"""The block that a run prints before its first step, and what it adds to its settings and files."""
 
 from __future__ import annotations
 

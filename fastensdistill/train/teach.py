@@ -1,4 +1,4 @@
-"""Training M teachers at once: what a step and a look at the validation images are."""
+"""The trainer of M teachers at once: its step, its validation, and what it saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hint where training on the CPU would crawl because threads wait for one another."""
+"""A hint where CPU training would be slow because too many threads compete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop, once; ``train.distill`` and ``train.teach`` say what a step and a look at the images are.
+"""The training loop; ``train.distill`` and ``train.teach`` define a step and a validation.
 
 ``fit`` reads top to bottom: learning rate, step, record, and at the end of an epoch a look at the validation images
 and a checkpoint. Under ``torchrun`` every process runs it on its share of each batch; the first one alone validates,
@@ -285,6 +285,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: State) -> None:
+        """The way back from :meth:`state_dict`."""
         self.step_index = state["step_index"]
         for name, network in self.networks.items():
             load_state(network, state["networks"][name])
@@ -300,11 +301,13 @@ class Trainer:
             print(line, file=sys.stderr, flush=True)
 
     def warn(self, lines: Sequence[str]) -> None:
+        """Say ``lines`` as warnings, and keep them for the report."""
         self.warnings += lines
         for line in lines:
             self.say(f"warning: {line}")
 
     def make_loader(self, images: EvaluationSet, seed: int) -> DeviceLoader:
+        """This process's share of the training images, shuffled and cropped by ``seed``."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return DeviceLoader(
             images, self.config.batch_size, device=self.device, generator=generator, augment=self.augment,
@@ -324,6 +327,7 @@ class Trainer:
         return ()
 
     def train_step(self) -> dict[str, Tensor]:
+        """One step; its scalars, on the device."""
         raise NotImplementedError
 
     def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
