@@ -10,7 +10,7 @@ demo: .venv/.demo
 	$(BIN)/fastensdistill demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

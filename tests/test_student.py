@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models import DenseNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.reference import sgd
@@ -59,10 +61,10 @@ NETWORKS = {
     "resnet": (lambda: create_model("resnet", 5, blocks=(1, 1), in_planes=4), 9),
     "odd layers": (Odd, 12),
     "resnet18": (lambda: torchvision_model("resnet18"), 32),
-    "resnet50": (lambda: torchvision_model("resnet50"), 32),
+    "bottlenecks": (lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, width_per_group=16), 32),
     "mobilenet_v2": (lambda: torchvision_model("mobilenet_v2"), 32),
     "like VGG": (like_vgg, 32),
-    "densenet121": (lambda: torchvision_model("densenet121"), 32),
+    "densenet": (lambda: DenseNet(8, (2, 2), 16, num_classes=5), 32),
 }
 
 
