@@ -19,11 +19,8 @@ from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pack import PackOperands, pack_weights, pack_weights_reference
 from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
 from tests.compare import check_close
-from tests.kernels import layouts
-from tests.kernels import test_diversity_seed as seed_tests
-from tests.kernels import test_perturb_step as step_tests
+from tests.kernels import layouts, rows
 from tests.kernels.rounding import rounding
-from tests.kernels.test_distillation_loss import CASES, logits
 
 DEVICE = "cuda"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -40,11 +37,11 @@ def test_cuda_kernels_are_built():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows.LOSSES)
 @pytest.mark.parametrize("target", ["one-to-one", "mean"])
 def test_loss_and_diversity(case, dtype, target):
-    M, K, _, _ = CASES[case]
-    teacher, branch, labels = (t.to(DEVICE) for t in logits(CASES[case], dtype))
+    M, K, _, _ = rows.LOSSES[case]
+    teacher, branch, labels = (t.to(DEVICE) for t in rows.logits(rows.LOSSES[case], dtype))
     pair = torch.tensor([min(M, K) - 1, 0], device=DEVICE)
     actual = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7, target)
     wide = (teacher.double(), branch.double(), labels, pair, 4.0, 0.7, target == "mean")
@@ -54,9 +51,9 @@ def test_loss_and_diversity(case, dtype, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", seed_tests.CASES)
+@pytest.mark.parametrize("case", rows.PAIRS)
 def test_seeds(case, dtype):
-    teacher, branch = (pair.to(DEVICE) for pair in seed_tests.pairs(seed_tests.CASES[case], dtype))
+    teacher, branch = (pair.to(DEVICE) for pair in rows.pairs(rows.PAIRS[case], dtype))
     t, s = teacher.double(), branch.double()
     check(diversity_seed(teacher, branch), diversity_seed_reference(t, s))
     check(teacher_diversity_seed(teacher), teacher_diversity_seed_reference(t))
@@ -64,9 +61,9 @@ def test_seeds(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", step_tests.CASES)
+@pytest.mark.parametrize("case", rows.IMAGES)
 def test_step_on_images(case, dtype):
-    images, gradients, confidence = (t.to(DEVICE) for t in step_tests.operands(case, dtype))
+    images, gradients, confidence = (t.to(DEVICE) for t in rows.images(case, dtype))
     if images.dim() == 4:
         images = images.to(memory_format=torch.channels_last)
     actual = perturb_step(images, gradients, 0.5, 0.1, 0.9, confidence.to(accumulator(dtype)))
@@ -87,7 +84,7 @@ def test_packing(case, dtype):
 
 def test_inside_a_captured_graph():
     """A new pair, new logits and new factors take effect at replay: nothing was read on the host at capture."""
-    teacher, branch, labels = (t.to(DEVICE) for t in logits(CASES["cifar100"], torch.float32))
+    teacher, branch, labels = (t.to(DEVICE) for t in rows.logits(rows.LOSSES["cifar100"], torch.float32))
     pair = torch.tensor([0, 1], device=DEVICE)
     layout, t = layouts.problem("tiles", torch.float32)
     parameters, deviations = (t[name].to(DEVICE) for name in ("parameters", "deviations"))

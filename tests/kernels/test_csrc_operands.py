@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastensdistill.kernels import extension, halo_conv
-from tests.kernels import test_opcheck_csrc as row_ops
+from tests.kernels import rows
 from tests.kernels.emulation import OPS, call
 from tests.kernels.test_halo_conv import CASES, epilogues, gradient_epilogues
 from tests.kernels.test_halo_conv import operands as halo_operands
@@ -38,7 +38,7 @@ def arguments(name: str) -> dict[str, object]:
     """Every argument of an op by the name it has in the schema, all optional tensors given."""
     names = [argument.name for argument in getattr(torch.ops.fastensdistill, name).default._schema.arguments]
     if not name.startswith("halo"):
-        values = row_ops.operands(name, torch.float32, False)
+        values = rows.operands(name, torch.float32, False)
     else:
         x, weight, slots = halo_operands(CASES[0])
         tile = list(halo_conv.halo_tile(*x.shape[1:4], weight.shape[3]))

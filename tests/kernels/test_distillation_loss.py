@@ -18,29 +18,11 @@ from fastensdistill.kernels.distillation_loss import (
 from fastensdistill.kernels.diversity_seed import diversity_seed
 from tests.compare import check_close
 from tests.kernels.rounding import rounding
+from tests.kernels.rows import LOSSES, logits
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
-# id: M, K, B, C — why
-CASES = {
-    "two-classes": (2, 2, 3, 2),  # the smallest softmax
-    "one-image": (4, 4, 1, 10),  # no batch to spread over threads
-    "more-branches": (3, 5, 7, 10),  # k mod M comes round
-    "more-teachers": (5, 2, 6, 33),  # teachers that the one-to-one target leaves out; odd row length
-    "one-of-each": (1, 1, 9, 100),
-    "cifar100": (4, 4, 16, 100),
-    "imagenet": (2, 3, 5, 1000),
-    "imagenet21k": (2, 2, 2, 21841),  # rows longer than any tile
-}
 # Float32 arithmetic errs as much in every narrower dtype; the gradient is rounded to it as well.
 DTYPES = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
-
-
-def logits(case: tuple[int, int, int, int], dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    M, K, B, C = case
-    g = torch.Generator().manual_seed(M + 10 * K + 100 * B + C)
-    teacher = (scale * torch.randn(M, B, C, generator=g, dtype=torch.float64)).to(dtype)
-    branch = (scale * torch.randn(K, B, C, generator=g, dtype=torch.float64)).to(dtype)
-    return teacher, branch, torch.randint(0, C, (B,), generator=g)
 
 
 def definition(
@@ -65,12 +47,12 @@ NAMES = ("loss", "loss_kd", "loss_ce", "grad_branch_logits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LOSSES)
 @pytest.mark.parametrize(
     ("temperature", "alpha", "target"), [(4.0, 1.0, "one-to-one"), (1.0, 0.9, "one-to-one"), (2.5, 0.3, "mean")]
 )
 def test_equals_the_definition(case, dtype, temperature, alpha, target):
-    operands = logits(CASES[case], dtype)
+    operands = logits(LOSSES[case], dtype)
     actual = distillation_loss(*operands, temperature, alpha, target)
     expected = definition(*operands, temperature, alpha, target)
     scalar = torch.float64 if dtype == torch.float64 else torch.float32
@@ -92,7 +74,7 @@ def test_extreme_logits(dtype, target):
 
 
 def test_reference_computes_the_same_as_the_op():
-    operands = logits(CASES["more-branches"], torch.float64)
+    operands = logits(LOSSES["more-branches"], torch.float64)
     for mean in (False, True):
         actual = distillation_loss(*operands, 4.0, 0.7, "mean" if mean else "one-to-one")
         for name, a, e in zip(NAMES, actual, distillation_loss_reference(*operands, 4.0, 0.7, mean), strict=True):
@@ -100,13 +82,13 @@ def test_reference_computes_the_same_as_the_op():
 
 
 def test_every_output_is_written(uninitialised_is_nan):
-    teacher, branch, labels = logits(CASES["more-branches"], torch.float32)
+    teacher, branch, labels = logits(LOSSES["more-branches"], torch.float32)
     outputs = distill_and_diversify(teacher, branch, labels, torch.tensor([2, 0]), 4.0, 0.5)
     assert all(torch.isfinite(output).all() for output in outputs)
 
 
 def test_operands_that_are_not_contiguous():
-    teacher, branch, labels = logits(CASES["cifar100"], torch.float64)
+    teacher, branch, labels = logits(LOSSES["cifar100"], torch.float64)
     expected = distillation_loss(teacher, branch, labels, 4.0, 0.5)
     spread = [z.permute(2, 0, 1).contiguous().permute(1, 2, 0) for z in (teacher, branch)]
     every_other = torch.stack([labels, labels], 1)[:, 0]
@@ -125,7 +107,7 @@ def test_gradcheck(alpha, target):
 
 
 def test_backward_scales_the_gradient_and_frees_it():
-    teacher, branch, labels = logits(CASES["cifar100"], torch.float32)
+    teacher, branch, labels = logits(LOSSES["cifar100"], torch.float32)
     outputs = distillation_loss(teacher, branch.requires_grad_(), labels, 4.0, 0.9)
     assert [output.requires_grad for output in outputs] == [True, False, False, False]
     (3 * outputs[0]).backward()
@@ -135,14 +117,14 @@ def test_backward_scales_the_gradient_and_frees_it():
 
 
 def test_second_derivative_is_refused():
-    teacher, branch, labels = logits(CASES["two-classes"], torch.float64)
+    teacher, branch, labels = logits(LOSSES["two-classes"], torch.float64)
     loss = distillation_loss(teacher, branch.requires_grad_(), labels, 4.0, 0.9)[0]
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss, branch, create_graph=True)
 
 
 def test_full_graph_compile():
-    teacher, branch, labels = logits(CASES["cifar100"], torch.float64)
+    teacher, branch, labels = logits(LOSSES["cifar100"], torch.float64)
 
     def step(z):
         return distillation_loss(teacher, z, labels, 4.0, 0.9, "mean")[0].exp()
@@ -154,7 +136,7 @@ def test_full_graph_compile():
 
 @pytest.mark.parametrize("label", [-1, -100, 10, 1 << 40])
 def test_label_outside_the_classes(label):
-    teacher, branch, labels = logits(CASES["more-branches"], torch.float32)
+    teacher, branch, labels = logits(LOSSES["more-branches"], torch.float32)
     expected = distillation_loss(teacher, branch, labels, 4.0, 1.0)
     labels = labels.clone()
     labels[2] = label
@@ -171,7 +153,7 @@ def test_label_outside_the_classes(label):
 
 
 def test_nan_logit_spoils_its_rows_only():
-    teacher, branch, labels = logits(CASES["cifar100"], torch.float32)
+    teacher, branch, labels = logits(LOSSES["cifar100"], torch.float32)
     branch[1, 3, 17] = math.nan
     loss, _, _, gradient = distillation_loss(teacher, branch, labels, 4.0, 1.0)
     assert math.isnan(loss)
@@ -182,7 +164,7 @@ def test_nan_logit_spoils_its_rows_only():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", ["more-branches", "more-teachers", "cifar100"])
 def test_both_at_once(case, dtype):
-    operands = logits(CASES[case], dtype)
+    operands = logits(LOSSES[case], dtype)
     teacher, branch, _ = operands
     pair = torch.tensor([1, 0])
     actual = distill_and_diversify(*operands, pair, 4.0, 0.8)

@@ -11,23 +11,11 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.diversity_seed import diversity_seed, ods_seed, teacher_diversity_seed
 from tests.compare import check_close
 from tests.kernels.rounding import rounding
+from tests.kernels.rows import PAIRS, pairs
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
-CASES = {  # id: B, C
-    "two-classes": (3, 2),
-    "one-image": (1, 10),
-    "odd": (7, 33),
-    "cifar100": (16, 100),
-    "imagenet": (4, 1000),
-    "imagenet21k": (2, 21841),
-}
 # Float32 arithmetic errs as much in every narrower dtype; gradients are rounded to it as well.
 DTYPES = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
-
-
-def pairs(case: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(sum(case))
-    return tuple((3 * torch.randn(2, *case, generator=g, dtype=torch.float64)).to(dtype) for _ in range(2))
 
 
 def diversity(pair: Tensor) -> Tensor:
@@ -36,9 +24,9 @@ def diversity(pair: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PAIRS)
 def test_equals_the_definition(case, dtype):
-    teacher, branch = pairs(CASES[case], dtype)
+    teacher, branch = pairs(PAIRS[case], dtype)
     tdiv, sdiv, grad_teacher_a, grad_branch_a = diversity_seed(teacher, branch)
     t, s = teacher.double().requires_grad_(), branch.double().requires_grad_()
     expected = diversity(t), diversity(s)
@@ -53,16 +41,16 @@ def test_equals_the_definition(case, dtype):
 
 
 def test_equal_members_give_no_direction():
-    teacher, branch = pairs(CASES["cifar100"], torch.float32)
+    teacher, branch = pairs(PAIRS["cifar100"], torch.float32)
     branch[1] = branch[0]  # as at the first step, when all branches are equal
     assert diversity_seed(teacher, branch)[3].abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PAIRS)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_ods_equals_the_definition(case, dtype, temperature):
-    (z, w), _ = pairs(CASES[case], dtype)
+    (z, w), _ = pairs(PAIRS[case], dtype)
     w = (w / 12).clamp(-1, 1)
     gradient, confidence = ods_seed(z, w, temperature)
     x = z.double().requires_grad_()
@@ -92,7 +80,7 @@ def test_extreme_logits(dtype):
 
 
 def test_operands_that_are_not_contiguous(uninitialised_is_nan):
-    teacher, branch = pairs(CASES["odd"], torch.float64)
+    teacher, branch = pairs(PAIRS["odd"], torch.float64)
     spread = [pair.transpose(0, 2).contiguous().transpose(0, 2) for pair in (teacher, branch)]
     for name, a, e in zip("0123", diversity_seed(*spread), diversity_seed(teacher, branch), strict=True):
         check_close(name, a, e, 1e-12)

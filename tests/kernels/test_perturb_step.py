@@ -11,26 +11,11 @@ from torch import Tensor
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.perturb_step import perturb_step
 from tests.compare import check_close
+from tests.kernels import rows
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
-CASES = {  # id: G, shape of the images
-    "cifar": (2, (5, 3, 32, 32)),
-    "one-image": (2, (1, 3, 32, 32)),
-    "one-group": (1, (4, 3, 5, 7)),  # odd sizes
-    "many-groups": (5, (3, 1, 9, 11)),
-    "flat": (2, (6, 13)),  # images without an image's axes
-    "large": (2, (2, 3, 96, 96)),
-}
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LAST = torch.channels_last
-
-
-def operands(case: str, dtype: torch.dtype, gradient_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    G, shape = CASES[case]
-    g = torch.Generator().manual_seed(G + shape[0])
-    images = torch.rand(shape, generator=g, dtype=torch.float64).to(dtype)
-    gradients = (1e-3 * torch.randn(G, *shape, generator=g, dtype=torch.float64)).to(gradient_dtype or dtype)
-    return images, gradients, torch.rand(shape[0], generator=g, dtype=torch.float64)
 
 
 def definition(images, gradients, step, low=0.0, high=1.0, confidence=None) -> Tensor:
@@ -44,10 +29,10 @@ def definition(images, gradients, step, low=0.0, high=1.0, confidence=None) -> T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows.IMAGES)
 @pytest.mark.parametrize("confident", [False, True], ids=["", "confidence"])
 def test_equals_the_definition(case, dtype, confident):
-    images, gradients, confidence = operands(case, dtype)
+    images, gradients, confidence = rows.images(case, dtype)
     step = math.sqrt(images[0].numel()) / 20  # large enough to clip
     confidence = confidence.to(torch.float64 if dtype == torch.float64 else torch.float32) if confident else None
     actual = perturb_step(images, gradients, step, confidence=confidence)
@@ -60,13 +45,13 @@ def test_equals_the_definition(case, dtype, confident):
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_another_dtype(dtype, gradient_dtype):
-    images, gradients, _ = operands("cifar", dtype, gradient_dtype)
+    images, gradients, _ = rows.images("cifar", dtype, gradient_dtype)
     actual = perturb_step(images, gradients, 0.5, 0.1, 0.8)
     check_close("images", actual, definition(images, gradients, 0.5, 0.1, 0.8), DTYPES[dtype])
 
 
 def test_step_has_its_length_where_nothing_clips():
-    images, gradients, _ = operands("cifar", torch.float64)
+    images, gradients, _ = rows.images("cifar", torch.float64)
     moved = perturb_step(images, gradients, 0.25, -10.0, 10.0)
     lengths = torch.linalg.vector_norm((moved - images).flatten(1), dim=1)
     check_close("lengths", lengths, torch.full((5,), 0.25, dtype=torch.float64), 1e-9)
@@ -87,7 +72,7 @@ def test_step_has_its_length_where_nothing_clips():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_memory_formats(layout, dtype, uninitialised_is_nan):
     name, arrange = layout
-    images, gradients, _ = operands("one-group", dtype)
+    images, gradients, _ = rows.images("one-group", dtype)
     gradients = torch.cat([gradients, gradients.flip(1)])
     arranged = arrange(images)
     if name != "cropped":
@@ -98,7 +83,7 @@ def test_memory_formats(layout, dtype, uninitialised_is_nan):
 
 
 def test_zero_gradient_leaves_the_image():
-    images, gradients, _ = operands("cifar", torch.float32)
+    images, gradients, _ = rows.images("cifar", torch.float32)
     images[1, 0, 0, 0], images[3, 0, 0, 0] = 1.5, 1.5  # outside [0, 1]: an image that does not move is not clipped
     gradients[:, 1] = 0
     gradients[1, 2] = -gradients[0, 2]  # groups that cancel
@@ -120,7 +105,7 @@ def test_zero_gradient_leaves_the_image():
     ids=str,
 )
 def test_gradients_whose_squares_leave_the_range(dtype, size):
-    images, gradients, _ = operands("flat", torch.float64)
+    images, gradients, _ = rows.images("flat", torch.float64)
     images, tiny = images.to(dtype), (gradients * 1e3 * size).to(dtype)
     actual = perturb_step(images, tiny, 0.3)
     expected = definition(images, tiny.double() / size, 0.3)
@@ -130,7 +115,7 @@ def test_gradients_whose_squares_leave_the_range(dtype, size):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("others", [0.0, 1.0], ids=["among-zeros", "among-others"])
 def test_gradient_that_is_not_finite_shows(value, others):
-    images, gradients, _ = operands("flat", torch.float32)
+    images, gradients, _ = rows.images("flat", torch.float32)
     gradients[:, 2] *= others
     gradients[1, 2, 4] = value
     moved = perturb_step(images, gradients, 0.5)
@@ -139,12 +124,12 @@ def test_gradient_that_is_not_finite_shows(value, others):
 
 
 def test_no_gradient_flows():
-    images, gradients, _ = operands("flat", torch.float32)
+    images, gradients, _ = rows.images("flat", torch.float32)
     assert not perturb_step(images.requires_grad_(), gradients.requires_grad_(), 0.5).requires_grad
 
 
 def test_full_graph_compile():
-    images, gradients, confidence = operands("one-group", torch.float32)
+    images, gradients, confidence = rows.images("one-group", torch.float32)
     images, confidence = images.to(memory_format=LAST), confidence.float()
     expected = perturb_step(images, gradients, 0.5, confidence=confidence)
     compiled = torch.compile(perturb_step, fullgraph=True, backend="aot_eager")
