@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.setting import Batch, Distillation, Problem
-from fastensdistill.engine.fused import plain
+from fastensdistill.engine.plain import plain_student
 from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Input, Layer, Network, Norm, Pad, Pool
 from fastensdistill.network.trace import trace
 
@@ -103,7 +103,8 @@ class JaxStep:
         jax.config.update("jax_enable_x64", first.dtype == torch.float64)
         shape = problem.image_shape
         self.k, self.single = setting.k, problem.student.kind == "single"
-        network, teacher = trace(plain(problem.student), shape), trace(problem.teachers.networks[0], shape)
+        architectures = plain_student(problem.student).architecture(), problem.teachers.networks[0]
+        network, teacher = (trace(module, shape) for module in architectures)
         own = {n.replace(".layer.", "."): p for n, p in problem.student.module.state_dict(keep_vars=True).items()}
         self.names = {name: name for name in own if not name.endswith("num_batches_tracked")}
         self.factors = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.engine.parallel import rank
 from fastensdistill.method.perturbation import Perturbation
-from fastensdistill.method.student import Single, Student
+from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 
 State = dict[str, Tensor]
@@ -51,11 +51,6 @@ def arithmetic(config: TrainConfig, network: nn.Module) -> tuple[torch.dtype, st
     if precision == "bf16":
         return torch.bfloat16, "ieee"
     return first.dtype, "tf32" if precision == "tf32" else "ieee"
-
-
-def target_of(student: Student) -> str:
-    """What the branches learn from: each from its teacher, or a single one from the mean of all."""
-    return "mean" if isinstance(student, Single) else "one-to-one"
 
 
 def drawn_perturbation(config: DistillConfig, teachers: Teachers, student: Student) -> Perturbation:

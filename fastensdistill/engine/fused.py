@@ -34,14 +34,13 @@ from fastensdistill.engine.common import (
     drawn_perturbation,
     drawn_state,
     load_drawn_state,
-    target_of,
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.graph import Captured, Graphs
-from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
+from fastensdistill.engine.plain import plain_student
 from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep, Loaders, mean_of_micro_batches
 from fastensdistill.engine.trained import TrainedPass
@@ -49,29 +48,14 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
 from fastensdistill.method.perturbation import PERTURBATIONS, Perturbed
-from fastensdistill.method.student import BatchEnsemble, Hydra, Single, Student
+from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan
 from fastensdistill.network.unseen import check_unseen, refusing
 
 if TYPE_CHECKING:
     from fastensdistill.data.loader import DeviceLoader
-
-
-def plain(student: Student) -> nn.Module:
-    """The student's architecture: without its factors, or with its heads as one layer.
-
-    Raises InputError for a student of another kind.
-    """
-    if isinstance(student, Single):
-        return student.module
-    if isinstance(student, BatchEnsemble):
-        return student.average()
-    if isinstance(student, Hydra):
-        return Heads(student).module
-    raise InputError(f"no plan covers a student of the kind {type(student).__name__}")
 
 
 @refusing("the fused engine")
@@ -87,12 +71,11 @@ def check_networks(
     """
     check_unseen(student)
     check_unseen(teachers)
-    own, ascended = plain(student), PERTURBATIONS[perturbation].needs_gradient("T")
-    networks = [compared(teacher, shape, gradient=ascended) for teacher in teachers.networks]
-    networks.append(compared(own, shape, trains=True))
-    plan([networks[-1]], branch_groups(student), "backward", 1)
-    ranked = isinstance(student, BatchEnsemble)
-    FlatParameters.check(student.module if ranked else own, networks[-1], ranked)
+    plain, gradient = plain_student(student), PERTURBATIONS[perturbation].needs_gradient("T")
+    networks = [compared(teacher, shape, gradient=gradient) for teacher in teachers.networks]
+    networks.append(compared(plain.architecture(), shape, trains=True))
+    plan([networks[-1]], plain.training_groups(), "backward", 1)
+    FlatParameters.check(plain.trained, networks[-1], plain.ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
     dtype = next(student.parameters()).dtype
     for m, teacher in enumerate(teachers.networks):
@@ -102,12 +85,6 @@ def check_networks(
         if shared:
             raise InputError(f"the student's parameter {shared!r} is teacher {m}'s too; expected networks of their own")
     return networks
-
-
-def branch_groups(student: Student) -> list[Group]:
-    """Those that train the student: a group per branch, one for a hydra."""
-    copies = 1 if isinstance(student, Hydra) else student.branches
-    return [Group(f"S{k + 1}", 0, "S", "parameters") for k in range(copies)]
 
 
 class FusedStep(CapturedStep):
@@ -140,7 +117,7 @@ class FusedStep(CapturedStep):
         implementations: Dispatch | None = None,
     ):
         self.student, self.teachers = checked_student(student), checked_teachers(teachers)
-        self.config, self.target = checked_config(config, DistillConfig), target_of(student)
+        self.config, self.target = checked_config(config, DistillConfig), student.target
         super().__init__(config, student, 1, capture, implementations)
         self.perturbation = drawn_perturbation(config, self.teachers, student)
         self.generators = [self.perturbation.noise]
@@ -153,15 +130,9 @@ class FusedStep(CapturedStep):
     def trace(self, shape: ImageShape) -> None:
         """Trace the networks, and take over the student's parameters."""
         networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
-        own, ranked = networks[-1], isinstance(self.student, BatchEnsemble)
-        self.heads = Heads(self.student) if isinstance(self.student, Hydra) else None
-        module = self.heads.module if self.heads else self.student.module
-        parameters = FlatParameters([module], own, ranked)
-        if self.heads:
-            self.heads.tie()
-            self.heads.hold(parameters)
-        self.classes = own.by_name[own.output].shape[0] // (self.heads.K if self.heads else 1)
-        self.adopt(parameters)
+        self.plain = plain_student(self.student)
+        self.classes = self.plain.classes(networks[-1])
+        self.adopt(self.plain.take_over(networks[-1]))
         self.networks = networks
 
     def _plan(self, images: int) -> None:
@@ -169,7 +140,7 @@ class FusedStep(CapturedStep):
             _, _, H, W, C = self.images.shape
             self.trace((C, H, W))
         *frozen, own = self.networks
-        groups = branch_groups(self.student)
+        groups = self.plain.training_groups()
         (forward,), (backward,) = (plan([own], groups, way, images).parts for way in ("forward", "backward"))
         self.trained = TrainedPass(forward, backward, self.parameters, self.dtype, self.execution)
         needed = self.perturbation.row.evaluates("S")
@@ -180,7 +151,7 @@ class FusedStep(CapturedStep):
             self.targets.write(m, teacher.state_dict())
         lists, self.places = by_architecture(self.perturbation, frozen)
         self.perturbers = [
-            FusedPerturbation(self.perturbation, self.targets, branches, self.heads, images, choices)
+            FusedPerturbation(self.perturbation, self.targets, branches, self.plain, images, choices)
             for choices in lists
         ]
         self.perturber = self.perturbers[0]
@@ -204,11 +175,11 @@ class FusedStep(CapturedStep):
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
         targets = self.targets(images[0])
         logits = self.trained.forward(images)
-        self.branch_logits = logits = split(logits, self.heads.K) if self.heads else logits
+        self.branch_logits = logits = self.plain.branch_logits(logits)
         *losses, grad_logits = distillation_loss(
             targets, logits, labels[0], self.config.temperature, self.config.alpha, self.target
         )
-        grad_logits = join(grad_logits) if self.heads else grad_logits
+        grad_logits = self.plain.group_logits(grad_logits)
         self.trained.backward(grad_logits / self.micro_batches if self.micro_batches > 1 else grad_logits, add)
         return losses
 
@@ -277,10 +248,9 @@ class FusedStep(CapturedStep):
         if not self.networks:
             raise InputError("the step has not seen an image; give image_shape=(channels, H, W) when creating it")
         names = {id(p): name for name, p in self.student.module.named_parameters()}
-        buffers = self.parameters.momenta(0)
-        buffers = self.heads.by_head(buffers) if self.heads else buffers
+        momenta = self.plain.momenta(self.parameters)
         parameters = [p for group in self.student.parameter_groups(0.0) for p in group["params"]]
-        return {f"momentum.{i}": buffers[names[id(p)]] for i, p in enumerate(parameters)}
+        return {f"momentum.{i}": momenta[names[id(p)]] for i, p in enumerate(parameters)}
 
     def state_dict(self) -> State:
         """Momentum and generators, as the reference engine's; the student's weights are the student's own."""

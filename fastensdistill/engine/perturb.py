@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastensdistill.engine.ensemble import Ensemble
-from fastensdistill.engine.heads import Heads, join, split
 from fastensdistill.engine.packed import TrainedWeights
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Pass
+from fastensdistill.engine.plain import PlainStudent
 from fastensdistill.method.perturbation import Direction, Pair, Perturbation
 from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.nodes import Network
@@ -36,7 +36,7 @@ class FusedPerturbation:
 
     Args:
         teachers: packed weights of all teachers.
-        branches: of the student, where the perturbation evaluates any; its ``heads``, where it is one network for all.
+        branches: of the ``student``, where the perturbation evaluates any.
         choices: pairs (a, b) of the perturbation's whose teachers have the same two architectures.
     """
 
@@ -45,20 +45,20 @@ class FusedPerturbation:
         perturbation: Perturbation,
         teachers: Ensemble,
         branches: TrainedWeights | None,
-        heads: Heads | None,
+        student: PlainStudent,
         batch: int,
         choices: Sequence[Pair],
     ):
         self.perturbation, self.teachers, self.branches = perturbation, teachers, branches
         members, differentiated = perturbation.row.members, perturbation.row.differentiated
-        self.heads = heads if branches else None
-        if branches and heads:  # one network has them all: it runs as the first of those members
+        self.student, self.joint = student, branches is not None and student.groups < student.branches
+        if branches and self.joint:  # one network has all branches: it runs as the first of those members
             self.branch_members = [name for name in members if name[0] == "S"]
             first, *others = self.branch_members
             members = tuple(name for name in members if name not in others)
             differentiated = (*differentiated, *([first] if perturbation.row.needs_gradient("S") else []))
             numbers = [[perturbation.member(name, pair) for name in self.branch_members] for pair in choices]
-            self.drawn_heads = torch.tensor(numbers, device=branches.values.device)
+            self.drawn_branches = torch.tensor(numbers, device=branches.values.device)
         networks = [*teachers.networks, *([branches.part.network] if branches else [])]
         groups = [
             Group(name, self._network(name, choices[0]), gradient="input" if name in differentiated else None)
@@ -83,7 +83,7 @@ class FusedPerturbation:
         if name[0] == "T":
             return self.teachers.slot(member)
         assert self.branches is not None
-        return self.branches.first + (0 if self.heads else member)
+        return self.branches.first + (0 if self.joint else member)
 
     def refresh(self) -> None:
         """Pack the branches' weights: once before the first call of a step."""
@@ -109,17 +109,18 @@ class FusedPerturbation:
 
     def _direction(self, logits: dict[str, Tensor], draw: Tensor) -> Direction:
         """Of the members; the branches of a hydra are heads of one network, which gets the gradients of them all."""
-        if self.heads is None:
+        if not self.joint:
             return self.perturbation.direction(self.perturbation.by_kind(logits))
-        first, drawn = self.branch_members[0], self.drawn_heads.index_select(0, draw)[0]
-        heads = split(logits[first][None], self.heads.K)
-        branches = {"S": heads.index_select(0, drawn)}
-        direction = self.perturbation.direction(self.perturbation.by_kind(logits, "T") | branches)
-        grad_heads = torch.zeros_like(heads)
+        first, drawn = self.branch_members[0], self.drawn_branches.index_select(0, draw)[0]
+        branches = self.student.branch_logits(logits[first][None])
+        chosen = {"S": branches.index_select(0, drawn)}
+        direction = self.perturbation.direction(self.perturbation.by_kind(logits, "T") | chosen)
+        gradients = torch.zeros_like(branches)
         for i, name in enumerate(self.branch_members):
             if name in direction.grad_logits:
-                grad_heads.index_copy_(0, drawn[i : i + 1], direction.grad_logits[name][None].to(heads.dtype))
-        return direction._replace(grad_logits=direction.grad_logits | {first: join(grad_heads)[0]})
+                gradients.index_copy_(0, drawn[i : i + 1], direction.grad_logits[name][None].to(branches.dtype))
+        of_network = self.student.group_logits(gradients)[0]
+        return direction._replace(grad_logits=direction.grad_logits | {first: of_network})
 
 
 def by_architecture(

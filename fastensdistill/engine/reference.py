@@ -24,7 +24,6 @@ from fastensdistill.engine.common import (
     float32_products,
     load_drawn_state,
     slower_statistics,
-    target_of,
 )
 from fastensdistill.engine.parallel import average, processes, same_start
 from fastensdistill.errors import InputError
@@ -66,7 +65,7 @@ class ReferenceStep:
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
         check_class_count(num_classes)
-        self.target, self.perturbation = target_of(student), drawn_perturbation(config, teachers, student)
+        self.target, self.perturbation = student.target, drawn_perturbation(config, teachers, student)
         self.optimizer = sgd(student, config)
         self.dtype, self.first = dtype_of(student), FirstBatch()
         same_start(student.state_dict().values())

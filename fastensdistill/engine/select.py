@@ -162,7 +162,7 @@ def distillation_step(
     # Teachers of several architectures are counted as if all were like the one that keeps the most
     peak = max(
         estimate(
-            teacher, own, len(frozen), 1 if step.heads else student.branches, config.batch_size // processes(),
+            teacher, own, len(frozen), step.plain.groups, config.batch_size // processes(),
             config.perturbation, itemsize=step.dtype.itemsize, parts=config.micro_batches,
         ).peak
         for teacher in set(frozen)

@@ -26,7 +26,7 @@ from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
 from fastensdistill.method.perturbation import PERTURBATIONS
-from fastensdistill.method.student import BatchEnsemble, Student
+from fastensdistill.method.student import RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
 
 IMAGES = 16
@@ -49,11 +49,10 @@ def verify_distillation(
     """
     moved = copy_network(student)
     generator = torch.Generator().manual_seed(0)
-    if isinstance(moved, BatchEnsemble):
-        with torch.no_grad():
-            for layer in moved.layers():
-                for factor in (layer.delta_r, layer.delta_s):
-                    factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
+    with torch.no_grad():
+        for layer in [m for m in moved.modules() if isinstance(m, RankOneLayer)]:
+            for factor in (layer.delta_r, layer.delta_s):
+                factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
     images, labels = _batch(moved, shape, num_classes, generator)
     plain = _undecayed(config)
     exact, own, other = (copy_network(moved) for _ in range(3))

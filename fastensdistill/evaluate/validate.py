@@ -18,14 +18,13 @@ from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.engine.common import ImageShape, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble, State, architectures, tensors_read
-from fastensdistill.engine.fused import plain
 from fastensdistill.engine.graph import Captured, Capturing
 from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.plain import plain_student
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
-from fastensdistill.method.student import BatchEnsemble, LatentBE, Single, Student
+from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.network.fold import fold_branches
 
 Networks = Callable[[], Sequence[nn.Module]]
 MOST_IMAGES = 500  # of a batch, unless told otherwise
@@ -126,25 +125,6 @@ class GroupedPredictor(Capturing):
         return result
 
 
-def student_states(student: Student) -> list[State]:
-    """The plain networks that a student is, as state dicts: of a LatentBE its average first, then its K branches.
-
-    Of a BatchEnsemble the branches; with one branch, itself. No module is copied, and what branches share is the
-    student's own memory. Raises InputError for a student of another kind.
-    """
-    state, K = student.module.state_dict(), student.branches
-    if isinstance(student, Single):
-        return [state]
-    if not isinstance(student, BatchEnsemble):
-        raise InputError(f"a {student.kind} student is not made of plain networks that share an architecture")
-    if isinstance(student, LatentBE) and K > 1:
-        K += 1
-        for name, value in state.items():
-            if name.endswith((".delta_r", ".delta_s")):  # the average is the branch whose factors are the mean ones
-                state[name] = torch.cat([value.mean(0, keepdim=True), value])
-    return list(fold_branches(state, K))
-
-
 class Evaluator:
     """What a trainer validates with: grouped launches where the engine is fused, plain PyTorch where it is not.
 
@@ -180,15 +160,20 @@ class Evaluator:
 
         The fused engine reads the images once for all of them.
         """
-        predictor = self._predictor("student", [student], lambda: len(student_states(student)) * [plain(student)])
-        K = student.branches
+
+        def networks() -> list[nn.Module]:
+            plain = plain_student(student)
+            return len(plain.states()) * [plain.architecture()]
+
+        predictor, K = self._predictor("student", [student], networks), student.branches
         if predictor is None:
             deployed = predict(student.deployed(), images)
             branches = deployed if len(deployed) == K else predict(student, images)
         else:
-            predictor.refresh(student_states(student))
-            every = predictor(images)
-            deployed, branches = (every[:1], every[-K:]) if isinstance(student, LatentBE) else (every, every)
+            plain = plain_student(student)
+            predictor.refresh(plain.states())
+            probabilities = predictor(images)
+            deployed, branches = probabilities[: plain.deployed], probabilities[-K:]
         return deployed, branches if K > 1 else None
 
     def networks(self, networks: Sequence[nn.Module], images: EvaluationSet, *, keep: bool = True) -> Tensor:

@@ -18,6 +18,8 @@ class Student(nn.Module):
     kind: str
     branches: int
     module: nn.Module
+    target = "one-to-one"
+    """What branches learn from: each from its teacher, or from the "mean" of all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class Student(nn.Module):
 class Single(Student):
     """A plain network with the student's interface: logits (1, B, C). The student of plain distillation."""
 
-    kind = "single"
+    kind, target = "single", "mean"
 
     def __init__(self, module: nn.Module):
         super().__init__()

@@ -16,7 +16,7 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import validate
 from fastensdistill.evaluate.predict import predict
-from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor, student_states
+from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.kernels.vendor_conv import VENDOR
@@ -113,22 +113,6 @@ def test_average_and_branches_take_the_launches_of_one_network():
     assert len(part.groups) == 4
     assert len(part.launches) == len(one.launches) > 5
     assert [launch.op for launch in part.launches] == [launch.op for launch in one.launches]
-
-
-def test_states_of_a_student_are_its_networks():
-    """Also with biases, whose factor is that of the output."""
-    student, _, _ = setting(K=3, student=models.odd)
-    plain = student.average()
-    expected = [plain.state_dict()]
-    states = student_states(student)
-    assert len(states) == 4
-    for name, value in expected[0].items():
-        check_close(f"average {name}", states[0][name], value, 1e-12)
-    split = images()
-    for k in range(3):
-        plain.load_state_dict(states[1 + k])
-        branch = predict(student, split)[k]
-        check_close(f"branch {k}", predict(plain, split)[0], branch, 1e-7)
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
@@ -390,8 +374,5 @@ def test_refusals():
         predictor(images(3, 5))
     with pytest.raises(InputError, match="batch size is 0"):
         predictor(split, 0)
-    hydra, _, _ = setting("hydra")
-    with pytest.raises(InputError, match="a hydra student"):
-        student_states(hydra)
     with pytest.raises(InputError, match="network 0"):
         GroupedPredictor([setting()[0]], SHAPE)
