@@ -22,7 +22,6 @@ from bench.gpu_run.launches import reason_of
 from bench.gpu_run.record import Row
 from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.setting import Setting, batches, make
-from fastensdistill.engine.passes import Pass
 
 METHODS = ("tdiv-sdiv", "kd", "teach")
 STEPS = 4  # so that the pair changes inside the captured graph
@@ -138,14 +137,9 @@ class Place:
 
 def places(step: Any) -> dict[int, Place]:
     """All launches of a ``FusedStep`` or ``FusedTeachStep``, by identity."""
-    runs: list[tuple[Pass, tuple[str, ...]]] = []
-    for perturber in getattr(step, "perturbers", []):
-        runs += [(run, ("perturbation, forward", "perturbation, input gradient")) for run, _ in perturber.passes]
-    runs += [(run, ("distillation, teachers",)) for run in step.targets.passes] if hasattr(step, "targets") else []
-    runs.append((step.trained, ("distillation, forward", "distillation, backward")))
     return {
         id(launch): Place(where, i, run.weights, launch)
-        for run, names in runs
+        for run, names in step.passes()
         for part, where in zip(run.parts, names, strict=False)  # a part has no backward part where nothing is ascended
         for i, launch in enumerate(part.launches)
     }

@@ -20,7 +20,7 @@ Source of the step: Nam et al., ICML 2022.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,12 +37,12 @@ from fastensdistill.engine.common import (
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
-from fastensdistill.engine.graph import Captured, Graphs
 from fastensdistill.engine.parameters import FlatParameters
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
 from fastensdistill.engine.plain import plain_student
 from fastensdistill.engine.probe import compared
-from fastensdistill.engine.step import CapturedStep, Loaders, mean_of_micro_batches
+from fastensdistill.engine.step import CapturedStep, mean_of_micro_batches
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -124,12 +124,16 @@ class FusedStep(CapturedStep):
         self.draw = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.networks: list[Network] = []  # the teachers' and, last, the student's, once an image's shape is known
         if image_shape:
-            self.trace(image_shape)
+            self.train_as(check_networks(self.student, self.teachers, image_shape, config.perturbation))
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(channels, H, W) of the images that the networks were traced with."""
+        return self.networks[-1].nodes[0].shape
 
     @refusing("the fused engine")
-    def trace(self, shape: ImageShape) -> None:
-        """Trace the networks, and take over the student's parameters."""
-        networks = check_networks(self.student, self.teachers, shape, self.config.perturbation)
+    def train_as(self, networks: list[Network]) -> None:
+        """Take over the student's parameters; ``networks`` are its teachers' architectures and, last, its own."""
         self.plain = plain_student(self.student)
         self.classes = self.plain.classes(networks[-1])
         self.adopt(self.plain.take_over(networks[-1]))
@@ -138,7 +142,7 @@ class FusedStep(CapturedStep):
     def _plan(self, images: int) -> None:
         if not self.networks:
             _, _, H, W, C = self.images.shape
-            self.trace((C, H, W))
+            self.train_as(check_networks(self.student, self.teachers, (C, H, W), self.config.perturbation))
         *frozen, own = self.networks
         groups = self.plain.training_groups()
         (forward,), (backward,) = (plan([own], groups, way, images).parts for way in ("forward", "backward"))
@@ -212,6 +216,11 @@ class FusedStep(CapturedStep):
         self.load((perturbed.images, labels))
         return self._distil(self.images.chunk(self.micro_batches, 1), self.labels) | perturbed.diversities
 
+    def passes(self) -> list[tuple[Pass, tuple[str, str]]]:
+        names = "perturbation, forward", "perturbation, input gradient"
+        perturbing = [(one, names) for perturber in self.perturbers for one, _ in perturber.passes]
+        return [*perturbing, *((one, ("distillation, teachers", "")) for one in self.targets.passes), *super().passes()]
+
     def choose(self, pair: tuple[int, int] | None = None) -> None:
         """Draw by the host's generator, as the reference engine does; the device sees one number change.
 
@@ -229,20 +238,16 @@ class FusedStep(CapturedStep):
     def _key(self) -> FusedPerturbation:
         return self.perturber
 
-    def _captured(self, graphs: Graphs, loaders: Loaders) -> Captured:
-        """At the first step the graphs of all pairs of architectures are captured, whichever pair this process drew.
-
-        Warming up averages over processes as a step does, so that all of them have to warm up the same bodies.
-        """
-        if (self._key(), loaders) not in graphs.made:
-            drawn, place = self.perturber, self.draw.clone()
-            self.draw.zero_()  # a place that every list of choices has
+    def variants(self) -> Iterator[None]:
+        drawn, place = self.perturber, self.draw.clone()
+        self.draw.zero_()  # a place that every list of choices has
+        try:
             for perturber in self.perturbers:
                 self.perturber = perturber
-                super()._captured(graphs, loaders)
+                yield
+        finally:
             self.perturber = drawn
             self.draw.copy_(place)
-        return super()._captured(graphs, loaders)
 
     def _momenta(self) -> dict[str, Tensor]:
         if not self.networks:

@@ -10,31 +10,21 @@ A step is run on the meta device, where nothing is computed, and every operation
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastensdistill.config import DistillConfig
-from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph import gathered
-from fastensdistill.kernels.launch import record_launches
-from fastensdistill.kernels.ops import PORTABLE
+from fastensdistill.engine.meta import EXTENSION, AsOnGPU, meta_step
+from fastensdistill.kernels.launch import KernelLaunch
 from fastensdistill.kernels.tiles import assume_arch
-from fastensdistill.method.student import STUDENTS
-from fastensdistill.method.teachers import Teachers
-from fastensdistill.models import create_model, image_size
 
-# What the extension launches for each of its ops that have no Triton kernel
-EXTENSION = {
-    "distillation_loss": 2, "distill_and_diversify": 2, "diversity_seed": 2, "teacher_diversity_seed": 2,
-    "ods_seed": 1, "perturb_step": 1,
-}  # fmt: skip
 # What launches nothing, beside views
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach_")
 
 
-class GraphNodes(TorchDispatchMode):
+class GraphNodes(AsOnGPU):
     """``with GraphNodes() as nodes:`` counts what the code inside issues on meta tensors, by name."""
 
     def __init__(self) -> None:
@@ -43,19 +33,16 @@ class GraphNodes(TorchDispatchMode):
         self.pytorch: Counter[str] = Counter()
         self.extension: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if func.namespace != "fastensdistill":
-            if not func.is_view and name not in NO_LAUNCH:
-                self.pytorch[name] += 1
-            return func(*args, **kwargs)
-        if name in EXTENSION:
-            self.extension[name] += EXTENSION[name]
-            return func(*args, **kwargs)
-        with self, record_launches() as launches:
-            result = PORTABLE[name](*args, **kwargs)
+    def on_pytorch(self, op: Any, result: Any) -> None:
+        name = op.overloadpacket.__name__
+        if not op.is_view and name not in NO_LAUNCH:
+            self.pytorch[name] += 1
+
+    def on_triton(self, launches: Sequence[KernelLaunch]) -> None:
         self.triton.update(launch.kernel.__name__ for launch in launches)
-        return result
+
+    def on_extension(self, name: str, result: Any) -> None:
+        self.extension[name] += EXTENSION[name]
 
     @property
     def total(self) -> int:
@@ -77,12 +64,8 @@ def count_step(
     are further ones of :class:`DistillConfig`. Reading a batch, where the graph contains that, is not counted. Raises
     InputError for what the fused engine cannot train.
     """
-    config = DistillConfig(precision="bf16", batch_size=batch, **settings)
-    size = image_size(model)
-    with torch.device("meta"):
-        frozen = Teachers([create_model(model, 100) for _ in range(teachers)])
-        step = FusedStep(STUDENTS[config.student](create_model(model, 100), branches), frozen, config)
-        step.load((torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)))
+    step = meta_step(model, teachers, branches, batch_size=batch, **settings)
+    step.build((batch, *step.image_shape))
     with torch.no_grad(), assume_arch(arch), GraphNodes() as nodes:
         gathered(step.body())
     return nodes

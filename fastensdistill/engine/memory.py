@@ -2,213 +2,175 @@
 
     python -m fastensdistill.engine.memory wrn28_4 --teachers 4 --branches 4 --batch 128 1024 [--launches]
 
-The plan says which launch writes and reads which buffer; the engine frees a buffer after its last reader, so the peak
-is the largest sum of live buffers over the launches, beside what stays for the whole run. Counted too: partial sums of
-BatchNorm and of weight gradients, by the kernels' own tiles. Not counted: CUDA's context, the training set, gaps of the
-allocator (a few per cent).
+The step runs on PyTorch's meta device, where nothing is computed or stored, and every storage is counted from when it
+is made until it is freed: buffers, and the partial sums that the kernels' tiles ask for. Beside that peak stands what
+the step keeps for the whole run. Not counted: CUDA's context, the training set, gaps of the allocator (a few per cent).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import prod
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from fastensdistill.engine.passes import dead_after
+from fastensdistill.engine.common import precision_on
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.meta import AsOnGPU, meta_step
+from fastensdistill.engine.parallel import alone
+from fastensdistill.engine.part_run import Buffers
+from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.tiles import conv_tile, weight_gradient_split
-from fastensdistill.method.perturbation import PERTURBATIONS
-from fastensdistill.models import create_model, image_size
-from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_running, is_sums, owner
-from fastensdistill.network.nodes import Layer, Network
-from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
-from fastensdistill.network.trace import trace
+from fastensdistill.kernels.tiles import assume_arch, device_arch
+from fastensdistill.method.copying import copy_network
+from fastensdistill.network.launch import Launch
 
-Dead = Sequence[tuple[str, ...]]
-FLOAT = 4
+ARCH = 90  # compute capability whose tiles count, where there is no GPU
 
 
 @dataclass
-class Pass:
-    """One pass over the networks: its launches, all of its buffers together, and the most that live at once."""
+class PassMemory:
+    """One pass over networks: its launches, all of its buffers together, and the most that lives at once, in bytes."""
 
     name: str
     launches: int = 0
     buffers: int = 0
-    total: float = 0.0
-    peak: float = 0.0
+    total: int = 0
+    peak: int = 0
     at: str = ""
-    rows: list[tuple[str, str, float]] = field(default_factory=list)  # op, layer, live bytes
+    rows: list[tuple[str, str, int]] = field(default_factory=list)  # op, layer, live bytes
+
+    def note(self, op: str, layer: str, live: int) -> None:
+        if live > self.peak:
+            self.peak, self.at = live, f"{op} {layer}".rstrip()
 
 
 @dataclass
 class Estimate:
     """Bytes that stay for the whole run, by what they are, and the passes of a step."""
 
-    fixed: dict[str, float]
-    passes: list[Pass]
+    fixed: dict[str, int]
+    passes: list[PassMemory]
 
     @property
-    def peak(self) -> float:
-        return sum(self.fixed.values()) + max(p.peak for p in self.passes)
+    def peak(self) -> int:
+        return sum(self.fixed.values()) + max(one.peak for one in self.passes)
 
 
-class Timeline:
-    """Adds up live buffers, launch by launch."""
+class Live(AsOnGPU):
+    """Counts the bytes of storages that are made within and are alive; ``peak`` is their most since ``take_peak``."""
 
-    def __init__(self, itemsize: int, arch: int):
-        self.itemsize, self.arch = itemsize, arch
-        self.live: dict[tuple[str, str], float] = {}
-        self.passes: list[Pass] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
 
-    def run(self, name: str, part: Part, dead: Dead, space: str, taken: frozenset[str] = frozenset()) -> None:
-        """The launches of ``part``; ``space`` keeps its names apart; ``taken`` are written into memory that stays."""
-        current = Pass(name)
-        self.passes.append(current)
-        for launch, names in zip(part.launches, dead, strict=True):
-            for written in launch.writes:
-                if is_running(written) or written in taken or (space, written) in self.live:
-                    continue  # running statistics are FlatParameters'
-                size = self.size(part, written)
-                self.live[space, written] = size
-                current.buffers += 1
-                current.total += size
-            self.note(current, launch.op, launch.node, self.scratch(part, launch))
-            for gone in names:
-                self.live.pop((space, gone), None)
-        current.launches = len(part.launches)
+    def on_pytorch(self, op: Any, result: Any) -> None:
+        if not op.is_view and not op._schema.is_mutable:  # whose results are in memory that was there
+            self.count(result)
 
-    def note(self, current: Pass, op: str, layer: str, scratch: float) -> None:
-        bytes_now = sum(self.live.values()) + scratch
-        current.rows.append((op, layer, bytes_now))
-        if bytes_now > current.peak:
-            current.peak, current.at = bytes_now, f"{op} {layer}"
+    def on_extension(self, name: str, result: Any) -> None:
+        self.count(result)
 
-    def size(self, part: Part, name: str) -> float:
-        buffer = part.buffers[name]
-        if is_sums(name):  # a row of partial sums per program
-            node = part.network.by_name[owner(name)]
-            C, H, W = node.shape
-            return buffer.nbytes * -(-part.batch * H * W // conv_tile(self.arch, C, C, self.itemsize).BLOCK_M)
-        return buffer.nbytes * (self.itemsize / 2 if buffer.bits == 16 else 1)
+    def count(self, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is None or storage._cdata in self.known:
+                continue
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
 
-    def scratch(self, part: Part, launch: Launch) -> float:
-        """What a weight gradient needs beside its result: the partial sums of its programs."""
-        node = part.network.by_name[launch.node]
-        if launch.op != "weight gradient" or not isinstance(node, Layer):
-            return 0.0
-        Co, H, W = node.shape
-        taps, Ci, G = node.taps, node.in_channels, len(part.groups)
-        splits = weight_gradient_split(self.arch, G, part.batch * H * W, taps, Ci, Co, self.itemsize).splits
-        return FLOAT * G * taps * Ci * Co * splits if splits > 1 else 0.0
+    def freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def take_peak(self) -> int:
+        peak, self.peak = max(self.peak, self.live), 0
+        return peak
 
 
-def weight_count(network: Network) -> tuple[int, int, int]:
-    """Values in the layers' weights, in everything that is trained, and in BatchNorm's scales."""
-    weights = sum(prod(layer.weight_shape) for layer in network.layers)
-    biases = sum(layer.shape[0] for layer in network.layers if layer.bias)
-    norms = sum(norm.shape[0] for norm in network.norms)
-    return weights, weights + biases + 2 * norms, norms
+def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:
+    """A twin of ``step`` on the meta device, not built."""
+    config: Any = replace(step.config, precision=precision_on(step.config, step.device))
+    if isinstance(step, FusedTeachStep):
+        networks = [copy_network(network, meta=True) for network in step.networks]
+        return FusedTeachStep(networks, config, image_shape=step.image_shape)
+    twin = FusedStep(copy_network(step.student, meta=True), copy_network(step.teachers, meta=True), config)
+    twin.train_as(step.networks)
+    return twin
 
 
-def estimate(
-    teacher: Network,
-    student: Network,
-    teachers: int,
-    branches: int,
-    batch: int,
-    perturbation: str = "tdiv-sdiv",
-    itemsize: int = 2,
-    arch: int = 90,
-    parts: int = 1,
-) -> Estimate:
-    """Memory of a LatentBE step on images of the size the networks were traced with.
+def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
+    """Memory of ``step``, wherever it is, on ``batch`` images of this process; it is left as it is."""
+    found: dict[str, PassMemory] = {}
+    seen: set[tuple[int, str]] = set()  # launches, buffers of a part: micro-batches come again
 
-    ``itemsize`` is that of activations and packed weights, 2 bytes for bf16; ``arch`` the compute capability whose
-    tiles count; ``parts`` the micro-batches. With ``branches`` = 1 the student is a plain network, without factors.
-    """
-    plans = plan_step(teacher, student, teachers, branches, batch // parts, perturbation)
-    own, trained, norms = weight_count(student)
-    frozen, whole, _ = weight_count(teacher)
-    C, H, W = student.nodes[0].shape
-    images = FLOAT * batch * C * H * W
-    factors = sum(layer.shape[0] + layer.in_shape[0] for layer in student.layers)
-    ranked = branches > 1
-    perturbed = branches if PERTURBATIONS[perturbation].evaluates("S") else 0
-    fixed = {
-        "student: weights, momentum, gradients": FLOAT * 3.0 * trained + FLOAT * 2.0 * norms,
-        "student: gradients of the branches": FLOAT * branches * own,
-        "student: factors and their momentum": FLOAT * 2.0 * branches * factors if ranked else 0.0,
-        "student: packed for training": 2.0 * itemsize * branches * own,
-        "student: packed for evaluation": 2.0 * itemsize * perturbed * own,
-        "teachers: packed": 2.0 * itemsize * teachers * frozen,
-        "teachers: as modules": FLOAT * teachers * whole,
-        "images and perturbed images": 2.0 * images,
+    def watch(launch: Launch, buffers: Buffers) -> None:
+        name, part = places[id(launch)]
+        one, most = found.setdefault(name, PassMemory(name)), live.take_peak()
+        one.note(launch.op, launch.node, most)
+        if (id(launch), "") not in seen:
+            one.launches += 1
+            one.rows.append((launch.op, launch.node, most))
+        for written in launch.writes:
+            if written in buffers and (part, written) not in seen:
+                one.buffers += 1
+                one.total += sum(tensor.nbytes for tensor in tree_leaves(buffers[written]) if tensor is not None)
+                seen.add((part, written))
+        seen.add((id(launch), ""))
+
+    with alone(), torch.no_grad(), assume_arch(device_arch(step.rate) or ARCH):
+        twin = on_meta(step)
+        twin.build((batch, *step.image_shape))
+        places = {
+            id(launch): (name, id(part))
+            for one, names in twin.passes()
+            for name, part in zip(names, one.parts, strict=False)  # some have no backward part
+            for launch in part.launches
+        }
+        twin.execution.watch = watch
+        with Live() as live:
+            for _ in twin.variants():
+                twin.body()
+    last = PassMemory("un-fold and update", launches=1)
+    last.note("un-fold", "", live.take_peak())
+    return Estimate(stays(twin), [*found.values(), last])
+
+
+def stays(step: FusedStep | FusedTeachStep) -> dict[str, int]:
+    """Bytes that ``step`` keeps for the whole run, by what they are; every storage counts where it is found first."""
+    seen: set[int] = set()
+    owners = {
+        "teachers: as modules": getattr(step, "teachers", None),
+        "weights, momentum, gradients": step.parameters,
+        "gradients as the kernels leave them": step.trained.layer_gradients,
+        "packed for training": step.trained,
+        "packed for evaluation": [getattr(step, name, None) for name in ("perturbers", "targets")],
+        "images, labels, what is drawn": step,
     }
-    line = Timeline(itemsize, arch)
-    perturb(line, plans)
-    distil(line, plans, branches * factors * FLOAT if ranked else 0.0)
-    return Estimate(fixed, line.passes)
+    return {what: sum(storages(owner, seen)) for what, owner in owners.items()}
 
 
-def estimate_teaching(
-    network: Network, members: int, batch: int, itemsize: int = 2, arch: int = 90, parts: int = 1
-) -> Estimate:
-    """Memory of a step that trains ``members`` networks side by side, each on a batch of its own."""
-    groups = teach_groups(members)
-    plans = {f"distillation, {way}": plan([network], *groups[way], batch // parts) for way in groups}
-    own, trained, norms = weight_count(network)
-    C, H, W = network.nodes[0].shape
-    fixed = {
-        "weights, momentum, gradients": FLOAT * members * (3.0 * trained + 2.0 * norms),
-        "gradients as the kernels leave them": FLOAT * 1.0 * members * own,
-        "packed for training": 2.0 * itemsize * members * own,
-        "images": FLOAT * 1.0 * members * batch * C * H * W,
-    }
-    line = Timeline(itemsize, arch)
-    distil(line, plans, 0.0)
-    return Estimate(fixed, line.passes)
-
-
-def perturb(line: Timeline, plans: dict[str, Plan]) -> None:
-    """The perturbation's passes: every part forward, then every part backward; only the images survive."""
-    if "perturbation, forward" not in plans:
+def storages(owner: Any, seen: set[int]) -> Iterator[int]:
+    """The sizes of the storages that ``owner`` refers to and that are not ``seen``."""
+    if id(owner) in seen:
         return
-    firsts, seconds = (plans[f"perturbation, {way}"].parts for way in ("forward", "input gradient"))
-    dead = []
-    for first, second in zip(firsts, seconds, strict=True):
-        output = first.network.output
-        dead.append(dead_after([first, second], [INPUT, output, grad(output), grad(INPUT)]))
-    for i, first in enumerate(firsts):
-        line.run("perturbation, forward", first, dead[i][0], f"p{i}")
-    for i, second in enumerate(seconds):
-        logits = grad(second.network.output)
-        line.live[f"p{i}", logits] = line.size(second, logits)
-        line.run("perturbation, input gradient", second, dead[i][1], f"p{i}")
-    line.live.clear()
-
-
-def distil(line: Timeline, plans: dict[str, Plan], unfolded: float) -> None:
-    """Teachers, branches forward, branches backward, un-fold."""
-    (backward,) = plans["distillation, backward"].parts
-    for i, part in enumerate(plans["distillation, forward"].parts):
-        output = part.network.output
-        if part.training:
-            sinks = [grad(name) for node in part.network.nodes for name in node.parameters]
-            dead = dead_after([part, backward], [INPUT, output, grad(output), *sinks])
-            line.run("distillation, branches", part, dead[0], "s")
-        else:
-            line.run("distillation, teachers", part, dead_after([part], [INPUT, output])[0], f"t{i}")
-    logits = grad(backward.network.output)
-    line.live["s", logits] = line.size(backward, logits)
-    line.run("distillation, backward", backward, dead[1], "s", frozenset(sinks))
-    last = Pass("un-fold and update", launches=1, buffers=1, total=unfolded)
-    line.live.clear()
-    line.note(last, "un-fold", "", unfolded)
-    line.passes.append(last)
+    seen.add(id(owner))
+    if isinstance(owner, Tensor):
+        storage = owner.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            yield storage.nbytes()
+    members = owner.values() if isinstance(owner, dict) else owner if isinstance(owner, list | tuple) else ()
+    for member in (*members, *getattr(owner, "__dict__", {}).values()):
+        yield from storages(member, seen)
 
 
 def report(title: str, found: Estimate, launches: bool = False) -> list[str]:
@@ -221,32 +183,31 @@ def report(title: str, found: Estimate, launches: bool = False) -> list[str]:
         one = f"  {p.name:30} {p.launches:8} {p.buffers:8} {p.total / 2**20:9.1f} {p.peak / 2**20:9.1f}  {p.at}"
         lines.append(one)
         lines += [f"    {op:22} {layer:30} {live / 2**20:9.1f} MiB live" for op, layer, live in p.rows if launches]
-    stays, most = sum(found.fixed.values()), max(p.peak for p in found.passes)
+    stay, most = sum(found.fixed.values()), max(p.peak for p in found.passes)
     count = sum(p.launches for p in found.passes)
-    lines.append(f"  {count} launches; {stays / 2**20:.0f} MiB stay + {most / 2**20:.0f} MiB at most = "
+    lines.append(f"  {count} launches; {stay / 2**20:.0f} MiB stay + {most / 2**20:.0f} MiB at most = "
                  f"peak {found.peak / 2**30:.2f} GiB")  # fmt: skip
     return lines
 
 
 def print_memory(
     model: str, teachers: int = 4, branches: int = 4, batches: Sequence[int] = (128,), size: int | None = None,
-    perturbation: str = "tdiv-sdiv", launches: bool = False, parts: int = 1,
+    perturbation: str = "tdiv-sdiv", launches: bool = False, micro_batches: int = 1,
 ) -> None:  # fmt: skip
     """Print the estimate for ``model`` as teacher and student, 100 classes, bf16, one per batch size.
 
-    ``parts`` are the micro-batches; ``size`` of the square images defaults to 32, for torchvision's networks to 224.
-    Raises InputError for an unknown model or perturbation, and for a network that cannot be planned.
+    ``size`` of the square images defaults to 32, for torchvision's networks to 224. Raises InputError for an unknown
+    model or perturbation, and for a network that cannot be planned.
     """
-    size = size or image_size(model)
-    with torch.device("meta"):
-        network = trace(create_model(model, 100), (3, size, size))
     for batch in batches:
-        if batch < 1 or parts < 1 or batch % parts:
-            raise InputError(f"batch={batch} in {parts} parts: expected at least 1 image, and equal parts")
-        found = estimate(network, network, teachers, branches, batch, perturbation, parts=parts)
-        size_of_batch = f"batch {batch}" + (f" in {parts} parts" if parts > 1 else "")
+        if batch < 1 or micro_batches < 1 or batch % micro_batches:
+            raise InputError(f"batch={batch} in {micro_batches} parts: expected at least 1 image, and equal parts")
+    settings = {"perturbation": perturbation, "micro_batches": micro_batches, "batch_size": micro_batches}
+    step = meta_step(model, teachers, branches, size, **settings)
+    for batch in batches:
+        size_of_batch = f"batch {batch}" + (f" in {micro_batches} parts" if micro_batches > 1 else "")
         title = f"{model}, {teachers} teachers, {branches} branches, {size_of_batch}, {perturbation}, bf16"
-        print("\n".join(report(title, found, launches)))
+        print("\n".join(report(title, estimate(step, batch), launches)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,10 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[128])
     parser.add_argument("--size", type=int, help="height and width of the images")
     parser.add_argument("--perturbation", default="tdiv-sdiv")
-    parser.add_argument("--micro-batches", type=int, default=1, dest="parts")
+    parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--launches", action="store_true", help="also every launch with what is live at it")
     a = parser.parse_args(argv)
-    print_memory(a.model, a.teachers, a.branches, a.batch, a.size, a.perturbation, a.launches, a.parts)
+    print_memory(a.model, a.teachers, a.branches, a.batch, a.size, a.perturbation, a.launches, a.micro_batches)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.common import ImageShape
 from fastensdistill.engine.fused import FusedStep, check_networks
-from fastensdistill.engine.memory import estimate, estimate_teaching
+from fastensdistill.engine.memory import estimate
 from fastensdistill.engine.parallel import alone, anyone, processes
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep, common_architecture
@@ -41,8 +41,9 @@ class EngineChoice(NamedTuple):
     advice: str = ""
 
     def __str__(self) -> str:
-        about = f", {self.dtype}, about {self.peak / 2**30:.2f} GiB beside the training set" if self.dtype else ""
-        return f"{self.name} engine{about}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
+        memory = f"about {self.peak / 2**30:.2f} GiB beside the training set" if self.peak else ""
+        head = ", ".join(part for part in (f"{self.name} engine", self.dtype, memory) if part)
+        return f"{head}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
 def choose_engine(
@@ -142,8 +143,16 @@ def fused_step(
             raise
         return None, EngineChoice("reference", in_a_line(error))
     advice = SLOWER if step.implementations.missing(device_arch(step.rate)) else ""
-    dtype = str(step.dtype).removeprefix("torch.")
-    return step, choice._replace(dtype=dtype, advice=advice)
+    dtype, peak = str(step.dtype).removeprefix("torch."), expected_peak(step, config.batch_size // processes())
+    return step, choice._replace(dtype=dtype, peak=peak, advice=advice)
+
+
+def expected_peak(step: FusedStep | FusedTeachStep, batch: int) -> float:
+    """Bytes that ``step`` will take at most; 0 where that cannot be told, which is no reason not to train."""
+    try:
+        return estimate(step, batch).peak
+    except Exception:  # of a network that can be copied, but not on the meta device
+        return 0.0
 
 
 def distillation_step(
@@ -156,18 +165,7 @@ def distillation_step(
         lambda: verify_distillation(student, teachers, config, image_shape, num_classes),
         lambda: FusedStep(student, teachers, config, image_shape=image_shape),
     )
-    if step is None:
-        return ReferenceStep(student, teachers, config, num_classes=num_classes), choice
-    *frozen, own = step.networks
-    # Teachers of several architectures are counted as if all were like the one that keeps the most
-    peak = max(
-        estimate(
-            teacher, own, len(frozen), step.plain.groups, config.batch_size // processes(),
-            config.perturbation, itemsize=step.dtype.itemsize, parts=config.micro_batches,
-        ).peak
-        for teacher in set(frozen)
-    )  # fmt: skip
-    return step, choice._replace(peak=peak)
+    return step or ReferenceStep(student, teachers, config, num_classes=num_classes), choice
 
 
 def teaching_step(
@@ -180,8 +178,4 @@ def teaching_step(
         lambda: verify_teaching(networks, config, image_shape),
         lambda: FusedTeachStep(networks, config, image_shape=image_shape),
     )
-    if step is None:
-        return TeachStep(networks, config), choice
-    share = config.batch_size // processes()
-    found = estimate_teaching(step.network, len(networks), share, step.dtype.itemsize, parts=config.micro_batches)
-    return step, choice._replace(peak=found.peak)
+    return step or TeachStep(networks, config), choice

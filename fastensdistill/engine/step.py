@@ -7,7 +7,7 @@ says which launches a body makes: each has a graph of its own, in one pool of me
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from fastensdistill.engine.graph import Captured, Capturing, Graphs
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
 from fastensdistill.network.unseen import refusing
@@ -91,6 +92,10 @@ class CapturedStep(Capturing):
         """What decides which launches this step makes."""
         return None
 
+    def variants(self) -> Iterator[None]:
+        """Become, one after another, every step that what is drawn can make of this one."""
+        yield
+
     def adopt(self, parameters: FlatParameters) -> None:
         """Train these from here on; several processes all begin with the first one's."""
         same_start(parameters.state())
@@ -106,6 +111,10 @@ class CapturedStep(Capturing):
         self._plan(B // self.micro_batches)
         self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
         self.built = True
+
+    def passes(self) -> list[tuple[Pass, tuple[str, str]]]:
+        """All passes of a step, in order, with the names of their parts: forward and, where there is one, backward."""
+        return [(self.trained, ("distillation, forward", "distillation, backward"))]
 
     def accept(self, shape: Sequence[int]) -> None:
         """Build for batches of this ``shape``; raises InputError where that was done for another."""
@@ -165,9 +174,15 @@ class CapturedStep(Capturing):
         return self.body_on_loaders() if loaders else self.body()
 
     def _captured(self, graphs: Graphs, loaders: Loaders) -> Captured:
-        """What replays this step; captured now where it has not been."""
+        """What replays this step; at the first one all variants are captured, whichever this process drew.
+
+        Warming up averages over processes as a step does, so that all of them have to warm up the same bodies.
+        """
         body = self.body_on_loaders if loaders else self.body
         generators = [*self.generators, *(loader.generator for loader in loaders)]
+        if (self._key(), loaders) not in graphs.made:
+            for _ in self.variants():
+                graphs.prepare((self._key(), loaders), body, generators)
         return graphs.prepare((self._key(), loaders), body, generators)
 
     def _train(self, images: Sequence[Tensor], labels: Tensor) -> Sequence[Tensor]:

@@ -68,7 +68,7 @@ class FusedTeachStep(CapturedStep):
         implementations: Dispatch | None = None,
     ):
         self.networks, self.config = listed_networks(networks), checked_config(config, TeachConfig)
-        self.network = common_architecture(self.networks, image_shape)
+        self.network, self.image_shape = common_architecture(self.networks, image_shape), image_shape
         self.classes = self.network.by_name[self.network.output].shape[0]
         super().__init__(config, self.networks[0], len(self.networks), capture, implementations)
         self.adopt(FlatParameters(self.networks, self.network, ranked=False))

@@ -15,11 +15,12 @@ from fastensdistill.method.references import kept
 Copied = TypeVar("Copied", bound=nn.Module)
 
 
-def copy_network(module: Copied, *, forget: bool = False, name: str = "") -> Copied:
+def copy_network(module: Copied, *, forget: bool = False, meta: bool = False, name: str = "") -> Copied:
     """A deep copy of ``module``, which errors call ``name``; its parameters require gradients as those of ``module``.
 
     A tensor that the last forward pass left in an attribute (features for a hint loss) is part of an autograd graph:
-    the copy has its value, in the same memory, or None with ``forget``, so that it keeps no activations alive.
+    the copy has its value, in the same memory, or None with ``forget``, so that it keeps no activations alive. With
+    ``meta``, the copy's parameters and buffers are on the meta device: they take no memory.
     Raises InputError for lazy layers and naming an attribute that cannot be copied (a lock, an open file).
     """
     check_complete(module, name)
@@ -29,9 +30,9 @@ def copy_network(module: Copied, *, forget: bool = False, name: str = "") -> Cop
             memo[id(value)] = None if forget else value.detach()
     for owner in module.modules():
         for own, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
-            if tensor is not None and not tensor.is_leaf:
-                found = tensor.detach().clone()
-                memo[id(tensor)] = nn.Parameter(found) if own in owner._parameters else found
+            if tensor is not None and (meta or not tensor.is_leaf):
+                found = torch.empty_like(tensor, device="meta") if meta else tensor.detach().clone()
+                memo[id(tensor)] = nn.Parameter(found, tensor.requires_grad) if own in owner._parameters else found
     before = dict(memo)
     try:
         with torch.no_grad():  # a script module's copy would be part of a graph
