@@ -40,6 +40,7 @@ from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.tiles import Tile, changed_tiles
 from fastensdistill.method import perturbation
+from tests.untyped import present, untyped
 
 SETTING = Setting("tiny", "tdiv-sdiv", 2, 2)
 WRONG = f"distillation, backward: {' '.join(CULPRIT)}"
@@ -276,7 +277,7 @@ def test_remedies_are_read_as_they_were_written(tmp_path):
     assert Remedies.extend(path, two) == one.plus(two)
     found = Remedies.load(path)
     assert found == one.plus(two)
-    assert found.dispatch.table == (ROW,)
+    assert present(found.dispatch).table == (ROW,)
     assert found.words == (
         "head_kernel 1 stage; half the columns of conv 64 → 128; conv 3x3 8 → 16 every 2 by cuDNN; "
         "head by its reference; buffers kept; 6 warm-ups"
@@ -335,11 +336,11 @@ def test_remedies_of_the_capture_end_with_their_context():
     with Remedies(capture=Capture(keep_buffers=True, warm_up=6, pool_per_graph=True)).in_force():
         assert (graph.WARM_UP, type(Execution.watch)) == (6, Keeper)
         captured = Captured(dict, list, [], torch.device("cpu"), pool="of all graphs")
-        captured._capture = lambda: setattr(captured, "graph", captured.pool or "its own")
+        untyped(captured)._capture = lambda: untyped(setattr)(captured, "graph", captured.pool or "its own")
         captured.prepare()
         assert captured.graph == "its own"
     with Remedies(capture=Capture(on=False)).in_force():
-        captured = Captured(lambda: {"loss": 1.0}, list, [], torch.device("cpu"))
+        captured = Captured(untyped(lambda: {"loss": 1.0}), list, [], torch.device("cpu"))
         assert captured() == {"loss": 1.0}, "launched from Python"
         assert captured.failed
         with Remedies().in_force():
@@ -512,7 +513,7 @@ def test_a_capture_that_differs_is_traced_to_its_launch(here, method, fault):
 HELPS = {
     "buffers kept": lambda: isinstance(Execution.watch, Keeper),
     "6 warm-ups": lambda: graph.WARM_UP > 2,
-    "a pool per graph": lambda: StandIn.replaying.pool is None,
+    "a pool per graph": lambda: present(StandIn.replaying).pool is None,
 }
 
 
@@ -538,7 +539,7 @@ def test_a_way_in_which_the_process_died_is_passed_over(here, monkeypatch):
 
     original = captures.run_steps
     with planted(["captured"]):
-        monkeypatch.setattr(captures, "run_steps", lambda *given, capture: die() if capture else original(
+        monkeypatch.setattr(captures, "run_steps", lambda *given, capture: die() if capture else untyped(original)(
             *given, capture=capture))  # fmt: skip
         with pytest.raises(Died):
             diagnose_capture(here, SETTING)

@@ -26,6 +26,7 @@ from bench.launches import distance, exactly, prepare
 from bench.setting import Setting
 from fastensdistill.engine.dispatch import OPS
 from fastensdistill.network.gpu import GPUS
+from tests.untyped import untyped
 
 
 def rehearse(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
@@ -202,7 +203,7 @@ def run_of(tmp_path, monkeypatch, code: str, **more) -> tuple[parent.Run, Stage]
     options = SimpleNamespace(
         out=tmp_path, seconds=60, rehearse=False, plant=[], call="A", packages="", commit="", stages=None
     )
-    run = parent.Run(options, Record(tmp_path / "results.jsonl", "run"))
+    run = parent.Run(untyped(options), Record(tmp_path / "results.jsonl", "run"))
     begin = subprocess.Popen
 
     def popen(command, **keywords):
@@ -333,7 +334,7 @@ def test_caches_are_packed_in_pieces_and_carried_in_again(tmp_path, monkeypatch)
     (out / "caches" / "triton" / "kernel").write_bytes(content)
     stage.pack(Context(out, Record(out / "results.jsonl", "pack")))
     assert len(list(out.glob("caches.tgz.*"))) > 4
-    parent.carry_in(SimpleNamespace(caches=out, out=again))
+    parent.carry_in(untyped(SimpleNamespace)(caches=out, out=again))
     assert (again / "caches" / "triton" / "kernel").read_bytes() == content
 
 

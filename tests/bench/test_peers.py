@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bench.peers.captured import CapturedStep, CapturedTeach, CompiledStep, Repl
 from bench.peers.eager import EagerStep
 from bench.setting import METHODS, Setting, make
 from fastensdistill.network.gpu import GPUS
+from tests.untyped import untyped
 
 CPU = torch.device("cpu")
 TRACED = {"backend": "aot_eager"}  # what torch.compile makes of the code, without its code generator
@@ -65,9 +67,11 @@ class Wrong(EagerStep):
 
 def test_the_gate_searches_for_no_algorithms(monkeypatch):
     """Its steps run twice: in float32 at full size cuDNN's search would take longer than both."""
-    searched = []
+    searched: list[Any] = []
     exact = Gate._exact
-    monkeypatch.setattr(Gate, "_exact", lambda self: searched.append(torch.backends.cudnn.benchmark) or exact(self))
+    monkeypatch.setattr(
+        Gate, "_exact", lambda self: untyped(searched).append(torch.backends.cudnn.benchmark) or exact(self)
+    )
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     Gate(Setting("tiny", "kd", 3, 2), CPU)
     assert searched == [False]
@@ -105,7 +109,7 @@ def test_the_gate_stops_a_wrong_step(gates):
 
 
 def test_branches_differ_and_statistics_are_settled():
-    problem = make(Setting("tiny", "tdiv-sdiv", 3, 2), CPU)
+    problem = untyped(make(Setting("tiny", "tdiv-sdiv", 3, 2), CPU))
     with torch.no_grad():
         x = torch.rand(2, 3, 8, 8)
         z = problem.student.eval()(x)

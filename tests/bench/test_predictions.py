@@ -19,6 +19,7 @@ from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.tiles import assume_arch, weight_gradient_split
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.nodes import Conv
+from tests.untyped import untyped
 
 SMALL = Setting("wrn28_1", "tdiv-sdiv", 32, 4)
 WIDE = Setting("wrn28_4", "tdiv-sdiv", 512, 4)
@@ -104,7 +105,7 @@ def test_no_kernel_exceeds_its_ceilings(wide):
 def test_a_breakdown_is_the_whole_step():
     total = predicted("wrn28_1", 32, 4, "h100")
     for by in ("op", "layer"):
-        rows = breakdown(SMALL, H100, by)
+        rows = untyped(breakdown)(SMALL, H100, by)
         assert sum(row["ms"] for row in rows) == pytest.approx(total)
         assert sum(row["share"] for row in rows) == pytest.approx(1)
         assert rows[-1]["name"] == "gaps"
@@ -151,7 +152,7 @@ def test_changes_alter_what_they_name(wide):
 
 
 def test_every_change_has_a_row(capsys):
-    rows = predictions.predictions("wrn28_1", 32, 4, H100)
+    rows = untyped(predictions.predictions)("wrn28_1", 32, 4, H100)
     assert [row["change"] for row in rows] == [*(change.title for change in CHANGES), predictions.ROOF]
     assert rows[0]["ratio"] == 1
     assert rows[0]["ms"] == pytest.approx(predicted("wrn28_1", 32, 4, "h100"))

@@ -15,6 +15,7 @@ from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, setting, steps, teach_setting
 from tests.engine.meta import build, watched
 from tests.network import models
+from tests.untyped import untyped
 
 
 def loader(seed: int, B: int = 4, **options) -> DeviceLoader:
@@ -127,7 +128,7 @@ def test_what_does_not_depend_on_batch_statistics_is_that_of_the_whole_batch():
         found = []
         for parts in (1, 3):
             config.micro_batches = parts
-            found.append(engine(copy.deepcopy(student), teachers, config, **shape).perturb(images))
+            found.append(untyped(engine)(copy.deepcopy(student), teachers, config, **shape).perturb(images))
         whole, slices = found
         check_close("images", slices.images, whole.images, 1e-9)
         assert set(slices.diversities) == {"tdiv", "sdiv"}
@@ -139,7 +140,7 @@ def test_what_does_not_depend_on_batch_statistics_is_that_of_the_whole_batch():
             config.micro_batches = parts
             own = copy.deepcopy(student)
             twice = (images[:3].repeat(parts, 1, 1, 1), labels[:3].repeat(parts))
-            step = engine(own, teachers, config, **shape)
+            step = untyped(engine)(own, teachers, config, **shape)
             step.distil(step.perturbation(images[:1], teachers, own)._replace(images=twice[0]), twice[1])
             ended.append(own.state_dict())
         for name, value in ended[0].items():
@@ -181,6 +182,7 @@ def test_what_is_no_batch_is_refused(case):
     ):
         with pytest.raises(InputError, match=words):
             step(*change(*batch(0)))
-    for step in (TeachStep(copy.deepcopy(networks), own), FusedTeachStep(networks, own, image_shape=(3, 6, 6))):
+    teaching = (TeachStep(copy.deepcopy(networks), own), FusedTeachStep(networks, own, image_shape=(3, 6, 6)))
+    for teach in teaching:
         with pytest.raises(InputError, match=words):
-            step([change(*batch(0))])
+            teach([change(*batch(0))])

@@ -7,6 +7,7 @@ import torch
 
 from fastensdistill.data.augment import Augment
 from tests.runs import dataset, make
+from tests.untyped import untyped
 
 
 def final_loss(**settings) -> float:
@@ -21,7 +22,7 @@ def final_loss(**settings) -> float:
         losses.append(float(scalars["loss"]))
         return scalars
 
-    trainer.train_step = train_step
+    untyped(trainer).train_step = train_step
     trainer.fit()
     assert len(losses) == 60
     assert losses[-1] < losses[0]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ from tests.compare import check_close, relative_error
 from tests.engine.cases import CLASSES, check_equal, network, setting, steps, trained_parts
 from tests.kernels.both import values
 from tests.network import models
+from tests.untyped import untyped
 
 VENDOR_ONLY = [Choice(op, "cudnn", "for the test") for op in OPS]
 
 
 @pytest.mark.parametrize("build", [network, models.resnet, models.odd], ids=["preresnet", "resnet", "unusual"])
 def test_vendor_convolutions_give_the_same_step(monkeypatch, build):
-    calls = []
+    calls: list[str] = []
     counted = {op: counting(calls, vendor) for op, vendor in dispatch.VENDOR.items()}
     monkeypatch.setattr(dispatch, "VENDOR", counted)
     student, teachers, config = setting(teacher=build, student=build)
@@ -70,13 +72,13 @@ def test_vendor_convolutions_read_slots_as_the_kernels_do():
     rows = [values(3, 6, seed=seed) for seed in range(3)]
     center = values(3, 10)
     size = {"kernel": 3, "padding": 1}
-    options = size | {"in_scale": rows[0], "in_shift": rows[1], "center": center}
-    actual, expected = (conv(x, weight, slots, **options) for conv in (vendor_conv, grouped_conv))
+    options: dict[str, Any] = size | {"in_scale": rows[0], "in_shift": rows[1], "center": center}
+    actual, expected = (untyped(conv)(x, weight, slots, **options) for conv in (vendor_conv, grouped_conv))
     check_close("z", actual.z, expected.z, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
     options = size | {"scale": rows[0], "z": values(4, 3, 5, 4, 6, seed=1), "mean": rows[1], "inv_std": rows[2]}
     gradients = (vendor_data_gradient, conv_data_gradient)
-    actual, expected = (op(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
+    actual, expected = (untyped(op)(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
     check_close("d", actual.d, expected.d, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
 
@@ -151,7 +153,11 @@ def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
             if launch.op not in OPS:
                 continue
             node = part.network.by_name[launch.node]
-            own = launch.op == "conv" and (node.in_shape, node.shape, node.stride) == ((4, 6, 6), (4, 6, 6), 1)
+            own = launch.op == "conv" and (untyped(node).in_shape, node.shape, untyped(node).stride) == (
+                (4, 6, 6),
+                (4, 6, 6),
+                1,
+            )
             monkeypatch.setattr(halo_conv, "built", lambda arch=0: arch != 89)
             assert table.implementation(part, launch, 90) == ("cuda" if own else "triton")
             assert table.implementation(part, launch, 80) == "triton"

@@ -12,6 +12,7 @@ from fastensdistill.errors import InputError
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
 from tests.network import models
+from tests.untyped import present, untyped
 
 FROZEN = {
     "stem": ("latent-be", lambda name: "stem" in name),
@@ -85,7 +86,7 @@ def test_resumed_is_bit_equal(engine):
         student, teachers, config = setting(student=models.resnet, teacher=models.resnet, perturbation="ods")
         frozen(student, lambda name: "stem" in name or "bn" in name)
         kinds = {"reference": lambda: ReferenceStep(student, teachers, config, num_classes=7)}
-        kinds["fused"] = lambda: FusedStep(student, teachers, config, image_shape=(3, 6, 6))
+        untyped(kinds)["fused"] = lambda: FusedStep(student, teachers, config, image_shape=(3, 6, 6))
         return student, kinds[engine]()
 
     (whole, one), (half, two), (rest, three) = make(), make(), make()
@@ -104,9 +105,9 @@ def test_a_network_is_left_as_it_is_where_another_is_trained():
     networks = [network(m) for m in range(3)]
     frozen(networks[1], lambda name: "stem" in name)
     step = FusedTeachStep(networks, teach_setting(3)[1], image_shape=(3, 6, 6))
-    stem = step.parameters.view(step.parameters.frozen, "stem.weight")
+    stem = step.parameters.view(present(step.parameters.frozen), "stem.weight")
     assert [bool(own.all()) for own in stem] == [bool(own.any()) for own in stem] == [False, True, False]
-    assert int(step.parameters.frozen.sum()) == stem[1].numel()
+    assert int(present(step.parameters.frozen).sum()) == stem[1].numel()
 
 
 def test_a_weight_that_is_no_parameter_is_refused():

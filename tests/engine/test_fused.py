@@ -22,6 +22,7 @@ from tests.compare import check_close, relative_error
 from tests.engine.cases import CLASSES, batch, check_equal, network, packed, setting, steps, teach_setting
 from tests.network import models
 from tests.parity import RECORDING
+from tests.untyped import untyped
 
 
 def test_recorded_steps(capsys):
@@ -116,7 +117,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_perturbation_and_student_as_the_reference(case):
     """Three steps in float64: scalars, weights, statistics, momentum and generators."""
-    student, teachers, config = setting(**CASES[case])
+    student, teachers, config = setting(**untyped(CASES[case]))
     other = copy.deepcopy(student)
     classes = teachers(batch(0)[0]).shape[-1]
     one = ReferenceStep(student, teachers, config, num_classes=classes)
@@ -152,9 +153,9 @@ def test_kernels_in_the_interpreter(kind):
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
     shape = {"B": 2, "size": 5, "dtype": torch.float32}
-    expected = steps(one, 1, **shape)
+    expected = steps(one, 1, **untyped(shape))
     with use_kernels():
-        actual = steps(two, 1, **shape)
+        actual = steps(two, 1, **untyped(shape))
     check_close("loss", actual[0]["loss"], expected[0]["loss"], 1e-4)
     check_equal(student, other, one, two, 1e-3)
 
@@ -190,7 +191,7 @@ def test_resumed_is_bit_equal_in_the_interpreter():
         rest.load_state_dict(half.state_dict())
         three.load_state_dict(two.state_dict())
         three.set_learning_rate(0.05 / 2)
-        three(*batch(1, **shape))
+        three(*batch(1, **untyped(shape)))
     for name, value in (whole.state_dict() | one.state_dict()).items():
         assert torch.equal(value, (rest.state_dict() | three.state_dict())[name]), name
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fastensdistill.models import create_model
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, teach_setting
 from tests.engine.meta import build, watched
+from tests.untyped import untyped
 
 BODIES = {
     "paper": {},
@@ -40,7 +42,7 @@ def test_the_body_waits_for_nothing_and_copies_nothing_from_the_host(monkeypatch
     """On the meta device a value that is read back raises, and a tensor of the host beside the others is seen."""
     for draw in ("uniform_", "normal_"):  # the meta device has no generators
         monkeypatch.setattr(torch.Tensor, draw, lambda self, *range, generator: self)
-    step = build("wrn28_1", 4, M=2, K=2, **BODIES[case])
+    step = build("wrn28_1", 4, M=2, K=2, **untyped(BODIES[case]))
     with watched() as watch:
         step.body()
     assert watch.syncs == []
@@ -132,7 +134,8 @@ def test_warm_up_leaves_no_trace_where_it_fails():
 class FakeGraph:
     """Stands in for a CUDA graph: replay runs the body again into the tensors of the capture."""
 
-    body = None
+    body: Any = None
+    results: Any = None
 
     def __init__(self):
         self.generators = []
@@ -184,7 +187,7 @@ def test_replays_hand_out_copies_and_the_capture_is_no_step(fake_cuda):
     fake_cuda.setattr(Captured, "_capture", capture)
     first, second = captured(), captured()
     assert (float(first["loss"]), float(second["loss"])) == (1.0, 2.0)
-    assert len(captured.graph.generators) == 1
+    assert len(untyped(captured.graph).generators) == 1
 
 
 def test_a_capture_that_fails_is_loud_and_every_step_still_runs(fake_cuda):
@@ -201,14 +204,14 @@ def test_a_capture_that_fails_is_loud_and_every_step_still_runs(fake_cuda):
         count.add_(1)
         return {"loss": count.clone()}
 
-    captured = Captured(body, lambda: [count], [generator], torch.device("cpu"))
+    captured = Captured(body, lambda: [count], [untyped(generator)], torch.device("cpu"))
     assert (captured.captured, captured.error) == (None, "")
     with pytest.warns(UserWarning, match="could not be captured and is launched from Python: operation not permitted"):
         assert float(captured()["loss"]) == 1.0
     assert float(captured()["loss"]) == 2.0
     assert (captured.captured, captured.error) == (False, "operation not permitted when stream is capturing")
     assert generator.state == "clone"
-    assert torch.cuda.default_generators[0].state == "clone", "PyTorch registers it with every graph"
+    assert untyped(torch.cuda.default_generators[0]).state == "clone", "PyTorch registers it with every graph"
     assert ended == [(0, (0, 1)), (0, (0, 1))]
     del captured
     assert len(graph._abandoned) == 1, "the allocators may ask it for as long as the process lives"
@@ -239,8 +242,8 @@ def test_a_capture_that_had_ended_gives_its_memory_back(fake_cuda):
 
 def test_the_warm_up_runs_all_that_is_captured(fake_cuda):
     """A kernel that the capture alone would run would have to be loaded inside of it."""
-    gathered = []
-    fake_cuda.setattr(graph, "gathered", lambda results: gathered.append(results) or torch.zeros(1))
+    gathered: list[Any] = []
+    fake_cuda.setattr(graph, "gathered", lambda results: untyped(gathered).append(results) or torch.zeros(1))
     Captured(lambda: {"loss": torch.zeros(())}, list, [], torch.device("cpu")).prepare()
     assert len(gathered) == graph.WARM_UP + 1
 
@@ -249,11 +252,11 @@ def test_warm_up_restores_the_devices_own_generator(fake_cuda):
     (own,) = torch.cuda.default_generators
 
     def body():
-        own.state += 1
+        untyped(own).state += 1
         return {"loss": torch.zeros(())}
 
     Captured(body, list, [], torch.device("cpu")).prepare()
-    assert own.state == 1  # the capture alone: with a device it counts for the graph
+    assert untyped(own).state == 1  # the capture alone: with a device it counts for the graph
 
 
 class CapturedGenerator:
@@ -396,17 +399,18 @@ def capturing(kind):
         return teach, lambda: teach([batch(0), batch(1)])
     student, teachers, config = setting()
     step = FusedStep(student, teachers, config)
-    step.generators = [CapturedGenerator()]
+    step.generators = [untyped(CapturedGenerator)()]
     return step, lambda: step(*batch(0))
 
 
 def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):
     """A warm-up averages over processes too. Those that draw differently must not warm up at different steps."""
-    counts = []
+    counts: list[Any] = []
     right = trained.average
-    fake_cuda.setattr(trained, "average", lambda values: counts.append(1) or right(values))
+    fake_cuda.setattr(trained, "average", lambda values: untyped(counts).append(1) or right(values))
     fake_cuda.setattr(graph, "Captured", WarmedUp)
-    ended, averaged = [], []
+    ended: list[Any] = []
+    averaged: list[Any] = []
     for capture in (False, True, True):
         # four teachers, one of another architecture: the first pair's place is one that not all lists have
         student, teachers, config = setting(M=4, K=4, teacher=lambda seed: network(seed, widen=1 + (seed == 12)))
@@ -438,7 +442,7 @@ class WarmedUp(Captured):
 
     def _capture(self):
         warm_up(self.body, self.state, self.generators)
-        self.graph = self
+        self.graph = untyped(self)
 
     def __call__(self):
         self.prepare()

@@ -10,6 +10,7 @@ from fastensdistill.kernels.batch_norm import batch_norm_apply
 from fastensdistill.kernels.perturb_step import perturb_step
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.models import create_model
+from tests.untyped import untyped
 
 # Launches of PyTorch's own in every step of the paper: the slots of the drawn pair, the logits of teachers and of
 # branches as pairs, their gradients together, the number of batches, the scalars
@@ -27,7 +28,7 @@ CASES = {
 def test_nodes_of_a_step(case):
     settings, triton, extension, names = CASES[case]
     model = case if case.startswith("resnet") else "wrn28_1"
-    nodes = count_step(model, **settings)
+    nodes = count_step(model, **untyped(settings))
     assert nodes.pytorch == names
     assert nodes.extension.total() == extension
     assert nodes.triton.total() - nodes.triton["add_rows_kernel"] == triton  # how sums are split is the tiles' choice

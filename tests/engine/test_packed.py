@@ -24,6 +24,7 @@ from tests.compare import check_close
 from tests.engine.cases import batch, packed, packed_for_evaluation, setting, teach_setting, update
 from tests.kernels import layouts
 from tests.network.models import Odd, moved
+from tests.untyped import present
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -40,7 +41,7 @@ def branches(training: bool, dtype: torch.dtype, first: int) -> TrainedWeights:
     step = FusedStep(student, teachers, config, image_shape=(3, 12, 12))
     step.load(batch(0, size=12, dtype=wide))
     weights = packed(step) if training else packed_for_evaluation(step)
-    return TrainedWeights(weights.part, step.parameters, dtype, first)
+    return TrainedWeights(present(weights).part, step.parameters, dtype, first)
 
 
 def copies(dtype: torch.dtype) -> TrainedWeights:
@@ -55,7 +56,7 @@ def write_layers(weights: TrainedWeights) -> None:
     """Both packings of every layer, one layer after the other, from views alone."""
     parameters, first = weights.parameters, weights.first
     if parameters.ranked:
-        folded = layouts.folded(parameters.layout, parameters.values, weights.packed_deviations)
+        folded = layouts.folded(parameters.layout, parameters.values, present(weights.packed_deviations))
         offsets = {layer.name: layer.weight for layer in parameters.layout.layers}
     for name, layer in weights.layers.items():
         node, shape = parameters.network.by_name[name], parameters.shapes[f"{name}.weight"]
@@ -150,7 +151,7 @@ def test_parameters_take_a_handful_of_launches(precision):
     step = FusedStep(student, teachers, config)
     step.load(batch(0, dtype=torch.float32))
     for weights in (packed(step), packed_for_evaluation(step)):
-        assert launched(weights.refresh) == ([branch_rows_kernel, pack_kernel], [])
+        assert launched(present(weights).refresh) == ([branch_rows_kernel, pack_kernel], [])
     unfold = [unfold_kernel, unfold_factors_kernel]
     assert launched(lambda: update(step)) == ([*unfold, sgd_kernel, sgd_kernel], [])
     networks, config = teach_setting(dtype=torch.float32)

@@ -27,6 +27,7 @@ from tests.compare import check_close, relative_error
 from tests.engine.cases import batch, evaluated_parts, network, setting, steps
 from tests.engine.meta import watched
 from tests.network import models
+from tests.untyped import present, untyped
 
 SHAPE = (3, 6, 6)
 
@@ -70,8 +71,9 @@ def test_one_plan_serves_every_batch(monkeypatch, batch_size):
     """Batches that fit, a smaller last one, one beyond the set; the same again, and after new weights."""
     networks, split = [network(0), network(1)], images()
     predictor = GroupedPredictor(networks, SHAPE)
-    sizes, right = [], Ensemble.plan
-    monkeypatch.setattr(Ensemble, "plan", lambda self, batch: sizes.append(batch) or right(self, batch))
+    sizes: list[int] = []
+    right = Ensemble.plan
+    monkeypatch.setattr(Ensemble, "plan", lambda self, batch: untyped(sizes).append(batch) or right(self, batch))
     for round in range(3):
         expected = one_by_one(networks, split)
         check_close(f"round {round}", predictor(split, batch_size), expected, 1e-9)
@@ -109,7 +111,7 @@ def test_average_and_branches_take_the_launches_of_one_network():
     evaluator = Evaluator("fused", SHAPE)
     evaluator.student(student, images())
     _, predictor = evaluator.kept["student"]
-    (part,) = evaluated_parts(predictor)
+    (part,) = evaluated_parts(present(predictor))
     assert len(part.groups) == 4
     assert len(part.launches) == len(one.launches) > 5
     assert [launch.op for launch in part.launches] == [launch.op for launch in one.launches]
@@ -126,7 +128,7 @@ def test_students(kind, engine):
     if kind == "single":
         assert branches is None
     else:
-        check_close("branches", branches, predict(student, split), 1e-9)
+        check_close("branches", present(branches), predict(student, split), 1e-9)
     assert ("hydra" in evaluator.reason) == (kind == "hydra" and engine == "fused")
     assert (evaluator.kept.get("student", ([], None))[1] is not None) == (kind != "hydra" and engine == "fused")
 
@@ -147,7 +149,7 @@ def test_a_trainer_validates_again_and_again():
     for i in range(3):
         deployed, branches = evaluator.student(student, split)
         check_close(f"deployed {i}", deployed, predict(student.average(), split), 1e-9)
-        check_close(f"branches {i}", branches, predict(student, split), 1e-9)
+        check_close(f"branches {i}", present(branches), predict(student, split), 1e-9)
         seen.append(deployed)
         predictors.add(id(evaluator.kept["student"][1]))
         steps(step, 1)
@@ -181,7 +183,7 @@ def test_a_network_in_training_mode_is_the_one_it_is_in_evaluation():
     networks, split = [Auxiliary().double().train(), Auxiliary().double().eval()], images()
     predictor = GroupedPredictor(networks, SHAPE)
     check_close("both", predictor(split), one_by_one(networks, split), 1e-9)
-    assert len(evaluated_parts(predictor)) == 1
+    assert len(evaluated_parts(present(predictor))) == 1
 
 
 class Gated(nn.Module):
@@ -240,7 +242,7 @@ def test_kernels_in_the_interpreter():
     with use_kernels():
         deployed, branches = Evaluator("fused", (3, 5, 5)).student(student, split)
         (found,) = GroupedPredictor([other], (3, 5, 5))(split, batch_size=2)
-    check_close("branches", branches, expected, 1e-4)
+    check_close("branches", present(branches), expected, 1e-4)
     check_close("deployed", deployed, predict(student.average(), split), 1e-4)
     check_close("resnet", found, alone[0], 1e-4)
 

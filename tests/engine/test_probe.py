@@ -17,6 +17,7 @@ from fastensdistill.engine.probe import compared, construction
 from fastensdistill.errors import InputError
 from fastensdistill.network.trace import trace
 from tests.network import models
+from tests.untyped import untyped
 
 SIZE = (3, 8, 8)
 
@@ -156,7 +157,7 @@ def everything(net):
     modes = [m.training for m in net.modules()]
     flags = [p.requires_grad for p in net.parameters()]
     attributes = [sorted(vars(m)) for m in net.modules()]
-    generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    generators = torch.get_rng_state().tolist(), random.getstate(), untyped(np.random.get_state())[1].tolist()
     return state, (modes, flags, attributes, getattr(net, "seen", 0), generators)
 
 
@@ -241,7 +242,7 @@ def test_compared_once_and_again_when_anything_differs(monkeypatch):
         compared(copy.deepcopy(net), (3, 11, 11))
     assert len(runs) == 1
     compared(net, (3, 11, 11), trains=True)
-    net.drop_rate = 0.5
+    untyped(net).drop_rate = 0.5
     compared(net, (3, 11, 11))
     assert len(runs) == 3
     assert construction(net) is not None
@@ -265,4 +266,4 @@ def test_the_engine_raises_nothing_else():
     with pytest.raises(InputError, match=r"^Failing: cannot be traced after module '': 'mode'$"):
         compared(Failing(), SIZE)
     with pytest.raises(InputError, match=r"^Net: module 'p', operation 'p': TypeError: "):
-        compared(Net(lambda s, x: s.p(x), p=nn.MaxPool2d({2})), SIZE)
+        compared(Net(lambda s, x: s.p(x), p=nn.MaxPool2d(untyped({2}))), SIZE)

@@ -17,6 +17,7 @@ from tests.compare import check_close
 from tests.engine.cases import network, setting
 from tests.networks import tiny
 from tests.runs import StopAt, dataset, make
+from tests.untyped import untyped
 
 
 def stopped(out, step, **settings):
@@ -83,24 +84,27 @@ def test_everyone_who_reads_the_student_sees_the_current_weights():
     """The average, the state dict and the parameters themselves move with every step; nothing is written back."""
     trainer = make(engine="fused", perturbation="none", epochs=1)
     before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
-    average = trainer.student.average().state_dict()["stem.weight"].clone()
+    average = untyped(trainer.student).average().state_dict()["stem.weight"].clone()
     trainer.fit()
     after = trainer.student.state_dict()
     assert not torch.equal(before["module.stem.layer.weight"], after["module.stem.layer.weight"])
-    assert not torch.equal(average, trainer.student.average().state_dict()["stem.weight"])
+    assert not torch.equal(average, untyped(trainer.student).average().state_dict()["stem.weight"])
     assert int(after["module.bn.num_batches_tracked"]) == 5
-    flat = trainer.step.parameters.values
-    assert trainer.student.module.stem.layer.weight.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    flat = untyped(trainer.step).parameters.values
+    assert (
+        untyped(trainer.student).module.stem.layer.weight.untyped_storage().data_ptr()
+        == flat.untyped_storage().data_ptr()
+    )
 
 
 def test_weights_written_from_outside_are_used(tmp_path):
     """Loading a state dict between steps takes effect in the next one: nothing packed is kept over a step."""
     one, two = make(engine="fused", perturbation="none"), make(engine="fused", perturbation="none")
     images, labels = torch.rand(8, 3, 8, 8), torch.randint(4, (8,))
-    one.step(images, labels)
+    one.distil(images, labels)
     state = {k: v.clone() for k, v in two.student.state_dict().items()}
     one.student.load_state_dict(state)
-    check_close("loss", one.step(images, labels)["loss"], two.step(images, labels)["loss"], 0.0)
+    check_close("loss", one.distil(images, labels)["loss"], two.distil(images, labels)["loss"], 0.0)
 
 
 def test_the_choice_is_explained():

@@ -1,5 +1,7 @@
 """The check before a run: right kernels pass, a fault is found, and the engine is chosen accordingly."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE, Single
 from fastensdistill.method.teachers import Teachers
 from tests.networks import tiny
+from tests.untyped import untyped
 
 SHAPE = (3, 8, 8)
 
@@ -73,8 +76,8 @@ def test_a_fault_is_found_and_the_engine_chosen_accordingly(monkeypatch, fault, 
 
 def test_where_another_process_finds_a_fault_all_take_the_reference_engine(monkeypatch):
     monkeypatch.setattr(select, "choose_engine", lambda *a: EngineChoice("fused", "every layer has a kernel"))
-    asked = []
-    monkeypatch.setattr(select, "anyone", lambda trouble: asked.append(trouble) or "process 1 differs")
+    asked: list[Any] = []
+    monkeypatch.setattr(select, "anyone", lambda trouble: untyped(asked).append(trouble) or "process 1 differs")
     student, teachers, config = setting()
     config.engine = "auto"
     step, choice = select.distillation_step(student, teachers, config, SHAPE, 5)
@@ -127,4 +130,4 @@ def test_a_stop_is_no_error_of_the_check(monkeypatch, error):
 
     monkeypatch.setattr(select, "verify_distillation", stopped)
     with pytest.raises(error):
-        select.distillation_step(*setting(), SHAPE, 5)
+        untyped(select.distillation_step)(*setting(), SHAPE, 5)

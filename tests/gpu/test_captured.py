@@ -17,6 +17,7 @@ from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.validate import GroupedPredictor
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, network, setting, teach_setting
+from tests.untyped import untyped
 
 CUDA = torch.device("cuda")
 CASES = {
@@ -50,7 +51,7 @@ def loader(seed: int) -> DeviceLoader:
 
 
 def distil(case: str, capture: bool):
-    student, teachers, config = setting(dtype=torch.float32, precision="bf16", **CASES[case])
+    student, teachers, config = setting(dtype=torch.float32, precision="bf16", **untyped(CASES[case]))
     step = FusedStep(student.to(CUDA), teachers.to(CUDA), config, image_shape=(3, 6, 6), capture=capture)
     step.set_learning_rate(0.05)
     return student, step

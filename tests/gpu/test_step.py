@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bench.contenders import CONTENDERS, Engine, Gate, changes
-from bench.setting import METHODS, Setting, batches, make
+from bench.setting import METHODS, Distillation, Setting, Teaching, batches, make
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.teach import FusedTeachStep
+from tests.untyped import untyped
 
 CUDA = torch.device("cuda")
 CASES = [
@@ -21,10 +22,11 @@ CASES = [
 def fused(setting: Setting, capture: bool, precision: str = "bf16") -> Engine:
     problem = make(setting, CUDA).copy(torch.float32, precision)
     for module in problem.modules:
-        module.to(memory_format=torch.contiguous_format)
-    if problem.networks is not None:
+        untyped(module).to(memory_format=torch.contiguous_format)
+    if isinstance(problem, Teaching):
         shape = (3, setting.size, setting.size)
         return Engine(FusedTeachStep(problem.networks, problem.config, image_shape=shape, capture=capture), problem)
+    assert isinstance(problem, Distillation)
     return Engine(FusedStep(problem.student, problem.teachers, problem.config, capture=capture), problem)
 
 

@@ -31,6 +31,7 @@ from tests.network.cases import (
     state,
     student_gradients,
 )
+from tests.untyped import untyped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,7 +74,7 @@ def test_branches_of_a_student(model, size, batch):
     """K = 3 branches: shared statistics; dW, dr, ds and the shared BatchNorm's gradients through the rank-one fold."""
     plain = model(0)
     student = models.moved(LatentBE(plain, branches=3), 5).train()
-    network, own = trace(plain, (3, size, size)), state(student.module)
+    network, own = trace(plain, (3, size, size)), state(untyped(student).module)
     groups = [Group(f"S{k}", statistics="S", gradient="parameters") for k in range(3)]
     x, d = images(batch, size), random_logits(3, batch, network)
     buffers, weights = run_pass(network, groups, fold_branches(own, 3), [0, 1, 2], x, d)
@@ -81,9 +82,9 @@ def test_branches_of_a_student(model, size, batch):
     check_close("logits", buffers[network.output], logits, TOLERANCE)
     logits.backward(d)
     actual = student_gradients(own, network, 3, buffers)
-    for name, parameter in student.module.named_parameters():
+    for name, parameter in untyped(student).module.named_parameters():
         check_gradient(name, actual[name], parameter.grad)
-    check_running(weights, student.module)
+    check_running(weights, untyped(student).module)
 
 
 def test_teachers_of_another_architecture():

@@ -28,6 +28,7 @@ from fastensdistill.network.trace import trace
 from tests.compare import check_close
 from tests.network import models
 from tests.network.cases import student_gradients
+from tests.untyped import untyped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-4
@@ -58,7 +59,7 @@ class Networks:
         return models.moved(kind(CLASSES, blocks=blocks, in_planes=in_planes), seed).to(DEVICE, torch.float32)
 
     def states(self):
-        student = {name: value.detach() for name, value in self.student.module.state_dict().items()}
+        student = {name: value.detach() for name, value in untyped(self.student).module.state_dict().items()}
         return [teacher.state_dict() for teacher in self.teachers], fold_branches(student, K), student
 
 
