@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -12,6 +13,7 @@ from torch import nn
 
 from fastensdistill import cli, models
 from fastensdistill.data.sources import DATASETS
+from fastensdistill.method.perturbation import PERTURBATIONS
 from tests.runs import ROOT
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -65,6 +67,24 @@ def test_commands_in_the_documents_parse(line, monkeypatch, tmp_path):
             assert flag == "--help" or f'"{flag}"' in text, f"{module} has no {flag}"
 
 
+def test_the_package_imports_as_its_layers_say():
+    table = (ROOT / "docs/architecture.md").read_text().split("## Layers")[1].split("## Words")[0]
+    rows = [
+        re.findall(r"`(\w+)(?:/|\.py)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")
+    ]
+    rank = {name: i for i, row in enumerate(rows) for name in row}
+    package = ROOT / "fastensdistill"
+    assert set(rank) == {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()} - {
+        "__init__"
+    }
+    for path in package.rglob("*.py"):
+        here = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text()).body if here != "__init__" else ():
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastensdistill."):
+                there = node.module.split(".")[1]
+                assert rank[there] <= rank[here], f"{path.name} imports {node.module}, of a later layer"
+
+
 def test_a_model_is_one_file_and_one_row():
     rows = {name: getattr(build, "func", build) for name, build in models.MODELS.items()}
     ours = {cls for cls in rows.values() if isinstance(cls, type)}
@@ -88,8 +108,8 @@ def _arguments(cls: type) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("names", "home"),
-    [(DATASETS, "data/sources.py")],
-    ids=["data sets"],
+    [(DATASETS, "data/sources.py"), (PERTURBATIONS, "method/perturbation.py")],
+    ids=["data sets", "perturbations"],
 )
 def test_a_name_is_decided_on_in_one_file(names, home):
     """Nothing else in the package compares with it: the row is all there is."""

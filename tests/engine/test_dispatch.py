@@ -153,11 +153,8 @@ def test_a_shape_can_be_named_on_a_device(monkeypatch, tmp_path):
             if launch.op not in OPS:
                 continue
             node = part.network.by_name[launch.node]
-            own = launch.op == "conv" and (untyped(node).in_shape, node.shape, untyped(node).stride) == (
-                (4, 6, 6),
-                (4, 6, 6),
-                1,
-            )
+            geometry = (untyped(node).in_shape, node.shape, untyped(node).stride) if launch.op == "conv" else None
+            own = geometry == ((4, 6, 6), (4, 6, 6), 1)
             monkeypatch.setattr(halo_conv, "built", lambda arch=0: arch != 89)
             assert table.implementation(part, launch, 90) == ("cuda" if own else "triton")
             assert table.implementation(part, launch, 80) == "triton"
