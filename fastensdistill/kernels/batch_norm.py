@@ -188,9 +188,7 @@ def _launch_apply(o):
         p_mask=bits if o.mask else None,
         N=images,
         s_scale=row_stride(o.scale),
-        H=height,
-        W=width,
-        C=channels,
+        **sizes("H W C", o.z),
         **sizes("HR WR CR", o.residual),
     )
     return y, bits

@@ -78,31 +78,12 @@ def elementwise_gradient_reference(d: Tensor, o: GradientEpilogue) -> tuple[Tens
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def elementwise_gradient_kernel(
-    p_d,
-    p_residual,
-    p_mask,
-    p_scale,
-    p_z,
-    p_mean,
-    p_inv_std,
-    p_out,
-    p_sums,
-    N,
-    n_partials,
-    s_scale,
-    s_mean,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HR: tl.constexpr,
-    WR: tl.constexpr,
-    CR: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    RESIDUAL_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_d, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_sums,
+    N, n_partials, s_scale, s_mean,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(1)
     i_g = tl.program_id(2).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, sizes, tl, triton
 from fastensdistill.kernels.operands import accumulator, check_tensor, out_size, require
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import rows_tile
@@ -147,7 +147,7 @@ def _empty_backward(o):
 
 def _launch_windows(kernel, o, x, y, written, **pointers):
     """Launch over the positions of ``written``: of the input ``x`` or of the output ``y`` of the windows."""
-    groups, images, height, width, channels = x.shape
+    groups, images, *_, channels = x.shape
     tile = rows_tile(channels)
     launch(
         kernel,
@@ -155,9 +155,7 @@ def _launch_windows(kernel, o, x, y, written, **pointers):
         tile,
         o,
         N=images,
-        H=height,
-        W=width,
-        C=channels,
+        **sizes("H W C", x),
         HO=y.shape[2],
         WO=y.shape[3],
         **pointers,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.kernels.both import values
+
 
 class Case(NamedTuple):
     name: str
@@ -29,6 +31,7 @@ class Case(NamedTuple):
         return {"kernel": self.kernel, "stride": self.stride, "padding": self.padding}
 
 
+SLOTS = 3
 F32, F16 = torch.float32, torch.float16
 CASES = [
     Case("round", 2, 2, 8, 8, 16, 16, 3, 1, 1, F32),
@@ -55,3 +58,11 @@ STEMS = [
 ]
 each_conv = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 each_stem = pytest.mark.parametrize("case", STEMS, ids=lambda c: c.name)
+
+
+def operands(case: Case, slots: int = SLOTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weights of ``slots`` slots, and a map from groups to slots that repeats and skips some."""
+    x = values(case.groups, case.images, case.height, case.width, case.channels, dtype=case.dtype)
+    scale = (case.kernel**2 * case.channels) ** -0.5
+    weight = values(slots, case.kernel**2, case.channels, case.out_channels, dtype=case.dtype, scale=scale)
+    return x, weight, torch.tensor([(2 * g + 2) % slots for g in range(case.groups)], dtype=torch.int32)

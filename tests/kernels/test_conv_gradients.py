@@ -11,8 +11,7 @@ from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.kernels.tiles import Tile
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, values
-from tests.kernels.convs import CASES, STEMS, Case, each_conv, each_stem
-from tests.kernels.test_grouped_conv import SLOTS, operands
+from tests.kernels.convs import CASES, SLOTS, STEMS, Case, each_conv, each_stem, operands
 
 
 def _output_gradient(case: Case) -> torch.Tensor:

@@ -18,8 +18,8 @@ import torch
 from fastensdistill.kernels import extension, halo_conv
 from tests.kernels import rows
 from tests.kernels.emulation import OPS, call
-from tests.kernels.test_halo_conv import CASES, epilogues, gradient_epilogues
-from tests.kernels.test_halo_conv import operands as halo_operands
+from tests.kernels.halos import CASES, epilogues, gradient_epilogues
+from tests.kernels.halos import operands as halo_operands
 
 ROOT = Path(__file__).parents[2]
 FIRST = {  # the operand whose device the others have to be on

@@ -7,17 +7,7 @@ from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.reference import pack_mask, unpack_mask
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, TOLERANCE, check_op, run_kernel, values
-from tests.kernels.convs import CASES, Case, each_conv, each_stem
-
-SLOTS = 3
-
-
-def operands(case: Case, slots: int = SLOTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weights of ``slots`` slots, and a map from groups to slots that repeats and skips some."""
-    x = values(case.groups, case.images, case.height, case.width, case.channels, dtype=case.dtype)
-    scale = (case.kernel**2 * case.channels) ** -0.5
-    weight = values(slots, case.kernel**2, case.channels, case.out_channels, dtype=case.dtype, scale=scale)
-    return x, weight, torch.tensor([(2 * g + 2) % slots for g in range(case.groups)], dtype=torch.int32)
+from tests.kernels.convs import CASES, SLOTS, Case, each_conv, each_stem, operands
 
 
 @each_conv

@@ -24,7 +24,7 @@ from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
 from fastensdistill.kernels.grouped_conv import ConvOperands, ConvOutput, conv_output
 from fastensdistill.kernels.ops import present
 from tests.kernels.emulation import both_ways, compiler, library
-from tests.kernels.test_halo_conv import (
+from tests.kernels.halos import (
     CASES,
     FEW,
     by_name,
