@@ -96,7 +96,7 @@ class DistillConfig(TrainConfig):
     branches: int | None = setting(None, least=1, most=1000)
     """K, the student's branches; branch k learns from teacher k mod M. Unset: as many as there are teachers."""
     perturbation: str = setting("tdiv-sdiv", choices=tuple(PERTURBATIONS))
-    """none, gaussian, ods, confods, tdiv or tdiv-sdiv."""
+    """How images are nudged before the networks see them (docs/method.md, Perturbation)."""
     step_size: float = setting(1 / 255, least=0, most=1)
     """ε: root-mean-square size of the perturbation, of pixels in [0, 1]."""
     temperature: float = setting(4.0, above=0, most=1e6)

@@ -69,13 +69,8 @@ class PartRun:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     add: bool = False
 
-    @property
-    def groups(self) -> int:
-        return len(self.part.groups)
-
-    @property
-    def precision(self) -> str:
-        return self.execution.precision
+    def __post_init__(self) -> None:
+        self.groups, self.precision = len(self.part.groups), self.execution.precision
 
     def node(self, name: str) -> Node:
         return self.part.network.by_name[name]

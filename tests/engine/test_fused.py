@@ -15,6 +15,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method import perturbation
+from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
 from tests import parity
@@ -86,12 +87,8 @@ def test_a_fault_is_seen(monkeypatch, fault):
 
 ODD = {"teacher": models.odd, "student": models.odd}
 CASES = {
-    "tdiv-sdiv": {},
-    "none": {"perturbation": "none"},
-    "gaussian": {"perturbation": "gaussian"},
-    "ods": {"perturbation": "ods", "M": 3},
-    "confods": {"perturbation": "confods", "alpha": 0.9},
-    "tdiv": {"perturbation": "tdiv", "M": 3},
+    **{name: {"perturbation": name, "M": 3} for name in PERTURBATIONS},
+    "two teachers": {"alpha": 0.9},
     "batch-ensemble": {"kind": "batch-ensemble", "alpha": 0.5, "temperature": 2.0},
     "single, mean of 3 teachers": {"kind": "single", "K": 1, "M": 3, "perturbation": "ods"},
     "hydra": {"kind": "hydra", "M": 3, "K": 3},
