@@ -149,10 +149,8 @@ class Watch:
         for kind, names in (("given", given), (launch.op, launch.writes)):
             for name in names:
                 told.add(name)
-                if name in gradients and name not in buffers:
-                    self._buffer((place.where, place.index, kind, launch.node), name, gradients[name].clone())
-                else:  # None for running estimates, which are told below
-                    self._buffer((place.where, place.index, kind, launch.node), name, buffers.get(name))
+                value = buffers[name] if name in buffers else gradients[name].clone()
+                self._buffer((place.where, place.index, kind, launch.node), name, value)
         if launch.op == "norm statistics":
             norm = place.weights.norms[launch.node]
             for name in ("running_mean", "running_var"):

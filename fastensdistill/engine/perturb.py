@@ -20,7 +20,7 @@ from fastensdistill.engine.plain import PlainStudent
 from fastensdistill.method.perturbation import Direction, Pair, Perturbation
 from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.nodes import Network
-from fastensdistill.network.plan import plan
+from fastensdistill.network.plan import drawn_groups, plan
 
 
 def evaluated_branches(
@@ -60,10 +60,7 @@ class FusedPerturbation:
             numbers = [[perturbation.member(name, pair) for name in self.branch_members] for pair in choices]
             self.drawn_branches = torch.tensor(numbers, device=branches.values.device)
         networks = [*teachers.networks, *([branches.part.network] if branches else [])]
-        groups = [
-            Group(name, self._network(name, choices[0]), gradient="input" if name in differentiated else None)
-            for name in members
-        ]
+        groups = drawn_groups(members, differentiated, lambda name: self._network(name, choices[0]))
         forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
         gradient = {part.network: part for part in backward}
         self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)

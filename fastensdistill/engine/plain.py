@@ -27,6 +27,7 @@ from fastensdistill.method.student import BatchEnsemble, Hydra, LatentBE, MultiH
 from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import branch_groups
 
 
 class PlainStudent:
@@ -57,7 +58,7 @@ class PlainStudent:
 
     def training_groups(self) -> list[Group]:
         """Its groups of the pass that trains it, where BatchNorm's statistics are over all of them."""
-        return [Group(f"S{k + 1}", 0, "S", "parameters") for k in range(self.groups)]
+        return branch_groups(self.groups)
 
     def classes(self, network: Network) -> int:
         """Of a branch, given the traced architecture."""

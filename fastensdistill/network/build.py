@@ -24,6 +24,7 @@ class Head:
 
     @property
     def absorbed(self) -> set[str]:
+        """The nodes of this launch."""
         return {node.name for node in (self.linear, self.pool, self.relu, self.norm) if node}
 
 

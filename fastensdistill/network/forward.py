@@ -11,7 +11,6 @@ from fastensdistill.network.launch import (
     index,
     mask,
     pooled,
-    running,
     statistics,
     sums,
 )
@@ -157,8 +156,7 @@ class Forward(Builder):
         if norm.name not in self.summed:
             self.launch("norm sums", norm, [norm.inputs[0]], [self.sums_buffer(sums(norm.name), norm.name)])
         batch = self.buffer(statistics(norm.name), (2, channels), FLOAT, self.part.sets)
-        moved = self.buffer(running(norm.name), (2, channels), FLOAT, self.part.sets)
-        self.launch("norm statistics", norm, [sums(norm.name)], [batch, moved])
+        self.launch("norm statistics", norm, [sums(norm.name)], [batch])
 
     def finish_head(self) -> None:
         """The last layer, with the pooling, ReLU and BatchNorm before it."""

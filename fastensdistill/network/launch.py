@@ -29,7 +29,6 @@ Their names are made by the functions below and nowhere else:
     sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
     grad_sums(NORM)   (rows, 2, C)           partial sums of a gradient and of its product with the normalised input
     statistics(NORM)  per set                the batch's mean and 1/std, scale and shift, float32
-    running(NORM)     per set                running mean and variance, moved in place in the weights
 """
 
 from __future__ import annotations
@@ -91,16 +90,6 @@ def is_sums(name: str) -> bool:
 def statistics(norm: str) -> str:
     """A batch's own statistics."""
     return f"{norm}.statistics"
-
-
-def running(norm: str) -> str:
-    """The running statistics after the batch."""
-    return f"{norm}.running"
-
-
-def is_running(name: str) -> bool:
-    """Whether ``name`` are running statistics, which the weights hold."""
-    return name.endswith(".running")
 
 
 RULES = (

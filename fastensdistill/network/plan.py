@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fastensdistill.errors import InputError, unknown
@@ -21,6 +21,7 @@ class Plan:
 
     @property
     def launches(self) -> list[Launch]:
+        """Of all parts."""
         return [launch for part in self.parts for launch in part.launches]
 
     @property
@@ -30,6 +31,7 @@ class Plan:
 
     @property
     def nbytes(self) -> float:
+        """What has to be moved, for the whole batch."""
         return sum(launch.nbytes for launch in self.launches)
 
 
@@ -69,6 +71,7 @@ def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, b
 
 
 def check(part: Part) -> None:
+    """Raise InputError for groups that no part can run together."""
     names = ", ".join(group.name for group in part.groups)
     if part.training and part.network.dropout:
         raise InputError(
@@ -83,6 +86,19 @@ def check(part: Part) -> None:
 Passes = dict[str, tuple[list[Group], str]]
 
 
+def branch_groups(branches: int, network: int = 0) -> list[Group]:
+    """The branches of a student in training, which have BatchNorm's statistics together."""
+    return [Group(f"S{k + 1}", network, "S", "parameters") for k in range(branches)]
+
+
+def drawn_groups(members: Iterable[str], differentiated: Collection[str], network: Callable[[str], int]) -> list[Group]:
+    """The members that a perturbation evaluates; through the ``differentiated`` goes the images' gradient.
+
+    ``network`` gives the index of a member's network.
+    """
+    return [Group(name, network(name), gradient="input" if name in differentiated else None) for name in members]
+
+
 def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
     """The passes of one distillation step, name → groups and direction (Nam et al., ICML 2022, section 3).
 
@@ -91,12 +107,8 @@ def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", s
     if perturbation not in PERTURBATIONS:
         raise unknown("perturbation", perturbation, PERTURBATIONS)
     row = PERTURBATIONS[perturbation]
-    drawn = [
-        Group(name, student if name[0] == "S" else 0, gradient="input" if name in row.differentiated else None)
-        for name in row.members
-    ]
-    distillation = [Group(f"T{m + 1}", 0) for m in range(teachers)]
-    distillation += [Group(f"S{k + 1}", student, "S", "parameters") for k in range(branches)]
+    drawn = drawn_groups(row.members, row.differentiated, lambda name: student if name[0] == "S" else 0)
+    distillation = [*(Group(f"T{m + 1}", 0) for m in range(teachers)), *branch_groups(branches, student)]
     before: Passes = {
         "perturbation, forward": (drawn, "forward"),
         "perturbation, input gradient": (drawn, "backward"),

@@ -57,6 +57,7 @@ USUAL_POOL = {"dilation": 1, "ceil_mode": False, "return_indices": False, "divis
 
 
 def settings(values: Mapping[str, Any]) -> str:
+    """As one writes them in Python."""
     return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
@@ -73,6 +74,7 @@ class Reader:
         self.where, self.operation = "", ""
 
     def read(self, graph: fx.Graph) -> Network:
+        """The whole graph. Raises InputError, naming the module and the operation, for what cannot be planned."""
         output = ""
         for op in graph.nodes:
             self.where = next(reversed(op.meta.get("nn_module_stack") or {"": None}))
@@ -96,18 +98,21 @@ class Reader:
         return network
 
     def refuse(self, why: str) -> InputError:
+        """The error to raise about the operation at hand."""
         where = self.where.partition("@")[0]  # the recorder counts the calls of a module
         place = f"module {where!r}" if where else "the outermost module"
         kind = type(self.module).__name__
         return InputError(f"{kind}: {place}, operation {self.operation!r}: {why}")
 
     def put(self, op: fx.Node, node: Node, flat: bool = False) -> None:
+        """The operation computes a new ``node``, whose value is flattened or an image."""
         self.nodes[node.name] = node
         self.values[op] = node.name
         if flat:
             self.flat.add(op)
 
     def alias(self, op: fx.Node, source: fx.Node, flat: bool | None = None) -> None:
+        """The operation changes nothing but, perhaps, whether the value is flattened."""
         self.values[op] = self.values[source]
         if source in self.flat if flat is None else flat:
             self.flat.add(op)
@@ -123,6 +128,7 @@ class Reader:
         return source, name, self.nodes[name].shape
 
     def free_name(self, base: str) -> str:
+        """``base``, with a number where there is such a node already."""
         name, count = base, 1
         while name in self.nodes:
             count += 1
@@ -130,6 +136,7 @@ class Reader:
         return name
 
     def layer(self, op: fx.Node, layer: nn.Module) -> None:
+        """The call of a module of ``LEAVES``."""
         path = str(op.target)
         if path in self.nodes and isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             why = "a layer with parameters is used twice" if path != INPUT else "has the name of the image"
@@ -166,6 +173,7 @@ class Reader:
             self.alias(op, source)
 
     def function(self, op: fx.Node) -> None:
+        """The call of one of ``FUNCTIONS``, which may be a tensor's method."""
         target = op.target
         if target not in FUNCTIONS:
             raise self.refuse("is not an operation of the fast path")
@@ -206,12 +214,14 @@ class Reader:
             self.drop(op, name, given.get("p", 0.5), given.get("training", True))
 
     def relu(self, op: fx.Node, name: str, in_place: bool) -> None:
+        """A ReLU of whatever shape."""
         source, value, shape = self.source(op)
         self.put(op, Activation(name, (value,), shape), flat=source in self.flat)
         if in_place:
             self.in_place.append(name)
 
     def convolution(self, op: fx.Node, layer: nn.Conv2d, name: str, value: str, shape: Shape) -> None:
+        """A plain, square convolution of ``value``."""
         kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
         wrong = {key: getattr(layer, key) for key, usual in USUAL_CONV.items() if getattr(layer, key) != usual}
         sizes = {"kernel_size": kernel, "stride": stride, "padding": padding}
@@ -226,6 +236,7 @@ class Reader:
         self.put(op, Conv(name, (value,), out, shape, layer.bias is not None, k, s, p))
 
     def out_size(self, shape: Shape, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+        """Height and width after windows of ``kernel`` have gone over an image of ``shape``."""
         height, width = ((size + 2 * padding - kernel) // stride + 1 for size in shape[1:])
         if min(height, width) < 1:
             raise self.refuse(f"a window of {kernel} does not fit into an image of {shape[1]}x{shape[2]}")
@@ -250,6 +261,7 @@ class Reader:
         self.put(op, Pool(name, (value,), (shape[0], *self.out_size(shape, k, s, p)), kind, shape, k, s, p))
 
     def adaptive(self, op: fx.Node, name: str, size: Any) -> None:
+        """The mean over as many windows as make ``size``; nothing where that is the size at hand."""
         source, value, shape = self.source(op, image=True)
         sizes = tuple(size) if isinstance(size, tuple | list) else (size, size)
         height, width = (have if want is None else int(want) for want, have in zip(sizes, shape[1:], strict=True))
@@ -259,12 +271,14 @@ class Reader:
             self.put(op, Pool(name, (value,), (shape[0], height, width), "adaptive", shape))
 
     def flatten(self, op: fx.Node, start: int, end: int) -> None:
+        """Channels, height and width as one dimension."""
         source, _, _ = self.source(op)
         if start != 1 or end not in (-1, 3):
             raise self.refuse("flattens other dimensions than channels, height and width")
         self.alias(op, source, flat=True)
 
     def drop(self, op: fx.Node, name: str, p: float, active: bool) -> None:
+        """Dropout, which does nothing in evaluation mode; what would drop values in training is noted."""
         self.alias(op, self.source(op)[0])
         if p > 0 and active and not self.training:
             raise self.refuse(f"drops values with p={p} in evaluation mode too")
@@ -272,6 +286,7 @@ class Reader:
             self.dropout.append(name)
 
     def batch_norm(self, op: fx.Node, layer: nn.BatchNorm2d, name: str, value: str, shape: Shape) -> None:
+        """BatchNorm with all it can have, in the mode of the whole network."""
         settled = {"track_running_stats": layer.track_running_stats, "affine": layer.affine}
         wrong: dict[str, Any] = {key: has for key, has in settled.items() if not has}
         tensors = ("weight", "bias", "running_mean", "running_var", "momentum")
@@ -289,6 +304,7 @@ class Reader:
         self.put(op, Norm(name, (value,), shape, layer.eps, layer.momentum, unbiased))
 
     def weighs(self, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d, expected: tuple[int, ...]) -> None:
+        """Refuse a weight whose shape is not ``expected``."""
         if tuple(layer.weight.shape) != expected:
             raise self.refuse(f"its weight has shape {tuple(layer.weight.shape)}; expected {expected}")
 

@@ -13,6 +13,7 @@ from fastensdistill.network.trace import trace
 
 
 def line(op: str, node: str, shape: str, before: str, after: str, numbers: str) -> str:
+    """One row of the table."""
     return f"{op:18} {node:26} {shape:>12}  {before:12} {after:50} {numbers}"
 
 
@@ -37,6 +38,7 @@ def rows(part: Part, gpu: Gpu) -> Iterator[str]:
 
 
 def numbers(launches: list[Launch], gpu: Gpu) -> str:
+    """GFLOP, MB, and the least microseconds on ``gpu``, of all ``launches`` together."""
     flops, nbytes = sum(launch.flops for launch in launches), sum(launch.nbytes for launch in launches)
     least = sum(gpu.least_time(launch) for launch in launches)
     return f"{flops / 1e9:8.2f} {nbytes / 1e6:8.2f} {least * 1e6:7.1f}"

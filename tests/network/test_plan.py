@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from fastensdistill.engine.planned_ops import OPS
 from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
+from fastensdistill.network.backward import FUSIONS as GRADIENT_FUSIONS
+from fastensdistill.network.forward import FUSIONS
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Conv, Network
@@ -13,6 +16,7 @@ from fastensdistill.network.plan import plan, plan_step, step_groups, teach_grou
 from fastensdistill.network.table import print_plan
 from fastensdistill.network.trace import trace
 from tests.network import models
+from tests.network.cases import CASES
 
 
 def network(name: str, size: int = 32) -> Network:
@@ -189,3 +193,15 @@ def test_printed_table(capsys):
     assert shortcut[:3] == ["conv", "groups.0.0.shortcut", "32x32x64"]
     assert any("37.20 GFLOP = 22.00 F" in line for line in lines)
     assert any(line.startswith("least time on H200 (790 TFLOP/s bf16, 4.30 TB/s") for line in lines)
+
+
+def test_every_op_of_a_plan_can_be_run():
+    """A layer's five files: what the planners emit and fuse is in the engine's table, and tests run each op of it."""
+    assert {*FUSIONS, *GRADIENT_FUSIONS} <= set(OPS)
+    used = set()
+    for model, size, batch in (case.values for case in CASES):
+        net = trace(model(), (3, size, size))
+        for group in (Group("T", gradient="input"), Group("S", 0, "S", "parameters")):
+            for way in ("forward", "backward"):
+                used.update(launch.op for launch in plan([net], [group], way, batch).launches)
+    assert used == set(OPS)
