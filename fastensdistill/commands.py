@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name
 from fastensdistill.errors import InputError
@@ -15,6 +15,9 @@ from fastensdistill.files import expanded
 from fastensdistill.models import check_name
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from fastensdistill.data.sources import Dataset
 
 
 @dataclass
@@ -171,7 +174,7 @@ def evaluate(run: EvaluateRun) -> None:
     if run.out is not None:
         comparison.check_writable(run.out)
     asked, line = choose_data(run, origins(run.paths, run.unfinished))
-    data, notes = asked.load(), list[str]()
+    data, notes = load_data(asked), list[str]()
     foreign = runs.Foreign(run.model, run.mean, run.std)
     candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
@@ -208,7 +211,7 @@ def export(run: ExportRun) -> None:
     [given] = origins([path], run.unfinished)
     comparison.check_writable(run.out)
     asked, line = choose_data(run, [given])
-    data, file, card = asked.load(), given.files[0], given.card
+    data, file, card = load_data(asked), given.files[0], given.card
     network = runs.Foreign(run.model, run.mean, run.std).load(file, 0, 1, data)
     data = for_networks(data, [network])
     order, notes = check_card(card, data, file)
@@ -258,7 +261,17 @@ def plan(run: PlanRun) -> None:
         print(f"graph nodes not counted: {error}")
 
 
-def prepare(run: Any) -> Any:
+def load_data(settings: DataConfig) -> Dataset:
+    """The data set that ``settings`` name; digits where they name none."""
+    from fastensdistill.data.sources import load_dataset
+
+    return load_dataset(
+        settings.data or "digits", root=settings.root, limit=settings.limit, validation=settings.validation,
+        image_size=settings.image_size,
+    )  # fmt: skip
+
+
+def prepare(run: Any) -> Dataset:
     """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
     from fastensdistill.data.sources import DATASETS
     from fastensdistill.train.setup import check_tf32, choose_device
@@ -268,7 +281,7 @@ def prepare(run: Any) -> Any:
         run.data = str(expanded(run.data).resolve())
     if run.root is not None:
         run.root = str(expanded(run.root).resolve())
-    return run.load()
+    return load_data(run)
 
 
 def record_model(run: Any, network: Any) -> None:

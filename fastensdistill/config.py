@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
 from fastensdistill.method.perturbation import PERTURBATIONS
@@ -131,13 +130,6 @@ class DataConfig(Settings):
         super().__post_init__()
         if self.data is not None and self.data.startswith("~"):
             self.data = str(expanded(self.data))
-
-    def load(self) -> Dataset:
-        """The data set that these settings name, digits if none. Raises InputError as ``load_dataset`` does."""
-        name = self.data or "digits"
-        return load_dataset(
-            name, root=self.root, limit=self.limit, validation=self.validation, image_size=self.image_size
-        )
 
 
 @dataclass

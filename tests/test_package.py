@@ -1,8 +1,11 @@
 """The package: cheap to import, never touches a device by being imported, every public name there and documented."""
 
+import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,75 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name():
     for name, home in fed._HOME_OF.items():
         assert getattr(fed, name) is getattr(importlib.import_module(f"fastensdistill.{home}"), name), name
     assert callable(fed.evaluate.evaluate)
+
+
+PACKAGE = Path(fed.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# On import; what a function imports when it is called does not count
+MAY_NOT_IMPORT = {
+    "config": ("data", "engine", "evaluate", "train", "cli", "commands"),
+    "engine": ("data", "evaluate", "train", "cli", "commands"),
+    "method": ("data", "engine", "evaluate", "train", "cli", "commands"),
+    "network": ("data", "engine", "evaluate", "train", "cli", "commands"),
+    "kernels": ("data", "engine", "evaluate", "train", "cli", "commands", "method", "network"),
+}
+
+
+def imported(module: str) -> set[str]:
+    """The package's modules that ``module`` imports when it is imported."""
+    found: set[str] = set()
+    for node in statements(ast.parse(MODULES[module].read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(MODULES)
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those that run on import, those of classes and branches too, but not what is for the type checker alone."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from statements(node.orelse)
+        elif not isinstance(node, ast.FunctionDef):
+            yield from statements([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+
+
+@pytest.mark.parametrize("folder", MAY_NOT_IMPORT)
+def test_who_imports_whom(folder):
+    root = f"{fed.__name__}."
+    inside = [name for name in MODULES if f"{name}.".startswith(f"{root}{folder}.")]
+    assert inside
+    for name in inside:
+        above = tuple(f"{root}{other}." for other in MAY_NOT_IMPORT[folder])
+        assert [other for other in imported(name) if f"{other}.".startswith(above)] == [], name
+
+
+def test_config_and_engine_load_no_images():
+    """Nor does anything that they import."""
+    modules = [name for name in MODULES if name.startswith(f"{fed.__name__}.engine.")]
+    program = f"""
+import sys, {", ".join(modules)}, fastensdistill.config
+found = [name for name in sys.modules if name.startswith(("PIL.", "fastensdistill.data"))]
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_import_cycle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"import cycle: {' → '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            for other in imported(name) - {name}:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
