@@ -1,6 +1,7 @@
 """The peak that is printed before a run, against what a step on the meta device allocates, and against the plan."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,8 @@ def test_launches_and_bytes_are_the_plans(capsys):
     assert training.buffers == len(written)
     plain = sum(forward.buffers[n].nbytes for n in written if not is_sums(n))
     assert plain < training.total < 1.05 * plain  # partial sums are the rest
-    live, elsewhere = {}, set(step.trained.gradients)
+    live: dict[str, Any] = {}
+    elsewhere = set(step.trained.gradients)
     for (name, part), dead in zip(list(parts.items())[-2:], step.trained.dead, strict=True):
         for launch, gone, (op, layer, size) in zip(part.launches, dead, passes[name].rows, strict=True):
             live |= {n: part.buffers[n].nbytes for n in launch.writes if not is_running(n) and n not in elsewhere}

@@ -52,7 +52,7 @@ def _build(library: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, SOURCES))
-    link = [f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-o", library]
+    link = [f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-o", str(library)]
     subprocess.run([compiler(), "-shared", *objects, *link], check=True)
 
 

@@ -14,6 +14,7 @@ from fastensdistill.kernels.reference import pack_mask, pick
 from tests.compare import check_close
 from tests.kernels.both import values
 from tests.kernels.rounding import rounding
+from tests.untyped import untyped
 
 BF16 = torch.bfloat16
 SLOTS = 3
@@ -121,7 +122,7 @@ def check_forward(actual: ConvOutput, x: Tensor, weight: Tensor, slots: Tensor, 
         assert torch.equal(actual.mask, pack_mask(z > 0))
     if actual.statistics is not None:
         rest = actual.z.double() - pick(options["center"], slots)
-        tile = list(halo.halo_tile(*x.shape[1:4], weight.shape[3]))
+        tile = list(untyped(halo.halo_tile)(*x.shape[1:4], weight.shape[3]))
         sums = torch.stack([halo._tile_sums(rest, tile), halo._tile_sums(rest.square(), tile)], 2)
         check_close("statistics", actual.statistics, sums, 1e-5)
 
@@ -132,7 +133,7 @@ def check_gradient(actual: DataGradient, d: Tensor, weight: Tensor, slots: Tenso
     assert (actual.statistics is None) == (expected.statistics is None)
     if actual.statistics is not None:
         wide, standard = actual.d.double(), options["z"].double() - pick(options["mean"], slots)
-        tile = list(halo.halo_tile(*d.shape[1:4], weight.shape[3]))
+        tile = list(untyped(halo.halo_tile)(*d.shape[1:4], weight.shape[3]))
         product = wide * standard * pick(options["inv_std"], slots)
         sums = torch.stack([halo._tile_sums(wide, tile), halo._tile_sums(product, tile)], 2)
         check_close("statistics", actual.statistics, sums, 1e-5)

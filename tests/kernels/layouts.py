@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.kernels.layout import Layout
+from tests.untyped import untyped
 
 # id: (K, plain, [(name, weight shape, bias)]) — why
 CASES = {
@@ -20,7 +21,7 @@ CASES = {
 
 
 def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
-    K, plain, weights = CASES[case]
+    K, plain, weights = untyped(CASES[case])
     layout = Layout.build(weights, plain, slots or K)
     g = torch.Generator().manual_seed(K + plain + layout.size)
 

@@ -57,7 +57,9 @@ def build(folder: str | Path, arch: str = "90a", *, host: bool = False) -> Path:
     objects = [folder / f"{source.name}.{backend}.o" for source in sources]
 
     def compile(source: Path, output: Path) -> None:
-        subprocess.run([*command, "-std=c++17", f"-I{ROOT / 'csrc'}", "-c", source, "-o", output], check=True)
+        subprocess.run(
+            [*map(str, command), "-std=c++17", f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(output)], check=True
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile, sources, objects))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,8 +47,13 @@ def test_a_launch_that_is_not_done_leaves_its_result_unwritten():
 
 @pytest.mark.parametrize("ops", [(), ("grouped_conv",)], ids=["all", "by name"])
 def test_ops_kept_to_their_references_launch_nothing(ops):
-    launches = []
-    with around_launches(lambda launch, do: launches.append(launch) or do(launch)):
+    launches: list[Any] = []
+
+    def noted(launch: Any, do: Any) -> None:
+        launches.append(launch)
+        do(launch)
+
+    with around_launches(noted):
         with references_only(*ops):
             kept = conv()
         assert not launches
@@ -56,14 +63,19 @@ def test_ops_kept_to_their_references_launch_nothing(ops):
 
 
 def test_half_the_columns_compute_the_same_with_more_programs():
-    grids = []
+    grids: list[Any] = []
 
     def halved(kernel, shape, tile):
         assert (kernel, shape[:2]) == ("conv", (16, 32))
         return tile._replace(BLOCK_N=16)
 
     exact = conv()
-    with around_launches(lambda launch, do: grids.append((launch.grid, launch.arguments["BLOCK_N"])) or do(launch)):
+
+    def noted(launch: Any, do: Any) -> None:
+        grids.append((launch.grid, launch.arguments["BLOCK_N"]))
+        do(launch)
+
+    with around_launches(noted):
         with changed_tiles(halved):
             torch.testing.assert_close(conv(), exact)
         with changed_tiles(lambda kernel, shape, tile: tile._replace(BLOCK_N=32)):

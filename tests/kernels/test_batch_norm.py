@@ -11,6 +11,7 @@ from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.models.layers import BatchNorm2d
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, each_dtype, each_shape, each_sharing, values
+from tests.untyped import present, untyped
 
 
 def _rows(sets: int, channels: int, seed: int) -> torch.Tensor:
@@ -58,7 +59,7 @@ def test_backward(shape, shared, dtype):
     count = positions * groups // sets
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **options)
     more = {"residual": residual, **options}
-    check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **more)
+    check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **untyped(more))
 
 
 @each_sharing
@@ -75,11 +76,11 @@ def test_whole_layer_is_the_papers_batch_norm(shared):
         for mine, theirs in zip(
             parameters, (layer.weight, layer.bias, layer.running_mean, layer.running_var), strict=True
         ):
-            theirs.data.copy_(mine[q])
+            present(theirs).data.copy_(mine[q])
 
     result = grouped_conv(x, kernels, slots, kernel=3, padding=1, center=running_mean)
     count = images * size * size * groups // sets
-    statistics = batch_norm_statistics(result.statistics, count, *parameters)
+    statistics = batch_norm_statistics(present(result.statistics), count, *parameters)
     y = batch_norm_apply(result.z, statistics.scale, statistics.shift, mask=True)
 
     z = result.z.clone().requires_grad_()
@@ -87,13 +88,15 @@ def test_whole_layer_is_the_papers_batch_norm(shared):
     expected = [F.relu(layer(part.permute(0, 3, 1, 2))) for layer, part in zip(layers, together, strict=True)]
     expected_y = torch.stack(expected).permute(0, 1, 3, 4, 2).reshape(z.shape)
     check_close("y", y.y, expected_y, 1e-12)
-    check_close("running mean", running_mean, torch.stack([layer.running_mean for layer in layers]), 1e-12)
-    check_close("running variance", running_var, torch.stack([layer.running_var for layer in layers]), 1e-12)
+    check_close("running mean", running_mean, torch.stack([present(layer.running_mean) for layer in layers]), 1e-12)
+    check_close("running variance", running_var, torch.stack([present(layer.running_var) for layer in layers]), 1e-12)
 
     d = values(*z.shape, seed=9).double()
     grads = torch.autograd.grad(expected_y, [z, *[p for layer in layers for p in (layer.weight, layer.bias)]], d)
     sums = elementwise_gradient(d, z=result.z, mean=statistics.mean, inv_std=statistics.inv_std, mask=y.mask)
-    out_ = batch_norm_backward(sums.d, result.z, sums.statistics, count, weight, statistics.mean, statistics.inv_std)
+    out_ = batch_norm_backward(
+        sums.d, result.z, present(sums.statistics), count, weight, statistics.mean, statistics.inv_std
+    )
     check_close("dz", out_.d, grads[0], 1e-10)
     check_close("dγ", out_.d_weight, torch.stack(grads[1::2]), 1e-10)
     check_close("dβ", out_.d_bias, torch.stack(grads[2::2]), 1e-10)
@@ -107,7 +110,7 @@ def test_variance_survives_a_large_mean():
     center = torch.full((1, 16), 1e4)
     sums = grouped_conv(z, identity, torch.zeros(1, dtype=torch.int32), kernel=1, center=center).statistics
     ones = torch.ones(1, 16)
-    statistics = batch_norm_statistics(sums, 128, ones, ones.clone(), center.clone(), ones.clone())
+    statistics = batch_norm_statistics(present(sums), 128, ones, ones.clone(), center.clone(), ones.clone())
     var = (1 / statistics.inv_std).square() - 1e-5
     check_close("variance", var[0], z.double().flatten(0, 3).var(0, correction=0), 2e-3)
 
@@ -115,7 +118,7 @@ def test_variance_survives_a_large_mean():
 def test_refusals():
     z, row = values(2, 1, 3, 3, 8), torch.ones(1, 8)
     with pytest.raises(InputError, match="given together"):
-        batch_norm_apply(z, row, None)
+        untyped(batch_norm_apply)(z, row, None)
     with pytest.raises(InputError, match=r"scale and shift has shape \(3, 8\)"):
         batch_norm_apply(z, torch.ones(3, 8), torch.ones(3, 8))
     with pytest.raises(InputError, match="running_var has shape"):

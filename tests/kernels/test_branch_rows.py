@@ -10,6 +10,7 @@ from fastensdistill.kernels.branch_rows import branch_rows, branch_rows_kernel
 from fastensdistill.kernels.launch import record_launches
 from tests.compare import check_close
 from tests.kernels.both import check_op, values
+from tests.untyped import untyped
 
 SCALES, P, K, R = 40, 7, 3, 11
 # id: (deviation, scale, parameter, shift), each a number or "any" index
@@ -94,7 +95,7 @@ REFUSED = {
 def test_refuses(case):
     changed, message = REFUSED[case]
     arguments = problem(PARTS["bias"], 3)
-    for at, value in changed.items():
+    for at, value in untyped(changed).items():
         arguments[at] = value
     with pytest.raises(InputError, match=message):
         branch_rows(*arguments)

@@ -12,6 +12,7 @@ from fastensdistill.kernels.tiles import Tile
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, values
 from tests.kernels.convs import CASES, SLOTS, STEMS, Case, each_conv, each_stem, operands
+from tests.untyped import untyped
 
 
 def _output_gradient(case: Case) -> torch.Tensor:
@@ -79,7 +80,7 @@ def test_weight_gradient_with_a_scale_per_group_in_front():
     case = CASES[4]
     x, _, _ = operands(case)
     affine = {"in_scale": values(2, case.channels, seed=1), "in_shift": 1 + values(2, case.channels, seed=2)}
-    check_op(conv_weight_gradient, x, _output_gradient(case), **case.shape, **affine)
+    check_op(conv_weight_gradient, x, _output_gradient(case), **case.shape, **untyped(affine))
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[7], CASES[10], STEMS[3]], ids=lambda c: c.name)
@@ -104,9 +105,9 @@ def test_refusals():
     with pytest.raises(InputError, match=r"d has size \(8, 8\), expected \(9, 9\)"):
         conv_data_gradient(d, weight, slots, in_size=(9, 9), **case.shape)
     with pytest.raises(InputError, match="z, mean and inv_std"):
-        conv_data_gradient(d, weight, slots, **size, z=d)
+        conv_data_gradient(d, weight, slots, **untyped(size), z=d)
     with pytest.raises(InputError, match="mask is torch"):
-        conv_data_gradient(d, weight, slots, **size, mask=d)
+        conv_data_gradient(d, weight, slots, **untyped(size), mask=d)
     with pytest.raises(InputError, match="expected float32 or"):
         conv_weight_gradient(d.half(), d, **case.shape)
     huge = torch.empty(1, 2**15, 32, 32, 64, device="meta")

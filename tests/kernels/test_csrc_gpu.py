@@ -21,6 +21,7 @@ from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_refer
 from tests.compare import check_close
 from tests.kernels import layouts, rows
 from tests.kernels.rounding import rounding
+from tests.untyped import untyped
 
 DEVICE = "cuda"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -77,8 +78,8 @@ def test_packing(case, dtype):
     layout, t = layouts.problem(case, dtype)
     operands = [t[name].to(DEVICE) for name in ("parameters", "deviations")]
     packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
-    pack_weights(*operands, layout, packed[0], packed[1])
-    pack_weights_reference(PackOperands(*operands, *expected, layout.fields, 0, len(operands[1])))
+    untyped(pack_weights)(*operands, layout, packed[0], packed[1])
+    pack_weights_reference(untyped(PackOperands)(*operands, *expected, layout.fields, 0, len(operands[1])))
     assert torch.equal(packed, expected)
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.kernels import rows
 from tests.kernels.emulation import OPS, call
 from tests.kernels.halos import CASES, epilogues, gradient_epilogues
 from tests.kernels.halos import operands as halo_operands
+from tests.untyped import untyped
 
 ROOT = Path(__file__).parents[2]
 FIRST = {  # the operand whose device the others have to be on
@@ -34,14 +36,14 @@ DENSE = {  # operands that have to be contiguous
 }  # fmt: skip
 
 
-def arguments(name: str) -> dict[str, object]:
+def arguments(name: str) -> dict[str, Any]:
     """Every argument of an op by the name it has in the schema, all optional tensors given."""
     names = [argument.name for argument in getattr(torch.ops.fastensdistill, name).default._schema.arguments]
     if not name.startswith("halo"):
         values = rows.operands(name, torch.float32, False)
     else:
         x, weight, slots = halo_operands(CASES[0])
-        tile = list(halo_conv.halo_tile(*x.shape[1:4], weight.shape[3]))
+        tile = list(untyped(halo_conv.halo_tile)(*x.shape[1:4], weight.shape[3]))
         e, g = epilogues(CASES[0]), gradient_epilogues(CASES[0])
         given = {**e["everything"], **e["prologue"], "residual_stride": 1}
         if name == "halo_data_gradient":
@@ -59,7 +61,7 @@ def tensors(name: str) -> list[str]:
     return [key for key, value in arguments(name).items() if isinstance(value, torch.Tensor)]
 
 
-def refuses(name: str, given: dict[str, object], message: str) -> None:
+def refuses(name: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"fastensdistill::{name}: {message}"):
         call(name, *given.values())
 

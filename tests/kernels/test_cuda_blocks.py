@@ -9,6 +9,7 @@ from fastensdistill.kernels import pack
 from fastensdistill.kernels.layout import Layout
 from fastensdistill.kernels.pack import PackOperands, pack_weights_reference
 from tests.kernels import emulation, layouts
+from tests.untyped import untyped
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
@@ -19,7 +20,7 @@ def test_packing(case, dtype, strided):
     layout, t = layouts.problem(case, dtype, slots=layouts.CASES[case][0] + 2)
     operands = [t["parameters"], t["deviations"]]
     expected = torch.full((2, layout.packed_size), torch.nan, dtype=torch.bfloat16)
-    pack_weights_reference(PackOperands(*operands, *expected, layout.fields, 1, len(operands[1])))
+    pack_weights_reference(untyped(PackOperands)(*operands, *expected, layout.fields, 1, len(operands[1])))
     if strided:
         operands = [torch.stack([x, x], -1)[..., 0] for x in operands]
     packed = torch.full_like(expected, torch.nan)
@@ -35,7 +36,7 @@ def test_more_taps_than_a_tile_holds_are_not_the_extensions(taps, monkeypatch):
     served = []
     monkeypatch.setattr(pack, "implementation", lambda *arguments: "extension")
     monkeypatch.setattr(pack, "_pack_rank_one", lambda *arguments: served.append(arguments))
-    pack.pack_weights(*operands, layout, *packed)
+    untyped(pack.pack_weights)(*operands, layout, *packed)
     assert len(served) == (taps == pack.EXTENSION_TAPS)
     if served:
         emulation.call("pack_rank_one", *served[0])

@@ -15,6 +15,7 @@ import pytest
 
 from fastensdistill.kernels import extension
 from tests.kernels import emulation
+from tests.untyped import present
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ["logits", "perturb_step", "pack"]
@@ -63,7 +64,7 @@ def ptxas_report(kernel: str, folder: Path) -> list[dict[str, str | int]]:
 def readable(name: str) -> str:
     """LossRows<fed::bf16> from a mangled name."""
     whole = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
-    return re.search(r"block_kernel<fed::(.*) ?>\(", whole)[1].strip()
+    return present(re.search(r"block_kernel<fed::(.*) ?>\(", whole))[1].strip()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.head_backward import head_backward
 from fastensdistill.kernels.launch import record_launches
 from tests.kernels.both import DEVICE, run_kernel, values
+from tests.untyped import untyped
 
 X, D = values(2, 3, 5, 4, 6), values(2, 3, 5, 4, 10)  # 60 positions: several programs add up their shares
 SMALL = values(2, 1, 3, 2, 6), values(2, 1, 3, 2, 10)  # one program's share is the result
@@ -31,7 +32,7 @@ CALLS = {
 @pytest.mark.parametrize("call", [run_kernel, lambda op, *args, **kw: op(*args, **kw)], ids=["kernel", "reference"])
 @pytest.mark.parametrize("name", CALLS)
 def test_written_or_added(name, call):
-    op, operands, options, outputs = CALLS[name]
+    op, operands, options, outputs = untyped(CALLS[name])
     operands = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in operands]
     options = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
 

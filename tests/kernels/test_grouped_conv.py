@@ -8,6 +8,7 @@ from fastensdistill.kernels.reference import pack_mask, unpack_mask
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, TOLERANCE, check_op, run_kernel, values
 from tests.kernels.convs import CASES, SLOTS, Case, each_conv, each_stem, operands
+from tests.untyped import present, untyped
 
 
 @each_conv
@@ -70,11 +71,11 @@ def test_reference_is_pytorchs_convolution():
         z = F.conv2d(image, kernel, bias[slot], stride=case.stride, padding=case.padding).permute(0, 2, 3, 1)
         check_close("z", out.z[g], z, 1e-12)
         activated = F.relu(scale[slot] * z + shift[slot])
-        check_close("activated", out.activated[g], activated, 1e-12)
-        assert torch.equal(unpack_mask(out.mask[g], n), activated > 0)
+        check_close("activated", present(out.activated)[g], activated, 1e-12)
+        assert torch.equal(unpack_mask(present(out.mask)[g], n), activated > 0)
         rest = (z - center[slot]).flatten(0, 2)
         sums = torch.stack([rest.sum(0), rest.square().sum(0)])
-        check_close("statistics", out.statistics[g].sum(0), sums, 1e-12)
+        check_close("statistics", present(out.statistics)[g].sum(0), sums, 1e-12)
 
 
 @pytest.mark.parametrize("channels", [1, 8, 13, 64])
@@ -132,7 +133,7 @@ def test_nan_is_passed_on():
     x[0, 1, 4, 4, 3] = float("nan")
     rows = torch.ones(1, 16)
     options = {**case.shape, "relu": True, "next_scale": rows, "next_shift": rows.clone()}
-    expected = grouped_conv(x, weight, slots, **options)
+    expected = grouped_conv(x, weight, slots, **untyped(options))
     actual = run_kernel(grouped_conv, x.to(DEVICE), weight.to(DEVICE), slots.to(DEVICE), **{
         name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
     })  # fmt: skip

@@ -34,12 +34,13 @@ from tests.kernels.halos import (
     gradient_epilogues,
     operands,
 )
+from tests.untyped import untyped
 
 ROOT = Path(__file__).parents[2]
 
 
 def tile_of(x: Tensor, out_channels: int, columns: int | None) -> list[int]:
-    return list(halo.halo_tile(*x.shape[1:4], columns or out_channels))
+    return list(untyped(halo.halo_tile)(*x.shape[1:4], columns or out_channels))
 
 
 def emulated_conv(x, weight, slots, *, columns=None, **options) -> ConvOutput:
@@ -95,8 +96,8 @@ def test_nan_is_passed_on():
     rows = torch.ones(1, 16)
     out = emulated_conv(x, weight, slots, relu=True, next_scale=rows, next_shift=rows)
     for value in (out.z, out.activated):
-        assert value[0, 0, 1:4, 2:5].isnan().all()
-        assert value.isnan().sum() == 9 * 16
+        assert untyped(value)[0, 0, 1:4, 2:5].isnan().all()
+        assert untyped(value).isnan().sum() == 9 * 16
 
 
 def needs(tile: halo.HaloTile, channels: int) -> tuple[int, int, int]:
@@ -173,7 +174,7 @@ def instructions(fatbin: Path) -> dict[tuple[str, str], Counter]:
     ).stdout
     found = {}
     for function in text.split("Function : ")[1:]:
-        name = re.search(r"HaloShapeILi(\d+)E.*(HaloForward|HaloGradient)E", function.split()[0])
+        name = untyped(re.search)(r"HaloShapeILi(\d+)E.*(HaloForward|HaloGradient)E", function.split()[0])
         words = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", function)
         found[(name[1], name[2])] = Counter(words)
     return found

@@ -29,6 +29,7 @@ from tests.kernels.halos import (
     gradient_epilogues,
     operands,
 )
+from tests.untyped import present, untyped
 
 
 def test_references_are_those_of_the_other_convolution():
@@ -40,13 +41,14 @@ def test_references_are_those_of_the_other_convolution():
         halo.halo_conv(x, weight, slots, **SHAPE, **options), grouped_conv(x, weight, slots, **SHAPE, **options),
         strict=True,
     ):  # fmt: skip
-        a, b = (t.sum(1) if t.dtype == torch.float32 else t.double() for t in (one, other))
+        a, b = (t.sum(1) if t.dtype == torch.float32 else t.double() for t in (untyped(one), untyped(other)))
         check_close("forward", a, b, 1e-5)
     options, size = gradient_epilogues(case)["mask-sums"], {"in_size": tuple(x.shape[2:4]), **SHAPE}
-    one = halo.halo_data_gradient(x, flip_weight(weight).transpose(2, 3).contiguous(), slots, **size, **options)
-    other = conv_data_gradient(x, flip_weight(weight).transpose(2, 3).contiguous(), slots, **size, **options)
-    check_close("d", one.d, other.d, 0)
-    check_close("sums", one.statistics.sum(1), other.statistics.sum(1), 1e-5)
+    gradient = halo.halo_data_gradient(x, flip_weight(weight).transpose(2, 3).contiguous(), slots, **size, **options)
+    turned = flip_weight(weight).transpose(2, 3).contiguous()
+    expected = conv_data_gradient(x, turned, slots, **untyped(size), **options)
+    check_close("d", gradient.d, expected.d, 0)
+    check_close("sums", present(gradient.statistics).sum(1), present(expected.statistics).sum(1), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def moved(value):
 def twice(op, *arguments, **options):
     """On the device, from memory that starts as NaN; both runs give the same bits."""
     assert halo.built(), "the extension has no CUDA kernels"
-    arguments, options = [moved(a) for a in arguments], {name: moved(value) for name, value in options.items()}
+    arguments, options = untyped([moved(a) for a in arguments]), {name: moved(value) for name, value in options.items()}
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         one, other = op(*arguments, **options), op(*arguments, **options)

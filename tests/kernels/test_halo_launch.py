@@ -16,6 +16,7 @@ import torch
 from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.kernels import halo_conv as halo
 from tests.kernels.sanitize import find_nvcc
+from tests.untyped import untyped
 
 ROOT = Path(__file__).parents[2]
 # as a block's shape, and bytes of the largest tile with two chunks of input channels
@@ -104,8 +105,8 @@ def test_an_architecture_without_the_kernels_has_no_support(monkeypatch, arch):
     assert halo.built(90)
     assert not halo.built(arch)
     table = Dispatch([Choice("conv", "cuda", "for the test")])
-    assert table.implementation(None, SimpleNamespace(op="conv", node="stem"), 90) == "cuda"
-    assert table.implementation(None, SimpleNamespace(op="conv", node="stem"), arch) == "triton"
+    assert untyped(table).implementation(None, SimpleNamespace(op="conv", node="stem"), 90) == "cuda"
+    assert untyped(table).implementation(None, SimpleNamespace(op="conv", node="stem"), arch) == "triton"
     monkeypatch.setattr(halo.extension, "serves", lambda *names: False)
     assert table.missing(90)
     assert not table.missing(arch), "building it would not help"
@@ -117,7 +118,7 @@ def test_a_device_with_too_little_shared_memory_is_refused(monkeypatch):
         found = SimpleNamespace(shared_memory_per_block_optin=limit)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
         expected = f"a device with {limit} bytes of shared memory, expected 163840"
-        assert halo.short_of_memory(x) == (expected if refused else "")
+        assert halo.short_of_memory(untyped(x)) == (expected if refused else "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
     with pytest.raises(AttributeError):  # what is not known is not taken for enough
-        halo.short_of_memory(x)
+        halo.short_of_memory(untyped(x))

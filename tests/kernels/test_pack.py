@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from fastensdistill.kernels.layout import Layout
 from fastensdistill.kernels.pack import pack_kernel, pack_weights
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
+from tests.untyped import untyped
 
 # id: ([(name, weight shape, bias)], {name: positions}) — why
 NETWORKS = {
@@ -33,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[Layout, Tensor, Tensor]:
-    weights, positions = NETWORKS[case]
+def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[Layout, Tensor, Any]:
+    weights, positions = untyped(NETWORKS[case])
     layout = Layout.build(weights, plain=3, slots=slots, positions=positions)
     copies = 1 if ranked else K
     parameters = values(copies * layout.size).to(dtype)
@@ -73,7 +76,7 @@ def test_the_reference_is_the_definition(case, ranked, place):
     for dtype, wide in ((torch.float64, torch.float64), (torch.float16, torch.float32)):
         layout, parameters, deviations = problem(case, K, ranked, first + K + spare, wide)
         packed = [torch.full((layout.packed_size,), 7.0, dtype=dtype) for _ in range(2)]
-        pack_weights(parameters, deviations, layout, *packed, first_slot=first)
+        untyped(pack_weights)(parameters, deviations, layout, *packed, first_slot=first)
         for actual, right in zip(packed, expected(layout, parameters, deviations, K, first, dtype, 7.0), strict=True):
             assert torch.equal(actual, right)
 
@@ -88,7 +91,7 @@ def test_the_kernel_is_the_reference(case, ranked, place, dtype):
     K, first, spare = PLACES[place]
     layout, parameters, deviations = problem(case, K, ranked, first + K + spare)
     right = [torch.full((layout.packed_size,), torch.nan, dtype=dtype) for _ in range(2)]
-    pack_weights(parameters, deviations, layout, *right, first_slot=first)
+    untyped(pack_weights)(parameters, deviations, layout, *right, first_slot=first)
     packed = [torch.full((layout.packed_size,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     given = None if deviations is None else deviations.to(DEVICE)
     run_kernel(torch.ops.fastensdistill.pack_weights, parameters.to(DEVICE), given, *packed, layout.fields, first, K)
@@ -103,9 +106,9 @@ def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monke
     layout, parameters, deviations = problem("odd", 2, True, 2)
     packed = [torch.zeros(layout.packed_size, dtype=torch.float16) for _ in range(2)]
     with record_launches() as launches:
-        pack_weights(parameters, deviations, layout, *packed)
+        untyped(pack_weights)(parameters, deviations, layout, *packed)
         monkeypatch.setattr(layouts.torch, "tensor", None)  # a second table could not be made
-        pack_weights(parameters, deviations, layout, *packed)
+        untyped(pack_weights)(parameters, deviations, layout, *packed)
     assert [launch.kernel for launch in launches] == [pack_kernel] * 2
     assert launches[0].arguments["p_table"] is launches[1].arguments["p_table"]
     assert launches[0].grid == (len(layout.layers), 2)
@@ -125,7 +128,7 @@ def test_a_packed_branch_is_the_plain_layer_between_factors():
     layout, parameters, deviations = problem("odd", 2, True, 2, torch.float64)
     layer = layout.layers[0]
     packed = [torch.zeros(layout.packed_size, dtype=torch.float64) for _ in range(2)]
-    pack_weights(parameters, deviations, layout, *packed)
+    untyped(pack_weights)(parameters, deviations, layout, *packed)
     x = torch.randn(3, layer.in_channels, 6, 6, dtype=torch.float64)
     W = parameters[: layer.weight_size].view(17, 3, 3, 3)
     slots = packed[0][layer.packed : layer.packed + 2 * layer.weight_size].view(2, 9, 3, 17)
@@ -138,7 +141,7 @@ def test_a_packed_branch_is_the_plain_layer_between_factors():
 def test_branches_of_a_student_as_their_own_op():
     layout, parameters, deviations = problem("tiles", 3, True, 4)
     one, other = ([torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
-    pack_weights(parameters, deviations, layout, *one, first_slot=1)
+    untyped(pack_weights)(parameters, deviations, layout, *one, first_slot=1)
     torch.ops.fastensdistill.pack_rank_one(parameters, deviations, *other, layout.fields, 1)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
@@ -148,7 +151,7 @@ def test_kernels_asked_for_on_the_cpu_come_before_the_extension():
     layout, parameters, deviations = problem("tiles", 3, True, 4)
     packed = [torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)]
     with record_launches() as launches:
-        pack_weights(parameters, deviations, layout, *packed)
+        untyped(pack_weights)(parameters, deviations, layout, *packed)
     assert [launch.kernel for launch in launches] == [pack_kernel]
 
 
@@ -167,7 +170,7 @@ REFUSED = {
     "integers": (lambda: pack_weights(V, D, L, PACKED[0].int(), PACKED[1].int()), "packed has dtype torch.int32"),
     "size": (lambda: pack_weights(V, D, L, PACKED[0][1:], PACKED[1]), "packed has dtype"),
     "strided": (lambda: pack_weights(V, D, L, PACKED.t().contiguous().t()[0], PACKED[1]), "not contiguous"),
-    "slot": (lambda: pack_weights(V, D, L, *PACKED, first_slot=1), "first_slot is 1 with 2 branches"),
+    "slot": (lambda: untyped(pack_weights)(V, D, L, *PACKED, first_slot=1), "first_slot is 1 with 2 branches"),
     "copies-past-the-slots": (lambda: pack_weights(V.repeat(3), None, L, *PACKED), "first_slot is 0 with 3 branches"),
     "positions": (
         lambda: Layout.build([("fc", (4, 10), True)], positions={"fc": 3}), "over 3 positions"

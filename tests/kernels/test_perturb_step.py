@@ -12,6 +12,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels.perturb_step import perturb_step
 from tests.compare import check_close
 from tests.kernels import rows
+from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -32,7 +33,7 @@ def definition(images, gradients, step, low=0.0, high=1.0, confidence=None) -> T
 @pytest.mark.parametrize("case", rows.IMAGES)
 @pytest.mark.parametrize("confident", [False, True], ids=["", "confidence"])
 def test_equals_the_definition(case, dtype, confident):
-    images, gradients, confidence = rows.images(case, dtype)
+    images, gradients, confidence = untyped(rows.images)(case, dtype)
     step = math.sqrt(images[0].numel()) / 20  # large enough to clip
     confidence = confidence.to(torch.float64 if dtype == torch.float64 else torch.float32) if confident else None
     actual = perturb_step(images, gradients, step, confidence=confidence)
@@ -158,4 +159,4 @@ REFUSED = {
 def test_refuses(case):
     args, options, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
-        perturb_step(*args, **options)
+        untyped(perturb_step)(*args, **options)

@@ -13,6 +13,7 @@ from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_gradient
 from tests.compare import check_close
 from tests.kernels import layouts
 from tests.kernels.both import DEVICE, run_kernel
+from tests.untyped import present, untyped
 
 POSITIONS = {"fc": 6}  # of the linear layer of the one case that these lack
 CASES = [*(case for case in layouts.CASES if case != "two-tables"), "positions"]
@@ -57,7 +58,7 @@ def test_branches(case):
     layout, t = problem(case, torch.float32)
     p, d = (t[name].double().requires_grad_() for name in ("parameters", "deviations"))
     layouts.folded(layout, p, d).backward(t["branch_gradients"].double())
-    expected = p.grad[: layout.ranked], d.grad
+    expected = present(p.grad)[: layout.ranked], d.grad
 
     def run(call, dtype):
         gradients = in_kernel_order(layout, t["branch_gradients"]).to(DEVICE, dtype)
@@ -72,8 +73,8 @@ def test_branches(case):
         assert torch.equal(one, other)
     reference = run(lambda op, *args: op(*args), torch.float64)
     for i, name in enumerate(("gradient", "factor_gradients")):
-        check_close(f"{name}, reference", reference[i], expected[i], 1e-12)
-        check_close(f"{name}, kernels", actual[i], expected[i], 5e-6)
+        check_close(f"{name}, reference", reference[i], present(expected[i]), 1e-12)
+        check_close(f"{name}, kernels", actual[i], present(expected[i]), 5e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
@@ -125,4 +126,4 @@ def test_refuses(case):
         "gradient": torch.zeros(L.size),
     }
     with pytest.raises(InputError, match=message):
-        unfold_gradients(**given | changed)
+        unfold_gradients(**untyped(given | changed))
