@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastensdistill
-from fastensdistill.kernels import extension
+from fastensdistill.kernels import extension, ops
 from fastensdistill.kernels.launch import HAS_TRITON
 
 PACKAGES = (
@@ -37,6 +39,7 @@ def facts() -> list[tuple[str, str]]:
     rows += [(p, version(p) or "missing") for p in PACKAGES]
     rows += [(p, version(p) or f"not installed; pip install 'fastensdistill[{e}]'") for p, e in EXTRAS.items()]
     rows += _extension()
+    rows += [(f"ops on {kind}", _implementations(device)) for device, kind in (("cpu", "a CPU"), ("cuda", "CUDA"))]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -67,6 +70,13 @@ def _extension() -> list[tuple[str, str]]:
         shown = (f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in built.items())
         rows.append(("", f"built with {'; '.join(shown)}"))
     return rows
+
+
+def _implementations(device: str) -> str:
+    """How many ops of the fused engine are computed by what on such a device."""
+    importlib.import_module("fastensdistill.engine.fused")  # defines them
+    count = Counter(ops.implementation(name, device, torch.float32) for name in ops.PORTABLE)
+    return ", ".join(f"{count[name]} {name}" for name in ops.ORDER if count[name])
 
 
 def print_report() -> None:

@@ -243,6 +243,8 @@ def test_doctor_names_versions_and_the_extension(capsys):
     found = extension.describe()
     expected = "none; the references in Python serve" if not found["loaded"] else str(found["library"])
     assert re.search(rf"^extension .*{re.escape(expected)}", printed, re.M)
+    assert re.search(r"^ops on a CPU +\d+ reference$", printed, re.M)
+    assert re.search(r"^ops on CUDA +.*\d+ reference$", printed, re.M)
     assert re.search(r"^engines +reference; fused", printed, re.M)
 
 

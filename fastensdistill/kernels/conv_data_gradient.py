@@ -201,7 +201,7 @@ def _class_tiles(o: DataGradientOperands, stride: int) -> int:
 def _empty(
     o: DataGradientOperands, epilogue: GradientEpilogue, window: Window, precision: str
 ) -> tuple[Tensor, Tensor]:
-    shape = (len(o.weight_index), o.d.shape[1], o.height, o.width, o.weight_flipped.shape[3])
+    shape = (o.weight_index.shape[0], o.d.shape[1], o.height, o.width, o.weight_flipped.shape[3])
     rows = window.stride**2 * _class_tiles(o, window.stride)
     return gradient_results(o.d.new_empty(0, dtype=DTYPE_NAMES[o.out_dtype]), shape, rows, epilogue)
 
@@ -213,7 +213,7 @@ def _launch(
     tile, tiles, classes = conv_tile_of(o.d, o.weight_flipped), _class_tiles(o, window.stride), window.stride**2
     launch(
         conv_data_gradient_kernel,
-        (tiles * -(-out.shape[4] // tile.BLOCK_N), len(out), classes),
+        (tiles * -(-out.shape[4] // tile.BLOCK_N), out.shape[0], classes),
         tile,
         o,
         epilogue,
@@ -255,7 +255,7 @@ def data_gradient_operands(
     check_tensor("d", d, 5)
     check_tensor("weight_flipped", weight_flipped, 4)
     check_precision(precision)
-    groups, slots, channels = len(weight_index), weight_flipped.shape[0], weight_flipped.shape[3]
+    groups, slots, channels = weight_index.shape[0], weight_flipped.shape[0], weight_flipped.shape[3]
     shape = (groups, d.shape[1], *in_size, channels)
     check_size("the result", shape)
     require(

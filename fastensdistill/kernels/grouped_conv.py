@@ -105,7 +105,7 @@ def conv_epilogue(y: Tensor, o: ConvOperands, rows: Callable[[Tensor], Tensor]) 
 
 
 def grouped_conv_reference(o: ConvOperands, window: Window, precision: str) -> Results:
-    groups, high, kernel = len(o.weight_index), accumulator(o.weight.dtype), window.kernel
+    groups, high, kernel = o.weight_index.shape[0], accumulator(o.weight.dtype), window.kernel
     u = conv_input(o.x, groups, o.weight_index, o.in_scale, o.in_shift, o.weight.dtype)
     w = o.weight[o.weight_index.long()].to(high).unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2).flatten(0, 1)
     y = F.conv2d(as_channels(u.to(high)), w, stride=window.stride, padding=window.padding, groups=groups)
@@ -187,12 +187,12 @@ def grouped_conv_kernel(
 def conv_results(o: ConvOperands, window: Window, rows: int) -> Results:
     """The results unwritten, with so many rows of partial sums per group."""
     channels = o.weight.shape[3]
-    z = o.weight.new_empty(len(o.weight_index), o.x.shape[1], *window.sizes(o.x), channels)
+    z = o.weight.new_empty(o.weight_index.shape[0], o.x.shape[1], *window.sizes(o.x), channels)
     return (
         z,
         torch.empty_like(z) if o.next_scale is not None else absent(z),
         z.new_empty((*z.shape[:4], -(-channels // 8)) if o.mask else (0,), dtype=torch.uint8),
-        z.new_empty((len(z), rows, 2, channels) if o.center is not None else (0,), dtype=accumulator(z.dtype)),
+        z.new_empty((z.shape[0], rows, 2, channels) if o.center is not None else (0,), dtype=accumulator(z.dtype)),
     )
 
 
@@ -215,7 +215,7 @@ def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
         tile = tile._replace(maxnreg=None, programs=0)
     launch(
         grouped_conv_kernel,
-        (rows * -(-z.shape[4] // tile.BLOCK_N), len(z)),
+        (rows * -(-z.shape[4] // tile.BLOCK_N), z.shape[0]),
         tile,
         o,
         window,
@@ -267,7 +267,7 @@ def conv_operands(
         weight_index.dtype == torch.int32 and weight_index.dim() == 1,
         f"weight_index is {weight_index.dtype} of {weight_index.dim()} dimensions, expected int32 (groups,)",
     )
-    groups, slots, channels = len(weight_index), weight.shape[0], weight.shape[3]
+    groups, slots, channels = weight_index.shape[0], weight.shape[0], weight.shape[3]
     require(x.shape[0] in (1, groups), f"x has {x.shape[0]} groups, expected {groups} or 1")
     require(
         x.dtype in (weight.dtype, torch.float32), f"x is {x.dtype}, expected float32 or the weight's {weight.dtype}"

@@ -137,5 +137,4 @@ class Window(NamedTuple):
 
     def sizes(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the result of an input (G, N, H, W, C)."""
-        height, width = (out_size(size, *self) for size in x.shape[2:4])
-        return height, width
+        return out_size(x.shape[2], *self), out_size(x.shape[3], *self)

@@ -19,6 +19,7 @@ from fastensdistill.kernels import extension
 from fastensdistill.kernels.launch import kept_to_reference, runs_kernel
 
 NAMESPACE = "fastensdistill"
+ORDER = ("extension", "triton", "reference")
 # Every op's name → what serves without the extension; of those among them that have one, the launcher of its kernel
 PORTABLE: dict[str, Callable[..., Any]] = {}
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
@@ -64,7 +65,7 @@ def define(
         required = [operands[position] for position in tensors]
         if torch.is_grad_enabled() and any(x.requires_grad for x in required):
             raise RuntimeError(f"{name} has no gradient; give it detached tensors, or call it under torch.no_grad()")
-        kernel = launcher is not None and _runs_kernel(name, required[0].device.type, *(x.dtype for x in required))
+        kernel = launcher is not None and _runs_kernel(name, required[0].device.type, *[x.dtype for x in required])
         return (launcher if kernel else reference)(*packed(operands))  # type: ignore[misc]
 
     def prototype() -> None: ...
