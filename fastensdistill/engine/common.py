@@ -69,6 +69,7 @@ def drawn_state(perturbation: Perturbation) -> State:
 
 
 def load_drawn_state(perturbation: Perturbation, state: State) -> None:
+    """The way back from :func:`drawn_state`."""
     perturbation.pick.set_state(state["pick"])
     perturbation.noise.set_state(state["noise"])
 

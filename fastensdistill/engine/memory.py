@@ -211,6 +211,7 @@ def print_memory(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line of this module: a table of estimates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--teachers", type=int, default=4)

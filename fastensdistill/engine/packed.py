@@ -42,6 +42,8 @@ from fastensdistill.network.nodes import Affine, Conv, Layer, Node, Norm, Shape
 
 @dataclass
 class LayerWeights:
+    """One layer's weights in every slot, packed for the forward pass and for the data gradient."""
+
     forward: Tensor  # (S, taps, Ci, Co)
     gradient: Tensor  # (S, taps reversed, Co, Ci)
     bias: Tensor | None  # (S, Co)

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 
 class Releasable(Protocol):
+    """What holds something of a process group that has to go before the group does."""
+
     def release(self) -> None: ...
 
 

@@ -35,10 +35,12 @@ from fastensdistill.network.nodes import Conv, Layer, Norm, Pad, Pool
 
 
 def find(launch: Launch, kind: str) -> Step | None:
+    """The first step of a launch's epilogue of this kind, if there is one."""
     return next((step for step in launch.epilogue if step.kind == kind), None)
 
 
 def kinds_of(launch: Launch) -> list[str]:
+    """The kinds of the epilogue's steps, in order."""
     return [step.kind for step in launch.epilogue]
 
 
@@ -48,12 +50,14 @@ def flat(x: Tensor, node: Layer) -> Tensor:
 
 
 def geometry(node: Layer) -> dict[str, int]:
+    """Kernel, stride and padding, as the ops take them; a linear layer is a 1x1 convolution."""
     if isinstance(node, Conv):
         return {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
     return {"kernel": 1}
 
 
 def residual(run: PartRun, launch: Launch) -> dict[str, Any]:
+    """What an epilogue adds, as the ops take it."""
     step = find(launch, "add")
     return {"residual": run.read(step.arg), "residual_stride": step.stride} if step else {}
 
@@ -72,12 +76,14 @@ def gradient_epilogue(run: PartRun, launch: Launch) -> dict[str, Any]:
 
 
 def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | None) -> None:
+    """Store the result of a gradient's launch under the plan's names."""
     run.write(launch.steps("store"), d)
     if norm := find(launch, "sums"):
         run.buffers[grad_sums(norm.arg)] = partial
 
 
 def conv(run: PartRun, launch: Launch) -> None:
+    """A convolution or linear layer, with what is fused before and after it."""
     node, layer, kinds = run.layer(launch), run.weights.layers[launch.node], kinds_of(launch)
     options = residual(run, launch)
     for step in launch.prologue:
@@ -104,6 +110,7 @@ def conv(run: PartRun, launch: Launch) -> None:
 
 
 def conv_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of a convolution's input."""
     node, d, options = run.layer(launch), run.read(launch.reads[0]), gradient_epilogue(run, launch)
     if scale := find(launch, "scale"):
         options["scale"] = run.weights.scale_shift[scale.arg][0]
@@ -124,6 +131,7 @@ def conv_gradient(run: PartRun, launch: Launch) -> None:
 
 
 def flat_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of a linear layer's input, an image that it reads as a vector."""
     node, d, weight = run.layer(launch), run.read(launch.reads[0]), run.weights.layers[launch.node].gradient
     C, H, W = node.in_shape
     op = run.implementation(launch, conv_data_gradient)
@@ -132,6 +140,7 @@ def flat_gradient(run: PartRun, launch: Launch) -> None:
 
 
 def weight_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of a layer's weight, and of its bias."""
     node, d = run.layer(launch), run.read(launch.reads[1])
     prologue: dict[str, Any] = {}
     for step in launch.prologue:
@@ -147,6 +156,7 @@ def weight_gradient(run: PartRun, launch: Launch) -> None:
 
 
 def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
+    """The gradient of a bias: the sum over images and positions."""
     out, over = run.gradient(name), (1, 2, 3)
     if out is None:
         run.buffers[grad(name)] = d.sum(over, dtype=accumulator(d.dtype))
@@ -157,6 +167,7 @@ def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
 
 
 def norm_sums(run: PartRun, launch: Launch) -> None:
+    """Partial sums for a BatchNorm in training mode, where no launch before could make them."""
     z = run.read(launch.reads[0])
     rest = z.to(accumulator(z.dtype)) - run.weights.norms[launch.node].running_mean[:, None, None, None]
     both = torch.stack([rest.sum((1, 2, 3)), rest.square().sum((1, 2, 3))], 1)
@@ -164,6 +175,7 @@ def norm_sums(run: PartRun, launch: Launch) -> None:
 
 
 def norm_statistics(run: PartRun, launch: Launch) -> None:
+    """Finish the sums: statistics of the batch; the running ones move."""
     node, norm, n = run.node(launch.node), run.weights.norms[launch.node], run.count(launch.node)
     assert isinstance(node, Norm)
     every = n * (processes() if run.execution.synchronised else 1)
@@ -201,6 +213,7 @@ def gradient_steps(run: PartRun, launch: Launch) -> None:
 
 
 def norm_sums_gradient(run: PartRun, launch: Launch) -> None:
+    """The two sums that the gradient of a BatchNorm needs."""
     d, z = run.read(launch.reads[0]), run.read(run.node(launch.node).inputs[0])
     options: dict[str, Any] = {"z": z, **run.statistics(launch.node)}
     result = elementwise_gradient(d, **options)
@@ -208,6 +221,7 @@ def norm_sums_gradient(run: PartRun, launch: Launch) -> None:
 
 
 def norm_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of the input, scale and shift of a BatchNorm in training mode."""
     name, step = launch.node, find(launch, "add")
     d, z, partial = (run.read(buffer) for buffer in launch.reads[:3])
     result = batch_norm_backward(
@@ -221,6 +235,7 @@ def norm_gradient(run: PartRun, launch: Launch) -> None:
 
 
 def pool(run: PartRun, launch: Launch) -> None:
+    """Max or mean pooling."""
     node, x = run.node(launch.node), run.read(launch.reads[0])
     assert isinstance(node, Pool)
     if node.kind == "max":
@@ -231,6 +246,7 @@ def pool(run: PartRun, launch: Launch) -> None:
 
 
 def pool_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of a pooling's input."""
     node, d = run.node(launch.node), run.read(launch.reads[0])
     assert isinstance(node, Pool)
     if node.kind == "max":
@@ -267,6 +283,7 @@ def grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def pad(run: PartRun, launch: Launch) -> None:
+    """A zero-padded shortcut, where no addition reads it in place."""
     node = run.node(launch.node)
     assert isinstance(node, Pad)
     C, H, W = node.shape
@@ -274,6 +291,7 @@ def pad(run: PartRun, launch: Launch) -> None:
 
 
 def pad_gradient(run: PartRun, launch: Launch) -> None:
+    """Its gradient."""
     node, d = run.node(launch.node), run.read(launch.reads[0])
     assert isinstance(node, Pad)
     C, H, W = node.in_shape
@@ -306,6 +324,7 @@ def classify(run: PartRun, launch: Launch) -> None:
 
 
 def classify_gradient(run: PartRun, launch: Launch) -> None:
+    """The gradient of the head: its features', its weight's and its bias's."""
     node, norm = run.layer(launch), find(launch, "sums")
     x, options = head_input(run, launch, launch.reads[1])
     out, weighted = run.gradient(f"{node.name}.weight"), grad(f"{node.name}.weight") in launch.writes

@@ -1,4 +1,4 @@
-"""The reference engine: a training step in plain PyTorch, on any device, as the paper writes it (method §2–4).
+"""The reference engine: a training step in plain PyTorch, on any device, as docs/method.md writes it.
 
 Everything faster is tested against these two classes.
 """
@@ -214,6 +214,7 @@ def sgd(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group: ``rate`` times the group's ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
@@ -226,6 +227,7 @@ def momentum_state(optimizer: torch.optim.SGD) -> State:
 
 
 def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
+    """The way back from :func:`momentum_state`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     for i, p in enumerate(parameters):

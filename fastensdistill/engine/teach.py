@@ -1,6 +1,6 @@
 """Training M teachers at once: M groups of the same launches, each with its own weights, statistics and batch.
 
-Cross-entropy, the same recipe, nothing shared (method of Nam et al., ICML 2022, section 5: the teachers).
+Cross-entropy, the same recipe, nothing shared (docs/method.md, Loss and Recipe).
 
     loss_m = mean_b −log softmax(z_m)_label        ∂loss_m/∂z_m = (softmax(z_m) − onehot(label)) / B
 """

@@ -30,6 +30,8 @@ from fastensdistill.kernels.tiles import rows_tile
 
 
 class StatisticsOperands(NamedTuple):
+    """What ``batch_norm_statistics`` takes."""
+
     partials: Tensor  # (G, P, 2, C) float32: S₁ and S₂ of rows
     values: int  # n: so many a channel of a set has
     weight: Tensor  # γ (Q, C) float32
@@ -42,6 +44,8 @@ class StatisticsOperands(NamedTuple):
 
 
 class NormStatistics(NamedTuple):
+    """Of the batch, as the normalisation and its backward read them."""
+
     mean: Tensor  # each (Q, C) float32
     inv_std: Tensor
     scale: Tensor
@@ -49,6 +53,8 @@ class NormStatistics(NamedTuple):
 
 
 class ApplyOperands(NamedTuple):
+    """What ``batch_norm_apply`` takes."""
+
     z: Tensor  # (G, N, H, W, C)
     scale: Tensor  # (Q, C) float32
     shift: Tensor
@@ -59,6 +65,8 @@ class ApplyOperands(NamedTuple):
 
 
 class NormOutput(NamedTuple):
+    """The normalised value, and the bits of its ReLU."""
+
     y: Tensor  # (G, N, H, W, C)
     mask: Tensor | None  # (G, N, H, W, ceil(C/8)) uint8
 

@@ -21,6 +21,8 @@ from fastensdistill.kernels.tiles import rows_tile
 
 
 class NormBackwardOperands(NamedTuple):
+    """What ``batch_norm_backward`` takes."""
+
     d: Tensor  # u (G, N, H, W, C)
     z: Tensor  # (G, N, H, W, C)
     partials: Tensor  # (G, P, 2, C) float32: both sums of rows
@@ -35,6 +37,8 @@ class NormBackwardOperands(NamedTuple):
 
 
 class NormGradient(NamedTuple):
+    """Gradients of the input, the scale and the shift."""
+
     d: Tensor  # (G, N, H, W, C)
     d_weight: Tensor  # (Q, C) float32
     d_bias: Tensor

@@ -29,6 +29,8 @@ ROWS_TILE = Tile(0, 256, 0, 4, 1, "gathers: latency decides, 2 values a thread")
 
 
 class BranchRowsOperands(NamedTuple):
+    """What ``branch_rows`` takes."""
+
     out: Tensor  # (values,), written at the targets
     table: Tensor  # (5, n) int64
     parameters: Tensor  # flat: every γ from ``scales`` on, then every β

@@ -51,6 +51,8 @@ class DataGradientOperands(NamedTuple):
 
 
 class DataGradient(NamedTuple):
+    """The gradient of a convolution's input after the epilogue, and its partial sums."""
+
     d: Tensor  # (G, N, H, W, Ci)
     statistics: Tensor | None  # (G, P, 2, Ci) float32: rows of partial sums
 

@@ -1,6 +1,6 @@
 """Distillation loss with its gradient, in one pass over the logits.
 
-For branch k, image b, temperature τ, and the target p of branch k (Nam et al., ICML 2022, section 2)
+For branch k, image b, temperature τ, and the target p of branch k (docs/method.md, Loss)
 
     L_KD = τ² · mean_{k,b} − Σ_c p_c · log softmax(z_S[k,b] / τ)_c
     L_CE =      mean_{k,b} − log softmax(z_S[k,b])_label[b]
@@ -175,7 +175,7 @@ def distillation_loss(
     Raises:
         InputError: a dtype, shape, device or number that does not fit.
 
-    Source: Nam et al., ICML 2022, equations of section 2.
+    Source: Nam et al., ICML 2022; docs/method.md, Loss.
     """
     _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
     op = torch.ops.fastensdistill.distillation_loss

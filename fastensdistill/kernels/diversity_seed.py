@@ -1,7 +1,7 @@
 """Values of TDiv and SDiv and their gradients in the logits, where the perturbation's backward pass starts.
 
 With p = softmax of a teacher's logits, q of a branch's, (a, b) the pair of the step, the second member without gradient
-(Nam et al., ICML 2022, section 3; temperature 1):
+(docs/method.md, Perturbation; temperature 1):
 
     TDiv = mean_b − Σ_c p_b log p_a         ∂TDiv/∂z_Ta = (p_a − p_b) / B
     SDiv = mean_b − Σ_c q_b log q_a         ∂SDiv/∂z_Sa = (q_a − q_b) / B
@@ -134,7 +134,7 @@ def diversity_seed(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, T
     Raises:
         InputError: a dtype, shape or device that does not fit.
 
-    Source: Nam et al., ICML 2022, section 3.
+    Source: Nam et al., ICML 2022; docs/method.md, Perturbation.
     """
     _check_pair("teacher_pair", teacher_pair)
     _check_pair("branch_pair", branch_pair)

@@ -37,6 +37,8 @@ class GradientEpilogue(NamedTuple):
 
 
 class ElementwiseGradient(NamedTuple):
+    """The gradient after the steps, and its partial sums."""
+
     d: Tensor  # (G, N, H, W, C)
     statistics: Tensor | None  # (G, P, 2, C) float32
 

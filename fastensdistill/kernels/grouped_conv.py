@@ -53,6 +53,8 @@ class ConvOperands(NamedTuple):
 
 
 class ConvOutput(NamedTuple):
+    """What a convolution's launch stores: its value, a second output, bits of the ReLU, partial sums."""
+
     z: Tensor  # (G, N, Ho, Wo, Co), the weight's dtype
     activated: Tensor | None  # like z
     mask: Tensor | None  # (G, N, Ho, Wo, ceil(Co/8)) uint8

@@ -22,6 +22,8 @@ HEAD_TILE = Tile(0, 0, 0, 8, 2, "few programs: latency decides, so 32 values a t
 
 
 class HeadOperands(NamedTuple):
+    """What ``head`` takes."""
+
     z: Tensor  # (G, N, H, W, C)
     weight: Tensor  # (S, C, classes) of the dtype that is multiplied in
     bias: Tensor | None  # (S, classes) float32
@@ -33,6 +35,8 @@ class HeadOperands(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
+    """Logits, and the pooled features that the backward pass reads."""
+
     logits: Tensor  # (G, N, classes) float32
     pooled: Tensor  # (G, N, C) float32
 
@@ -139,6 +143,7 @@ _head = define("head", head_reference, _empty, _launch)
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless ``x`` has the expected shape."""
     good = tuple(x.shape) == shape and x.is_contiguous()
     require(good, f"{name} has shape {tuple(x.shape)}, expected {shape}, contiguous")
 

@@ -28,6 +28,8 @@ from fastensdistill.kernels.reference import leave, partial_rows, pick
 
 
 class HeadBackwardOperands(NamedTuple):
+    """What ``head_backward`` takes."""
+
     d_logits: Tensor  # (G, N, classes) float32
     z: Tensor  # (G, N, H, W, C); this and what follows as in ``head``
     weight: Tensor  # (S, C, classes)
@@ -45,6 +47,8 @@ class HeadBackwardOperands(NamedTuple):
 
 
 class HeadGradient(NamedTuple):
+    """Gradients of the features, the weight and the bias, and partial sums."""
+
     d: Tensor  # (G, N, H, W, C)
     d_weight: Tensor | None  # (G, C, classes) float32
     d_bias: Tensor | None  # (G, classes) float32

@@ -86,6 +86,7 @@ def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tenso
 
 
 def check_precision(precision: str) -> None:
+    """Raise InputError for a precision other than those of :data:`PRECISIONS`."""
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
 
@@ -106,6 +107,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise InputError unless two operands are on one device."""
     if tensor.device != other.device:
         raise InputError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
 

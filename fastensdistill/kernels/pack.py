@@ -38,6 +38,8 @@ COLUMNS = 15
 
 
 class PackOperands(NamedTuple):
+    """What ``pack_weights`` takes."""
+
     parameters: Tensor  # [layout.size] of branches, [K · layout.size] of plain networks
     deviations: Tensor | None  # [K, layout.factors]; None for plain networks
     packed: Tensor  # [layout.packed_size], written

@@ -3,7 +3,7 @@
     g_b  = Σ_G input_gradients[G, b]
     x'_b = clip( x_b + step · confidence_b · g_b / ‖g_b‖₂, low, high )         ‖·‖₂ over all values of an image
 
-(Nam et al., ICML 2022, section 3: step = ε·√D, ε = 1/255, D values per image; confidence is ConfODS's factor, else 1.)
+(docs/method.md, Perturbation: step = ε·√D, ε = 1/255, D values per image; confidence is ConfODS's factor, else 1.)
 An image whose g is zero is returned as it is, bit for bit and not clipped: there is no direction to step in. g is
 divided by its largest absolute value before it is squared, so that the norm neither underflows nor overflows while the
 sum over the groups is finite; a NaN or infinite gradient gives a NaN image, for everybody to see.
@@ -78,7 +78,7 @@ def perturb_step(
     Raises:
         InputError: a dtype, shape, device or number that does not fit.
 
-    Source: Nam et al., ICML 2022, section 3; ConfODS: Nam et al., NeurIPS 2021.
+    Source: Nam et al., ICML 2022, and docs/method.md, Perturbation; ConfODS: Nam et al., NeurIPS 2021.
     """
     for name, tensor in (("images", images), ("input_gradients", input_gradients)):
         if tensor.dtype not in FLOATING:

@@ -17,6 +17,8 @@ from fastensdistill.kernels.tiles import rows_tile
 
 
 class MaxPoolOperands(NamedTuple):
+    """What ``max_pool`` takes."""
+
     x: Tensor  # (G, N, H, W, C)
     kernel: int
     stride: int
@@ -24,11 +26,15 @@ class MaxPoolOperands(NamedTuple):
 
 
 class MaxPoolOutput(NamedTuple):
+    """The maxima, and where in its window each one lies."""
+
     y: Tensor  # (G, N, Ho, Wo, C)
     taps: Tensor  # like y, uint8: row · kernel + column of the maximum in its window
 
 
 class MaxPoolBackwardOperands(NamedTuple):
+    """What ``max_pool_backward`` takes."""
+
     d: Tensor  # (G, N, Ho, Wo, C)
     taps: Tensor  # like d, uint8
     height: int  # H of x

@@ -3,7 +3,7 @@
     g' = g + λ·p        v ← μ·v + g'        p ← p − scale·η·(g' + μ·v)
 
 η is a scalar on the device, so that a captured graph can change it. ``scale`` is a fixed factor of the rate: K for the
-deviations of K branches (Nam et al., ICML 2022, section 2). 20 bytes per value are moved, in five launches 60.
+deviations of K branches (docs/method.md, Loss). 20 bytes per value are moved, in five launches 60.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,8 @@ SGD_TILE = Tile(0, 1024, 0, 4, 1, "8 values a thread: two 16-byte loads of each 
 
 
 class SgdOperands(NamedTuple):
+    """What ``sgd`` takes."""
+
     p: Tensor  # parameters, any shape, written
     v: Tensor  # momentum, like p, written
     g: Tensor  # gradient, like p

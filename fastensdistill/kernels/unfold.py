@@ -42,6 +42,8 @@ UNFOLD_COLUMNS, FACTOR_COLUMNS = 13, 9
 
 
 class UnfoldOperands(NamedTuple):
+    """What ``unfold_gradients`` takes."""
+
     gradients: Tensor  # [K · layout.ranked], in the kernels' order
     parameters: Tensor  # [layout.size] of branches, [K · layout.size] of plain networks
     deviations: Tensor | None  # [K, layout.factors]; None for plain networks
@@ -258,7 +260,7 @@ def unfold_gradients(
     Raises:
         InputError: a dtype, shape or device that does not fit the layout.
 
-    Source: Nam et al., ICML 2022, section 2.
+    Source: docs/method.md, Student.
     """
     K = check_buffers(layout, parameters, deviations)
     check_flat("gradients", gradients, (K * layout.ranked,), parameters)

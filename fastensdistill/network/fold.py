@@ -1,7 +1,7 @@
 """What the weights of a launch carry: an evaluation-mode BatchNorm, or a branch's rank-one factors.
 
     conv then BatchNorm:  W' = scale ⊗ W,  b' = scale·b + shift,   scale = γ/√(var + ε),  shift = β − scale·mean
-    branch k:             W_k = s_k ⊗ W ⊗ r_k,  b_k = s_k·b                    (Nam et al., ICML 2022, section 2)
+    branch k:             W_k = s_k ⊗ W ⊗ r_k,  b_k = s_k·b                    (docs/method.md, Student)
 
 Parameters are given as in a state dict, name → tensor. A student's rank-one layer at ``path`` holds
 ``path.layer.weight`` (and bias) and the deviations ``path.delta_r`` (K, Ci) and ``path.delta_s`` (K, Co); in a plain

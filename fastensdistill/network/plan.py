@@ -100,7 +100,7 @@ def drawn_groups(members: Iterable[str], differentiated: Collection[str], networ
 
 
 def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
-    """The passes of one distillation step, name → groups and direction (Nam et al., ICML 2022, section 3).
+    """The passes of one distillation step, name → groups and direction (docs/method.md, Perturbation).
 
     Network 0 is the teachers'; ``student`` is the index of the student's.
     """
