@@ -79,10 +79,8 @@ class Ensemble:
         self.members: dict[Network, list[int]] = {}
         for part in plan(networks, self.groups, "forward", 1).parts:
             self.members[part.network] = [int(group.name) for group in part.groups]
-            shared = branches is not None and branches.part.network == part.network
-            self.weights[part.network] = (
-                branches if branches and shared else PackedWeights(part, len(part.groups), dtype, device)
-            )
+            shared = branches if branches and branches.part.network == part.network else None
+            self.weights[part.network] = shared or PackedWeights(part, len(part.groups), dtype, device)
         # Networks of one architecture run together; put them back into the order they were given in
         order = [i for members in self.members.values() for i in members]
         self.order = torch.tensor(order, device=device).argsort() if order != sorted(order) else None

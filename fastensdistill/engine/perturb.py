@@ -65,8 +65,8 @@ class FusedPerturbation:
         gradient = {part.network: part for part in backward}
         self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
         for part in forward:
-            known = branches is not None and part.network == branches.part.network
-            weights = branches if branches and known else teachers.weights[part.network]
+            weights = teachers.weights.get(part.network) or branches  # those of a teacher's architecture hold both
+            assert weights
             table = [[self._slot(group.name, pair) for group in part.groups] for pair in choices]
             index = torch.tensor(table, dtype=torch.int32, device=weights.values.device)
             self.passes.append((Pass(part, gradient.get(part.network), weights, teachers.execution), index))

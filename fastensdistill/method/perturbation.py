@@ -89,11 +89,6 @@ def _differing(count: int, teachers: int) -> list[Pair]:
     return [(a, b) for a in range(count) for b in range(count) if a % teachers != b % teachers]
 
 
-def unchanged(x: Tensor, perturbation: Perturbation) -> Tensor:
-    """The images themselves."""
-    return x
-
-
 def gaussian(x: Tensor, perturbation: Perturbation) -> Tensor:
     """``clip(x + ε·N(0, 1), 0, 1)``."""
     noise = torch.empty_like(x).normal_(generator=perturbation.noise)
@@ -126,7 +121,7 @@ def tdiv_sdiv(logits: ByKind, perturbation: Perturbation) -> Direction:
 
 
 PERTURBATIONS = {
-    "none": Row(move=unchanged),
+    "none": Row(move=lambda x, perturbation: x),
     "gaussian": Row(move=gaussian),
     "ods": Row(one_teacher, ("Ta",), ("Ta",), ods),
     "confods": Row(one_teacher, ("Ta",), ("Ta",), confods),
