@@ -47,11 +47,6 @@ def grad(name: str) -> str:
     return f"{name}.grad"
 
 
-def owner(name: str) -> str:
-    """The node or parameter whose buffer ``name`` is."""
-    return name.rpartition(".")[0]
-
-
 def waiting(name: str, number: int) -> str:
     """The gradient of the value ``name`` by one of its readers, which waits for the others'."""
     return f"{name}.grad{number}"
@@ -74,17 +69,17 @@ def pooled(linear: str) -> str:
 
 def sums(norm: str) -> str:
     """Partial sums for the statistics of a batch."""
-    return f"{norm}.sums"
+    return f"{norm} sums"
 
 
 def grad_sums(norm: str) -> str:
     """Partial sums for the gradient of a training-mode BatchNorm."""
-    return f"{norm}.grad_sums"
+    return f"{norm} gradient sums"
 
 
 def is_sums(name: str) -> bool:
-    """Whether ``name`` is one of the two kinds of partial sums, rows of which add up."""
-    return name.endswith((".sums", ".grad_sums"))
+    """Whether ``name`` is one of the two kinds of partial sums, rows of which add up; a layer may be called "sums"."""
+    return name.endswith(" sums")
 
 
 def statistics(norm: str) -> str:

@@ -262,7 +262,7 @@ def test_partial_sums_are_judged_by_their_total(prepared):
     """PyTorch's own has one row where the kernel has many: beside each of them it would allow any error."""
     one = next(one for one, _ in prepared if one.title == " ".join(CULPRIT))
     allowed = {name: limit for name, _, limit in compare(one)}
-    assert allowed["groups.1.0.bn1.grad_sums"] < 1e-5
+    assert allowed["groups.1.0.bn1 gradient sums"] < 1e-5
 
 
 ROW = Choice("conv", "cudnn", "wrong", shape=ConvShape(3, 2, 8, 16, 8, 8))
@@ -467,7 +467,7 @@ def test_the_walk_names_the_launch_that_is_wrong_in_the_step_alone(here):
         row = walk(here, SETTING)
     found = row["first_wrong"]
     assert (found["pass"], found["op"], found["node"]) == ("distillation, backward", *CULPRIT)
-    assert found["buffer"] == "groups.1.0.bn1.grad_sums"
+    assert found["buffer"] == "groups.1.0.bn1 gradient sums"
     assert row["before"] == {
         "pass": "distillation, backward", "index": found["index"] - 1, "op": "norm gradient",
         "node": "groups.1.0.bn2", "buffer": "groups.1.0.conv1.grad",

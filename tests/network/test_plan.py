@@ -10,7 +10,7 @@ from fastensdistill.models import create_model
 from fastensdistill.network.backward import FUSIONS as GRADIENT_FUSIONS
 from fastensdistill.network.forward import FUSIONS
 from fastensdistill.network.gpu import GPUS
-from fastensdistill.network.launch import Group
+from fastensdistill.network.launch import INPUT, Group, grad, grad_sums, is_sums, statistics, sums
 from fastensdistill.network.nodes import Conv, Network
 from fastensdistill.network.plan import plan, plan_step, step_groups, teach_groups
 from fastensdistill.network.table import print_plan
@@ -193,6 +193,12 @@ def test_printed_table(capsys):
     assert shortcut[:3] == ["conv", "groups.0.0.shortcut", "32x32x64"]
     assert any("37.20 GFLOP = 22.00 F" in line for line in lines)
     assert any(line.startswith("least time on H200 (790 TFLOP/s bf16, 4.30 TB/s") for line in lines)
+
+
+def test_partial_sums_are_told_from_layers_of_that_name():
+    assert is_sums(sums("block.bn"))
+    assert is_sums(grad_sums("block.bn"))
+    assert not any(is_sums(name) for name in ("block.sums", grad("sums"), statistics("block.grad_sums"), INPUT))
 
 
 def test_every_op_of_a_plan_can_be_run():
