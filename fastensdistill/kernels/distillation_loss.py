@@ -16,8 +16,6 @@ The gradient costs two more multiplications per logit once the softmaxes are the
 ``loss_ce``, and with α < 1 the loss and the gradient of its row, NaN. With α = 1 labels do not enter the loss at all.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -25,20 +23,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastensdistill.errors import InputError, unknown
-from fastensdistill.kernels.diversity_seed import diversity_seed_reference
-from fastensdistill.kernels.operands import accumulator, check_device, check_floating, check_like, check_positive
+from fastensdistill.errors import unknown
+from fastensdistill.kernels.diversity_seed import diversity_seed_reference, empty_seeds, empty_value
+from fastensdistill.kernels.operands import (
+    accumulator,
+    check_device,
+    check_floating,
+    check_like,
+    check_positive,
+    require,
+)
 from fastensdistill.kernels.ops import define, refuse_second_derivative
 
 TARGETS = ("one-to-one", "mean")
-
-
-# ---- references
+Loss = tuple[Tensor, Tensor, Tensor, Tensor]
+LossAndSeeds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def distillation_loss_reference(
     teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, temperature: float, alpha: float, mean_target: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Loss:
     """The equations above in plain PyTorch: any device, any floating dtype (narrow ones computed in float32)."""
     K, B, C = branch_logits.shape
     dtype = accumulator(branch_logits.dtype)
@@ -64,14 +68,9 @@ def distillation_loss_reference(
 
 
 def distill_and_diversify_reference(
-    teacher_logits: Tensor,
-    branch_logits: Tensor,
-    labels: Tensor,
-    pair: Tensor,
-    temperature: float,
-    alpha: float,
+    teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, pair: Tensor, temperature: float, alpha: float,
     mean_target: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LossAndSeeds:  # fmt: skip
     """Both ops, one after the other."""
     loss = distillation_loss_reference(teacher_logits, branch_logits, labels, temperature, alpha, mean_target)
     limit = min(teacher_logits.shape[0], branch_logits.shape[0])
@@ -82,26 +81,12 @@ def distill_and_diversify_reference(
     return *loss, tdiv, sdiv, grad_teacher_a, grad_branch_a
 
 
-# ---- registration
+def _empty_loss(teacher_logits, branch_logits, *unused):
+    return *(empty_value(branch_logits) for _ in range(3)), branch_logits.new_empty(branch_logits.shape)
 
 
-def _scalars(logits: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty((), dtype=accumulator(logits.dtype)) for _ in range(count))
-
-
-def _loss_fake(teacher_logits, branch_logits, labels, temperature, alpha, mean_target):
-    return *_scalars(branch_logits, 3), branch_logits.new_empty(branch_logits.shape)
-
-
-def _both_fake(teacher_logits, branch_logits, labels, pair, temperature, alpha, mean_target):
-    shape = branch_logits.shape[1:]
-    return (
-        *_scalars(branch_logits, 3),
-        branch_logits.new_empty(branch_logits.shape),
-        *_scalars(branch_logits, 2),
-        branch_logits.new_empty(shape),
-        branch_logits.new_empty(shape),
-    )
+def _empty_both(teacher_logits, branch_logits, *unused):
+    return *_empty_loss(teacher_logits, branch_logits), *empty_seeds(branch_logits, branch_logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,13 +101,10 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | No
     return None, gradient * grad_loss.to(gradient.dtype), *([None] * (ctx.num_inputs - 2))
 
 
-define("distillation_loss", distillation_loss_reference, _loss_fake)
-define("distill_and_diversify", distill_and_diversify_reference, _both_fake)
-torch.library.register_autograd("fastensdistill::distillation_loss", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastensdistill::distill_and_diversify", _backward, setup_context=_setup_context)
-
-
-# ---- public functions
+_distillation_loss = define("distillation_loss", distillation_loss_reference, _empty_loss)
+_distill_and_diversify = define("distill_and_diversify", distill_and_diversify_reference, _empty_both)
+for _name in ("distillation_loss", "distill_and_diversify"):
+    torch.library.register_autograd(f"fastensdistill::{_name}", _backward, setup_context=_setup_context)
 
 
 def _check(
@@ -131,33 +113,29 @@ def _check(
     check_floating("teacher_logits", teacher_logits, 3, "[M, B, C]")
     check_floating("branch_logits", branch_logits, 3, "[K, B, C]")
     check_like("teacher_logits", teacher_logits, "branch_logits", branch_logits)
-    if teacher_logits.shape[1:] != branch_logits.shape[1:] or 0 in branch_logits.shape or 0 in teacher_logits.shape:
-        raise InputError(
-            f"teacher_logits has shape {tuple(teacher_logits.shape)} and branch_logits {tuple(branch_logits.shape)}; "
-            "expected [M, B, C] and [K, B, C] with the same images and classes, none of them empty"
-        )
-    if teacher_logits.requires_grad:
-        raise InputError("teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad")
-    if labels.dtype != torch.int64:
-        raise InputError(f"labels has dtype {labels.dtype}; expected torch.int64")
-    if labels.shape != branch_logits.shape[1:2]:
-        raise InputError(f"labels has shape {tuple(labels.shape)}; expected ({branch_logits.shape[1]},), one per image")
+    require(
+        teacher_logits.shape[1:] == branch_logits.shape[1:] and 0 not in (*branch_logits.shape, *teacher_logits.shape),
+        f"teacher_logits has shape {tuple(teacher_logits.shape)} and branch_logits {tuple(branch_logits.shape)}; "
+        "expected [M, B, C] and [K, B, C] with the same images and classes, none of them empty",
+    )
+    require(
+        not teacher_logits.requires_grad,
+        "teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad",
+    )
+    require(labels.dtype == torch.int64, f"labels has dtype {labels.dtype}; expected torch.int64")
+    B = branch_logits.shape[1]
+    require(labels.shape == (B,), f"labels has shape {tuple(labels.shape)}; expected ({B},), one per image")
     check_device("labels", labels, "branch_logits", branch_logits)
     check_positive("temperature", temperature)
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is {alpha}; expected a number from 0 to 1")
+    require(0 <= alpha <= 1, f"alpha is {alpha}; expected a number from 0 to 1")
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
 
 
 def distillation_loss(
-    teacher_logits: Tensor,
-    branch_logits: Tensor,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
+    teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
     target: str = "one-to-one",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Loss:  # fmt: skip
     """Distillation loss of K branches against M teachers, with its gradient.
 
     Args:
@@ -178,19 +156,13 @@ def distillation_loss(
     Source: Nam et al., ICML 2022; docs/method.md, Loss.
     """
     _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
-    op = torch.ops.fastensdistill.distillation_loss
-    return op(teacher_logits, branch_logits, labels, temperature, alpha, target == "mean")
+    return _distillation_loss(teacher_logits, branch_logits, labels, temperature, alpha, target == "mean")
 
 
 def distill_and_diversify(
-    teacher_logits: Tensor,
-    branch_logits: Tensor,
-    labels: Tensor,
-    pair: Tensor,
-    temperature: float,
-    alpha: float,
+    teacher_logits: Tensor, branch_logits: Tensor, labels: Tensor, pair: Tensor, temperature: float, alpha: float,
     target: str = "one-to-one",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LossAndSeeds:  # fmt: skip
     """:func:`distillation_loss` and ``diversity_seed`` of members (a, b) = ``pair``, from one read of the same logits.
 
     Args:
@@ -206,8 +178,9 @@ def distill_and_diversify(
         InputError: as for :func:`distillation_loss`, or a pair that is not two int64 on the same device.
     """
     _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
-    if pair.dtype != torch.int64 or tuple(pair.shape) != (2,):
-        raise InputError(f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64")
+    require(
+        pair.dtype == torch.int64 and pair.shape == (2,),
+        f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64",
+    )
     check_device("pair", pair, "branch_logits", branch_logits)
-    op = torch.ops.fastensdistill.distill_and_diversify
-    return op(teacher_logits, branch_logits, labels, pair, temperature, alpha, target == "mean")
+    return _distill_and_diversify(teacher_logits, branch_logits, labels, pair, temperature, alpha, target == "mean")

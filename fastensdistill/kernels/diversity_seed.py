@@ -14,19 +14,14 @@ Output diversified sampling (ODS; Nam et al., NeurIPS 2021) starts from a random
     u = Σ_c w_c p_c,  p = softmax(z / τ)    ∂u/∂z_c = p_c · (w_c − Σ_j w_j p_j) / τ,     confidence = max_c p_c
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastensdistill.errors import InputError
-from fastensdistill.kernels.operands import accumulator, check_floating, check_like, check_positive
+from fastensdistill.kernels.operands import accumulator, check_floating, check_like, check_positive, require
 from fastensdistill.kernels.ops import define, refuse_second_derivative
-
-# ---- references
 
 
 def teacher_diversity_seed_reference(teacher_pair: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,35 +49,30 @@ def ods_seed_reference(logits: Tensor, weights: Tensor, temperature: float) -> t
     return gradient.to(logits.dtype), p.amax(-1)
 
 
-# ---- registration
-
-
-def _scalar(logits: Tensor) -> Tensor:
+def empty_value(logits: Tensor) -> Tensor:
+    """A scalar of what the ops on ``logits`` compute in, unwritten."""
     return logits.new_empty((), dtype=accumulator(logits.dtype))
 
 
-def _teacher_fake(teacher_pair):
-    return _scalar(teacher_pair), teacher_pair.new_empty(teacher_pair.shape[1:])
-
-
-def _pair_fake(teacher_pair, branch_pair):
+def empty_seeds(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of ``diversity_seed`` of logits [.., B, C], unwritten."""
     shape = teacher_pair.shape[1:]
-    return _scalar(teacher_pair), _scalar(teacher_pair), teacher_pair.new_empty(shape), teacher_pair.new_empty(shape)
+    gradients = teacher_pair.new_empty(shape), branch_pair.new_empty(shape)
+    return empty_value(teacher_pair), empty_value(branch_pair), *gradients
 
 
-def _ods_fake(logits, weights, temperature):
-    confidence = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
-    return logits.new_empty(logits.shape), confidence
+def _empty_teacher_seed(teacher_pair):
+    return empty_value(teacher_pair), teacher_pair.new_empty(teacher_pair.shape[1:])
 
 
-def _teacher_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+def _empty_ods(logits, weights, temperature):
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
 
 
-def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(output[2], output[3])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gradients = output[len(output) // 2 :]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
 
 
 def _pair_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -102,22 +92,17 @@ def _pair_backward(ctx: Any, grad_tdiv: Tensor, grad_sdiv: Tensor, *unused: Tens
     return _pair_gradient(grad_teacher_a, grad_tdiv), _pair_gradient(grad_branch_a, -grad_sdiv)
 
 
-define("teacher_diversity_seed", teacher_diversity_seed_reference, _teacher_fake)
-define("diversity_seed", diversity_seed_reference, _pair_fake)
-define("ods_seed", ods_seed_reference, _ods_fake)
-torch.library.register_autograd(
-    "fastensdistill::teacher_diversity_seed", _teacher_backward, setup_context=_teacher_setup
-)
-torch.library.register_autograd("fastensdistill::diversity_seed", _pair_backward, setup_context=_pair_setup)
-
-
-# ---- public functions
+_teacher_diversity_seed = define("teacher_diversity_seed", teacher_diversity_seed_reference, _empty_teacher_seed)
+_diversity_seed = define("diversity_seed", diversity_seed_reference, empty_seeds)
+_ods_seed = define("ods_seed", ods_seed_reference, _empty_ods)
+for _name, _backward in (("teacher_diversity_seed", _teacher_backward), ("diversity_seed", _pair_backward)):
+    torch.library.register_autograd(f"fastensdistill::{_name}", _backward, setup_context=_setup_context)
 
 
 def _check_pair(name: str, pair: Tensor) -> None:
     check_floating(name, pair, 3, "[2, B, C]")
-    if pair.shape[0] != 2 or 0 in pair.shape:
-        raise InputError(f"{name} has shape {tuple(pair.shape)}; expected [2, B, C], not empty")
+    good = pair.shape[0] == 2 and 0 not in pair.shape
+    require(good, f"{name} has shape {tuple(pair.shape)}; expected [2, B, C], not empty")
 
 
 def diversity_seed(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,18 +124,18 @@ def diversity_seed(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, T
     _check_pair("teacher_pair", teacher_pair)
     _check_pair("branch_pair", branch_pair)
     check_like("branch_pair", branch_pair, "teacher_pair", teacher_pair)
-    if teacher_pair.shape != branch_pair.shape:
-        raise InputError(
-            f"teacher_pair has shape {tuple(teacher_pair.shape)} but branch_pair {tuple(branch_pair.shape)}; "
-            "expected the same [2, B, C]"
-        )
-    return torch.ops.fastensdistill.diversity_seed(teacher_pair, branch_pair)
+    require(
+        teacher_pair.shape == branch_pair.shape,
+        f"teacher_pair has shape {tuple(teacher_pair.shape)} but branch_pair {tuple(branch_pair.shape)}; "
+        "expected the same [2, B, C]",
+    )
+    return _diversity_seed(teacher_pair, branch_pair)
 
 
 def teacher_diversity_seed(teacher_pair: Tensor) -> tuple[Tensor, Tensor]:
     """TDiv alone: ``(tdiv, grad_teacher_a)`` of ``teacher_pair`` [2, B, C]; otherwise as :func:`diversity_seed`."""
     _check_pair("teacher_pair", teacher_pair)
-    return torch.ops.fastensdistill.teacher_diversity_seed(teacher_pair)
+    return _teacher_diversity_seed(teacher_pair)
 
 
 def ods_seed(logits: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -173,10 +158,10 @@ def ods_seed(logits: Tensor, weights: Tensor, temperature: float) -> tuple[Tenso
     check_floating("logits", logits, 2, "[B, C]")
     check_floating("weights", weights, 2, "[B, C]")
     check_like("weights", weights, "logits", logits)
-    if logits.shape != weights.shape or 0 in logits.shape:
-        raise InputError(
-            f"logits has shape {tuple(logits.shape)} and weights {tuple(weights.shape)}; "
-            "expected the same [B, C], not empty"
-        )
+    require(
+        logits.shape == weights.shape and 0 not in logits.shape,
+        f"logits has shape {tuple(logits.shape)} and weights {tuple(weights.shape)}; "
+        "expected the same [B, C], not empty",
+    )
     check_positive("temperature", temperature)
-    return torch.ops.fastensdistill.ods_seed(logits.detach(), weights.detach(), temperature)
+    return _ods_seed(logits.detach(), weights.detach(), temperature)

@@ -9,18 +9,13 @@ divided by its largest absolute value before it is squared, so that the norm nei
 sum over the groups is finite; a NaN or infinite gradient gives a NaN image, for everybody to see.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
-from fastensdistill.errors import InputError
-from fastensdistill.kernels.operands import FLOATING, accumulator, check_device
+from fastensdistill.kernels.operands import FLOATING, accumulator, check_device, require
 from fastensdistill.kernels.ops import define
-
-# ---- reference
 
 
 def perturb_step_reference(
@@ -42,27 +37,17 @@ def perturb_step_reference(
     return torch.empty_like(images).copy_(torch.where(peak == 0, images, moved))
 
 
-# ---- registration
-
-
-def _fake(images, input_gradients, confidence, step, low, high):
+def _empty(images, *unused):
     return torch.empty_like(images)
 
 
-define("perturb_step", perturb_step_reference, _fake)
-
-
-# ---- public function
+_perturb_step = define("perturb_step", perturb_step_reference, _empty)
 
 
 def perturb_step(
-    images: Tensor,
-    input_gradients: Tensor,
-    step: float,
-    low: float = 0.0,
-    high: float = 1.0,
+    images: Tensor, input_gradients: Tensor, step: float, low: float = 0.0, high: float = 1.0,
     confidence: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Moves every image by ``step`` along its normalised gradient and clips it to [low, high].
 
     Args:
@@ -81,31 +66,27 @@ def perturb_step(
     Source: Nam et al., ICML 2022, and docs/method.md, Perturbation; ConfODS: Nam et al., NeurIPS 2021.
     """
     for name, tensor in (("images", images), ("input_gradients", input_gradients)):
-        if tensor.dtype not in FLOATING:
-            raise InputError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
-    if images.dim() < 2 or input_gradients.shape[1:] != images.shape or 0 in input_gradients.shape:
-        raise InputError(
-            f"images has shape {tuple(images.shape)} and input_gradients {tuple(input_gradients.shape)}; "
-            "expected [B, …] and [G, B, …], not empty"
-        )
-    dtype = accumulator(images.dtype)
-    if accumulator(input_gradients.dtype) != dtype:
-        raise InputError(
-            f"input_gradients has dtype {input_gradients.dtype} but images has {images.dtype}; "
-            "expected float64 for both or for neither"
-        )
+        good = tensor.dtype in FLOATING
+        require(good, f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    require(
+        images.dim() >= 2 and input_gradients.shape[1:] == images.shape and 0 not in input_gradients.shape,
+        f"images has shape {tuple(images.shape)} and input_gradients {tuple(input_gradients.shape)}; "
+        "expected [B, …] and [G, B, …], not empty",
+    )
+    dtype, B = accumulator(images.dtype), images.shape[0]
+    require(
+        accumulator(input_gradients.dtype) == dtype,
+        f"input_gradients has dtype {input_gradients.dtype} but images has {images.dtype}; "
+        "expected float64 for both or for neither",
+    )
     check_device("input_gradients", input_gradients, "images", images)
     if confidence is not None:
-        if confidence.dtype != dtype or confidence.shape != images.shape[:1]:
-            raise InputError(
-                f"confidence has dtype {confidence.dtype} and shape {tuple(confidence.shape)}; "
-                f"expected {dtype} and ({images.shape[0]},)"
-            )
+        require(
+            confidence.dtype == dtype and confidence.shape == (B,),
+            f"confidence has dtype {confidence.dtype} and shape {tuple(confidence.shape)}; expected {dtype} and ({B},)",
+        )
         check_device("confidence", confidence, "images", images)
         confidence = confidence.detach()
-    if not math.isfinite(step):
-        raise InputError(f"step is {step}; expected a finite number")
-    if not low <= high:
-        raise InputError(f"low is {low} and high is {high}; expected low ≤ high")
-    op = torch.ops.fastensdistill.perturb_step
-    return op(images.detach(), input_gradients.detach(), confidence, step, low, high)
+    require(math.isfinite(step), f"step is {step}; expected a finite number")
+    require(low <= high, f"low is {low} and high is {high}; expected low ≤ high")
+    return _perturb_step(images.detach(), input_gradients.detach(), confidence, step, low, high)

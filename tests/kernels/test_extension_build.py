@@ -142,7 +142,7 @@ DESCRIBE += "print(json.dumps(extension.describe()))"
 )
 def test_without_compilers_the_package_is_pure_python(tmp_path, environment, reason):
     project = copy_of_the_project(tmp_path / "project")
-    stale = project / "fastensdistill/kernels/_extension_v2.so"
+    stale = project / "fastensdistill/kernels" / extension.LIBRARY.name
     stale.write_bytes(b"built earlier")
     report, printed = build(project, **environment)
     assert report["built"] is False
@@ -155,7 +155,7 @@ def test_without_compilers_the_package_is_pure_python(tmp_path, environment, rea
 
 def test_library_that_does_not_load_is_said_once_and_replaced(tmp_path):
     project = copy_of_the_project(tmp_path / "project")
-    (project / "fastensdistill/kernels/_extension_v2.so").write_bytes(b"not a library")
+    (project / "fastensdistill/kernels" / extension.LIBRARY.name).write_bytes(b"not a library")
     code = "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n warnings.simplefilter('always')\n"
     code += " from fastensdistill.kernels import distillation_loss as d, extension\n"
     code += "import torch\nz = torch.randn(2, 3, 5)\n"
