@@ -14,7 +14,7 @@ from fastensdistill.engine.passes import dead_after
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
-from fastensdistill.network.launch import is_running, is_sums
+from fastensdistill.network.launch import is_sums
 from tests.engine.cases import batch, network, packed, packed_by_architecture, setting
 from tests.engine.meta import build, watched
 
@@ -112,7 +112,7 @@ def test_launches_and_bytes_are_the_plans(capsys):
     assert set(parts) == set(passes) - {"un-fold and update"}
     assert sum(p.launches for p in found.passes) == 1 + sum(len(part.launches) for part in parts.values())
     forward = step.trained.parts[0]
-    written = {n for launch in forward.launches for n in launch.writes if not is_running(n)}
+    written = {n for launch in forward.launches for n in launch.writes}
     training = passes["distillation, forward"]
     assert training.buffers == len(written)
     plain = sum(forward.buffers[n].nbytes for n in written if not is_sums(n))
@@ -121,7 +121,7 @@ def test_launches_and_bytes_are_the_plans(capsys):
     elsewhere = set(step.trained.gradients)
     for (name, part), dead in zip(list(parts.items())[-2:], step.trained.dead, strict=True):
         for launch, gone, (op, layer, size) in zip(part.launches, dead, passes[name].rows, strict=True):
-            live |= {n: part.buffers[n].nbytes for n in launch.writes if not is_running(n) and n not in elsewhere}
+            live |= {n: part.buffers[n].nbytes for n in launch.writes if n not in elsewhere}
             assert (op, layer) == (launch.op, launch.node)
             scratch = 2**25 if op == "weight gradient" else 2**22
             assert sum(live.values()) < size < 1.01 * sum(live.values()) + scratch, (op, layer)

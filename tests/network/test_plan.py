@@ -17,6 +17,7 @@ from fastensdistill.network.table import print_plan
 from fastensdistill.network.trace import trace
 from tests.network import models
 from tests.network.cases import CASES
+from tests.untyped import untyped
 
 
 def network(name: str, size: int = 32) -> Network:
@@ -204,8 +205,8 @@ def test_partial_sums_are_told_from_layers_of_that_name():
 def test_every_op_of_a_plan_can_be_run():
     """A layer's five files: what the planners emit and fuse is in the engine's table, and tests run each op of it."""
     assert {*FUSIONS, *GRADIENT_FUSIONS} <= set(OPS)
-    used = set()
-    for model, size, batch in (case.values for case in CASES):
+    used: set[str] = set()
+    for model, size, batch in (untyped(case.values) for case in CASES):
         net = trace(model(), (3, size, size))
         for group in (Group("T", gradient="input"), Group("S", 0, "S", "parameters")):
             for way in ("forward", "backward"):
