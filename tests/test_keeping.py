@@ -46,7 +46,7 @@ def test_what_is_kept(name):
     keeper, network = Keeper(images, warmup), torch.nn.Linear(1, 1)
     for step, (acc, loss) in enumerate(looks, 1):
         network.weight.data.fill_(step)
-        keeper.look("student", Score(acc, loss, step=step), network)
+        keeper.note("student", Score(acc, loss, step=step), network)
     assert keeper.last["student"].step == len(looks)
     if expected is None:
         assert not keeper.best

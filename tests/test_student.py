@@ -9,7 +9,7 @@ from torchvision.models import DenseNet
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.engine.reference import sgd
+from fastensdistill.engine.optimizer import sgd
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import (
     STUDENTS,

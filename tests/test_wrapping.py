@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.engine.reference import sgd
+from fastensdistill.engine.optimizer import sgd
 from fastensdistill.errors import InputError
 from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.copying import copy_network

@@ -25,7 +25,14 @@ from fastensdistill.engine.common import (
     load_drawn_state,
     slower_statistics,
 )
-from fastensdistill.engine.parallel import average, processes, same_start
+from fastensdistill.engine.optimizer import (
+    average_gradients,
+    load_momentum_state,
+    momentum_state,
+    set_learning_rate,
+    sgd,
+)
+from fastensdistill.engine.parallel import same_start
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers, listed_networks
@@ -35,7 +42,6 @@ from fastensdistill.method.modes import set_mode
 from fastensdistill.method.perturbation import Perturbed
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
-from fastensdistill.network.overlap import common_memory, dense
 
 if TYPE_CHECKING:
     from fastensdistill.data.loader import DeviceLoader
@@ -190,57 +196,3 @@ def update(
     average_gradients(network)
     optimizer.step()
     return torch.stack(found).mean(0)
-
-
-def sgd(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum and coupled decay over all parameters; a student says how its factors differ.
-
-    Parameters without gradients stay as they are. Raises InputError where there is nothing else, and for expanded ones.
-    """
-    if isinstance(network, Student):
-        groups = network.parameter_groups(config.weight_decay)
-    else:
-        groups = [{"params": list(network.parameters()), "lr_scale": 1.0, "weight_decay": config.weight_decay}]
-    parameters = dict(network.named_parameters())
-    repeated = next((name for name, p in parameters.items() if common_memory([(name, p)])), None)
-    if repeated:
-        raise InputError(f"parameter {repeated!r} is expanded; expected memory for every element, as clone() gives it")
-    if not any(p.requires_grad for p in parameters.values()):
-        raise InputError(f"no parameter of {type(network).__name__} requires gradients; expected some to be trained")
-    fused = all(map(dense, parameters.values()))  # the fused update walks memory, not elements
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, fused=fused)
-    set_learning_rate(optimizer, config.learning_rate)
-    return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group: ``rate`` times the group's ``lr_scale``."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
-
-
-def momentum_state(optimizer: torch.optim.SGD) -> State:
-    """Momentum buffers by position; a parameter that has not been stepped yet has none."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    buffers = {i: optimizer.state[p].get("momentum_buffer") for i, p in enumerate(parameters) if p in optimizer.state}
-    return {f"momentum.{i}": b for i, b in buffers.items() if b is not None}
-
-
-def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
-    """The way back from :func:`momentum_state`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.state.clear()
-    for i, p in enumerate(parameters):
-        if f"momentum.{i}" in state:
-            # In the parameter's own memory layout: the fused optimiser walks both as they lie in memory.
-            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
-
-
-def average_gradients(network: nn.Module) -> None:
-    """The mean over all processes of every parameter's gradient, as one exchange; nothing where there is one."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if processes() > 1:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        average(flat)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view(gradient.shape))

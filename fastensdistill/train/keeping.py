@@ -72,8 +72,8 @@ class Keeper:
         self.best: dict[str, tuple[Score, Weights]] = {}
         self.last: dict[str, Score] = {}
 
-    def look(self, name: str, score: Score, network: nn.Module) -> bool:
-        """Note the look; whether it is the best so far, whose weights are copied."""
+    def note(self, name: str, score: Score, network: nn.Module) -> bool:
+        """Note a validation; whether it is the best so far, whose weights are copied."""
         self.last[name] = score
         if score.step <= self.warmup_steps or not score.finite:
             return False

@@ -29,6 +29,18 @@ class TeachTrainer(Trainer):
     Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
     PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
     ``last-{i}.safetensors``.
+
+    Args:
+        networks: the modules, which are trained themselves: images (B, channels, H, W) in [0, 1] → logits (B, classes).
+        data: a :class:`Dataset`, or the name or path of one, as ``load_dataset`` takes it.
+        config: the recipe; its defaults are the paper's, for as many members as there are networks.
+        out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
+        resume: continue the run in ``out`` from its checkpoint, bit for bit.
+        augment: crops and flips of the training images; None is what suits the data.
+        tensorboard: also write TensorBoard events to ``out`` (needs the extra).
+        quiet: print nothing on stderr.
+
+    Raises InputError for networks that do not fit the data, and settings that do not fit each other.
     """
 
     title = "teach"

@@ -1,6 +1,6 @@
 """The training loop; ``train.distill`` and ``train.teach`` define a step and a validation.
 
-``fit`` reads top to bottom: learning rate, step, record, and at the end of an epoch a look at the validation images
+``fit`` reads top to bottom: learning rate, step, record, and at the end of an epoch a validation
 and a checkpoint. Under ``torchrun`` every process runs it on its share of each batch; the first one alone validates,
 writes and prints.
 """
@@ -190,15 +190,17 @@ class Trainer:
                     recorder.train(self.step_index, epoch, self.rate(self.step_index - 1))
                 if end_of_epoch or stop:
                     paused = recorder.pause()
-                    look = end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs)
+                    validates = end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs)
                     with parallel.together():
                         recorder.drain()  # raises where the loss is not finite, so no such weights are kept
                         self.check_finite()
-                        if look and self.first:
+                        if validates and self.first:
                             with parallel.alone():
-                                recorder.validation({"step": self.step_index, "epoch": epoch, **self.look()})
+                                recorder.validation(
+                                    {"step": self.step_index, "epoch": epoch, **self.validate_and_keep_best()}
+                                )
                         self.save()
-                    recorder.resume(paused, look)
+                    recorder.resume(paused, validates)
                 if stop:
                     self.phase, self.random = "stopped", checkpoint.random_state(self.device)
                     where = f"at step {self.step_index} of {total}"
@@ -229,12 +231,12 @@ class Trainer:
             self.say(self.kept)
         self.phase = "finished"
 
-    def look(self) -> dict[str, Any]:
+    def validate_and_keep_best(self) -> dict[str, Any]:
         """Validate; keep the weights of every network that is better than before. Returns the record."""
         scores, record = self.validate()
         for name, score in scores.items():
             score = replace(score, step=self.step_index)
-            if self.keeper.look(name, score, self.networks[name]) and self.out is not None:
+            if self.keeper.note(name, score, self.networks[name]) and self.out is not None:
                 save_network(self.out / f"{name}.safetensors", self.networks[name], self.card(score))
         return record
 
@@ -315,7 +317,7 @@ class Trainer:
         )  # fmt: skip
 
     def card(self, score: Score) -> dict[str, Any]:
-        """What a network's file says besides its architecture: the data, and the look that its weights had."""
+        """What a network's file says besides its architecture: the data, and how its weights validated."""
         return {
             **summary.source(self), "validation_accuracy": score.accuracy, "validation_nll": score.nll,
             "validation_images": len(self.validation), "step": score.step,
@@ -331,7 +333,7 @@ class Trainer:
         raise NotImplementedError
 
     def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
-        """The score of each network that is to be kept at its best, and the record of this look."""
+        """The score of each network that is to be kept at its best, and the record of this validation."""
         raise NotImplementedError
 
     def save_last(self, out: Path) -> None:
