@@ -73,7 +73,29 @@ def teach_setting(M=3, dtype=torch.float64):
     return [network(20 + m).to(dtype) for m in range(M)], TeachConfig(members=M, learning_rate=0.05, seed=7)
 
 
-# ---- what tests look at in a fused step that has been built; only these know where it is
+# What tests look at in a fused step that has been built: only the functions from here on know where it is.
+
+
+def state(step: FusedStep | FusedTeachStep) -> list[Tensor]:
+    """All that a step changes, where it lies."""
+    return step.parameters.state()
+
+
+def static_inputs(step: FusedStep) -> list[Tensor]:
+    """All that a step is told from outside, where it lies."""
+    return [step.images, step.labels, step.draw, step.rate]
+
+
+def gradients(step: FusedStep | FusedTeachStep) -> list[Tensor]:
+    """Memory of gradients that stays: as the kernels leave them, and as the update reads them."""
+    return [step.trained.layer_gradients, step.parameters.gradient]
+
+
+def left_as_they_are(step: FusedStep | FusedTeachStep, name: str) -> tuple[Tensor, int]:
+    """Which values (copies, …) of a parameter are frozen, and how many of all parameters are."""
+    frozen = step.parameters.frozen
+    assert frozen is not None
+    return step.parameters.view(frozen, name), int(frozen.sum())
 
 
 def packed(step: FusedStep | FusedTeachStep) -> TrainedWeights:

@@ -21,7 +21,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.evaluate.validate import GroupedPredictor
 from fastensdistill.models import create_model
 from tests.compare import check_close
-from tests.engine.cases import CLASSES, batch, check_equal, network, setting, teach_setting
+from tests.engine.cases import CLASSES, batch, check_equal, network, setting, state, static_inputs, teach_setting
 from tests.engine.meta import build, watched
 from tests.untyped import untyped
 
@@ -74,7 +74,7 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
     other = copy.deepcopy(student)
     one, two = ReferenceStep(student, teachers, config, num_classes=CLASSES), FusedStep(other, teachers, config)
     two.load(batch(0))
-    addresses = [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.parameters.state())]
+    addresses = [t.data_ptr() for t in (*static_inputs(two), *state(two))]
     drawn = set()
     for i in range(4):
         images, labels = batch(i)
@@ -91,7 +91,7 @@ def test_the_body_follows_its_static_inputs_alone(perturbation):
         for name, value in expected.items():
             check_close(name, actual[name], value, 1e-9)
     check_equal(student, other, one, two, 1e-8)
-    assert addresses == [t.data_ptr() for t in (two.images, two.labels, two.draw, two.rate, *two.parameters.state())]
+    assert addresses == [t.data_ptr() for t in (*static_inputs(two), *state(two))]
     assert len(drawn) > 1 or perturbation == "gaussian"
 
 

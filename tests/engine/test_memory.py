@@ -57,7 +57,7 @@ def test_every_pair_of_unlike_teachers_counts():
 
 def tensors_of(step: FusedStep) -> list[torch.Tensor]:
     """Everything the step itself holds for the whole run."""
-    kept = [step.images, step.parameters.gradient, step.trained.layer_gradients, *step.parameters.state()]
+    kept = [step.images, *gradients(step), *state(step)]
     for weights in [packed(step), *packed_by_architecture(step)]:
         kept += [weights.values, *(t for layer in weights.layers.values() for t in (layer.forward, layer.gradient))]
     return kept
