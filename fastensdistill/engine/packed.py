@@ -186,7 +186,7 @@ class TrainedWeights(PackedWeights):
             layer.gradient = self.packed_gradient[at].view_as(layer.gradient)
             if deviations is None and layer.bias is not None:
                 layer.bias = parameters.view(parameters.values, f"{offsets.name}.bias")
-        for norm in parameters.norms if part.training else []:
+        for norm in parameters.network.norms if part.training else []:
             self.norms[norm.name] = parameters.norm_weights(norm)
         for slot in range(first, slots):
             self.write_scale_shift(slot, parameters.buffers[(slot - first) % parameters.copies], Affine)
@@ -213,7 +213,7 @@ class TrainedWeights(PackedWeights):
             parts = (target, deviation, scale, parameter, shift)
             columns.append(torch.stack([torch.as_tensor(part).expand(rows.shape).flatten() for part in parts]))
 
-        for node, offsets in zip(parameters.layers, parameters.layout.layers, strict=True):
+        for node, offsets in zip(parameters.network.layers, parameters.layout.layers, strict=True):
             norm, bias, C = self.carried[node.name], self.layers[node.name].bias, offsets.out_channels
             s = slice(offsets.s, offsets.s + C)
             if norm:
@@ -221,7 +221,7 @@ class TrainedWeights(PackedWeights):
             if bias is not None:  # b'_k = s_k·scale·b + shift
                 b = offsets.bias + torch.arange(C) if node.bias else NONE
                 add(bias[first:], deviation=index[:, s], scale=scales[s], parameter=b, shift=scales[s])
-        for norm in parameters.norms:
+        for norm in parameters.network.norms:
             if norm.name in self.scale_shift:
                 (scale, shift), channels = self.scale_shift[norm.name], parameters.channels(norm)
                 add(scale[first:], scale=channels, parameter=ONE)

@@ -71,7 +71,6 @@ class FlatParameters:
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
         self.network, self.copies, self.ranked = network, len(modules), ranked
-        self.layers, self.norms = network.layers, network.norms
         self.paths = paths(network, ranked)
         self.check(modules[0], network, ranked)
         like = next(modules[0].parameters())
@@ -79,26 +78,24 @@ class FlatParameters:
         self.layout = flat_layout(network)
         self.shapes = {name: tuple(modules[0].get_parameter(path).shape) for name, path in self.paths.items()}
         self.offsets = dict(zip(self.shapes, accumulate(map(prod, self.shapes.values()), initial=0), strict=False))
-        self.norm_offsets: dict[str, int] = {}  # first channel of every BatchNorm in the running statistics
-        channels = 0
-        for norm in self.norms:
-            self.norm_offsets[norm.name] = channels
-            channels += norm.shape[0]
+        norms = [norm.name for norm in network.norms]
+        channels = [norm.shape[0] for norm in network.norms]
+        self.norm_offsets = dict(zip(norms, accumulate(channels, initial=0), strict=False))  # in running statistics
         self.values, self.momentum, self.gradient = (self._zeros(self.layout.size) for _ in range(3))
-        self.running_mean, self.running_var = (self._zeros(channels) for _ in range(2))
-        eps = [torch.full((norm.shape[0],), norm.eps, dtype=self.dtype) for norm in self.norms]
+        self.running_mean, self.running_var = (self._zeros(sum(channels)) for _ in range(2))
+        eps = [torch.full((norm.shape[0],), norm.eps, dtype=self.dtype) for norm in network.norms]
         self.eps = torch.cat([*eps, torch.zeros(0, dtype=self.dtype)]).to(self.device)  # per channel
-        self.batches = torch.zeros(len(self.norms), self.copies, dtype=torch.int64, device=self.device)
+        self.batches = torch.zeros(len(norms), self.copies, dtype=torch.int64, device=self.device)
         self.buffers = [dict(module.named_buffers()) for module in modules]
         for i, module in enumerate(modules):
             self._adopt(i, module)
         # Every parameter, and how to find it in a tensor like ``values`` or like ``deviations``
-        self.held: list[tuple[nn.Parameter, View]] = [
+        self.views: list[tuple[nn.Parameter, View]] = [
             (module.get_parameter(path), partial(self._part, name, i))
             for name, path in self.paths.items()
             for i, module in enumerate(modules)
         ]
-        self.held_factors: list[tuple[nn.Parameter, View]] = []
+        self.factor_views: list[tuple[nn.Parameter, View]] = []
         self.deviations = self.deviation_momentum = like.new_zeros(0)
         self.factors: dict[str, tuple[int, int]] = {}
         if ranked:
@@ -162,7 +159,7 @@ class FlatParameters:
     def _adopt(self, i: int, module: nn.Module) -> None:
         for name, path in self.paths.items():
             move(module.get_parameter(path), self.view(self.values, name)[i])
-        for j, norm in enumerate(self.norms):
+        for j, norm in enumerate(self.network.norms):
             owner: Any = module.get_submodule(norm.name)
             for kind, flat in (("running_mean", self.running_mean), ("running_var", self.running_var)):
                 view = self.norm_view(flat, norm)[i]
@@ -171,7 +168,7 @@ class FlatParameters:
 
     @torch.no_grad()
     def _adopt_factors(self, module: nn.Module) -> None:
-        K = len(module.get_parameter(f"{self.layers[0].name}.delta_r"))
+        K = len(module.get_parameter(f"{self.network.layers[0].name}.delta_r"))
         self.deviations, self.deviation_momentum = (
             torch.zeros(K, self.layout.factors, dtype=self.dtype, device=self.device) for _ in range(2)
         )
@@ -179,7 +176,7 @@ class FlatParameters:
             for kind, start, n in (("r", layer.r, layer.in_channels), ("s", layer.s, layer.out_channels)):
                 factor = module.get_parameter(f"{layer.name}.delta_{kind}")
                 self.factors[f"{layer.name}.delta_{kind}"] = (start, n)
-                self.held_factors.append((factor, partial(torch.narrow, dim=1, start=start, length=n)))
+                self.factor_views.append((factor, partial(torch.narrow, dim=1, start=start, length=n)))
                 move(factor, self.deviations[:, start : start + n])
 
     def _part(self, name: str, i: int, flat: Tensor) -> Tensor:
@@ -187,11 +184,11 @@ class FlatParameters:
 
     def follow(self) -> bool:
         """Take in which parameters require gradients; whether that has changed since the last call."""
-        flags = [parameter.requires_grad for parameter, _ in (*self.held, *self.held_factors)]
+        flags = [parameter.requires_grad for parameter, _ in (*self.views, *self.factor_views)]
         changed, self.flags = flags != self.flags, flags
         if changed:
-            self.frozen = _frozen(self.held, self.values)
-            self.frozen_deviations = _frozen(self.held_factors, self.deviations)
+            self.frozen = _frozen(self.views, self.values)
+            self.frozen_deviations = _frozen(self.factor_views, self.deviations)
         return changed
 
     @contextmanager
@@ -199,20 +196,20 @@ class FlatParameters:
         """What is frozen has its value and momentum back afterwards, to the bit."""
         flat, factors = (self.values, self.momentum), (self.deviations, self.deviation_momentum)
         pairs = [(self.frozen, tensor) for tensor in flat] + [(self.frozen_deviations, tensor) for tensor in factors]
-        kept = [(mask, tensor, tensor.clone()) for mask, tensor in pairs if mask is not None]
+        copies = [(mask, tensor, tensor.clone()) for mask, tensor in pairs if mask is not None]
         yield
-        for mask, tensor, before in kept:
+        for mask, tensor, before in copies:
             tensor.copy_(torch.where(mask, before, tensor))
 
     def momenta(self, i: int) -> dict[str, Tensor]:
         """Views of the momentum of module ``i``, by the module's own parameter names."""
-        own = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
-        return own | {name: self.deviation_momentum[:, at : at + n] for name, (at, n) in self.factors.items()}
+        momenta = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
+        return momenta | {name: self.deviation_momentum[:, at : at + n] for name, (at, n) in self.factors.items()}
 
 
-def _frozen(held: Sequence[tuple[nn.Parameter, View]], like: Tensor) -> Tensor | None:
+def _frozen(views: Sequence[tuple[nn.Parameter, View]], like: Tensor) -> Tensor | None:
     """Where in a tensor like ``like`` the parameters lie that do not require gradients; None if all do."""
-    frozen = [view for parameter, view in held if not parameter.requires_grad]
+    frozen = [view for parameter, view in views if not parameter.requires_grad]
     if not frozen:
         return None
     mask = torch.zeros_like(like, dtype=torch.bool)

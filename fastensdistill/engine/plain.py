@@ -144,15 +144,15 @@ class PlainHeads(PlainStudent):
     def take_over(self, network: Network) -> FlatParameters:
         parameters = super().take_over(network)
         names = {id(parameter): name for name, parameter in self.layer.named_parameters()}
-        held: list[tuple[nn.Parameter, View]] = []  # each head's in place of the layer's: it may be frozen on its own
-        for parameter, view in parameters.held:
+        views: list[tuple[nn.Parameter, View]] = []  # each head's in place of the layer's: it may be frozen on its own
+        for parameter, view in parameters.views:
             if name := names.get(id(parameter)):
                 for k, (head, rows) in enumerate(zip(self.heads, parameter.data.chunk(self.branches), strict=True)):
                     head.get_parameter(name).data = rows
-                    held.append((head.get_parameter(name), partial(self._rows, view, k)))
+                    views.append((head.get_parameter(name), partial(self._rows, view, k)))
             else:
-                held.append((parameter, view))
-        parameters.held = held
+                views.append((parameter, view))
+        parameters.views = views
         parameters.follow()
         return parameters
 

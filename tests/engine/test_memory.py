@@ -15,7 +15,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
 from fastensdistill.network.launch import is_sums
-from tests.engine.cases import batch, network, packed, packed_by_architecture, setting
+from tests.engine.cases import batch, gradients, network, packed, packed_by_architecture, setting, state
 from tests.engine.meta import build, watched
 
 CASES = [
