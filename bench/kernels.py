@@ -94,16 +94,16 @@ def bare(prepared: Prepared, grouped: bool) -> Callable[[], object] | None:
     """The launch's convolution alone by PyTorch: a call per group, or one with groups=."""
     _, args, kwargs = prepared.call()
     k, stride, padding = (kwargs.get(name, default) for name, default in (("kernel", 1), ("stride", 1), ("padding", 0)))
-    G = len(prepared.slots)
+    G = len(prepared.weight_index)
     name, x = prepared.launch.op, args[0]
     weight: Tensor | None = None
     if name == "weight gradient":
         d = args[1]
         size = (d.shape[-1], x.shape[-1], k, k)
     elif name == "conv":
-        weight = args[1].index_select(0, prepared.slots).unflatten(1, (k, k)).permute(0, 4, 3, 1, 2)
+        weight = args[1].index_select(0, prepared.weight_index).unflatten(1, (k, k)).permute(0, 4, 3, 1, 2)
     else:
-        weight = args[1].index_select(0, prepared.slots).flip(1).unflatten(1, (k, k)).permute(0, 3, 4, 1, 2)
+        weight = args[1].index_select(0, prepared.weight_index).flip(1).unflatten(1, (k, k)).permute(0, 3, 4, 1, 2)
     dtype = weight.dtype if weight is not None else args[1].dtype
     x = x.to(dtype).expand(G, -1, -1, -1, -1)
 

@@ -56,7 +56,7 @@ class Prepared:
     launch: Launch
     part: Part
     weights: PackedWeights
-    slots: Tensor
+    weight_index: Tensor
     buffers: dict[str, Any]
 
     @property
@@ -67,7 +67,7 @@ class Prepared:
         """What the launch writes, under the plan's names."""
         buffers = type(self.buffers)(self.buffers)
         one = replace(self.part, launches=[self.launch])
-        run_part(PartRun(one, self.weights, self.slots, buffers, Execution(implement=implement)))
+        run_part(PartRun(one, self.weights, self.weight_index, buffers, Execution(implement=implement)))
         return {name: value for name, value in buffers.items() if value is not self.buffers.get(name)}
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -86,8 +86,8 @@ class Prepared:
 
     def exact(self, dtype: torch.dtype = torch.float64) -> Prepared:
         """The same in float64: the same rounded inputs, computed without rounding by the references."""
-        slots = len(next(iter(self.weights.layers.values())).forward)
-        weights = PackedWeights(self.weights.part, slots, dtype, self.slots.device)
+        count = len(next(iter(self.weights.layers.values())).forward)
+        weights = PackedWeights(self.weights.part, count, dtype, self.weight_index.device)
         for name, layer in self.weights.layers.items():
             for key in ("forward", "gradient", "bias"):
                 if getattr(layer, key) is not None:
@@ -147,7 +147,7 @@ def prepare(
     for where, plan in sorted(every.items(), key=lambda item: item[0].startswith("perturbation")):
         for part in plan.parts:
             G = len(part.groups)
-            slots = torch.arange(G, dtype=torch.int32, device=device)
+            weight_index = torch.arange(G, dtype=torch.int32, device=device)
             if part.launches[0].op == "conv":
                 weights = PackedWeights(part, G, dtype, device)
                 for slot in range(G):
@@ -159,11 +159,11 @@ def prepare(
                 logits = buffers[part.network.output][:G]
                 buffers[grad(part.network.output)] = torch.randn_like(logits) / setting.batch
             with references_only() if by_references else contextlib.nullcontext():
-                run_part(PartRun(part, weights, slots, buffers))
+                run_part(PartRun(part, weights, weight_index, buffers))
             for launch in part.launches:
                 if key(launch, part) not in seen:
                     seen.add(key(launch, part))
-                    yield Prepared(where, launch, part, weights, slots, buffers), counts[key(launch, part)]
+                    yield Prepared(where, launch, part, weights, weight_index, buffers), counts[key(launch, part)]
 
 
 # FLOPs of a convolution from which "exact" is float32 without tf32: a thousandth of bf16's error. In float64 cuDNN has
@@ -186,7 +186,7 @@ def by_vendor(part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..
 
 def expected(prepared: Prepared) -> Expected:
     peer = written(prepared, by_vendor) if prepared.launch.op in OPS else {}
-    return Expected(exactly(prepared, prepared.slots.device.type == "cuda"), peer)
+    return Expected(exactly(prepared, prepared.weight_index.device.type == "cuda"), peer)
 
 
 def exactly(prepared: Prepared, on_gpu: bool) -> dict[str, Tensor]:

@@ -188,18 +188,19 @@ def record(
         found.append((first, *kernels))
 
     with torch.device("meta"), assume_arch(90), record_launches() as recorded, OnMeta():
-        weights, slots = PackedWeights(part, count, torch.bfloat16, "meta"), torch.arange(count, dtype=torch.int32)
+        weights = PackedWeights(part, count, torch.bfloat16, "meta")
+        weight_index = torch.arange(count, dtype=torch.int32)
         C, H, W = network.nodes[0].shape
         buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":
             (forward,) = plan([network], [replace(group, network=0) for group in groups], "forward", batch).parts
-            run_part(PartRun(forward, weights, slots, buffers))
+            run_part(PartRun(forward, weights, weight_index, buffers))
             recorded.clear()
             classes = network.by_name[network.output].shape[0]
             buffers[grad(network.output)] = torch.empty(count, batch, classes)
         execution = Execution()
         execution.watch = after
-        run_part(PartRun(part, weights, slots, buffers, execution))
+        run_part(PartRun(part, weights, weight_index, buffers, execution))
     return tuple(found)
 
 

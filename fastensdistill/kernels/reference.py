@@ -10,9 +10,9 @@ def wide(rows: Tensor) -> Tensor:
     return rows[:, None, None, None, :]
 
 
-def pick(rows: Tensor, slots: Tensor | None) -> Tensor:
-    """Rows of a per-slot parameter (slots or 1, C) for each group, as ``wide``; without slots they are by group."""
-    return wide(rows if slots is None or rows.shape[0] == 1 else rows[slots.long()])
+def pick(rows: Tensor, weight_index: Tensor | None) -> Tensor:
+    """Rows of a per-slot parameter (S or 1, C) for each group, as ``wide``; without an index they are by group."""
+    return wide(rows if weight_index is None or rows.shape[0] == 1 else rows[weight_index.long()])
 
 
 def shortcut(x: Tensor, stride: int, height: int, width: int, channels: int) -> Tensor:
