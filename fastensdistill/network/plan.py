@@ -87,7 +87,7 @@ Passes = dict[str, tuple[list[Group], str]]
 
 
 def branch_groups(branches: int, network: int = 0) -> list[Group]:
-    """The branches of a student in training, which have BatchNorm's statistics together."""
+    """The branches of a student in training, which share BatchNorm's statistics."""
     return [Group(f"S{k + 1}", network, "S", "parameters") for k in range(branches)]
 
 
@@ -99,16 +99,16 @@ def drawn_groups(members: Iterable[str], differentiated: Collection[str], networ
     return [Group(name, network(name), gradient="input" if name in differentiated else None) for name in members]
 
 
-def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv", student: int = 1) -> Passes:
+def step_groups(teachers: int, branches: int, perturbation: str = "tdiv-sdiv") -> Passes:
     """The passes of one distillation step, name → groups and direction (docs/method.md, Perturbation).
 
-    Network 0 is the teachers'; ``student`` is the index of the student's.
+    Network 0 is the teachers', network 1 the student's.
     """
     if perturbation not in PERTURBATIONS:
         raise unknown("perturbation", perturbation, PERTURBATIONS)
     row = PERTURBATIONS[perturbation]
-    drawn = drawn_groups(row.members, row.differentiated, lambda name: student if name[0] == "S" else 0)
-    distillation = [*(Group(f"T{m + 1}", 0) for m in range(teachers)), *branch_groups(branches, student)]
+    drawn = drawn_groups(row.members, row.differentiated, lambda name: 1 if name[0] == "S" else 0)
+    distillation = [*(Group(f"T{m + 1}", 0) for m in range(teachers)), *branch_groups(branches, 1)]
     before: Passes = {
         "perturbation, forward": (drawn, "forward"),
         "perturbation, input gradient": (drawn, "backward"),
