@@ -61,7 +61,7 @@ def facts() -> list[tuple[str, str]]:
 
 def _extension() -> list[tuple[str, str]]:
     found = extension.describe()
-    own = f"CUDA ops, {found['library']}" if found["loaded"] else "none; the references in Python serve"
+    own = f"CUDA ops, {found['library']}" if found["loaded"] else "none; Triton kernels and references in Python serve"
     rows = [("extension", own)]
     if found["reason"]:
         rows.append(("", str(found["reason"])))

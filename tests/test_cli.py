@@ -241,7 +241,7 @@ def test_doctor_names_versions_and_the_extension(capsys):
     printed = capsys.readouterr().out
     assert re.search(rf"^torch +{re.escape(metadata.version('torch'))}", printed, re.M)
     found = extension.describe()
-    expected = "none; the references in Python serve" if not found["loaded"] else str(found["library"])
+    expected = "none; Triton kernels and references in Python serve" if not found["loaded"] else str(found["library"])
     assert re.search(rf"^extension .*{re.escape(expected)}", printed, re.M)
     assert re.search(r"^ops on a CPU +\d+ reference$", printed, re.M)
     assert re.search(r"^ops on CUDA +.*\d+ reference$", printed, re.M)

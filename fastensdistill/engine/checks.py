@@ -79,7 +79,7 @@ def check_class_count(classes: Any) -> None:
 
 
 class FirstBatch:
-    """Looks at values until a step sets ``over``, which each does at the end of its first batch."""
+    """Looks at values until a step sets ``over``, which each does once its first batch has passed."""
 
     over = False
 

@@ -92,7 +92,7 @@ class Choice:
         )
 
 
-# Measured choices, with their numbers as the reason. None has been measured: every launch runs its Triton kernel.
+# Measured choices, with their numbers as the reason. None has been measured: every launch runs the op itself.
 TABLE: tuple[Choice, ...] = ()
 
 

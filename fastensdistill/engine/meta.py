@@ -27,7 +27,7 @@ DRAWS = ("uniform_", "normal_")  # for which the meta device has no generators
 class AsOnGPU(TorchDispatchMode):
     """Within, our ops on meta tensors allocate and launch what they would on a GPU; the launches are recorded alone.
 
-    Which tiles they take says ``kernels.tiles.assume_arch``. A kind of this mode is told of everything by the methods.
+    ``kernels.tiles.assume_arch`` decides their tiles. Subclasses learn what was issued through the ``on_`` methods.
     """
 
     def on_pytorch(self, op: Any, result: Any) -> None:

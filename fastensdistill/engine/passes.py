@@ -18,7 +18,7 @@ from fastensdistill.engine.planned_ops import OPS
 from fastensdistill.network.launch import INPUT, Launch, Part, grad, is_sums
 
 Dead = Sequence[tuple[str, ...]]  # names of buffers to be freed, launch by launch
-NONE: Mapping[str, Tensor] = {}
+NO_GRADIENTS: Mapping[str, Tensor] = {}
 
 
 def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[str, ...]]]:
@@ -76,7 +76,7 @@ class Pass:
         backward: Part | None,
         weights: PackedWeights,
         execution: Execution,
-        gradients: Mapping[str, Tensor] = NONE,
+        gradients: Mapping[str, Tensor] = NO_GRADIENTS,
     ):
         self.parts = [forward] if backward is None else [forward, backward]
         self.weights, self.execution, self.gradients = weights, execution, gradients

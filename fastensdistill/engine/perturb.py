@@ -35,8 +35,8 @@ class FusedPerturbation:
     """Perturbs batches (B, H, W, C), for ``draw`` an index into ``choices``.
 
     Args:
-        teachers: packed weights of all teachers.
-        branches: of the ``student``, where the perturbation evaluates any.
+        teachers: all of them, whose packed weights are read here.
+        branches: packed weights of the branches of ``student``, where the perturbation evaluates any.
         choices: pairs (a, b) of the perturbation's whose teachers have the same two architectures.
     """
 

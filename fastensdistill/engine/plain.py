@@ -1,4 +1,4 @@
-"""What a student is to the fused engine: plain networks of one architecture. ``plain_student`` is the one who knows.
+"""What a student is to the fused engine: plain networks of one architecture, a class for each kind of student.
 
 | student       | its architecture is that of    | groups in a pass | its networks, as validated            |
 |---------------|--------------------------------|------------------|---------------------------------------|

@@ -1,8 +1,8 @@
 """What each op of a plan runs: a kernel, with the launch's prologue and epilogue as its arguments. ``OPS`` lists all.
 
-Activations are (G, N, H, W, C) in the weights' dtype, masks packed bits, statistics float32. On CUDA tensors the ops
-run their Triton kernels, elsewhere their references (or the kernels in the interpreter). The few launches that no
-kernel covers (the sums of a BatchNorm in an unusual place, shortcuts that nothing can read in place, mean pooling over
+Activations are (G, N, H, W, C) in the weights' dtype, masks packed bits, statistics float32. ``kernels.ops``
+decides what computes an op, ``engine.dispatch`` what takes a convolution's place. The few launches that no kernel
+covers (the sums of a BatchNorm in an unusual place, shortcuts that nothing can read in place, mean pooling over
 windows) use PyTorch's operations.
 """
 

@@ -81,7 +81,10 @@ class CapturedStep(Capturing):
         raise NotImplementedError
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> Sequence[Tensor]:
-        """Those of a micro-batch (N, b, H, W, C), on top of the earlier ones with ``add``; its losses."""
+        """Forward and backward pass of a micro-batch (N, b, H, W, C); returns its losses.
+
+        With ``add`` the gradients go on top of those of earlier micro-batches.
+        """
         raise NotImplementedError
 
     def _momenta(self) -> dict[str, Tensor]:

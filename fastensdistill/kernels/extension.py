@@ -31,7 +31,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         reason = f"built but not loadable: {error}"
-        warnings.warn(f"fastensdistill extension {reason}; the references in Python serve instead", stacklevel=2)
+        warnings.warn(f"fastensdistill extension {reason}; Triton kernels and references in Python serve", stacklevel=2)
         return reason
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from fastensdistill.network.build import FLOAT, Builder
+from fastensdistill.network.build import ACTIVATION, FLOAT, Builder
 from fastensdistill.network.forward import Forward
 from fastensdistill.network.launch import (
     INPUT,
@@ -54,7 +54,7 @@ class Backward(Builder):
                 self.emit(node, self.gradient[node.name])
 
     def find_needed(self) -> set[str]:
-        """Values whose gradient somebody reads: all for the image's, for the parameters' those that depend on one."""
+        """Values whose gradient is read: for that of the image all, for those of parameters what depends on one."""
         needed: set[str] = set()
         for node in self.network.nodes:
             wanted = self.part.gradient == "input" or node.parameters or needed.intersection(node.inputs)
@@ -214,7 +214,7 @@ class Backward(Builder):
 
     def complete(self, value: str) -> Step:
         """Store the whole gradient of ``value``."""
-        bits = FLOAT if value == INPUT else 16
+        bits = FLOAT if value == INPUT else ACTIVATION
         self.gradient[value] = self.image_buffer(grad(value), value, bits)
         return Step("store", self.gradient[value])
 

@@ -103,9 +103,10 @@ class Builder:
         epilogue: list[Step] | None = None,
         prologue: list[Step] | None = None,
     ) -> None:
-        """Append a launch; steps add their buffers. A layer's are multiplied with its weights, but for its gradient's.
+        """Append a launch; the buffers that its steps read and write are added to ``reads`` and ``writes``.
 
-        Of its main input a 1x1 convolution with stride 2 skips three positions of four.
+        Its bytes are those of its buffers and, for a layer, of the packed weights, which the weight gradient alone
+        does not read. A 1x1 convolution with stride 2 skips three of four positions of its main input.
         """
         epilogue, macs, share = epilogue or [], 0, 1.0
         residuals = [(s.arg, 1 / s.stride**2) for s in epilogue if s.kind == "add" and "gradient" not in op]

@@ -1,4 +1,4 @@
-"""What a plan consists of: groups, steps, launches, buffers, parts; and what each launch can fuse.
+"""What a plan consists of: groups, steps, launches, buffers, parts; and the rules by which launches are chosen.
 
 A launch runs one op over all groups of a part. What it does besides is written out as steps, in order: the prologue
 transforms the input as it is read, the epilogue the result before and while it is written.
