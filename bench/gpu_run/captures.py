@@ -236,7 +236,7 @@ class Parts:
         graphs = self.graphs(self.step.parameters.state, self.context.device)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            graphs(name, body, self.step.generators)
+            graphs.prepare(name, body, self.step.generators)()
         replayed = {key: value.clone() for key, value in held.items()}
         self.put_back(before)
         if error := refusal(warned):

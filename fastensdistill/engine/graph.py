@@ -80,10 +80,6 @@ class Graphs:
                 other.give_up()
         return self.made[key]
 
-    def __call__(self, key: Hashable, body: Callable[[], Results], generators: Sequence[torch.Generator]) -> Results:
-        """One run of ``body``."""
-        return self.prepare(key, body, generators)()
-
     @property
     def captured(self) -> bool | None:
         """Whether all are replayed; None before their first capture has ended."""

@@ -130,10 +130,10 @@ def dtype_of(network: nn.Module, default: torch.dtype = torch.float32) -> torch.
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
 
 
-def device_of(network: nn.Module, default: torch.device | str = "cpu") -> torch.device:
-    """That of its first parameter or buffer; ``default`` where there is none."""
+def device_of(network: nn.Module) -> torch.device:
+    """That of its first parameter or buffer; the CPU where there is none."""
     tensors = (t for found in (network.parameters(), network.buffers()) for t in found)
-    return next((t.device for t in tensors), torch.device(default))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def contiguous(x: Tensor) -> Tensor:

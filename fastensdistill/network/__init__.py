@@ -8,10 +8,3 @@
 4. ``engine/passes.py`` runs a ``Part``'s launches; ``table.py`` prints them with their arithmetic, traffic and least
    time.
 """
-
-from fastensdistill.network.launch import Group, Launch, Part
-from fastensdistill.network.nodes import Network
-from fastensdistill.network.plan import Plan, plan, plan_step, step_groups, teach_groups
-from fastensdistill.network.trace import trace
-
-__all__ = ["Group", "Launch", "Network", "Part", "Plan", "plan", "plan_step", "step_groups", "teach_groups", "trace"]

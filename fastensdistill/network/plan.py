@@ -29,11 +29,6 @@ class Plan:
         """Of convolutions and linear layers, two per multiply-accumulate, for the whole batch."""
         return sum(launch.flops for launch in self.launches)
 
-    @property
-    def nbytes(self) -> float:
-        """What has to be moved, for the whole batch."""
-        return sum(launch.nbytes for launch in self.launches)
-
 
 def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, batch: int) -> Plan:
     """The launches of one pass of ``batch`` images.

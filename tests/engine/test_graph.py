@@ -307,7 +307,7 @@ def test_where_one_capture_fails_none_of_those_that_share_generators_is_replayed
     refuse_captures(fake_cuda, 1)
     assert (graphs.captured, graphs.error) == (True, "")
     with pytest.warns(UserWarning, match="could not be captured"):
-        graphs("second", body, [])
+        graphs.prepare("second", body, [])()
     assert first.graph is None
     assert float(first()["loss"]) == 0
     assert (graphs.captured, graphs.error) == (False, "operation not permitted when stream is capturing")
