@@ -99,9 +99,6 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-# ---- tensors, on their device
-
-
 def average(values: Tensor) -> None:
     """The mean of ``values`` over all processes, in place; nothing where there is one."""
     count = processes()
@@ -125,9 +122,6 @@ def same_start(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(values, 0)
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
-
-
-# ---- what hosts tell one another
 
 
 def exchange(value: T) -> list[T]:
@@ -157,7 +151,7 @@ def together() -> Iterator[None]:
     """An InputError or OSError inside, on any process, is raised on all of them: nobody waits for one that has left.
 
     Who had it raises it as it is; the others one of the same kind that names the process. Where several had one, the
-    first counts. Inside, processes may only wait for each other by the functions of this section.
+    first counts. Inside, processes may only wait for each other over gloo, by :func:`exchange` and its like.
     """
     try:
         yield
