@@ -67,18 +67,20 @@ def test_vendor_convolutions_in_bf16_err_as_the_kernels_do():
 
 def test_vendor_convolutions_read_slots_as_the_kernels_do():
     """No group reads the row of its own number: what is by slot and taken by group shows."""
-    slots = torch.tensor([2, 0, 1, 2], dtype=torch.int32)
+    weight_index = torch.tensor([2, 0, 1, 2], dtype=torch.int32)
     x, d, weight = values(4, 3, 5, 4, 6), values(4, 3, 5, 4, 10), values(3, 9, 6, 10)
     rows = [values(3, 6, seed=seed) for seed in range(3)]
     center = values(3, 10)
     size = {"kernel": 3, "padding": 1}
     options: dict[str, Any] = size | {"in_scale": rows[0], "in_shift": rows[1], "center": center}
-    actual, expected = (untyped(conv)(x, weight, slots, **options) for conv in (vendor_conv, grouped_conv))
+    actual, expected = (untyped(conv)(x, weight, weight_index, **options) for conv in (vendor_conv, grouped_conv))
     check_close("z", actual.z, expected.z, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
     options = size | {"scale": rows[0], "z": values(4, 3, 5, 4, 6, seed=1), "mean": rows[1], "inv_std": rows[2]}
     gradients = (vendor_data_gradient, conv_data_gradient)
-    actual, expected = (untyped(op)(d, flip_weight(weight), slots, in_size=(5, 4), **options) for op in gradients)
+    actual, expected = (
+        untyped(op)(d, flip_weight(weight), weight_index, in_size=(5, 4), **options) for op in gradients
+    )
     check_close("d", actual.d, expected.d, 1e-5)
     check_close("statistics", actual.statistics.sum(1), expected.statistics.sum(1), 1e-5)
 
@@ -102,14 +104,14 @@ class Convolutions(TorchDispatchMode):
 def test_vendor_convolutions_are_given_channels_last_and_copy_no_activation(size, kernel, stride):
     """In another format cuDNN copies what it is given and computes in that: a peer that is timed unfairly. What has no
     memory of its own (the shape of the tensor that a gradient is of) has no say."""
-    slots, padding = torch.tensor([1, 0], dtype=torch.int32), kernel // 2
+    weight_index, padding = torch.tensor([1, 0], dtype=torch.int32), kernel // 2
     x, weight = values(2, 3, *size, 6), values(2, kernel**2, 6, 10)
     options = {"kernel": kernel, "stride": stride, "padding": padding}
-    d = values(*vendor_conv(x, weight, slots, **options).z.shape, seed=1)
+    d = values(*vendor_conv(x, weight, weight_index, **options).z.shape, seed=1)
     flipped = flip_weight(weight)
     for activations, run in {
-        (x,): lambda: vendor_conv(x, weight, slots, **options),
-        (d,): lambda: vendor_data_gradient(d, flipped, slots, in_size=size, **options),
+        (x,): lambda: vendor_conv(x, weight, weight_index, **options),
+        (d,): lambda: vendor_data_gradient(d, flipped, weight_index, in_size=size, **options),
         (x, d): lambda: vendor_weight_gradient(x, d, **options),
     }.items():
         with Convolutions() as seen:

@@ -108,33 +108,33 @@ def check_value(name: str, actual: Tensor, expected: Tensor) -> None:
     assert share <= max(0.05, 1 / expected.numel()), f"{name}: {share:.1%} of the values are rounded differently"
 
 
-def check_forward(actual: ConvOutput, x: Tensor, weight: Tensor, slots: Tensor, options: dict) -> None:
+def check_forward(actual: ConvOutput, x: Tensor, weight: Tensor, weight_index: Tensor, options: dict) -> None:
     """z against the reference; what follows from z as stored, exactly that (sums up to their order)."""
-    expected = halo.halo_conv(x, weight, slots, **SHAPE, **options)
+    expected = halo.halo_conv(x, weight, weight_index, **SHAPE, **options)
     assert [a is None for a in actual] == [e is None for e in expected]
     check_value("z", actual.z, expected.z)
     z = actual.z.float()
     if actual.activated is not None:
-        z = (z * pick(options["next_scale"], slots) + pick(options["next_shift"], slots)).relu().to(BF16)
+        z = (z * pick(options["next_scale"], weight_index) + pick(options["next_shift"], weight_index)).relu().to(BF16)
         check_value("activated", actual.activated, z)
         z = actual.activated
     if actual.mask is not None:
         assert torch.equal(actual.mask, pack_mask(z > 0))
     if actual.statistics is not None:
-        rest = actual.z.double() - pick(options["center"], slots)
+        rest = actual.z.double() - pick(options["center"], weight_index)
         tile = list(untyped(halo.halo_tile)(*x.shape[1:4], weight.shape[3]))
         sums = torch.stack([halo._tile_sums(rest, tile), halo._tile_sums(rest.square(), tile)], 2)
         check_close("statistics", actual.statistics, sums, 1e-5)
 
 
-def check_gradient(actual: DataGradient, d: Tensor, weight: Tensor, slots: Tensor, options: dict) -> None:
-    expected = halo.halo_data_gradient(d, weight, slots, in_size=tuple(d.shape[2:4]), **SHAPE, **options)
+def check_gradient(actual: DataGradient, d: Tensor, weight: Tensor, weight_index: Tensor, options: dict) -> None:
+    expected = halo.halo_data_gradient(d, weight, weight_index, in_size=tuple(d.shape[2:4]), **SHAPE, **options)
     check_value("d", actual.d, expected.d)
     assert (actual.statistics is None) == (expected.statistics is None)
     if actual.statistics is not None:
-        wide, standard = actual.d.double(), options["z"].double() - pick(options["mean"], slots)
+        wide, standard = actual.d.double(), options["z"].double() - pick(options["mean"], weight_index)
         tile = list(untyped(halo.halo_tile)(*d.shape[1:4], weight.shape[3]))
-        product = wide * standard * pick(options["inv_std"], slots)
+        product = wide * standard * pick(options["inv_std"], weight_index)
         sums = torch.stack([halo._tile_sums(wide, tile), halo._tile_sums(product, tile)], 2)
         check_close("statistics", actual.statistics, sums, 1e-5)
 

@@ -68,7 +68,7 @@ def test_whole_layer_is_the_papers_batch_norm(shared):
     groups, images, size, channels, out = 2, 3, 5, 4, 6
     sets = 1 if shared else groups
     x = values(groups, images, size, size, channels).double()
-    kernels, slots = values(groups, 9, channels, out).double(), torch.arange(groups, dtype=torch.int32)
+    kernels, weight_index = values(groups, 9, channels, out).double(), torch.arange(groups, dtype=torch.int32)
     parameters = [_rows(sets, out, seed).double() for seed in range(4)]
     weight, bias, running_mean, running_var = parameters
     layers = [BatchNorm2d(out).double().train() for _ in range(sets)]
@@ -78,7 +78,7 @@ def test_whole_layer_is_the_papers_batch_norm(shared):
         ):
             present(theirs).data.copy_(mine[q])
 
-    result = grouped_conv(x, kernels, slots, kernel=3, padding=1, center=running_mean)
+    result = grouped_conv(x, kernels, weight_index, kernel=3, padding=1, center=running_mean)
     count = images * size * size * groups // sets
     statistics = batch_norm_statistics(present(result.statistics), count, *parameters)
     y = batch_norm_apply(result.z, statistics.scale, statistics.shift, mask=True)

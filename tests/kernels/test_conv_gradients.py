@@ -20,8 +20,8 @@ def _output_gradient(case: Case) -> torch.Tensor:
 
 
 def _data(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, weight, slots = operands(case)
-    return _output_gradient(case), flip_weight(weight), slots
+    _, weight, weight_index = operands(case)
+    return _output_gradient(case), flip_weight(weight), weight_index
 
 
 @each_conv
@@ -85,29 +85,29 @@ def test_weight_gradient_with_a_scale_per_group_in_front():
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[7], CASES[10], STEMS[3]], ids=lambda c: c.name)
 def test_references_are_the_adjoints_of_the_forward_reference(case):
-    x, weight, slots = (t.double() if t.is_floating_point() else t for t in operands(case))
+    x, weight, weight_index = (t.double() if t.is_floating_point() else t for t in operands(case))
     x.requires_grad_()
     weight.requires_grad_()
-    z = grouped_conv_reference(ConvOperands(x, weight, slots), Window(*case.shape.values()), "ieee")[0]
+    z = grouped_conv_reference(ConvOperands(x, weight, weight_index), Window(*case.shape.values()), "ieee")[0]
     d = _output_gradient(case).double()
     dx, dw = torch.autograd.grad(z, (x, weight), d)
     size = {"in_size": (case.height, case.width), **case.shape}
-    check_close("dx", conv_data_gradient(d, flip_weight(weight.detach()), slots, **size).d, dx, 1e-12)
+    check_close("dx", conv_data_gradient(d, flip_weight(weight.detach()), weight_index, **size).d, dx, 1e-12)
     per_group = conv_weight_gradient(x.detach(), d, **case.shape)
-    summed = torch.zeros_like(weight).index_add(0, slots.long(), per_group)
+    summed = torch.zeros_like(weight).index_add(0, weight_index.long(), per_group)
     check_close("dW", summed, dw, 1e-12)
 
 
 def test_refusals():
     case = CASES[0]
-    d, weight, slots = _data(case)
+    d, weight, weight_index = _data(case)
     size = {"in_size": (8, 8), **case.shape}
     with pytest.raises(InputError, match=r"d has size \(8, 8\), expected \(9, 9\)"):
-        conv_data_gradient(d, weight, slots, in_size=(9, 9), **case.shape)
+        conv_data_gradient(d, weight, weight_index, in_size=(9, 9), **case.shape)
     with pytest.raises(InputError, match="z, mean and inv_std"):
-        conv_data_gradient(d, weight, slots, **untyped(size), z=d)
+        conv_data_gradient(d, weight, weight_index, **untyped(size), z=d)
     with pytest.raises(InputError, match="mask is torch"):
-        conv_data_gradient(d, weight, slots, **untyped(size), mask=d)
+        conv_data_gradient(d, weight, weight_index, **untyped(size), mask=d)
     with pytest.raises(InputError, match="expected float32 or"):
         conv_weight_gradient(d.half(), d, **case.shape)
     huge = torch.empty(1, 2**15, 32, 32, 64, device="meta")

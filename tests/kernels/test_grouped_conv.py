@@ -40,32 +40,32 @@ def test_epilogues(case, epilogue):
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=lambda c: c.name)
 def test_prologue_comes_before_the_zero_padding(case):
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     affine = {"in_scale": values(SLOTS, case.channels, seed=1), "in_shift": 3 + values(SLOTS, case.channels, seed=2)}
-    check_op(grouped_conv, x, weight, slots, **case.shape, **affine, tolerance=2 * TOLERANCE[case.dtype])
+    check_op(grouped_conv, x, weight, weight_index, **case.shape, **affine, tolerance=2 * TOLERANCE[case.dtype])
 
 
 @each_stem
 def test_stem_shares_its_input(case):
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     affine = {"in_scale": 1 + values(1, case.channels).abs(), "in_shift": values(1, case.channels, seed=1)}
     pixels = values(1, case.images, case.height, case.width, case.channels).abs()
     following = {"next_scale": values(SLOTS, case.out_channels), "next_shift": values(SLOTS, case.out_channels, seed=1)}
     options = {**case.shape, **affine, **following, "mask": True}
-    expected = check_op(grouped_conv, pixels, weight, slots, **options, tolerance=2 * TOLERANCE[case.dtype])
-    copies = grouped_conv(pixels.expand_as(x).contiguous(), weight, slots, **options)
+    expected = check_op(grouped_conv, pixels, weight, weight_index, **options, tolerance=2 * TOLERANCE[case.dtype])
+    copies = grouped_conv(pixels.expand_as(x).contiguous(), weight, weight_index, **options)
     check_close("z from one input and from copies of it", expected.z, copies.z, 0)
 
 
 def test_reference_is_pytorchs_convolution():
     case = CASES[5]
-    x, weight, slots = (t.double() if t.is_floating_point() else t for t in operands(case))
+    x, weight, weight_index = (t.double() if t.is_floating_point() else t for t in operands(case))
     n = case.out_channels
     bias, scale, shift, center = (values(SLOTS, n, seed=s).double() for s in range(4))
     out = grouped_conv(
-        x, weight, slots, **case.shape, bias=bias, next_scale=scale, next_shift=shift, mask=True, center=center
+        x, weight, weight_index, **case.shape, bias=bias, next_scale=scale, next_shift=shift, mask=True, center=center
     )
-    for g, slot in enumerate(slots.tolist()):
+    for g, slot in enumerate(weight_index.tolist()):
         kernel = weight[slot].view(3, 3, case.channels, n).permute(3, 2, 0, 1)
         image = x[g].permute(0, 3, 1, 2)
         z = F.conv2d(image, kernel, bias[slot], stride=case.stride, padding=case.padding).permute(0, 2, 3, 1)
@@ -113,12 +113,12 @@ def test_refusals(name):
 
 def test_a_group_past_32_bit_offsets_is_refused():
     weight = torch.empty(1, 9, 64, 64, device="meta")
-    slots = torch.empty(1, dtype=torch.int32, device="meta")
+    weight_index = torch.empty(1, dtype=torch.int32, device="meta")
     with pytest.raises(InputError, match="2147483648 elements in one group"):
-        grouped_conv(torch.empty(1, 2**15, 32, 32, 64, device="meta"), weight, slots, kernel=3, padding=1)
+        grouped_conv(torch.empty(1, 2**15, 32, 32, 64, device="meta"), weight, weight_index, kernel=3, padding=1)
     wide = torch.empty(1, 9, 64, 256, device="meta")
     with pytest.raises(InputError, match="the result of shape"):
-        grouped_conv(torch.empty(1, 2**13, 32, 32, 64, device="meta"), wide, slots, kernel=3, padding=1)
+        grouped_conv(torch.empty(1, 2**13, 32, 32, 64, device="meta"), wide, weight_index, kernel=3, padding=1)
     # several groups may together hold more: a group's base is a 64-bit offset
     x = torch.empty(4, 2**14, 32, 32, 64, device="meta")
     assert x.numel() == 2**32
@@ -129,12 +129,12 @@ def test_a_group_past_32_bit_offsets_is_refused():
 def test_nan_is_passed_on():
     """A ReLU that turns NaN into 0 would hide a diverged network."""
     case = CASES[0]
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     x[0, 1, 4, 4, 3] = float("nan")
     rows = torch.ones(1, 16)
     options = {**case.shape, "relu": True, "next_scale": rows, "next_shift": rows.clone()}
-    expected = grouped_conv(x, weight, slots, **untyped(options))
-    actual = run_kernel(grouped_conv, x.to(DEVICE), weight.to(DEVICE), slots.to(DEVICE), **{
+    expected = grouped_conv(x, weight, weight_index, **untyped(options))
+    actual = run_kernel(grouped_conv, x.to(DEVICE), weight.to(DEVICE), weight_index.to(DEVICE), **{
         name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
     })  # fmt: skip
     for name in ("z", "activated"):
@@ -147,7 +147,10 @@ def test_nan_is_passed_on():
 def test_a_groups_base_is_a_64_bit_offset():
     """Group 2 starts at element 2^31. Memory that is never touched costs nothing: one position per group is read."""
     x = torch.empty(3, 1, 2**13, 2**13, 16, dtype=torch.float16, device=DEVICE)
-    weight, slots = values(1, 1, 16, 16).to(DEVICE, torch.float16), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    weight, weight_index = (
+        values(1, 1, 16, 16).to(DEVICE, torch.float16),
+        torch.zeros(3, dtype=torch.int32, device=DEVICE),
+    )
     x[:, 0, 0, 0] = values(3, 16).to(x)
-    z = run_kernel(grouped_conv, x, weight, slots, kernel=1, stride=2**13).z
+    z = run_kernel(grouped_conv, x, weight, weight_index, kernel=1, stride=2**13).z
     check_close("z", z[:, 0, 0, 0], x[:, 0, 0, 0].float() @ weight[0, 0].float(), TOLERANCE[torch.float16])

@@ -43,58 +43,60 @@ def tile_of(x: Tensor, out_channels: int, columns: int | None) -> list[int]:
     return list(untyped(halo.halo_tile)(*x.shape[1:4], columns or out_channels))
 
 
-def emulated_conv(x, weight, slots, *, columns=None, **options) -> ConvOutput:
-    operands = ConvOperands(x, weight, slots, **options)
+def emulated_conv(x, weight, weight_index, *, columns=None, **options) -> ConvOutput:
+    operands = ConvOperands(x, weight, weight_index, **options)
     return conv_output(*both_ways("halo_conv", *operands, tile_of(x, weight.shape[3], columns)))
 
 
-def emulated_gradient(d, weight, slots, *, columns=None, **options) -> DataGradient:
-    operands = (d, weight, slots, *GradientEpilogue(**options))
+def emulated_gradient(d, weight, weight_index, *, columns=None, **options) -> DataGradient:
+    operands = (d, weight, weight_index, *GradientEpilogue(**options))
     out, statistics = both_ways("halo_data_gradient", *operands, tile_of(d, weight.shape[3], columns))
     return DataGradient(out, present(statistics))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_forward(case):
-    x, weight, slots = operands(case)
-    check_forward(emulated_conv(x, weight, slots), x, weight, slots, {})
+    x, weight, weight_index = operands(case)
+    check_forward(emulated_conv(x, weight, weight_index), x, weight, weight_index, {})
 
 
 @pytest.mark.parametrize("epilogue", list(epilogues(CASES[0])))
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 def test_forward_epilogues(case, epilogue):
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     options = epilogues(case)[epilogue]
     if options.pop("shared", False):
         x = x[:1].contiguous()
-    check_forward(emulated_conv(x, weight, slots, **options), x, weight, slots, options)
+    check_forward(emulated_conv(x, weight, weight_index, **options), x, weight, weight_index, options)
 
 
 @pytest.mark.parametrize("epilogue", list(gradient_epilogues(CASES[0])))
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 def test_data_gradient(case, epilogue):
-    d, weight, slots = operands(case)
+    d, weight, weight_index = operands(case)
     options = gradient_epilogues(case)[epilogue]
-    check_gradient(emulated_gradient(d, weight, slots, **options), d, weight, slots, options)
+    check_gradient(emulated_gradient(d, weight, weight_index, **options), d, weight, weight_index, options)
 
 
 @pytest.mark.parametrize(("name", "columns"), [("16-odd-four-groups", 64), ("48-channels", 32), ("160-to-160", 128)])
 def test_blocks_wider_than_what_is_left(name, columns):
     """The table never asks for it: channels past the last are neither read nor written."""
     case = by_name[name]
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     options = epilogues(case)["everything"]
-    check_forward(emulated_conv(x, weight, slots, **options, columns=columns), x, weight, slots, options)
+    check_forward(emulated_conv(x, weight, weight_index, **options, columns=columns), x, weight, weight_index, options)
     options = gradient_epilogues(case)["residual-first-mask-sums"]
-    check_gradient(emulated_gradient(x, weight, slots, **options, columns=columns), x, weight, slots, options)
+    check_gradient(
+        emulated_gradient(x, weight, weight_index, **options, columns=columns), x, weight, weight_index, options
+    )
 
 
 def test_nan_is_passed_on():
     """A ReLU that turns NaN into 0 would hide a diverged network."""
-    x, weight, slots = operands(CASES[0])
+    x, weight, weight_index = operands(CASES[0])
     x[0, 0, 2, 3, 5] = float("nan")
     rows = torch.ones(1, 16)
-    out = emulated_conv(x, weight, slots, relu=True, next_scale=rows, next_shift=rows)
+    out = emulated_conv(x, weight, weight_index, relu=True, next_scale=rows, next_shift=rows)
     for value in (out.z, out.activated):
         assert untyped(value)[0, 0, 1:4, 2:5].isnan().all()
         assert untyped(value).isnan().sum() == 9 * 16

@@ -35,18 +35,21 @@ from tests.untyped import present, untyped
 def test_references_are_those_of_the_other_convolution():
     """Same values as grouped_conv and conv_data_gradient; the partial sums have other rows and the same total."""
     case = by_name["16-odd-four-groups"]
-    x, weight, slots = operands(case)
+    x, weight, weight_index = operands(case)
     options = epilogues(case)["everything"]
     for one, other in zip(
-        halo.halo_conv(x, weight, slots, **SHAPE, **options), grouped_conv(x, weight, slots, **SHAPE, **options),
+        halo.halo_conv(x, weight, weight_index, **SHAPE, **options),
+        grouped_conv(x, weight, weight_index, **SHAPE, **options),
         strict=True,
-    ):  # fmt: skip
+    ):
         a, b = (t.sum(1) if t.dtype == torch.float32 else t.double() for t in (untyped(one), untyped(other)))
         check_close("forward", a, b, 1e-5)
     options, size = gradient_epilogues(case)["mask-sums"], {"in_size": tuple(x.shape[2:4]), **SHAPE}
-    gradient = halo.halo_data_gradient(x, flip_weight(weight).transpose(2, 3).contiguous(), slots, **size, **options)
+    gradient = halo.halo_data_gradient(
+        x, flip_weight(weight).transpose(2, 3).contiguous(), weight_index, **size, **options
+    )
     turned = flip_weight(weight).transpose(2, 3).contiguous()
-    expected = conv_data_gradient(x, turned, slots, **untyped(size), **options)
+    expected = conv_data_gradient(x, turned, weight_index, **untyped(size), **options)
     check_close("d", gradient.d, expected.d, 0)
     check_close("sums", present(gradient.statistics).sum(1), present(expected.statistics).sum(1), 1e-5)
 
@@ -122,9 +125,9 @@ def test_support():
 
 
 def test_one_graph_under_torch_compile():
-    def both(x, weight, slots, center):
-        out = halo.halo_conv(x, weight, slots, **SHAPE, center=center)
-        back = halo.halo_data_gradient(out.z, weight, slots, in_size=(6, 8), **SHAPE)
+    def both(x, weight, weight_index, center):
+        out = halo.halo_conv(x, weight, weight_index, **SHAPE, center=center)
+        back = halo.halo_data_gradient(out.z, weight, weight_index, in_size=(6, 8), **SHAPE)
         return out.z, out.statistics, back.d
 
     arguments = (X, W, S, torch.ones(1, 16))
@@ -184,46 +187,48 @@ class TestDevice:
     @pytest.mark.parametrize("case", [*CASES, *WRN28_4], ids=lambda c: c.name)
     def test_forward(self, case):
         for options in ({}, *epilogues(case).values()):
-            x, weight, slots = operands(case)
+            x, weight, weight_index = operands(case)
             if options.pop("shared", False):
                 x = x[:1].contiguous()
-            check_forward(twice(halo.halo_conv, x, weight, slots, **SHAPE, **options), x, weight, slots, options)
+            check_forward(
+                twice(halo.halo_conv, x, weight, weight_index, **SHAPE, **options), x, weight, weight_index, options
+            )
 
     @pytest.mark.parametrize("case", [*CASES, *WRN28_4], ids=lambda c: c.name)
     def test_data_gradient(self, case):
-        d, weight, slots = operands(case)
+        d, weight, weight_index = operands(case)
         size = {"in_size": (case.height, case.width), **SHAPE}
         for options in gradient_epilogues(case).values():
-            actual = twice(halo.halo_data_gradient, d, weight, slots, **size, **options)
-            check_gradient(actual, d, weight, slots, options)
+            actual = twice(halo.halo_data_gradient, d, weight, weight_index, **size, **options)
+            check_gradient(actual, d, weight, weight_index, options)
 
     @pytest.mark.parametrize("case", WRN28_4, ids=lambda c: c.name)
     def test_errs_as_pytorchs_own_bf16(self, case):
-        x, weight, slots = (t.cuda() for t in operands(case))
-        exact = grouped_conv(x.double(), weight.double(), slots, **SHAPE).z
-        own = vendor_conv(x, weight, slots, **SHAPE).z
-        mine = halo.halo_conv(x, weight, slots, **SHAPE).z
+        x, weight, weight_index = (t.cuda() for t in operands(case))
+        exact = grouped_conv(x.double(), weight.double(), weight_index, **SHAPE).z
+        own = vendor_conv(x, weight, weight_index, **SHAPE).z
+        mine = halo.halo_conv(x, weight, weight_index, **SHAPE).z
         errors = [(z.double() - exact).square().mean().sqrt().item() for z in (mine, own)]
         assert errors[0] <= 2 * errors[1]
 
     def test_views_at_odd_offsets(self):
         case = by_name["64"]
-        x, weight, slots = (t.cuda() for t in operands(case))
+        x, weight, weight_index = (t.cuda() for t in operands(case))
         shifted = torch.empty(weight.numel() + 1, dtype=BF16, device="cuda")[1:].view_as(weight).copy_(weight)
-        expected = halo.halo_conv(x, weight, slots, **SHAPE).z
-        assert torch.equal(halo.halo_conv(x, shifted, slots, **SHAPE).z, expected)
+        expected = halo.halo_conv(x, weight, weight_index, **SHAPE).z
+        assert torch.equal(halo.halo_conv(x, shifted, weight_index, **SHAPE).z, expected)
 
     def test_an_operand_on_the_cpu_is_refused(self):
         """In a kernel it would end the process' use of the device."""
-        x, weight, slots = (t.cuda() for t in operands(CASES[0]))
-        for given in ({"weight_index": slots.cpu()}, {"bias": torch.ones(1, 16)}):
+        x, weight, weight_index = (t.cuda() for t in operands(CASES[0]))
+        for given in ({"weight_index": weight_index.cpu()}, {"bias": torch.ones(1, 16)}):
             (name,) = given
-            call = {"weight_index": slots, **given}
+            call = {"weight_index": weight_index, **given}
             with pytest.raises(RuntimeError, match=f"{name} is .* on the CPU; expected .* on CUDA device"):
                 halo.halo_conv(x, weight, **SHAPE, **call)
         mask = pack_mask(torch.ones(x.shape, dtype=torch.bool))
         with pytest.raises(RuntimeError, match=r"mask is .* on the CPU; expected .* on CUDA device"):
-            halo.halo_data_gradient(x, weight, slots, in_size=(6, 8), **SHAPE, mask=mask)
+            halo.halo_data_gradient(x, weight, weight_index, in_size=(6, 8), **SHAPE, mask=mask)
         torch.cuda.synchronize()
 
     def test_a_graph_of_a_large_tile_outlives_a_launch_of_a_small_one(self):
@@ -242,16 +247,16 @@ class TestDevice:
     def test_inside_a_captured_graph(self):
         """New slots and a new input take effect at replay."""
         case = by_name["128"]
-        x, weight, slots = (t.cuda() for t in operands(case))
+        x, weight, weight_index = (t.cuda() for t in operands(case))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            halo.halo_conv(x, weight, slots, **SHAPE)
+            halo.halo_conv(x, weight, weight_index, **SHAPE)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            z = halo.halo_conv(x, weight, slots, **SHAPE).z
+            z = halo.halo_conv(x, weight, weight_index, **SHAPE).z
         x.mul_(-0.5)
-        slots.fill_(1)
+        weight_index.fill_(1)
         graph.replay()
-        assert torch.equal(z, halo.halo_conv(x, weight, slots, **SHAPE).z)
+        assert torch.equal(z, halo.halo_conv(x, weight, weight_index, **SHAPE).z)

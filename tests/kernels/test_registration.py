@@ -99,8 +99,8 @@ def test_opcheck(name):
 
 
 def test_one_graph_under_torch_compile():
-    def block(x, weight, slots, scale, shift):
-        z = grouped_conv.grouped_conv(x, weight, slots, kernel=3, padding=1).z
+    def block(x, weight, weight_index, scale, shift):
+        z = grouped_conv.grouped_conv(x, weight, weight_index, kernel=3, padding=1).z
         return batch_norm.batch_norm_apply(z, scale, shift, mask=True)
 
     arguments = (X, W, SLOTS, ROW, values(1, 10))

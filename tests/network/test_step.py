@@ -63,7 +63,7 @@ class Networks:
         return [teacher.state_dict() for teacher in self.teachers], fold_branches(student, K), student
 
 
-def slots(values) -> Tensor:
+def weight_index(values) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
@@ -90,11 +90,11 @@ def check_perturbation(networks):
     weights = pack(forward, [*teachers, *branches], torch.float32, DEVICE)
     a, b = PAIR
     buffers = {INPUT: networks.x.permute(0, 2, 3, 1)[None].contiguous()}
-    run_part(PartRun(forward, weights, slots([a, M + a, b, M + b]), buffers))
+    run_part(PartRun(forward, weights, weight_index([a, M + a, b, M + b]), buffers))
     logits = buffers[networks.output]
-    _, _, *seed = diversity_seed(logits[::2].contiguous(), logits[1::2].contiguous())
-    buffers[grad(networks.output)] = torch.stack(seed)
-    run_part(PartRun(backward, weights, slots([a, M + a]), buffers))
+    _, _, *grad_logits = diversity_seed(logits[::2].contiguous(), logits[1::2].contiguous())
+    buffers[grad(networks.output)] = torch.stack(grad_logits)
+    run_part(PartRun(backward, weights, weight_index([a, M + a]), buffers))
 
     x = networks.x.clone().requires_grad_()
     student = networks.student.eval()
@@ -111,14 +111,16 @@ def check_distillation(networks):
     (backward,) = networks.plans["distillation, backward"].parts
     image = networks.x.permute(0, 2, 3, 1)[None].contiguous()
     teacher_buffers, buffers = {INPUT: image}, {INPUT: image}
-    run_part(PartRun(eval_part, pack(eval_part, teachers, torch.float32, DEVICE), slots(range(M)), teacher_buffers))
+    run_part(
+        PartRun(eval_part, pack(eval_part, teachers, torch.float32, DEVICE), weight_index(range(M)), teacher_buffers)
+    )
     weights = pack(train_part, branches, torch.float32, DEVICE)
-    run_part(PartRun(train_part, weights, slots(range(K)), buffers))
+    run_part(PartRun(train_part, weights, weight_index(range(K)), buffers))
     targets, logits = teacher_buffers[networks.output], buffers[networks.output]
     labels = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
-    loss, _, _, seed = distillation_loss(targets, logits, labels, 4.0, 1.0)
-    buffers[grad(networks.output)] = seed
-    run_part(PartRun(backward, weights, slots(range(K)), buffers))
+    loss, _, _, grad_logits = distillation_loss(targets, logits, labels, 4.0, 1.0)
+    buffers[grad(networks.output)] = grad_logits
+    run_part(PartRun(backward, weights, weight_index(range(K)), buffers))
     actual = student_gradients(student_state, train_part.network, K, buffers)
 
     student = networks.student.train()
