@@ -90,8 +90,8 @@ def _differing(count: int, teachers: int) -> list[Pair]:
 
 
 def gaussian(x: Tensor, perturbation: Perturbation) -> Tensor:
-    """``clip(x + ε·N(0, 1), 0, 1)``."""
-    noise = torch.empty_like(x).normal_(generator=perturbation.noise)
+    """``clip(x + ε·N(0, 1), 0, 1)``; a seed's noise is the same however ``x`` lies in memory."""
+    noise = torch.empty_like(x, memory_format=torch.channels_last).normal_(generator=perturbation.noise)
     return (x + perturbation.size * noise).clamp_(0, 1)
 
 

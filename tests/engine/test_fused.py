@@ -127,6 +127,15 @@ def test_every_perturbation_and_student_as_the_reference(case):
     check_close("averaged", other.deployed()(batch(5)[0]), student.deployed()(batch(5)[0]), 1e-8)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_noise_is_the_reference_engines_however_images_lie_in_memory(memory_format):
+    student, teachers, config = setting(perturbation="gaussian")
+    images = batch(0)[0].contiguous(memory_format=memory_format)
+    reference = ReferenceStep(copy.deepcopy(student), teachers, config, num_classes=CLASSES)
+    fused = FusedStep(student, teachers, config)
+    assert torch.equal(fused.perturb(images).images, reference.perturb(images).images)
+
+
 @pytest.mark.parametrize("build", [network, models.odd], ids=["preresnet", "unusual network"])
 def test_teachers_at_once_as_the_reference(build):
     networks, config = teach_setting()
