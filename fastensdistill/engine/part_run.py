@@ -89,7 +89,8 @@ class PartRun:
 
     def write(self, steps: tuple[Step, ...], *values: Tensor | None) -> None:
         """Name an op's results, in the order of the steps that store them."""
-        self.buffers.update(zip((step.arg for step in steps), values, strict=True))
+        for step, value in zip(steps, values, strict=True):
+            self.buffers[step.arg] = value
 
     def gradient(self, parameter: str) -> Tensor | None:
         """Where the gradient of ``parameter`` is to be written, if not into a buffer of its own."""

@@ -36,7 +36,10 @@ from fastensdistill.network.nodes import Conv, Layer, Norm, Pad, Pool
 
 def find(launch: Launch, kind: str) -> Step | None:
     """The first step of a launch's epilogue of this kind, if there is one."""
-    return next((step for step in launch.epilogue if step.kind == kind), None)
+    for step in launch.epilogue:
+        if step.kind == kind:
+            return step
+    return None
 
 
 def kinds_of(launch: Launch) -> list[str]:

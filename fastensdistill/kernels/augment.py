@@ -8,9 +8,9 @@ Shifts (dy, dx) in [−4, 4] are the zero-padded random crop of CIFAR recipes (d
 import torch
 from torch import Tensor
 
-from fastensdistill.errors import unknown
+from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels.launch import launch, tl, triton
-from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, check_tensor, require
+from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
 
@@ -86,16 +86,15 @@ def augment(
     Raises InputError for other shapes and dtypes.
     """
     check_tensor("images", images, 4)
-    require(images.dtype == torch.uint8, f"images is {images.dtype}, expected uint8")
+    if images.dtype != torch.uint8:
+        raise InputError(f"images is {images.dtype}, expected uint8")
     batch = index.shape[0]
-    require(
-        shifts.shape == (batch, 2) and shifts.dtype == torch.int32 and shifts.is_contiguous(),
-        f"shifts is {shifts.dtype} of shape {tuple(shifts.shape)}, expected contiguous int32 ({batch}, 2)",
-    )
-    require(
-        flips.shape == (batch,) and flips.dtype == torch.uint8,
-        f"flips is {flips.dtype} of shape {tuple(flips.shape)}, expected uint8 ({batch},)",
-    )
+    if not (shifts.shape == (batch, 2) and shifts.dtype == torch.int32 and shifts.is_contiguous()):
+        raise InputError(
+            f"shifts is {shifts.dtype} of shape {tuple(shifts.shape)}, expected contiguous int32 ({batch}, 2)"
+        )
+    if not (flips.shape == (batch,) and flips.dtype == torch.uint8):
+        raise InputError(f"flips is {flips.dtype} of shape {tuple(flips.shape)}, expected uint8 ({batch},)")
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_NAMES:
         raise unknown("dtype", name, DTYPE_NAMES)

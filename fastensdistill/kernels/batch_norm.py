@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.gather import load_shortcut, store_bits
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
@@ -21,7 +22,6 @@ from fastensdistill.kernels.operands import (
     check_rows,
     check_shortcut,
     check_tensor,
-    require,
 )
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import pack_mask, shortcut, wide
@@ -236,12 +236,14 @@ def batch_norm_statistics(
     Raises:
         InputError: shapes that disagree.
     """
-    require(partials.dim() == 4, f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
+    if partials.dim() != 4:
+        raise InputError(f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
     o = StatisticsOperands(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
     for name in ("weight", "bias", "running_mean", "running_var"):
         rows = getattr(o, name)
         check_rows(name, rows, partials.shape[0], partials.shape[3])
-        require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
+        if rows.shape != weight.shape:
+            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
     return NormStatistics(*_batch_norm_statistics(*o))
 
 

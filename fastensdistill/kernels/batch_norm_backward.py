@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_out, check_rows, check_tensor, require
+from fastensdistill.kernels.operands import accumulator, check_out, check_rows, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.reference import leave, wide
 from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
@@ -185,10 +186,12 @@ def batch_norm_backward(
     for name, x in (("z", z), ("residual", residual)):
         if x is not None:
             check_tensor(name, x, 5)
-            require(x.shape == d.shape, f"{name} has shape {tuple(x.shape)}, expected {tuple(d.shape)}")
+            if x.shape != d.shape:
+                raise InputError(f"{name} has shape {tuple(x.shape)}, expected {tuple(d.shape)}")
     for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
         check_rows(name, rows, d.shape[0], d.shape[4])
-        require(rows.shape == weight.shape, f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
+        if rows.shape != weight.shape:
+            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
     d_weight, d_bias = (
         check_out(name, out, tuple(weight.shape), d, add) for name, out in (("d_weight", d_weight), ("d_bias", d_bias))
     )

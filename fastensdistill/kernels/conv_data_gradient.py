@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
-from fastensdistill.errors import unknown
+from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels.elementwise_gradient import (
     GradientEpilogue,
     check_epilogue,
@@ -33,7 +33,6 @@ from fastensdistill.kernels.operands import (
     check_size,
     check_tensor,
     out_size,
-    require,
 )
 from fastensdistill.kernels.ops import define, present
 from fastensdistill.kernels.reference import as_channels, as_groups, partial_rows
@@ -260,15 +259,18 @@ def data_gradient_operands(
     groups, slots, channels = weight_index.shape[0], weight_flipped.shape[0], weight_flipped.shape[3]
     shape = (groups, d.shape[1], *in_size, channels)
     check_size("the result", shape)
-    require(
-        weight_flipped.shape[1] == kernel * kernel and weight_flipped.shape[2] == d.shape[4],
-        f"weight_flipped has shape {tuple(weight_flipped.shape)}, expected "
-        f"(slots, {kernel * kernel}, {d.shape[4]}, channels)",
-    )
-    require(d.shape[0] == groups, f"d has {d.shape[0]} groups, expected {groups} as weight_index has")
-    require(d.dtype == weight_flipped.dtype, f"d is {d.dtype}, expected the weight's {weight_flipped.dtype}")
+    if not (weight_flipped.shape[1] == kernel * kernel and weight_flipped.shape[2] == d.shape[4]):
+        raise InputError(
+            f"weight_flipped has shape {tuple(weight_flipped.shape)}, expected "
+            f"(slots, {kernel * kernel}, {d.shape[4]}, channels)"
+        )
+    if d.shape[0] != groups:
+        raise InputError(f"d has {d.shape[0]} groups, expected {groups} as weight_index has")
+    if d.dtype != weight_flipped.dtype:
+        raise InputError(f"d is {d.dtype}, expected the weight's {weight_flipped.dtype}")
     out = tuple(out_size(size, *window) for size in in_size)
-    require(out == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
+    if out != tuple(d.shape[2:4]):
+        raise InputError(f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
     check_epilogue(shape, slots, epilogue)
     if name not in DTYPE_NAMES:
         raise unknown("out_dtype", name, DTYPE_NAMES)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.grouped_conv import conv_input
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
@@ -21,7 +22,6 @@ from fastensdistill.kernels.operands import (
     check_pair,
     check_precision,
     check_tensor,
-    require,
 )
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.reference import as_channels, leave
@@ -185,12 +185,12 @@ def weight_gradient_operands(
     check_tensor("d", d, 5)
     check_precision(precision)
     groups, size = d.shape[0], window.sizes(x)
-    require(
-        x.shape[0] in (1, groups) and x.shape[1] == d.shape[1],
-        f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups of {d.shape[1]} images",
-    )
-    require(size == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {size} for this x")
-    require(x.dtype in (d.dtype, torch.float32), f"x is {x.dtype}, expected float32 or d's {d.dtype}")
+    if not (x.shape[0] in (1, groups) and x.shape[1] == d.shape[1]):
+        raise InputError(f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups of {d.shape[1]} images")
+    if size != tuple(d.shape[2:4]):
+        raise InputError(f"d has size {tuple(d.shape[2:4])}, expected {size} for this x")
+    if x.dtype not in (d.dtype, torch.float32):
+        raise InputError(f"x is {x.dtype}, expected float32 or d's {d.dtype}")
     check_pair("in_scale and in_shift", in_scale, in_shift, groups, x.shape[4])
     out = check_out("out", out, (groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
     return o, window, precision, out, add

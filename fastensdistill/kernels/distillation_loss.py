@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastensdistill.errors import unknown
+from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels.diversity_seed import diversity_seed_reference, empty_seeds, empty_value
 from fastensdistill.kernels.operands import (
     accumulator,
@@ -31,7 +31,6 @@ from fastensdistill.kernels.operands import (
     check_floating,
     check_like,
     check_positive,
-    require,
 )
 from fastensdistill.kernels.ops import define, refuse_second_derivative
 
@@ -113,21 +112,24 @@ def _check(
     check_floating("teacher_logits", teacher_logits, 3, "[M, B, C]")
     check_floating("branch_logits", branch_logits, 3, "[K, B, C]")
     check_like("teacher_logits", teacher_logits, "branch_logits", branch_logits)
-    require(
-        teacher_logits.shape[1:] == branch_logits.shape[1:] and 0 not in (*branch_logits.shape, *teacher_logits.shape),
-        f"teacher_logits has shape {tuple(teacher_logits.shape)} and branch_logits {tuple(branch_logits.shape)}; "
-        "expected [M, B, C] and [K, B, C] with the same images and classes, none of them empty",
-    )
-    require(
-        not teacher_logits.requires_grad,
-        "teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad",
-    )
-    require(labels.dtype == torch.int64, f"labels has dtype {labels.dtype}; expected torch.int64")
+    if not (
+        teacher_logits.shape[1:] == branch_logits.shape[1:] and 0 not in (*branch_logits.shape, *teacher_logits.shape)
+    ):
+        raise InputError(
+            f"teacher_logits has shape {tuple(teacher_logits.shape)} and branch_logits {tuple(branch_logits.shape)}; "
+            "expected [M, B, C] and [K, B, C] with the same images and classes, none of them empty"
+        )
+    if teacher_logits.requires_grad:
+        raise InputError("teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad")
+    if labels.dtype != torch.int64:
+        raise InputError(f"labels has dtype {labels.dtype}; expected torch.int64")
     B = branch_logits.shape[1]
-    require(labels.shape == (B,), f"labels has shape {tuple(labels.shape)}; expected ({B},), one per image")
+    if labels.shape != (B,):
+        raise InputError(f"labels has shape {tuple(labels.shape)}; expected ({B},), one per image")
     check_device("labels", labels, "branch_logits", branch_logits)
     check_positive("temperature", temperature)
-    require(0 <= alpha <= 1, f"alpha is {alpha}; expected a number from 0 to 1")
+    if not (0 <= alpha <= 1):
+        raise InputError(f"alpha is {alpha}; expected a number from 0 to 1")
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
 
@@ -178,9 +180,7 @@ def distill_and_diversify(
         InputError: as for :func:`distillation_loss`, or a pair that is not two int64 on the same device.
     """
     _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
-    require(
-        pair.dtype == torch.int64 and pair.shape == (2,),
-        f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64",
-    )
+    if not (pair.dtype == torch.int64 and pair.shape == (2,)):
+        raise InputError(f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64")
     check_device("pair", pair, "branch_logits", branch_logits)
     return _distill_and_diversify(teacher_logits, branch_logits, labels, pair, temperature, alpha, target == "mean")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastensdistill.kernels.operands import accumulator, check_floating, check_like, check_positive, require
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.operands import accumulator, check_floating, check_like, check_positive
 from fastensdistill.kernels.ops import define, refuse_second_derivative
 
 
@@ -102,7 +103,8 @@ for _name, _backward in (("teacher_diversity_seed", _teacher_backward), ("divers
 def _check_pair(name: str, pair: Tensor) -> None:
     check_floating(name, pair, 3, "[2, B, C]")
     good = pair.shape[0] == 2 and 0 not in pair.shape
-    require(good, f"{name} has shape {tuple(pair.shape)}; expected [2, B, C], not empty")
+    if not good:
+        raise InputError(f"{name} has shape {tuple(pair.shape)}; expected [2, B, C], not empty")
 
 
 def diversity_seed(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,11 +126,11 @@ def diversity_seed(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, T
     _check_pair("teacher_pair", teacher_pair)
     _check_pair("branch_pair", branch_pair)
     check_like("branch_pair", branch_pair, "teacher_pair", teacher_pair)
-    require(
-        teacher_pair.shape == branch_pair.shape,
-        f"teacher_pair has shape {tuple(teacher_pair.shape)} but branch_pair {tuple(branch_pair.shape)}; "
-        "expected the same [2, B, C]",
-    )
+    if teacher_pair.shape != branch_pair.shape:
+        raise InputError(
+            f"teacher_pair has shape {tuple(teacher_pair.shape)} but branch_pair {tuple(branch_pair.shape)}; "
+            "expected the same [2, B, C]"
+        )
     return _diversity_seed(teacher_pair, branch_pair)
 
 
@@ -158,10 +160,10 @@ def ods_seed(logits: Tensor, weights: Tensor, temperature: float) -> tuple[Tenso
     check_floating("logits", logits, 2, "[B, C]")
     check_floating("weights", weights, 2, "[B, C]")
     check_like("weights", weights, "logits", logits)
-    require(
-        logits.shape == weights.shape and 0 not in logits.shape,
-        f"logits has shape {tuple(logits.shape)} and weights {tuple(weights.shape)}; "
-        "expected the same [B, C], not empty",
-    )
+    if not (logits.shape == weights.shape and 0 not in logits.shape):
+        raise InputError(
+            f"logits has shape {tuple(logits.shape)} and weights {tuple(weights.shape)}; "
+            "expected the same [B, C], not empty"
+        )
     check_positive("temperature", temperature)
     return _ods_seed(logits.detach(), weights.detach(), temperature)

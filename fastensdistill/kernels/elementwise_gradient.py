@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.gather import load_bits, load_spread
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_tensor, require
+from fastensdistill.kernels.operands import accumulator, check_pair, check_rows, check_tensor
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import partial_rows, pick, unpack_mask
 from fastensdistill.kernels.tiles import rows_tile
@@ -168,23 +169,26 @@ _elementwise_gradient = define("elementwise_gradient", elementwise_gradient_refe
 
 def check_epilogue(shape: tuple[int, ...], count: int, o: GradientEpilogue) -> None:
     """Refuse what does not go with a gradient of ``shape`` (G, N, H, W, C) and ``count`` slots or groups."""
-    require((o.z is None) == (o.mean is None), "z, mean and inv_std must be given together")
+    if (o.z is None) != (o.mean is None):
+        raise InputError("z, mean and inv_std must be given together")
     if o.z is not None:
         good = o.z.shape == shape and o.z.is_contiguous()
-        require(good, f"z has shape {tuple(o.z.shape)}, expected {shape}, contiguous")
+        if not good:
+            raise InputError(f"z has shape {tuple(o.z.shape)}, expected {shape}, contiguous")
     check_pair("mean and inv_std", o.mean, o.inv_std, count, shape[4])
     check_rows("scale", o.scale, count, shape[4])
     if o.mask is not None:
         wanted = (*shape[:4], -(-shape[4] // 8))
-        require(
-            o.mask.shape == wanted and o.mask.is_contiguous() and o.mask.dtype == torch.uint8,
-            f"mask is {o.mask.dtype} of shape {tuple(o.mask.shape)}, expected uint8 {wanted}, contiguous",
-        )
+        if not (o.mask.shape == wanted and o.mask.is_contiguous() and o.mask.dtype == torch.uint8):
+            raise InputError(
+                f"mask is {o.mask.dtype} of shape {tuple(o.mask.shape)}, expected uint8 {wanted}, contiguous"
+            )
     if o.residual is not None:
         check_tensor("residual", o.residual, 5)
         small = (*shape[:2], *(-(-size // o.residual_stride) for size in shape[2:4]))
         good = o.residual.shape[:4] == small
-        require(good, f"residual has shape {tuple(o.residual.shape)}, expected {small} and channels")
+        if not good:
+            raise InputError(f"residual has shape {tuple(o.residual.shape)}, expected {small} and channels")
 
 
 def elementwise_gradient(d: Tensor, *, residual_first: bool = True, **options: Any) -> ElementwiseGradient:

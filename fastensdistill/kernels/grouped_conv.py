@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
@@ -27,7 +28,6 @@ from fastensdistill.kernels.operands import (
     check_shortcut,
     check_size,
     check_tensor,
-    require,
 )
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import as_channels, as_groups, pack_mask, partial_rows, pick, shortcut
@@ -261,19 +261,19 @@ def conv_operands(
     check_tensor("x", x, 5)
     check_tensor("weight", weight, 4)
     check_precision(precision)
-    require(
-        weight.shape[1] == kernel * kernel and weight.shape[2] == x.shape[4],
-        f"weight has shape {tuple(weight.shape)}, expected (slots, {kernel * kernel}, {x.shape[4]}, channels)",
-    )
-    require(
-        weight_index.dtype == torch.int32 and weight_index.dim() == 1,
-        f"weight_index is {weight_index.dtype} of {weight_index.dim()} dimensions, expected int32 (groups,)",
-    )
+    if not (weight.shape[1] == kernel * kernel and weight.shape[2] == x.shape[4]):
+        raise InputError(
+            f"weight has shape {tuple(weight.shape)}, expected (slots, {kernel * kernel}, {x.shape[4]}, channels)"
+        )
+    if not (weight_index.dtype == torch.int32 and weight_index.dim() == 1):
+        raise InputError(
+            f"weight_index is {weight_index.dtype} of {weight_index.dim()} dimensions, expected int32 (groups,)"
+        )
     groups, slots, channels = weight_index.shape[0], weight.shape[0], weight.shape[3]
-    require(x.shape[0] in (1, groups), f"x has {x.shape[0]} groups, expected {groups} or 1")
-    require(
-        x.dtype in (weight.dtype, torch.float32), f"x is {x.dtype}, expected float32 or the weight's {weight.dtype}"
-    )
+    if x.shape[0] not in (1, groups):
+        raise InputError(f"x has {x.shape[0]} groups, expected {groups} or 1")
+    if x.dtype not in (weight.dtype, torch.float32):
+        raise InputError(f"x is {x.dtype}, expected float32 or the weight's {weight.dtype}")
     check_pair("in_scale and in_shift", o.in_scale, o.in_shift, slots, x.shape[4])
     check_pair("next_scale and next_shift", o.next_scale, o.next_shift, slots, channels)
     check_rows("bias", o.bias, slots, channels)

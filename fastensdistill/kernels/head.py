@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_pair, check_precision, check_tensor, require
+from fastensdistill.kernels.operands import accumulator, check_pair, check_precision, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.reference import pick
 from fastensdistill.kernels.tiles import Tile
@@ -145,7 +146,8 @@ _head = define("head", head_reference, _empty, _launch)
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Raise InputError unless ``x`` has the expected shape."""
     good = tuple(x.shape) == shape and x.is_contiguous()
-    require(good, f"{name} has shape {tuple(x.shape)}, expected {shape}, contiguous")
+    if not good:
+        raise InputError(f"{name} has shape {tuple(x.shape)}, expected {shape}, contiguous")
 
 
 def check_head(o: Any) -> None:
@@ -154,9 +156,11 @@ def check_head(o: Any) -> None:
     check_tensor("z", z, 5)
     check_tensor("weight", weight, 3)
     check_precision(o.precision)
-    require(z.shape[0] == groups, f"z has {z.shape[0]} groups, expected {groups} as weight_index has")
+    if z.shape[0] != groups:
+        raise InputError(f"z has {z.shape[0]} groups, expected {groups} as weight_index has")
     good = weight.shape[1] == z.shape[4]
-    require(good, f"weight has shape {tuple(weight.shape)}, expected (slots, {z.shape[4]}, classes)")
+    if not good:
+        raise InputError(f"weight has shape {tuple(weight.shape)}, expected (slots, {z.shape[4]}, classes)")
     check_pair("scale and shift", o.scale, o.shift, weight.shape[0], z.shape[4])
 
 

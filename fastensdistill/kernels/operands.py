@@ -22,26 +22,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ``InputError(message)`` unless ``condition``."""
-    if not condition:
-        raise InputError(message)
-
-
 def check_size(name: str, shape: Sequence[int]) -> None:
     """A group's part of a tensor must fit int32 offsets."""
     count = math.prod(shape[1:])
-    require(
-        count < _LIMIT,
-        f"{name} of shape {tuple(shape)} has {count} elements in one group, more than 32-bit offsets reach; "
-        "use smaller batches",
-    )
+    if count >= _LIMIT:
+        raise InputError(
+            f"{name} of shape {tuple(shape)} has {count} elements in one group, more than 32-bit offsets reach; "
+            "use smaller batches"
+        )
 
 
 def check_tensor(name: str, x: Tensor, dimensions: int) -> None:
     """A contiguous tensor of so many dimensions, whose size per group fits int32 offsets."""
-    require(x.dim() == dimensions, f"{name} has shape {tuple(x.shape)}, expected {dimensions} dimensions")
-    require(x.is_contiguous(), f"{name} of shape {tuple(x.shape)} is not contiguous")
+    if x.dim() != dimensions:
+        raise InputError(f"{name} has shape {tuple(x.shape)}, expected {dimensions} dimensions")
+    if not x.is_contiguous():
+        raise InputError(f"{name} of shape {tuple(x.shape)} is not contiguous")
     check_size(name, x.shape)
 
 
@@ -49,16 +45,19 @@ def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> Non
     """Per-slot (or per-group) channel parameters: shape (count, channels), or (1, channels) where all share them."""
     if rows is not None:
         good = rows.dim() == 2 and rows.shape[0] in (1, count) and rows.shape[1] == channels and rows.is_contiguous()
-        require(good, f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
+        if not good:
+            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
 
 
 def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: int, channels: int) -> None:
     """Two per-slot parameters that only make sense together: both absent, or both of one shape."""
-    require((first is None) == (second is None), f"{names} must be given together")
+    if (first is None) != (second is None):
+        raise InputError(f"{names} must be given together")
     if first is not None and second is not None:
         check_rows(names, first, count, channels)
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        require(first.shape == second.shape and second.is_contiguous(), f"{names} have shapes {shapes}, expected equal")
+        if not (first.shape == second.shape and second.is_contiguous()):
+            raise InputError(f"{names} have shapes {shapes}, expected equal")
 
 
 def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...]) -> None:
@@ -66,11 +65,11 @@ def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...])
     if residual is not None:
         check_tensor("residual", residual, 5)
         size = (*residual.shape[:2], *(-(-s // stride) for s in residual.shape[2:4]))
-        require(
-            size == tuple(shape[:4]) and residual.shape[4] <= shape[4],
-            f"residual has shape {tuple(residual.shape)}, expected every {stride}-th position of it to fit "
-            f"{tuple(shape)}",
-        )
+        if not (size == tuple(shape[:4]) and residual.shape[4] <= shape[4]):
+            raise InputError(
+                f"residual has shape {tuple(residual.shape)}, expected every {stride}-th position of it to fit "
+                f"{tuple(shape)}"
+            )
 
 
 def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, add: bool) -> Tensor:
@@ -78,10 +77,8 @@ def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tenso
     dtype = accumulator(like.dtype)
     if out is None:
         return like.new_zeros(shape, dtype=dtype) if add else like.new_empty(shape, dtype=dtype)
-    require(
-        tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous(),
-        f"{name} is {out.dtype} of shape {tuple(out.shape)}, expected {dtype} {shape}, contiguous",
-    )
+    if not (tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous()):
+        raise InputError(f"{name} is {out.dtype} of shape {tuple(out.shape)}, expected {dtype} {shape}, contiguous")
     return out
 
 

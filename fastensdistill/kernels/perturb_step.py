@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels.operands import FLOATING, accumulator, check_device, require
+from fastensdistill.errors import InputError
+from fastensdistill.kernels.operands import FLOATING, accumulator, check_device
 from fastensdistill.kernels.ops import define
 
 
@@ -67,26 +68,30 @@ def perturb_step(
     """
     for name, tensor in (("images", images), ("input_gradients", input_gradients)):
         good = tensor.dtype in FLOATING
-        require(good, f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
-    require(
-        images.dim() >= 2 and input_gradients.shape[1:] == images.shape and 0 not in input_gradients.shape,
-        f"images has shape {tuple(images.shape)} and input_gradients {tuple(input_gradients.shape)}; "
-        "expected [B, …] and [G, B, …], not empty",
-    )
+        if not good:
+            raise InputError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if not (images.dim() >= 2 and input_gradients.shape[1:] == images.shape and 0 not in input_gradients.shape):
+        raise InputError(
+            f"images has shape {tuple(images.shape)} and input_gradients {tuple(input_gradients.shape)}; "
+            "expected [B, …] and [G, B, …], not empty"
+        )
     dtype, B = accumulator(images.dtype), images.shape[0]
-    require(
-        accumulator(input_gradients.dtype) == dtype,
-        f"input_gradients has dtype {input_gradients.dtype} but images has {images.dtype}; "
-        "expected float64 for both or for neither",
-    )
+    if accumulator(input_gradients.dtype) != dtype:
+        raise InputError(
+            f"input_gradients has dtype {input_gradients.dtype} but images has {images.dtype}; "
+            "expected float64 for both or for neither"
+        )
     check_device("input_gradients", input_gradients, "images", images)
     if confidence is not None:
-        require(
-            confidence.dtype == dtype and confidence.shape == (B,),
-            f"confidence has dtype {confidence.dtype} and shape {tuple(confidence.shape)}; expected {dtype} and ({B},)",
-        )
+        if not (confidence.dtype == dtype and confidence.shape == (B,)):
+            raise InputError(
+                f"confidence has dtype {confidence.dtype} and shape {tuple(confidence.shape)}; "
+                f"expected {dtype} and ({B},)"
+            )
         check_device("confidence", confidence, "images", images)
         confidence = confidence.detach()
-    require(math.isfinite(step), f"step is {step}; expected a finite number")
-    require(low <= high, f"low is {low} and high is {high}; expected low ≤ high")
+    if not math.isfinite(step):
+        raise InputError(f"step is {step}; expected a finite number")
+    if not (low <= high):  # NaN is refused too
+        raise InputError(f"low is {low} and high is {high}; expected low ≤ high")
     return _perturb_step(images.detach(), input_gradients.detach(), confidence, step, low, high)

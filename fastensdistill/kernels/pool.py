@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, sizes, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_tensor, out_size, require
+from fastensdistill.kernels.operands import accumulator, check_tensor, out_size
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import rows_tile
 
@@ -192,7 +193,8 @@ def max_pool(x: Tensor, *, kernel: int, stride: int, padding: int = 0) -> MaxPoo
     """
     check_tensor("x", x, 5)
     good = 0 <= 2 * padding <= kernel <= 15
-    require(good, f"kernel {kernel} with padding {padding}: expected 2·padding ≤ kernel ≤ 15")
+    if not good:
+        raise InputError(f"kernel {kernel} with padding {padding}: expected 2·padding ≤ kernel ≤ 15")
     return MaxPoolOutput(*_max_pool(x, kernel, stride, padding))
 
 
@@ -205,10 +207,9 @@ def max_pool_backward(
     not like d, and for a size that does not lead to d's.
     """
     check_tensor("d", d, 5)
-    require(
-        taps.shape == d.shape and taps.dtype == torch.uint8,
-        f"taps is {taps.dtype} of shape {tuple(taps.shape)}, expected uint8 {tuple(d.shape)}",
-    )
+    if not (taps.shape == d.shape and taps.dtype == torch.uint8):
+        raise InputError(f"taps is {taps.dtype} of shape {tuple(taps.shape)}, expected uint8 {tuple(d.shape)}")
     size = tuple(out_size(s, kernel, stride, padding) for s in in_size)
-    require(size == tuple(d.shape[2:4]), f"d has size {tuple(d.shape[2:4])}, expected {size} for input {in_size}")
+    if size != tuple(d.shape[2:4]):
+        raise InputError(f"d has size {tuple(d.shape[2:4])}, expected {size} for input {in_size}")
     return _max_pool_backward(d, taps, *in_size, kernel, stride, padding)
