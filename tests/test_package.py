@@ -122,6 +122,12 @@ def test_no_import_cycle():
         visit(name, ())
 
 
+def test_no_file_is_longer_than_400_lines():
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").glob("*")]
+    lines = {path.name: path.read_text().count("\n") for path in files if path.is_file()}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
 def test_every_public_function_and_class_is_documented():
     """Triton kernels and references aside: the equations at the head of their file are theirs."""
     for path in Path(fed.__file__).parent.rglob("*.py"):

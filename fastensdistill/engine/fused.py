@@ -250,12 +250,16 @@ class FusedStep(CapturedStep):
             self.draw.copy_(place)
 
     def _momenta(self) -> dict[str, Tensor]:
-        if not self.networks:
-            raise InputError("the step has not seen an image; give image_shape=(channels, H, W) when creating it")
+        self.check_traced()
         names = {id(p): name for name, p in self.student.module.named_parameters()}
         momenta = self.plain.momenta(self.parameters)
         parameters = [p for group in self.student.parameter_groups(0.0) for p in group["params"]]
         return {f"momentum.{i}": momenta[names[id(p)]] for i, p in enumerate(parameters)}
+
+    def check_traced(self) -> None:
+        """Raise InputError as long as no image's shape is known, by which networks are traced."""
+        if not self.networks:
+            raise InputError("the step has not seen an image; give image_shape=(channels, H, W) when creating it")
 
     def state_dict(self) -> State:
         """Momentum and generators, as the reference engine's; the student's weights are the student's own."""

@@ -97,11 +97,12 @@ class Live(AsOnGPU):
 
 
 def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:
-    """A twin of ``step`` on the meta device, not built."""
+    """A twin of ``step`` on the meta device, not built. Raises InputError for a step that knows no image's shape."""
     config: Any = replace(step.config, precision=precision_on(step.config, step.device))
     if isinstance(step, FusedTeachStep):
         networks = [copy_network(network, meta=True) for network in step.networks]
         return FusedTeachStep(networks, config, image_shape=step.image_shape)
+    step.check_traced()
     twin = FusedStep(copy_network(step.student, meta=True), copy_network(step.teachers, meta=True), config)
     twin.train_as(step.networks)
     return twin

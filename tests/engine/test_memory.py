@@ -137,6 +137,11 @@ def test_launches_and_bytes_are_the_plans(capsys):
     assert printed.count("conv gradient") > 40
 
 
+def test_a_step_that_knows_no_image_has_no_estimate():
+    with pytest.raises(InputError, match="give image_shape="):
+        estimate(FusedStep(*setting()), 8)
+
+
 def test_more_images_more_memory_and_refusals():
     step = meta_step("wrn28_1", 2, 2)
     peaks = [estimate(step, B).peak for B in (64, 128, 256)]
