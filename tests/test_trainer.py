@@ -163,7 +163,7 @@ def killed_in_save():
     if left <= {torn}:
         os.replace = never
     save()
-untyped(trainer).train_step = train_step
+trainer.train_step = train_step
 trainer.save = killed_in_save
 trainer.fit()
 """
