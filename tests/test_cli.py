@@ -19,7 +19,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.evaluate.metrics import accuracy, nll
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.runs import find_candidates
-from fastensdistill.kernels import extension
+from fastensdistill.kernels import extension, ops
 from fastensdistill.method.student import LatentBE
 from fastensdistill.models import create_model
 from fastensdistill.train.distill import DistillTrainer
@@ -243,8 +243,10 @@ def test_doctor_names_versions_and_the_extension(capsys):
     found = extension.describe()
     expected = "none; Triton kernels and references in Python serve" if not found["loaded"] else str(found["library"])
     assert re.search(rf"^extension .*{re.escape(expected)}", printed, re.M)
-    assert re.search(r"^ops on a CPU +\d+ reference$", printed, re.M)
-    assert re.search(r"^ops on CUDA +.*\d+ reference$", printed, re.M)
+    assert re.search(rf"^ops on a CPU +{len(ops.PORTABLE)} reference$", printed, re.M)
+    counts = re.findall(r"(\d+) (extension|triton|reference)", re.findall(r"^ops on CUDA.*$", printed, re.M)[0])
+    assert sum(int(count) for count, _ in counts) == len(ops.PORTABLE)
+    assert ("extension" in [who for _, who in counts]) == found["loaded"]
     assert re.search(r"^engines +reference; fused", printed, re.M)
 
 
