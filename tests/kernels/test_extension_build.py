@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def python(project: Path, *arguments: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def test_a_source_distribution_has_every_source(tmp_path):
+    project = copy_of_the_project(tmp_path / "project")
+    for name in ("MANIFEST.in", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    python(project, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path))
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {Path(name).name for name in archive.getnames() if "/csrc/" in name}
+    assert packed == {path.name for path in (ROOT / "csrc").iterdir()}
 
 
 def test_what_was_built_is_loaded():
