@@ -139,6 +139,47 @@ def layer_factors(deviations: Tensor, layer: LayerOffsets) -> tuple[Tensor, Tens
     return r[:, None, :, None], s[:, :, None, None]
 
 
+class Order(NamedTuple):
+    """How a kernel leaves one network's share of a layer's weight gradient: [Ci blocks, Co blocks, taps, block].
+
+    A block is [in_block, out_block] or, with ``in_innermost``, [out_block, in_block]. The last blocks are whole ones,
+    whatever channels there are: of what lies past these nothing is read, and nothing need be written. One block of all
+    channels is [taps, Ci, Co], the order of ``conv_weight_gradient``. What un-folds reads runs of 32 channels along
+    the inner side, so 32 or 64 a block are whole runs; with Co innermost its tiles are whole runs of the weights too.
+    """
+
+    in_block: int  # input channels of a block
+    out_block: int  # output channels of a block
+    in_innermost: bool = False
+
+    def blocks(self, in_channels: int, out_channels: int) -> tuple[int, int]:
+        """Blocks along the input and along the output channels."""
+        return -(-in_channels // self.in_block), -(-out_channels // self.out_block)
+
+    def shape(self, taps: int, in_channels: int, out_channels: int) -> tuple[int, ...]:
+        """Of a share: Ci blocks, Co blocks, taps and the two sides of a block."""
+        sides = (self.out_block, self.in_block) if self.in_innermost else (self.in_block, self.out_block)
+        return *self.blocks(in_channels, out_channels), taps, *sides
+
+    def element(self, taps: int, in_channels: int, out_channels: int, tap: int, i: int, o: int) -> int:
+        """Which element of a share is the gradient of the weight from input channel ``i`` to output channel ``o``."""
+        _, across = self.blocks(in_channels, out_channels)
+        block = (i // self.in_block * across + o // self.out_block) * taps + tap
+        row, column = i % self.in_block, o % self.out_block
+        inside = column * self.in_block + row if self.in_innermost else row * self.out_block + column
+        return block * self.in_block * self.out_block + inside
+
+
+class Partials(NamedTuple):
+    """What a weight gradient leaves: [splits, networks, *order.shape] float32, partial results that add up to it.
+
+    Without an order it is the op's own, [splits, networks, taps, Ci, Co].
+    """
+
+    splits: int = 1
+    order: Order | None = None
+
+
 Rows = list[tuple[int, ...]]
 _tables: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
