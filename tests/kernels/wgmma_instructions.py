@@ -1,6 +1,6 @@
 """Writes csrc/wgmma_instructions.h: one form of the instruction for every N, as it names each of its registers.
 
-    python -m tests.kernels.wgmma_instructions
+python -m tests.kernels.wgmma_instructions
 """
 
 from collections.abc import Iterator
