@@ -75,7 +75,7 @@ def addresses(box: Box, offset: int) -> Tensor:
 
 def run(function, box: Box, tiles: list[Tensor], rows: list[Tensor], relu: bool = False) -> Tensor:
     """The first of ``tiles`` after the function; everything else in memory stays as it was, which is NaN or a tile."""
-    size = -(-(addresses(box, 0).max().item() + 1) // 512) * 1024
+    size = -(-int(addresses(box, 0).max() + 1) // 512) * 1024
     offsets = [1024, 1024 + size + 1024]
     memory = torch.full(((2 * size + 4096) // 2 + 512,), NAN, dtype=torch.bfloat16)
     memory = memory[(-memory.data_ptr() % 1024) // 2 :]
