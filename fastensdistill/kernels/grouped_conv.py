@@ -18,7 +18,16 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.gather import gather_product, load_shortcut, store_bits
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
+from fastensdistill.kernels.launch import (
+    BATCH_SIZES,
+    KernelLaunch,
+    issue,
+    kernel_launch,
+    row_stride,
+    sizes,
+    tl,
+    triton,
+)
 from fastensdistill.kernels.operands import (
     Window,
     accumulator,
@@ -115,8 +124,9 @@ def grouped_conv_reference(o: ConvOperands, window: Window, precision: str) -> R
     return conv_epilogue(as_groups(y, groups), o, lambda values: partial_rows(values.flatten(1, 3), block))
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def grouped_conv_kernel(
+@triton.jit
+def conv_program(
+    i_g,
     p_x, p_weight, p_weight_index, p_in_scale, p_in_shift, p_bias, p_residual, p_next_scale, p_next_shift, p_center,
     p_z, p_activated, p_mask, p_statistics,
     N, n_partials, s_in, s_bias, s_next, s_center,
@@ -126,11 +136,11 @@ def grouped_conv_kernel(
     SHARED: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The program of group ``i_g``, int64; its position in the grid's first axis says which of the group's blocks."""
     # blocks of channels are neighbours in the grid: they read the same positions out of L2
     N_BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     i_m = tl.program_id(0) // N_BLOCKS
     i_n = tl.program_id(0) % N_BLOCKS
-    i_g = tl.program_id(1).to(tl.int64)
     i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     if not SHARED:
         p_x += i_g * N * (H * W * C)
@@ -186,6 +196,30 @@ def grouped_conv_kernel(
         store_bits(p_bits, b_positive, o_m, m_m, i_n * BLOCK_N, CO, BLOCK_M, BLOCK_N)
 
 
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def grouped_conv_kernel(
+    p_x, p_weight, p_weight_index, p_in_scale, p_in_shift, p_bias, p_residual, p_next_scale, p_next_shift, p_center,
+    p_z, p_activated, p_mask, p_statistics,
+    N, n_partials, s_in, s_bias, s_next, s_center,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
+    HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    SHARED: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    conv_program(
+        tl.program_id(1).to(tl.int64),
+        p_x, p_weight, p_weight_index, p_in_scale, p_in_shift, p_bias, p_residual, p_next_scale, p_next_shift, p_center,
+        p_z, p_activated, p_mask, p_statistics,
+        N, n_partials, s_in, s_bias, s_next, s_center,
+        H, W, C, HO, WO, CO,
+        HR, WR, CR, RESIDUAL_STRIDE,
+        KERNEL, STRIDE, PADDING,
+        SHARED, RELU, ROW_TAPS, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
 def conv_results(o: ConvOperands, window: Window, rows: int) -> Results:
     """The results unwritten, with so many rows of partial sums per group."""
     channels = o.weight.shape[3]
@@ -207,7 +241,8 @@ def _empty(o: ConvOperands, window: Window, precision: str) -> Results:
     return conv_results(o, window, _rows(o, window))
 
 
-def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
+def conv_launch(o: ConvOperands, window: Window, precision: str) -> tuple[KernelLaunch, Results]:
+    """The kernel's launch, and the results that it writes."""
     rows, tile, taps = _rows(o, window), conv_tile_of(o.x, o.weight), window.kernel * o.x.shape[4]
     z, activated, bits, statistics = conv_results(o, window, rows)
     row_taps = window.kernel > 1 and taps <= 32  # 48 of 64: 15% more instructions, a program fewer
@@ -215,7 +250,7 @@ def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
         # Statistics need the limit (132 registers at 64 → 128 channels) and fit it. Most others hold two programs by
         # themselves; the rest would spill within it, 2 to 4 times behind ResNet-18's residuals, 19 in its 7x7 stem.
         tile = tile._replace(maxnreg=None, programs=0)
-    launch(
+    one = kernel_launch(
         grouped_conv_kernel,
         (rows * -(-z.shape[4] // tile.BLOCK_N), z.shape[0]),
         tile,
@@ -239,7 +274,13 @@ def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
         PRECISION=precision,
         BLOCK_K=(16 if taps <= 16 else 32) if row_taps else tile.BLOCK_K,
     )
-    return z, activated, bits, statistics
+    return one, (z, activated, bits, statistics)
+
+
+def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
+    one, results = conv_launch(o, window, precision)
+    issue(one)
+    return results
 
 
 _grouped_conv = define("grouped_conv", grouped_conv_reference, _empty, _launch)

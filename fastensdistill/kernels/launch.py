@@ -117,21 +117,30 @@ def _sources(kernel: Any) -> list[tuple[str, str]]:
     return [(name, name if name.startswith("BLOCK_") else name.removeprefix("p_").lower()) for name in names]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *operands: Any, **arguments: Any) -> None:
-    """Launch ``kernel`` with a ``Tile``'s warps, stages and registers.
+def kernel_launch(kernel: Any, grid: tuple[int, ...], tile: Any, *operands: Any, **arguments: Any) -> KernelLaunch:
+    """The launch of ``kernel`` with a ``Tile``'s warps, stages and registers.
 
     What the kernel takes and ``arguments`` lack is the tile's block size of that name, or the field of an op's
-    ``operands``, NamedTuples: ``p_z`` is their z, ``RELU`` their relu. Nothing is launched on an empty grid.
+    ``operands``, NamedTuples: ``p_z`` is their z, ``RELU`` their relu.
     """
-    if 0 in grid:
-        return
     fields = tile._asdict()
     for one in operands:
         fields |= one._asdict()
     for name, field in _sources(kernel):
         if name not in arguments:
             arguments[name] = fields[field]
-    one = KernelLaunch(kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.maxnreg, tile.programs)
+    return KernelLaunch(kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.maxnreg, tile.programs)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *operands: Any, **arguments: Any) -> None:
+    """Do a :func:`kernel_launch`."""
+    issue(kernel_launch(kernel, grid, tile, *operands, **arguments))
+
+
+def issue(one: KernelLaunch) -> None:
+    """Launch, or record; nothing is launched on an empty grid."""
+    if 0 in one.grid:
+        return
     if _records:
         _records[-1].append(one)
         return
