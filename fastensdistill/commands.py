@@ -251,10 +251,12 @@ def doctor(run: DoctorRun) -> None:
 
 def plan(run: PlanRun) -> None:
     """Print the launches of a training step, the least time it takes, and the nodes of its graph."""
+    from fastensdistill.engine.dispatch import decisions
     from fastensdistill.engine.graph_nodes import count_step
     from fastensdistill.network.table import print_plan
 
-    print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
+    parts = print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
+    print(*decisions(parts, GPUS[run.gpu].arch), sep="\n")
     try:
         print(count_step(run.model, run.teachers, run.branches, run.batch, GPUS[run.gpu].arch))
     except InputError as error:  # passes can be planned that no step consists of

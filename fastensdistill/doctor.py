@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 import fastensdistill
+from fastensdistill.engine import proof
+from fastensdistill.engine.dispatch import PREDICTED, TABLE
 from fastensdistill.kernels import extension, ops
 from fastensdistill.kernels.launch import HAS_TRITON
 
@@ -40,10 +42,13 @@ def facts() -> list[tuple[str, str]]:
     rows += [(p, version(p) or f"not installed; pip install 'fastensdistill[{e}]'") for p, e in EXTRAS.items()]
     rows += _extension()
     rows += [(f"ops on {kind}", _implementations(device)) for device, kind in (("cpu", "a CPU"), ("cuda", "CUDA"))]
+    predicted = sorted({f"sm_{row.arch} by {row.implementation}" for row in PREDICTED})
+    rows.append(("convolutions", f"{len(TABLE)} measured choices; predicted on {', '.join(predicted)}"))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             rows.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+            rows.append(("", f"wgmma kernels: {proof.state(torch.device('cuda', i))}"))
         rows.append(("CUDA", f"{torch.version.cuda}, driver {_driver()}"))
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"

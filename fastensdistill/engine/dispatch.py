@@ -4,16 +4,19 @@
     cudnn    PyTorch's own convolution (``kernels.vendor_conv``), on any device
     cuda     the extension's halo convolution (``kernels.halo_conv``), for 3x3 convolutions at stride 1 and their data
              gradients (``halo_rows`` lists them); naming it for another launch is refused when that runs
+    wgmma    the extension's kernels for compute capability 9.0 (``kernels.wgmma``), forward and both gradients
 
 The table is filled by measurement (``bench.kernels --dispatch FILE`` writes rows). A row matches a launch by its op
-and, where given, its layer, its shape and the device's compute capability; the first that matches decides, and without
-one the op itself computes.
+and, where given, its layer, its shape and the device's compute capability; the first that matches decides. Where none
+does, ``PREDICTED`` rows count, on a device on which the kernels that they name have been proven (``engine.proof``); a
+launch that those do not cover, and all else, the op itself computes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +24,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastensdistill.engine import proof
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels import halo_conv, wgmma
+from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.halo_conv import HALO
 from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.nodes import Conv, Layer, Network
+from fastensdistill.network.nodes import Conv, Layer, Network, Node
 
-IMPLEMENTATIONS = ("triton", "cudnn", "cuda")
+Op = Callable[..., Any]
+IMPLEMENTATIONS = ("triton", "cudnn", "cuda", "wgmma")
 OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
+# Those that CUDA kernels can take the place of
+CALLED: dict[str, Op] = {
+    "conv": grouped_conv,
+    "conv gradient": conv_data_gradient,
+    "weight gradient": conv_weight_gradient,
+}
+COVERED = {"cuda": ("conv", "conv gradient"), "wgmma": tuple(CALLED)}
 
 
 class ConvShape(NamedTuple):
@@ -50,6 +65,11 @@ def shape_of(part: Part, launch: Launch) -> ConvShape:
     node = part.network.by_name[launch.node]
     if not isinstance(node, Layer):
         raise InputError(f"{launch.op} {launch.node} is no convolution")
+    return shape_of_layer(node)
+
+
+def shape_of_layer(node: Layer) -> ConvShape:
+    """The shape of a convolution or linear layer."""
     kernel, stride = (node.kernel, node.stride) if isinstance(node, Conv) else (1, 1)
     C, H, W = node.in_shape
     return ConvShape(kernel, stride, C, node.shape[0], H, W)
@@ -60,7 +80,8 @@ class Choice:
     """A row of the table. ``op`` is a launch's op; what is left out matches everything.
 
     ``layer`` is a layer's name, ``shape`` its :class:`ConvShape`, ``arch`` the compute capability as one number (90 for
-    an H200). Raises InputError for an unknown op or implementation, and for one that does not exist for the op.
+    an H200). ``predicted``: by a model, from the numbers in ``reason``, and not by a measurement. Raises InputError for
+    an unknown op or implementation, and for one that does not exist for the op.
     """
 
     op: str
@@ -69,38 +90,77 @@ class Choice:
     layer: str = ""
     shape: ConvShape | None = None
     arch: int | None = None
+    predicted: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise unknown("op", self.op, OPS)
         if self.implementation not in IMPLEMENTATIONS:
             raise unknown("implementation", self.implementation, IMPLEMENTATIONS)
-        if self.implementation == "cuda" and self.op not in ("conv", "conv gradient"):
-            raise InputError(f"{self.op} has no cuda implementation; expected triton or cudnn")
+        if self.op not in COVERED.get(self.implementation, OPS):
+            others = " or ".join(name for name in IMPLEMENTATIONS if self.op in COVERED.get(name, OPS))
+            raise InputError(f"{self.op} has no {self.implementation} implementation; expected {others}")
+
+    def __str__(self) -> str:
+        where = [self.layer, *([f"{self.shape}"] if self.shape else []), *([f"sm_{self.arch}"] if self.arch else [])]
+        predicted = "predicted, not measured: " if self.predicted else ""
+        return f"{' '.join([self.op, *filter(None, where)])} by {self.implementation} ({predicted}{self.reason})"
 
     @staticmethod
     def read(fields: Mapping[str, Any]) -> Choice:
         """The row of JSON ``fields``, whose shape is a list."""
         return Choice(**{**fields, "shape": ConvShape(*fields["shape"]) if fields.get("shape") else None})
 
-    def matches(self, part: Part, launch: Launch, arch: int) -> bool:
+    def matches(self, op: str, node: Node, arch: int) -> bool:
+        """Whether the row is about ``op`` of this layer on such a device."""
         return (
-            self.op == launch.op
-            and self.layer in ("", launch.node)
+            self.op == op
+            and self.layer in ("", node.name)
             and self.arch in (None, arch)
-            and (self.shape is None or self.shape == shape_of(part, launch))
+            and (self.shape is None or (isinstance(node, Layer) and self.shape == shape_of_layer(node)))
         )
 
+    def usable(self, arch: int) -> bool:
+        """Whether the extension has what the row names, on a GPU; elsewhere references compute it."""
+        if arch == 0 or self.implementation not in COVERED:
+            return True
+        return halo_conv.built(arch) if self.implementation == "cuda" else wgmma.built(CALLED[self.op], arch)
 
-# Measured choices, with their numbers as the reason. None has been measured: every launch runs the op itself.
+
+# Measured choices, with their numbers as the reason. None has been measured.
 TABLE: tuple[Choice, ...] = ()
+# As long as nothing has been measured there. The model is that of ``bench.predictions``; TFLOP/s in bf16.
+PREDICTED: tuple[Choice, ...] = (
+    Choice(
+        "conv", "wgmma", "540-710 TFLOP/s from 64 channels on and 250-400 below, where loading every tap through L2 "
+        "holds Triton's kernel at 281", arch=90, predicted=True,
+    ),
+    Choice("conv gradient", "wgmma", "as the forward convolution", arch=90, predicted=True),
+    Choice(
+        "weight gradient", "wgmma", "250 FLOP for a byte of L2 instead of 32: 580-700 TFLOP/s, where Triton's kernel "
+        "has 176-224", arch=90, predicted=True,
+    ),
+)  # fmt: skip
 
 
 class Dispatch:
-    """Picks what computes a launch, from a table of rows."""
+    """Picks what computes a launch, from a table of rows.
 
-    def __init__(self, table: Sequence[Choice] = TABLE):
-        self.table = tuple(table)
+    ``predicted`` rows count after those of the ``table``, and only for launches that what they name covers. Give them
+    only where it is known to run: :meth:`on` asks for that.
+    """
+
+    def __init__(self, table: Sequence[Choice] = TABLE, predicted: Sequence[Choice] = ()):
+        self.table, self.predicted = tuple(table), tuple(predicted)
+
+    @staticmethod
+    def on(device: torch.device, table: Sequence[Choice] = TABLE) -> Dispatch:
+        """``table``, and on a device on which the wgmma kernels have been proven the predicted rows, too.
+
+        The first time in a process that may take a while: ``engine.proof`` runs them in another. Of several processes
+        all have to call it.
+        """
+        return Dispatch(table, () if proof.trouble(device) is not None else PREDICTED)
 
     @staticmethod
     def load(path: str | Path) -> Dispatch:
@@ -110,34 +170,78 @@ class Dispatch:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no table of implementations: {error}") from error
 
-    def implementation(self, part: Part, launch: Launch, arch: int = 0) -> str:
-        """The implementation of a ``launch`` of ``part``, one of ``IMPLEMENTATIONS``; ``arch`` 0 is a CPU.
+    def choice(self, op: str, node: Node, arch: int, dtype: torch.dtype = torch.bfloat16) -> Choice | None:
+        """The row that decides about ``op`` of a layer on activations of ``dtype``; None where the op itself computes.
 
-        On a GPU "cuda" is passed over where the extension was not built with it for such a device: the next row that
-        matches counts.
+        ``arch`` 0 is a CPU. On a GPU a row is passed over where the extension was not built with what it names.
         """
-        rows = (row for row in self.table if row.matches(part, launch, arch))
-        usable = (row for row in rows if row.implementation != "cuda" or arch == 0 or halo_conv.built(arch))
-        return next((row.implementation for row in usable), "triton")
+        rows = (row for row in self.table if row.matches(op, node, arch) and row.usable(arch))
+        predicted = (
+            row for row in self.predicted
+            if row.matches(op, node, arch) and row.usable(arch) and covered(row, node, arch, dtype)
+        )  # fmt: skip
+        return next(rows, None) or next(predicted, None)
+
+    def implementation(self, part: Part, launch: Launch, arch: int = 0, dtype: torch.dtype = torch.bfloat16) -> str:
+        """The implementation of a ``launch`` of ``part``, one of ``IMPLEMENTATIONS``; see :meth:`choice`."""
+        row = self.choice(launch.op, part.network.by_name[launch.node], arch, dtype)
+        return row.implementation if row else "triton"
 
     def missing(self, arch: int) -> bool:
-        """Whether rows for this device name "cuda", and an extension built with it would have it."""
-        named = any(row.implementation == "cuda" and row.arch in (None, arch) for row in self.table)
-        return named and arch > 0 and not halo_conv.built() and not halo_conv.without_body(arch)
+        """Whether rows for this device name CUDA kernels that an extension would have had it been built with them."""
+        rows = [row for row in (*self.table, *self.predicted) if row.arch in (None, arch) and not row.usable(arch)]
+        return any(row.implementation != "cuda" or not halo_conv.without_body(arch) for row in rows)
 
-    def __call__(self, part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, part: Part, launch: Launch, op: Op) -> Op:
         """What computes the ``launch``: takes the op's arguments, its tensor first, and gives its results."""
+        node = part.network.by_name[launch.node]
 
         def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
-            name = self.implementation(part, launch, device_arch(x))
-            if name == "triton":
+            row = self.choice(launch.op, node, device_arch(x), x.dtype)
+            if row is None or row.implementation == "triton":
                 return op(x, *arguments, **options)
             try:
-                return (VENDOR if name == "cudnn" else HALO)[op](x, *arguments, **options)
+                return implementation(row.implementation, op)(x, *arguments, **options)
             except InputError as error:
-                raise InputError(f'the table names "{name}" for {launch.op} {launch.node}: {error}') from error
+                if row.predicted:  # of a launch that it does not cover, or whose operands the op refuses as well
+                    return op(x, *arguments, **options)
+                named = f'the table names "{row.implementation}" for {launch.op} {launch.node}'
+                raise InputError(f"{named}: {error}") from error
 
         return run
+
+
+def implementation(name: str, op: Op) -> Op:
+    """What ``name`` has in the place of ``op``. Raises InputError where it has nothing."""
+    found = wgmma.kernel(op) if name == "wgmma" else {"cudnn": VENDOR, "cuda": HALO}[name].get(op)
+    if found is None:
+        raise InputError(f"there is no {name} kernel for it")
+    return found
+
+
+def covered(row: Choice, node: Node, arch: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels that ``row`` names cover a layer; what a launch fuses they may still refuse."""
+    if not isinstance(node, Layer) or row.implementation not in COVERED:
+        return isinstance(node, Layer)
+    window = Window(node.kernel, node.stride, node.padding) if isinstance(node, Conv) else Window(1)
+    kernels = halo_conv if row.implementation == "cuda" else wgmma
+    return not kernels.unsupported(node.in_channels, node.shape[0], window, dtype, arch)
+
+
+def decisions(parts: Iterable[Part], arch: int) -> list[str]:
+    """A line for each row of the tables that decides about convolutions of ``parts``, and one for all others.
+
+    On a device of compute capability ``arch`` on which everything that the rows name can be used.
+    """
+    count: Counter[str] = Counter()
+    for part in parts:
+        for launch in part.launches:
+            node = part.network.by_name[launch.node]
+            if launch.op in OPS:
+                rows = (row for row in (*TABLE, *PREDICTED) if row.matches(launch.op, node, arch))
+                covering = (row for row in rows if not row.predicted or covered(row, node, arch, torch.bfloat16))
+                count[str(next(covering, "others by triton, the op itself"))] += 1
+    return [f"{number} launches: {row}" for row, number in count.items()]
 
 
 def halo_rows(network: Network, reason: str) -> list[Choice]:

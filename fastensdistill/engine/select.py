@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.engine import proof
 from fastensdistill.engine.common import ImageShape
 from fastensdistill.engine.fused import FusedStep, check_networks
 from fastensdistill.engine.memory import estimate
@@ -125,14 +126,21 @@ def verified(config: TrainConfig, choice: EngineChoice, verify: Callable[[], dic
 
 
 def fused_step(
-    config: TrainConfig, choice: EngineChoice, verify: Callable[[], dict[str, float]], build: Callable[[], Built]
+    config: TrainConfig,
+    choice: EngineChoice,
+    device: torch.device,
+    verify: Callable[[], dict[str, float]],
+    build: Callable[[], Built],
 ) -> tuple[Built | None, EngineChoice]:
     """The fused step where it is chosen and has been verified, else None; and the choice that this comes to.
+
+    Kernels that may only run once they have been proven on ``device`` are proven first, by all processes together.
 
     With ``engine="auto"`` an error of ours while it is built means the reference engine. Several processes exchange
     their weights there, and none can turn back alone: it is raised.
     """
     if choice.name == "fused":
+        proof.trouble(device)
         choice = verified(config, choice, verify)
     if choice.name == "reference":
         return None, choice
@@ -142,7 +150,7 @@ def fused_step(
         if config.engine == "fused" or processes() > 1:
             raise
         return None, EngineChoice("reference", in_a_line(error))
-    advice = SLOWER if step.implementations.missing(device_arch(step.rate)) else ""
+    advice = proof.advice(device) or (SLOWER if step.implementations.missing(device_arch(step.rate)) else "")
     dtype, peak = str(step.dtype).removeprefix("torch."), expected_peak(step, config.batch_size // processes())
     return step, choice._replace(dtype=dtype, peak=peak, advice=advice)
 
@@ -159,9 +167,11 @@ def distillation_step(
     student: Student, teachers: Teachers, config: DistillConfig, image_shape: ImageShape, num_classes: int
 ) -> tuple[ReferenceStep | FusedStep, EngineChoice]:
     """The step of the chosen engine, and the choice."""
+    device = next(student.parameters()).device
     step, choice = fused_step(
         config,
-        choose_engine(config, student, teachers, next(student.parameters()).device, image_shape),
+        choose_engine(config, student, teachers, device, image_shape),
+        device,
         lambda: verify_distillation(student, teachers, config, image_shape, num_classes),
         lambda: FusedStep(student, teachers, config, image_shape=image_shape),
     )
@@ -172,9 +182,11 @@ def teaching_step(
     networks: Sequence[nn.Module], config: TeachConfig, image_shape: ImageShape
 ) -> tuple[TeachStep | FusedTeachStep, EngineChoice]:
     """As :func:`distillation_step`, for networks that become teachers."""
+    device = next(networks[0].parameters()).device
     step, choice = fused_step(
         config,
-        choose_engine(config, networks, None, next(networks[0].parameters()).device, image_shape),
+        choose_engine(config, networks, None, device, image_shape),
+        device,
         lambda: verify_teaching(networks, config, image_shape),
         lambda: FusedTeachStep(networks, config, image_shape=image_shape),
     )

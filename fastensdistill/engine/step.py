@@ -65,7 +65,7 @@ class CapturedStep(Capturing):
         like = next(network.parameters())
         self.batches, self.device, self.first = batches, like.device, FirstBatch()
         self.dtype, self.precision = arithmetic(config, network)
-        self.micro_batches, self.implementations = config.micro_batches, implementations or Dispatch()
+        self.micro_batches, self.implementations = config.micro_batches, implementations or Dispatch.on(like.device)
         self.execution = Execution(self.precision, self.implementations, config.sync_batch_norm, self.micro_batches)
         self.rate = torch.tensor(config.learning_rate, dtype=like.dtype, device=like.device)
         self.momentum, self.weight_decay = config.momentum, config.weight_decay

@@ -61,7 +61,7 @@ class GroupedPredictor(Capturing):
         like = next(networks[0].parameters())
         self.device, self.image_dtype = like.device, like.dtype
         dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[0])
-        execution = Execution(multiplied, implementations or Dispatch())
+        execution = Execution(multiplied, implementations or Dispatch.on(self.device))
         self.ensemble = Ensemble(traced, dtype, self.device, execution)
         self.classes = traced[0].by_name[traced[0].output].shape[0]
         self.capture = capture and self.device.type == "cuda"

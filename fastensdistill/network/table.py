@@ -73,8 +73,10 @@ def step_table(plans: dict[str, Plan], forward_flops: int, batch: int, gpu: Gpu)
 
 def print_plan(
     model: str, teachers: int = 4, branches: int = 4, batch: int = 128, gpu: str = "h200", size: int | None = None
-) -> None:
+) -> list[Part]:
     """Print the plan of a TDiv − SDiv training step of ``model``, teachers and student alike, on 100 classes.
+
+    Returns its parts.
 
     ``size`` of the square images defaults to 32, for torchvision's networks to 224. Raises ``InputError`` for an
     unknown model or GPU, and for a network that cannot be planned.
@@ -90,3 +92,4 @@ def print_plan(
     plans = plan_step(network, network, teachers, branches, batch)
     for text in step_table(plans, 2 * network.macs, batch, GPUS[gpu]):
         print(text.rstrip())
+    return [part for one in plans.values() for part in one.parts]

@@ -1,0 +1,229 @@
+"""Every kind of wgmma kernel on small shapes against its reference in float64, in a process that may die of it.
+
+    python -m fastensdistill.kernels.prove [--device cuda]
+
+One line for each launch, which where it is wrong names the element that is furthest off. New memory starts as NaN,
+every launch runs twice, and both runs have to agree bit for bit. The exit status is 0 where all is
+right, 1 where something is not, 2 where the extension has no such kernels for the device. ``engine.proof`` starts it
+before these kernels are used in a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastensdistill.errors import InputError
+from fastensdistill.kernels import wgmma
+from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
+from fastensdistill.kernels.conv_weight_gradient import WeightGradientOperands, conv_weight_gradient
+from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
+from fastensdistill.kernels.grouped_conv import ConvOperands, grouped_conv
+from fastensdistill.kernels.operands import Window, out_size
+
+ALLOWED = 0.01  # of the largest element: five times what rounding to bf16 leaves of it
+GROUPS, SLOTS = 2, 3
+INDEX = (2, 0)  # a slot is left out, and no group has that of its own number
+# Channels in and out, images, rows, columns: every width that has a kernel of its own, and sizes that no tile divides
+SHAPES = (
+    (64, 64, 2, 32, 32),
+    (64, 64, 3, 12, 20),
+    (128, 128, 3, 16, 16),
+    (256, 256, 5, 8, 8),
+    (64, 128, 2, 16, 16),
+    (16, 16, 2, 32, 32),
+    (32, 32, 3, 9, 13),
+    (16, 64, 2, 16, 16),
+    (48, 160, 2, 8, 8),
+    (64, 64, 2, 1, 1),
+)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Case(NamedTuple):
+    """A launch: the op whose place is taken, its window, its shape as in ``SHAPES``, and what it fuses."""
+
+    op: Callable[..., Any]
+    window: Window
+    shape: tuple[int, int, int, int, int]
+    fused: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        Ci, Co, N, H, W = self.shape
+        k, stride, _ = self.window
+        return " ".join([wgmma.KERNELS[self.op][1], f"{k}x{k} s{stride} {Ci}→{Co} @{H}x{W}x{N}", *self.fused])
+
+
+def fusions(op: Callable[..., Any]) -> list[tuple[str, ...]]:
+    """What a launch can do beside its product, a few at a time; what an op has not is left out."""
+    fields = {
+        grouped_conv: ConvOperands._fields,
+        conv_data_gradient: GradientEpilogue._fields,
+        conv_weight_gradient: WeightGradientOperands._fields,
+    }[op]
+    prologue = [("in_scale", "in_shift"), *([("in_scale", "in_shift", "in_relu")] * ("in_relu" in fields))]
+    if op is conv_weight_gradient:
+        return [(), *prologue]
+    if op is conv_data_gradient:
+        return [(), ("mask", "scale"), ("residual", "residual_first", "mask"), ("mask", "z", "mean", "inv_std")]
+    return [
+        (), ("bias", "relu", "mask"), ("bias", "residual", "next_scale", "next_shift", "mask"), ("residual", "center"),
+        *prologue,
+    ]  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    """All windows on the first shapes, everything fused on the first, and every other shape with its statistics."""
+    for op in wgmma.KERNELS:
+        every = fusions(op)
+        for i, shape in enumerate(SHAPES):
+            for window in wgmma.WINDOWS if i % 3 == 1 or i == 0 else wgmma.WINDOWS[:2]:
+                yield Case(op, window, shape, every[-1] if i else ())
+        for fused in every[1:]:
+            for shape in (SHAPES[0], SHAPES[5]):
+                yield Case(op, wgmma.WINDOWS[0], shape, fused)
+
+
+def operands(case: Case) -> Arguments:
+    """Random operands of the op, on the CPU: activations and weights in bf16, rows in float32."""
+    Ci, Co, N, H, W = case.shape
+    k, stride, padding = case.window
+    Ho, Wo = (out_size(size, *case.window) for size in (H, W))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    def half(*shape: int, scale: float = 1.0) -> Tensor:
+        return draw(*shape, scale=scale).to(torch.bfloat16)
+
+    options: dict[str, Any] = {"kernel": k, "stride": stride, "padding": padding}
+    x, d = half(GROUPS, N, H, W, Ci), half(GROUPS, N, Ho, Wo, Co)
+    if case.op is conv_weight_gradient:
+        made = {"in_scale": draw(GROUPS, Ci), "in_shift": draw(GROUPS, Ci), "in_relu": True}
+        return (x, d), options | {name: made[name] for name in case.fused}
+    index = torch.tensor(INDEX, dtype=torch.int32)
+    forward = case.op is grouped_conv
+    size, channels = ((Ho, Wo), Co) if forward else ((H, W), Ci)
+    out = (GROUPS, N, *size, channels)
+    rows = {name: draw(SLOTS, channels) for name in ("bias", "scale", "next_scale", "next_shift", "mean")}
+    made = rows | {
+        "in_scale": draw(SLOTS, Ci), "in_shift": draw(SLOTS, Ci), "residual": half(*out), "z": half(*out),
+        # away from the mean, so that one value too few in a sum is seen
+        "center": draw(SLOTS, channels) - 3, "inv_std": draw(SLOTS, channels).abs() + 0.5,
+        "mask": True if forward else torch.randint(256, (*out[:4], -(-channels // 8)), generator=generator).byte(),
+        "relu": True, "in_relu": True, "residual_first": True,
+    }  # fmt: skip
+    options |= {name: made[name] for name in case.fused}
+    # as the packings have it: (taps, Ci, Co), and for the gradient (taps reversed, Co, Ci)
+    weight = half(SLOTS, k * k, *((Ci, Co) if forward else (Co, Ci)), scale=(k * k * Ci) ** -0.5)
+    if forward:
+        return (x, weight, index), options
+    return (d, weight, index), options | {"in_size": (H, W)}
+
+
+def moved(value: Any, *to: Any) -> Any:
+    """Floating tensors inside of ``value`` as ``Tensor.to(*to)``; others only to a device."""
+    if isinstance(value, Tensor):
+        return value.to(*to) if value.is_floating_point() or not isinstance(to[0], torch.dtype) else value
+    if isinstance(value, dict):
+        return {name: moved(one, *to) for name, one in value.items()}
+    return tuple(moved(one, *to) for one in value) if isinstance(value, tuple) else value
+
+
+def results(found: Any) -> dict[str, Tensor]:
+    """The tensors that an op returned, by name; rows of partial sums added up, in float64."""
+    if isinstance(found, Tensor):
+        return {"gradient": found}
+    named = {name: value for name, value in found._asdict().items() if value is not None}
+    return {name: value.double().sum(1) if name == "statistics" else value for name, value in named.items()}
+
+
+def bits(packed: Tensor, channels: int) -> Tensor:
+    """(…, C/8) uint8 → (…, C) bool."""
+    each = torch.arange(8, device=packed.device)
+    return (packed[..., None] >> each & 1).flatten(-2)[..., :channels].bool()
+
+
+class Worst(NamedTuple):
+    """The element that is furthest off: how far as a part of the largest, its result's name, where, and both values."""
+
+    error: float
+    name: str = ""
+    place: tuple[int, ...] = ()
+    actual: float = 0.0
+    expected: float = 0.0
+
+
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Worst:
+    """The worst element of all results; the bits have to be those of the values that came with them."""
+    found = Worst(0.0)
+    for name, right in expected.items():
+        mine = actual[name].cpu()
+        if name == "mask":
+            value = actual.get("activated", actual["z"]).cpu()
+            mine, right = bits(mine, value.shape[-1]), value > 0
+        right, mine = right.double(), mine.double()
+        # each of the two sums by its own size
+        size = right.abs().amax((0, 2), keepdim=True) if name == "statistics" else right.abs().max()
+        off = ((mine - right).abs() / size.clamp_min(1e-30)).nan_to_num(float("inf"), float("inf"))
+        flat = int(off.argmax())
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), off.shape))
+        if float(off[place]) > found.error:
+            found = Worst(float(off[place]), name, place, float(mine[place]), float(right[place]))
+    return found
+
+
+def check(case: Case, device: torch.device) -> str:
+    """What is wrong with the kernel's results, "" where nothing is. Raises InputError where it does not cover them."""
+    kernel = wgmma.kernel(case.op)
+    assert kernel is not None
+    arguments, options = operands(case)
+    expected = results(case.op(*moved(arguments, torch.float64), **moved(options, torch.float64)))
+    there, with_these = moved(arguments, device), moved(options, device)
+    first, second = (results(kernel(*there, **with_these)) for _ in range(2))
+    off = worst(first, expected)
+    if off.error > ALLOWED:
+        return f"{off.name}{list(off.place)} is {off.actual:.6g}, expected {off.expected:.6g}"
+    moving = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    return f"{moving[0]} is not the same twice" if moving else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status as above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(argv).device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        present = [op for op in wgmma.KERNELS if wgmma.built(op, 10 * major + minor)]
+        torch.cuda.set_device(device)
+    else:  # the references: what is compared and how can be tried anywhere
+        present = [op for op in wgmma.KERNELS if wgmma.kernel(op)]
+    if not present:
+        print("there are no wgmma kernels for this device")
+        return 2
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory starts as NaN
+    wrong = 0
+    for case in cases():
+        if case.op not in present:
+            continue
+        try:
+            found = check(case, device)
+        except InputError as error:
+            print(f"left out  {case.title}: {error}")
+            continue
+        wrong += bool(found)
+        print(f"{'WRONG' if found else 'right'}  {case.title}{': ' if found else ''}{found}", flush=True)
+    print(f"{wrong} wrong" if wrong else "all right")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
