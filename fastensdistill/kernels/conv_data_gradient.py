@@ -1,11 +1,16 @@
 """Grouped convolution, gradient of the input, with what the backward pass does next.
 
+    d = norm_a · d + norm_b · norm_z + norm_c                                             (zero padding comes after it)
     u = Σ_taps d[(position + padding − tap) / stride] · W[weight_index[g], tap]ᵀ          (only where it divides)
+    u += second[position / second_stride] · V[weight_index[g]]ᵀ                           (only where it divides)
     u += residual (residual_first);   u = mask · u;   u = scale · u;   u += residual (otherwise)
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
-``mask`` is the 1-bit ReLU mask of the forward pass. ``scale`` belongs to an eval BatchNorm in front of that ReLU;
-in training mode ``z, mean, inv_std`` ask for the two sums which ``batch_norm_backward`` needs instead.
+``mask`` is the 1-bit ReLU mask of the forward pass, or comes from z. ``scale`` belongs to an eval BatchNorm in front of
+that ReLU; in training mode ``z, mean, inv_std`` ask for the two sums which ``batch_norm_backward`` needs instead.
+The first line is the gradient of a training-mode BatchNorm behind the convolution, computed in float32 and rounded
+once, to d's dtype. ``second`` is the gradient of the output of a 1x1 convolution with weights V that reads the same
+input, a block's shortcut. The Triton kernel has neither.
 """
 
 from typing import Any, NamedTuple
@@ -29,13 +34,16 @@ from fastensdistill.kernels.operands import (
     DTYPE_NAMES,
     Window,
     accumulator,
+    check_norm,
     check_precision,
+    check_second,
     check_size,
     check_tensor,
     out_size,
+    refuse_operands,
 )
 from fastensdistill.kernels.ops import define, present
-from fastensdistill.kernels.reference import as_channels, as_groups, partial_rows
+from fastensdistill.kernels.reference import as_channels, as_groups, partial_rows, through_norm
 
 
 class DataGradientOperands(NamedTuple):
@@ -47,6 +55,16 @@ class DataGradientOperands(NamedTuple):
     height: int  # of the convolution's input, H
     width: int
     out_dtype: str  # of the result, such as "float32"
+    second: Tensor | None = None  # (G, N, ceil(H / second_stride), ceil(W / second_stride), C2), in d's dtype
+    second_weight: Tensor | None = None  # (S, 1, C2, Ci), packed as weight_flipped
+    second_stride: int = 1  # its products are added at every such position
+    norm_z: Tensor | None = None  # like d
+    norm_a: Tensor | None = None  # (G or 1, Co) float32, by group, and so the next two
+    norm_b: Tensor | None = None
+    norm_c: Tensor | None = None
+
+
+SOURCES = tuple(DataGradientOperands._field_defaults)  # what else there is to load than d
 
 
 class DataGradient(NamedTuple):
@@ -69,7 +87,11 @@ def conv_data_gradient_reference(
     w = o.weight_flipped[o.weight_index.long()].to(high).flip(1).unflatten(1, (kernel, kernel))
     size = [images, groups * w.shape[4], o.height, o.width]
     w = w.permute(0, 3, 4, 1, 2).flatten(0, 1)
-    u = nn_grad.conv2d_input(size, w, as_channels(o.d.to(high)), window.stride, window.padding, groups=groups)
+    d = through_norm(o.d, o.norm_z, o.norm_a, o.norm_b, o.norm_c).to(high)
+    u = nn_grad.conv2d_input(size, w, as_channels(d), window.stride, window.padding, groups=groups)
+    if o.second is not None and o.second_weight is not None:
+        v = o.second_weight[o.weight_index.long()].to(high).permute(0, 2, 3, 1).flatten(0, 1)[..., None]
+        u = u + nn_grad.conv2d_input(size, v, as_channels(o.second.to(high)), o.second_stride, 0, groups=groups)
     u = gradient_epilogue(as_groups(u, groups), o.weight_index, epilogue)
     out = u.to(DTYPE_NAMES[o.out_dtype]).contiguous()
     block = conv_tile_of(o.d, o.weight_flipped).BLOCK_M
@@ -85,7 +107,8 @@ def class_rows(values: Tensor, stride: int, block: int) -> Tensor:
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def conv_data_gradient_kernel(
-    p_d, p_weight_flipped, p_weight_index, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics,
+    p_d, p_weight_flipped, p_weight_index, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale,
+    p_mask_shift, p_out, p_statistics,
     N, n_partials, s_scale, s_mean,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
     HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr,
@@ -123,7 +146,7 @@ def conv_data_gradient_kernel(
         p_weight_flipped + i_slot * (KERNEL * KERNEL * C * CO), None, None,
         ((image * HO + i_row) * WO + i_column) * CO, i_row, i_column, m_m, o_n, m_n,
         KERNEL - 1 - low_row - STRIDE * (n_rows - 1), KERNEL - 1 - low_column - STRIDE * (n_columns - 1),
-        n_rows, n_columns, HO, WO, CO, C, KERNEL, STRIDE, BLOCK_K, False, PRECISION,
+        n_rows, n_columns, HO, WO, CO, C, KERNEL, STRIDE, BLOCK_K, False, PRECISION, False,
     )  # fmt: skip
 
     i_h = i_h * STRIDE + first_row
@@ -137,6 +160,9 @@ def conv_data_gradient_kernel(
         p_inv_std += i_slot * s_mean
         p_statistics += (i_g * n_partials + i_partial) * (2 * C)
         p_z += i_g * N * (H * W * C)
+    if p_mask_scale is not None:
+        p_mask_scale += i_slot * s_mean
+        p_mask_shift += i_slot * s_mean
     if p_residual is not None:
         p_residual += i_g * N * (HR * WR * CR)
     if p_mask is not None:
@@ -150,14 +176,16 @@ def conv_data_gradient_kernel(
         else:
             b_half = acc
         _finish(
-            b_half, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics, image, i_h, i_w, m_m,
-            i_n * BLOCK_N + i_half * HALF, H, W, C, HR, WR, CR, RESIDUAL_STRIDE, RESIDUAL_FIRST, BLOCK_M, HALF,
+            b_half, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out,
+            p_statistics, image, i_h, i_w, m_m, i_n * BLOCK_N + i_half * HALF, H, W, C, HR, WR, CR, RESIDUAL_STRIDE,
+            RESIDUAL_FIRST, BLOCK_M, HALF,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_statistics, image, i_h, i_w, m_m, i_first,
+    acc, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out, p_statistics,
+    image, i_h, i_w, m_m, i_first,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +199,11 @@ def _finish(
         acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
     if p_mask is not None:
         acc = tl.where(load_bits(p_mask, o_position, m_m, i_first, C, BLOCK_M, BLOCK_N), acc, 0.0)
+    if p_mask_scale is not None:
+        b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_mask_scale = tl.load(p_mask_scale + o_n, mask=m_n, other=0.0)
+        b_mask_shift = tl.load(p_mask_shift + o_n, mask=m_n, other=0.0)
+        acc = tl.where(b_z * b_mask_scale[None, :] + b_mask_shift[None, :] > 0, acc, 0.0)
     if p_scale is not None:
         acc *= tl.load(p_scale + o_n, mask=m_n, other=0.0)[None, :]
     if p_residual is not None and not RESIDUAL_FIRST:
@@ -182,7 +215,8 @@ def _finish(
         tl.store(p_statistics + o_n, tl.sum(b_d, 0), mask=m_n)
         b_mean = tl.load(p_mean + o_n, mask=m_n, other=0.0)
         b_inv = tl.load(p_inv_std + o_n, mask=m_n, other=0.0)
-        b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
+        if p_mask_scale is None:
+            b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
         b_hat = (b_z - b_mean[None, :]) * b_inv[None, :]
         tl.store(p_statistics + C + o_n, tl.sum(b_d * b_hat, 0), mask=m_n)
 
@@ -210,6 +244,7 @@ def _empty(
 def _launch(
     o: DataGradientOperands, epilogue: GradientEpilogue, window: Window, precision: str
 ) -> tuple[Tensor, Tensor]:
+    refuse_operands("conv_data_gradient's Triton kernel", second=o.second, norm_z=o.norm_z)
     out, statistics = _empty(o, epilogue, window, precision)
     tile, tiles, classes = conv_tile_of(o.d, o.weight_flipped), _class_tiles(o, window.stride), window.stride**2
     launch(
@@ -249,9 +284,13 @@ def data_gradient_operands(
     precision: str = "ieee",
     **options: Any,
 ) -> tuple[DataGradientOperands, GradientEpilogue, Window, str]:
-    """The operands of a data gradient, checked; ``options`` are the fields of :class:`GradientEpilogue`."""
+    """The operands of a data gradient, checked.
+
+    ``options`` are the fields of :class:`GradientEpilogue` and the optional ones of :class:`DataGradientOperands`.
+    """
     name = str(out_dtype or d.dtype).removeprefix("torch.")
-    o = DataGradientOperands(d, weight_flipped, weight_index, *in_size, name)
+    sources = {key: options.pop(key) for key in SOURCES if key in options}
+    o = DataGradientOperands(d, weight_flipped, weight_index, *in_size, name, **sources)
     epilogue, window = GradientEpilogue(**options), Window(kernel, stride, padding)
     check_tensor("d", d, 5)
     check_tensor("weight_flipped", weight_flipped, 4)
@@ -272,6 +311,8 @@ def data_gradient_operands(
     if out != tuple(d.shape[2:4]):
         raise InputError(f"d has size {tuple(d.shape[2:4])}, expected {out} for input {in_size}")
     check_epilogue(shape, slots, epilogue)
+    check_norm(d, o.norm_z, o.norm_a, o.norm_b, o.norm_c)
+    check_second(o.second, o.second_weight, o.second_stride, shape, slots, d.dtype, spread=True)
     if name not in DTYPE_NAMES:
         raise unknown("out_dtype", name, DTYPE_NAMES)
     return o, epilogue, window, precision
@@ -285,8 +326,8 @@ def conv_data_gradient(
     Args:
         d, weight_flipped, weight_index: see :class:`DataGradientOperands`.
         in_size: (H, W) of the convolution's input. kernel: its side. Further options: ``stride`` 1, ``padding`` 0,
-            ``out_dtype`` (d's), ``precision`` (how float32 is multiplied: "ieee" or "tf32") and the fields of
-            :class:`GradientEpilogue`, rows by slot.
+            ``out_dtype`` (d's), ``precision`` (how float32 is multiplied: "ieee" or "tf32"), the fields of
+            :class:`GradientEpilogue`, rows by slot, and the optional ones of :class:`DataGradientOperands`.
 
     Raises:
         InputError: shapes or dtypes that disagree, and oversized groups.

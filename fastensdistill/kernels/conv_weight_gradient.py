@@ -1,9 +1,12 @@
 """Grouped convolution, gradient of the weights.
 
-    u = in_scale · x + in_shift                                 (zero padding comes after it)
+    u = relu?( in_scale · x + in_shift )                        (zero padding comes after it)
+    d = norm_a · d + norm_b · norm_z + norm_c
     dW[g, tap, i, o] = Σ over images and positions  u[position · stride − padding + tap, i] · d[position, o]
 
 Positions are split over programs; their float32 partial results are added in a fixed order (no atomics).
+u and d are computed in float32 and rounded once, to d's dtype. The second line is the gradient of a training-mode
+BatchNorm behind the convolution; the Triton kernel does not compute it.
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +21,15 @@ from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes
 from fastensdistill.kernels.operands import (
     Window,
     accumulator,
+    check_norm,
     check_out,
     check_pair,
     check_precision,
     check_tensor,
+    refuse_operands,
 )
 from fastensdistill.kernels.ops import define
-from fastensdistill.kernels.reference import as_channels, leave
+from fastensdistill.kernels.reference import as_channels, leave, through_norm
 from fastensdistill.kernels.sums import add_rows
 from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
 
@@ -36,15 +41,21 @@ class WeightGradientOperands(NamedTuple):
     d: Tensor  # (G, N, Ho, Wo, Co), gradient of its output
     in_scale: Tensor | None  # (G or 1, Ci) float32, here by group
     in_shift: Tensor | None
+    in_relu: bool = False  # after in_scale and in_shift
+    norm_z: Tensor | None = None  # like d
+    norm_a: Tensor | None = None  # (G or 1, Co) float32, by group, and so the next two
+    norm_b: Tensor | None = None
+    norm_c: Tensor | None = None
 
 
 def conv_weight_gradient_reference(
     o: WeightGradientOperands, window: Window, precision: str, out: Tensor, add: bool
 ) -> None:
     groups, channels, high, kernel = len(o.d), o.x.shape[4], accumulator(o.d.dtype), window.kernel
-    u = conv_input(o.x, groups, None, o.in_scale, o.in_shift, o.d.dtype)
+    u = conv_input(o.x, groups, None, o.in_scale, o.in_shift, o.in_relu, o.d.dtype)
     size = [groups * o.d.shape[4], channels, kernel, kernel]
-    u, d = as_channels(u.to(high)), as_channels(o.d.to(high))
+    d = through_norm(o.d, o.norm_z, o.norm_a, o.norm_b, o.norm_c)
+    u, d = as_channels(u.to(high)), as_channels(d.to(high))
     dw = nn_grad.conv2d_weight(u, size, d, window.stride, window.padding, groups=groups)
     leave(dw.view(groups, -1, channels, kernel * kernel).permute(0, 3, 2, 1), out, add)
 
@@ -53,8 +64,8 @@ def conv_weight_gradient_reference(
 def conv_weight_gradient_kernel(
     p_x, p_d, p_in_scale, p_in_shift, p_partial, N, steps, s_in,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, SHARED: tl.constexpr, IN_RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # rows: taps x input channels; columns: output channels; depth: positions, a run of them per program
     N_BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
@@ -114,7 +125,10 @@ def conv_weight_gradient_kernel(
             m_x = m_x & (i_h >= 0) & (i_h < H) & (i_w >= 0) & (i_w < W)
         b_x = tl.load(p_x + ((o_x[:, None] + o_tap) + i_channel[None, :]), mask=m_x, other=0.0)
         if p_in_scale is not None:
-            b_x = tl.where(m_x, b_x.to(tl.float32) * b_scale + b_shift, 0.0)
+            b_u = b_x.to(tl.float32) * b_scale + b_shift
+            if IN_RELU:
+                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_x = tl.where(m_x, b_u, 0.0)
         b_d = tl.load(p_d + (o_k[:, None] * CO + o_n[None, :]), mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_x.to(b_d.dtype)), b_d, acc, input_precision=PRECISION)
         o_k += BLOCK_K
@@ -135,6 +149,7 @@ def conv_weight_gradient_kernel(
 
 
 def _launch(o: WeightGradientOperands, window: Window, precision: str, out: Tensor, add: bool) -> None:
+    refuse_operands("conv_weight_gradient's Triton kernel", norm_z=o.norm_z)
     (groups, images, height, width, out_channels), channels = o.d.shape, o.x.shape[4]
     taps = window.kernel**2
     tile, blocks, steps, splits = weight_gradient_split(
@@ -178,9 +193,13 @@ def weight_gradient_operands(
     precision: str = "ieee",
     out: Tensor | None = None,
     add: bool = False,
+    **options: Any,
 ) -> tuple[WeightGradientOperands, Window, str, Tensor, bool]:
-    """The operands of a weight gradient, checked, and where it goes."""
-    o, window = WeightGradientOperands(x, d, in_scale, in_shift), Window(kernel, stride, padding)
+    """The operands of a weight gradient, checked, and where it goes.
+
+    ``options`` are the further fields of :class:`WeightGradientOperands`.
+    """
+    o, window = WeightGradientOperands(x, d, in_scale, in_shift, **options), Window(kernel, stride, padding)
     check_tensor("x", x, 5)
     check_tensor("d", d, 5)
     check_precision(precision)
@@ -192,6 +211,9 @@ def weight_gradient_operands(
     if x.dtype not in (d.dtype, torch.float32):
         raise InputError(f"x is {x.dtype}, expected float32 or d's {d.dtype}")
     check_pair("in_scale and in_shift", in_scale, in_shift, groups, x.shape[4])
+    if o.in_relu and in_scale is None:
+        raise InputError("in_relu is given without in_scale and in_shift, after which it comes")
+    check_norm(d, o.norm_z, o.norm_a, o.norm_b, o.norm_c)
     out = check_out("out", out, (groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
     return o, window, precision, out, add
 
@@ -201,9 +223,9 @@ def conv_weight_gradient(x: Tensor, d: Tensor, *, kernel: int, **options: Any) -
 
     Args:
         x, d: see :class:`WeightGradientOperands`.
-        kernel: its side. Further options: ``stride`` 1, ``padding`` 0, the prologue ``in_scale, in_shift`` of the
-            forward pass, ``precision`` (how float32 is multiplied: "ieee" or "tf32"), ``out``, memory for the result,
-            and ``add``: on top of what it holds.
+        kernel: its side. Further options: ``stride`` 1, ``padding`` 0, the prologue ``in_scale, in_shift, in_relu`` of
+            the forward pass and the other fields of :class:`WeightGradientOperands`, ``precision`` (how float32 is
+            multiplied: "ieee" or "tf32"), ``out``, memory for the result, and ``add``: on top of what it holds.
 
     Raises:
         InputError: shapes or dtypes that disagree.

@@ -1,6 +1,7 @@
 """What a data gradient's epilogue does to a gradient, where no convolution made it: after pooling, a sum, the head.
 
     u = d;   u += residual (residual_first);   u = mask · u;   u = scale · u;   u += residual (otherwise)
+    mask: bits, or (mask_scale · z + mask_shift > 0), which is the ReLU behind a training-mode BatchNorm of z
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
 Here scale, mean and inv_std are by group: (Q, C), Q = G or 1. ``gradient_epilogue``, ``gradient_sums`` and
@@ -35,6 +36,8 @@ class GradientEpilogue(NamedTuple):
     z: Tensor | None = None  # (G, N, H, W, C): with it, mean and inv_std statistics are made
     mean: Tensor | None = None  # (Q or 1, C) float32
     inv_std: Tensor | None = None
+    mask_scale: Tensor | None = None  # like mean: the mask comes from z instead of bits
+    mask_shift: Tensor | None = None
 
 
 class ElementwiseGradient(NamedTuple):
@@ -56,6 +59,8 @@ def gradient_epilogue(u: Tensor, weight_index: Tensor | None, o: GradientEpilogu
     u = with_residual(u) if o.residual_first else u
     if o.mask is not None:
         u = u * unpack_mask(o.mask, u.shape[4])
+    if o.z is not None and o.mask_scale is not None and o.mask_shift is not None:
+        u = u * (o.z.to(u.dtype) * pick(o.mask_scale, weight_index) + pick(o.mask_shift, weight_index) > 0)
     if o.scale is not None:
         u = u * pick(o.scale, weight_index)
     return u if o.residual_first else with_residual(u)
@@ -81,7 +86,7 @@ def elementwise_gradient_reference(d: Tensor, o: GradientEpilogue) -> tuple[Tens
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def elementwise_gradient_kernel(
-    p_d, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_out, p_sums,
+    p_d, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out, p_sums,
     N, n_partials, s_scale, s_mean,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, ROWS: tl.constexpr,
@@ -98,6 +103,9 @@ def elementwise_gradient_kernel(
         b_inv = tl.load(p_inv_std + i_g * s_mean + o_n, mask=m_n, other=0.0)
         first = tl.zeros((BLOCK_N,), tl.float32)
         second = tl.zeros((BLOCK_N,), tl.float32)
+    if p_mask_scale is not None:
+        b_mask_scale = tl.load(p_mask_scale + i_g * s_mean + o_n, mask=m_n, other=0.0)
+        b_mask_shift = tl.load(p_mask_shift + i_g * s_mean + o_n, mask=m_n, other=0.0)
     positions = N * (H * W)
     o_group = i_g * positions
     for i in range(0, ROWS, BLOCK_M):
@@ -115,6 +123,9 @@ def elementwise_gradient_kernel(
         if p_mask is not None:
             p_bits = p_mask + o_group * ((C + 7) // 8)
             b_d = tl.where(load_bits(p_bits, o_m, m_m, i_n * BLOCK_N, C, BLOCK_M, BLOCK_N), b_d, 0.0)
+        if p_mask_scale is not None:
+            b_z = tl.load(p_z + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_d = tl.where(b_z * b_mask_scale[None, :] + b_mask_shift[None, :] > 0, b_d, 0.0)
         if p_scale is not None:
             b_d *= b_scale[None, :]
         if p_residual is not None and not RESIDUAL_FIRST:
@@ -123,7 +134,8 @@ def elementwise_gradient_kernel(
         tl.store(p_out + o_group * C + o_d, b_out, mask=m_d)
         if p_z is not None:
             b_d = b_out.to(tl.float32)
-            b_z = tl.load(p_z + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
+            if p_mask_scale is None:
+                b_z = tl.load(p_z + o_group * C + o_d, mask=m_d, other=0.0).to(tl.float32)
             first += tl.sum(b_d, 0)
             second += tl.sum(b_d * ((b_z - b_mean[None, :]) * b_inv[None, :]), 0)
     if p_z is not None:
@@ -177,6 +189,13 @@ def check_epilogue(shape: tuple[int, ...], count: int, o: GradientEpilogue) -> N
             raise InputError(f"z has shape {tuple(o.z.shape)}, expected {shape}, contiguous")
     check_pair("mean and inv_std", o.mean, o.inv_std, count, shape[4])
     check_rows("scale", o.scale, count, shape[4])
+    check_pair("mask_scale and mask_shift", o.mask_scale, o.mask_shift, count, shape[4])
+    if o.mask_scale is not None:
+        if o.mask is not None:
+            raise InputError("mask and mask_scale are given; expected one of them")
+        if o.mean is None or o.mask_scale.shape != o.mean.shape:
+            rows = None if o.mean is None else tuple(o.mean.shape)
+            raise InputError(f"mask_scale has shape {tuple(o.mask_scale.shape)}, expected mean's, which is {rows}")
     if o.mask is not None:
         wanted = (*shape[:4], -(-shape[4] // 8))
         if not (o.mask.shape == wanted and o.mask.is_contiguous() and o.mask.dtype == torch.uint8):

@@ -7,7 +7,7 @@ from fastensdistill.kernels.launch import tl, triton
 def gather_product(
     acc, p_x, p_w, p_scale, p_shift, o_x, i_row, i_column, m_m, o_n, m_n, tap_row, tap_column, n_rows, n_columns,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, KERNEL: tl.constexpr, TAP_STEP: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr, IN_RELU: tl.constexpr,
 ):  # fmt: skip
     """acc[m, n] += Σ over n_rows x n_columns taps and C channels of x[position m shifted by the tap] · w[tap, c, n].
 
@@ -51,6 +51,8 @@ def gather_product(
             b_scale = tl.load(p_scale + i_channel, mask=m_k, other=0.0)
             b_shift = tl.load(p_shift + i_channel, mask=m_k, other=0.0)
             b_u = b_x.to(tl.float32) * b_scale[None, :] + b_shift[None, :]
+            if IN_RELU:
+                b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
             # zero padding comes after the prologue: a masked 0 has just become a shift
             b_x = tl.where(m_x, b_u, 0.0)
         if EVEN_K and not ROW_TAPS:

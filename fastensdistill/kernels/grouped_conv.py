@@ -1,12 +1,15 @@
 """Grouped convolution, forward: every group g convolves its own input with the weight of its own slot.
 
-    u = in_scale · x + in_shift                                 (zero padding comes after it)
-    z = relu?( Σ_taps u[tap] · W[weight_index[g], tap] + bias + residual )
+    u = relu?( in_scale · x + in_shift )                        (zero padding comes after it)
+    z = relu?( Σ_taps u[tap] · W[weight_index[g], tap] + second[· second_stride] · V[weight_index[g]]
+               + bias + second_bias + residual )
     activated = relu( next_scale · z + next_shift )
     mask = (activated > 0) or, without next_scale, (z > 0), one bit per value
     statistics = Σ (z − center), Σ (z − center)² per channel, one row per program, no atomics
 
-Layouts: activations (G, N, H, W, C), weights (S, taps, Ci, Co), both contiguous. Accumulation in float32.
+Layouts: activations (G, N, H, W, C), weights (S, taps, Ci, Co), both contiguous. Accumulation in float32; u is computed
+in float32 and rounded once, to the weight's dtype. ``second`` with its weights V is a 1x1 convolution, a block's
+shortcut, whose products are further terms of the same sum: the Triton kernel has none.
 """
 
 from collections.abc import Callable
@@ -34,9 +37,11 @@ from fastensdistill.kernels.operands import (
     check_pair,
     check_precision,
     check_rows,
+    check_second,
     check_shortcut,
     check_size,
     check_tensor,
+    refuse_operands,
 )
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import as_channels, as_groups, pack_mask, partial_rows, pick, shortcut
@@ -59,6 +64,11 @@ class ConvOperands(NamedTuple):
     next_shift: Tensor | None = None
     center: Tensor | None = None  # (S or 1, Co) float32: asks for ``statistics`` about it, of z as stored
     mask: bool = False  # asks for the 1-bit ReLU mask
+    in_relu: bool = False  # after in_scale and in_shift
+    second: Tensor | None = None  # (G or 1, N, Hs, Ws, Cs), the weight's dtype, ceil(Hs / second_stride) = Ho
+    second_weight: Tensor | None = None  # (S, 1, Cs, Co)
+    second_bias: Tensor | None = None  # (S or 1, Co) float32
+    second_stride: int = 1  # second is read at every such position
 
 
 class ConvOutput(NamedTuple):
@@ -84,11 +94,13 @@ def conv_input(
     weight_index: Tensor | None,
     in_scale: Tensor | None,
     in_shift: Tensor | None,
+    in_relu: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """u of the equations (G, N, H, W, Ci) in ``dtype``; without ``weight_index`` scale and shift are by group."""
     if in_scale is not None and in_shift is not None:
         x = x.to(accumulator(dtype)) * pick(in_scale, weight_index) + pick(in_shift, weight_index)
+        x = x.relu() if in_relu else x
     return x.to(dtype).expand(groups, -1, -1, -1, -1)
 
 
@@ -100,6 +112,8 @@ def conv_epilogue(y: Tensor, o: ConvOperands, rows: Callable[[Tensor], Tensor]) 
     dtype, high = o.weight.dtype, accumulator(o.weight.dtype)
     if o.bias is not None:
         y = y + pick(o.bias, o.weight_index)
+    if o.second_bias is not None:
+        y = y + pick(o.second_bias, o.weight_index)
     if o.residual is not None:
         y = y + shortcut(o.residual, o.residual_stride, *y.shape[2:])
     z = (y.relu() if o.relu else y).to(dtype).contiguous()
@@ -117,9 +131,13 @@ def conv_epilogue(y: Tensor, o: ConvOperands, rows: Callable[[Tensor], Tensor]) 
 
 def grouped_conv_reference(o: ConvOperands, window: Window, precision: str) -> Results:
     groups, high, kernel = o.weight_index.shape[0], accumulator(o.weight.dtype), window.kernel
-    u = conv_input(o.x, groups, o.weight_index, o.in_scale, o.in_shift, o.weight.dtype)
+    u = conv_input(o.x, groups, o.weight_index, o.in_scale, o.in_shift, o.in_relu, o.weight.dtype)
     w = o.weight[o.weight_index.long()].to(high).unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2).flatten(0, 1)
     y = F.conv2d(as_channels(u.to(high)), w, stride=window.stride, padding=window.padding, groups=groups)
+    if o.second is not None and o.second_weight is not None:
+        v = o.second_weight[o.weight_index.long()].to(high).permute(0, 3, 2, 1).flatten(0, 1)[..., None]
+        x = as_channels(o.second.to(high).expand(groups, -1, -1, -1, -1))
+        y = y + F.conv2d(x, v, stride=o.second_stride, groups=groups)
     block = conv_tile_of(o.x, o.weight).BLOCK_M
     return conv_epilogue(as_groups(y, groups), o, lambda values: partial_rows(values.flatten(1, 3), block))
 
@@ -133,7 +151,7 @@ def conv_program(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
     HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    SHARED: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, IN_RELU: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The program of group ``i_g``, int64; its position in the grid's first axis says which of the group's blocks."""
@@ -161,7 +179,7 @@ def conv_program(
     acc = gather_product(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), p_x, p_weight + i_slot * (KERNEL * KERNEL * C * CO),
         p_in_scale, p_in_shift, o_x, i_row, i_column, m_m, o_n, m_n, 0, 0, KERNEL, KERNEL,
-        H, W, C, CO, KERNEL, 1, BLOCK_K, ROW_TAPS, PRECISION,
+        H, W, C, CO, KERNEL, 1, BLOCK_K, ROW_TAPS, PRECISION, IN_RELU,
     )  # fmt: skip
 
     m_z = m_m[:, None] & m_n[None, :]
@@ -204,7 +222,7 @@ def grouped_conv_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr,
     HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    SHARED: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, IN_RELU: tl.constexpr, RELU: tl.constexpr, ROW_TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     conv_program(
@@ -215,7 +233,7 @@ def grouped_conv_kernel(
         H, W, C, HO, WO, CO,
         HR, WR, CR, RESIDUAL_STRIDE,
         KERNEL, STRIDE, PADDING,
-        SHARED, RELU, ROW_TAPS, PRECISION,
+        SHARED, IN_RELU, RELU, ROW_TAPS, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
@@ -243,6 +261,7 @@ def _empty(o: ConvOperands, window: Window, precision: str) -> Results:
 
 def conv_launch(o: ConvOperands, window: Window, precision: str) -> tuple[KernelLaunch, Results]:
     """The kernel's launch, and the results that it writes."""
+    refuse_operands("grouped_conv's Triton kernel", second=o.second)
     rows, tile, taps = _rows(o, window), conv_tile_of(o.x, o.weight), window.kernel * o.x.shape[4]
     z, activated, bits, statistics = conv_results(o, window, rows)
     row_taps = window.kernel > 1 and taps <= 32  # 48 of 64: 15% more instructions, a program fewer
@@ -322,6 +341,12 @@ def conv_operands(
     shape = (groups, x.shape[1], *window.sizes(x), channels)
     check_size("the result", shape)
     check_shortcut(o.residual, o.residual_stride, shape)
+    if o.in_relu and o.in_scale is None:
+        raise InputError("in_relu is given without in_scale and in_shift, after which it comes")
+    check_second(o.second, o.second_weight, o.second_stride, shape, slots, weight.dtype)
+    if o.second_bias is not None and o.second is None:
+        raise InputError("second_bias is given without second")
+    check_rows("second_bias", o.second_bias, slots, channels)
     return o, window, precision
 
 

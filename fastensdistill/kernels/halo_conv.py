@@ -35,7 +35,7 @@ from fastensdistill.kernels.grouped_conv import (
     grouped_conv,
     grouped_conv_reference,
 )
-from fastensdistill.kernels.operands import Window
+from fastensdistill.kernels.operands import Window, refuse_operands
 from fastensdistill.kernels.ops import define, present
 from fastensdistill.kernels.reference import pick
 
@@ -158,8 +158,39 @@ def built(arch: int = 0) -> bool:
     return extension.serves("halo_conv", "cuda") and not without_body(arch)
 
 
-def halo_conv_reference(o: ConvOperands, tile: list[int]) -> Results:
-    z, activated, bits, statistics = grouped_conv_reference(o._replace(center=None), WINDOW, "ieee")
+class HaloOperands(NamedTuple):
+    """The fields of :class:`ConvOperands` that the extension's op has."""
+
+    x: Tensor
+    weight: Tensor
+    weight_index: Tensor
+    in_scale: Tensor | None = None
+    in_shift: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_stride: int = 1
+    relu: bool = False
+    next_scale: Tensor | None = None
+    next_shift: Tensor | None = None
+    center: Tensor | None = None
+    mask: bool = False
+
+
+class HaloEpilogue(NamedTuple):
+    """The fields of :class:`GradientEpilogue` that the extension's op has."""
+
+    residual: Tensor | None = None
+    residual_stride: int = 1
+    residual_first: bool = False
+    mask: Tensor | None = None
+    scale: Tensor | None = None
+    z: Tensor | None = None
+    mean: Tensor | None = None
+    inv_std: Tensor | None = None
+
+
+def halo_conv_reference(o: HaloOperands, tile: list[int]) -> Results:
+    z, activated, bits, statistics = grouped_conv_reference(ConvOperands(*o._replace(center=None)), WINDOW, "ieee")
     if o.center is not None:
         rest = z.to(statistics.dtype) - pick(o.center, o.weight_index)
         statistics = torch.stack([_tile_sums(rest, tile), _tile_sums(rest.square(), tile)], 2)
@@ -167,25 +198,26 @@ def halo_conv_reference(o: ConvOperands, tile: list[int]) -> Results:
 
 
 def halo_data_gradient_reference(
-    d: Tensor, weight_flipped: Tensor, weight_index: Tensor, epilogue: GradientEpilogue, tile: list[int]
+    d: Tensor, weight_flipped: Tensor, weight_index: Tensor, halo: HaloEpilogue, tile: list[int]
 ) -> tuple[Tensor, Tensor]:
+    epilogue = GradientEpilogue(*halo)
     height, width, dtype = d.shape[2], d.shape[3], str(d.dtype).removeprefix("torch.")
     o = DataGradientOperands(d, weight_flipped, weight_index, height, width, dtype)
     out, _ = conv_data_gradient_reference(o, epilogue._replace(z=None), WINDOW, "ieee")
     return out, gradient_sums(out, weight_index, epilogue, lambda values: _tile_sums(values, tile))
 
 
-def empty_conv(o: ConvOperands, tile: list[int]) -> Results:
+def empty_conv(o: HaloOperands, tile: list[int]) -> Results:
     """The results of ``halo_conv`` unwritten."""
-    return conv_results(o, WINDOW, _tiles(o.x, tile))
+    return conv_results(ConvOperands(*o), WINDOW, _tiles(o.x, tile))
 
 
 def empty_gradient(
-    d: Tensor, weight_flipped: Tensor, weight_index: Tensor, epilogue: GradientEpilogue, tile: list[int]
+    d: Tensor, weight_flipped: Tensor, weight_index: Tensor, halo: HaloEpilogue, tile: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The results of ``halo_data_gradient`` unwritten."""
     shape = (len(weight_index), *d.shape[1:4], weight_flipped.shape[3])
-    return gradient_results(d, shape, _tiles(d, tile), epilogue)
+    return gradient_results(d, shape, _tiles(d, tile), GradientEpilogue(*halo))
 
 
 # The CUDA kernels are the extension's
@@ -202,13 +234,14 @@ def halo_conv(*operands: Any, **options: Any) -> ConvOutput:
     """
     o, window, _ = conv_operands(*operands, **options)
     channels, out_channels = o.weight.shape[2:]
+    refuse_operands("halo_conv", in_relu=o.in_relu, second=o.second)
     _refuse(
         "halo_conv",
         unsupported(channels, out_channels, window, o.x.dtype),
         _other_residual(o.residual),
         short_of_memory(o.x),
     )
-    return conv_output(*_halo_conv(*o, tile_of(o.x, out_channels)))
+    return conv_output(*_halo_conv(*o[: len(HaloOperands._fields)], tile_of(o.x, out_channels)))
 
 
 def halo_data_gradient(*operands: Any, **options: Any) -> DataGradient:
@@ -220,6 +253,7 @@ def halo_data_gradient(*operands: Any, **options: Any) -> DataGradient:
     """
     o, epilogue, window, _ = data_gradient_operands(*operands, **options)
     channels, out_channels = o.weight_flipped.shape[2:]
+    refuse_operands("halo_data_gradient", second=o.second, norm_z=o.norm_z, mask_scale=epilogue.mask_scale)
     _refuse(
         "halo_data_gradient",
         unsupported(channels, out_channels, window, o.d.dtype),
@@ -228,7 +262,8 @@ def halo_data_gradient(*operands: Any, **options: Any) -> DataGradient:
         short_of_memory(o.d),
     )
     tile = tile_of(o.d, out_channels)
-    result, statistics = _halo_data_gradient(o.d, o.weight_flipped, o.weight_index, *epilogue, tile)
+    own = epilogue[: len(HaloEpilogue._fields)]
+    result, statistics = _halo_data_gradient(o.d, o.weight_flipped, o.weight_index, *own, tile)
     return DataGradient(result, present(statistics))
 
 

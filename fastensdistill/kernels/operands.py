@@ -60,6 +60,13 @@ def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: i
             raise InputError(f"{names} have shapes {shapes}, expected equal")
 
 
+def refuse_operands(name: str, **operands: object) -> None:
+    """Raise InputError for operands that are given (neither None nor False), which ``name`` does not have."""
+    given = [operand for operand, value in operands.items() if value is not None and value is not False]
+    if given:
+        raise InputError(f"{name} has no {' and no '.join(given)}; another implementation computes it")
+
+
 def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...]) -> None:
     """A residual whose every ``stride``-th position fits ``shape`` (G, N, H, W, C), with at most C channels."""
     if residual is not None:
@@ -70,6 +77,52 @@ def check_shortcut(residual: Tensor | None, stride: int, shape: tuple[int, ...])
                 f"residual has shape {tuple(residual.shape)}, expected every {stride}-th position of it to fit "
                 f"{tuple(shape)}"
             )
+
+
+def check_second(
+    second: Tensor | None,
+    weight: Tensor | None,
+    stride: int,
+    shape: tuple[int, ...],
+    slots: int,
+    dtype: torch.dtype,
+    spread: bool = False,
+) -> None:
+    """A second source of a result of ``shape`` (G, N, H, W, C), and its weights (slots, 1, its channels, C).
+
+    Every ``stride``-th position of it, in one group or each, fits the result; with ``spread`` it fits every
+    ``stride``-th position of the result, in each group.
+    """
+    if (second is None) != (weight is None):
+        raise InputError("second and second_weight must be given together")
+    if second is None or weight is None:
+        return
+    check_tensor("second", second, 5)
+    check_tensor("second_weight", weight, 4)
+    if stride < 1:
+        raise InputError(f"second_stride is {stride}, expected at least 1")
+    wanted = (slots, 1, second.shape[4], shape[4])
+    if tuple(weight.shape) != wanted:
+        raise InputError(f"second_weight has shape {tuple(weight.shape)}, expected {wanted}")
+    wide, narrow = (shape, second.shape) if spread else (second.shape, shape)
+    fits = second.shape[1] == shape[1] and second.shape[0] in ((shape[0],) if spread else (1, shape[0]))
+    if not (fits and tuple(narrow[2:4]) == tuple(-(-size // stride) for size in wide[2:4])):
+        raise InputError(f"second has shape {tuple(second.shape)}, which at stride {stride} does not fit {shape}")
+    if not second.dtype == weight.dtype == dtype:
+        raise InputError(f"second is {second.dtype} and second_weight {weight.dtype}, expected {dtype}")
+
+
+def check_norm(d: Tensor, z: Tensor | None, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> None:
+    """Refuse the operands of a BatchNorm's gradient that do not go with ``d`` (G, N, H, W, C)."""
+    if len({given is None for given in (z, a, b, c)}) > 1:
+        raise InputError("norm_z, norm_a, norm_b and norm_c must be given together")
+    if z is not None:
+        if not (z.shape == d.shape and z.dtype == d.dtype and z.is_contiguous()):
+            raise InputError(
+                f"norm_z is {z.dtype} of shape {tuple(z.shape)}, expected {d.dtype} {tuple(d.shape)}, contiguous"
+            )
+        check_pair("norm_a and norm_b", a, b, d.shape[0], d.shape[4])
+        check_pair("norm_b and norm_c", b, c, d.shape[0], d.shape[4])
 
 
 def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, add: bool) -> Tensor:

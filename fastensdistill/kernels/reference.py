@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastensdistill.kernels.operands import accumulator
+
 
 def wide(rows: Tensor) -> Tensor:
     """Rows (G or 1, C) of a per-group parameter, shaped to go with (G, N, H, W, C)."""
@@ -53,3 +55,11 @@ def as_channels(x: Tensor) -> Tensor:
 def as_groups(x: Tensor, groups: int) -> Tensor:
     """The inverse of ``as_channels``, not contiguous."""
     return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2)
+
+
+def through_norm(d: Tensor, z: Tensor | None, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
+    """norm_a · d + norm_b · norm_z + norm_c, rows by group, in d's dtype; without z d itself."""
+    if z is None or a is None or b is None or c is None:
+        return d
+    high = accumulator(d.dtype)
+    return (wide(a) * d.to(high) + wide(b) * z.to(high) + wide(c)).to(d.dtype)

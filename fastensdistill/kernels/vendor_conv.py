@@ -23,7 +23,7 @@ from fastensdistill.kernels.grouped_conv import (
     conv_output,
     grouped_conv,
 )
-from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator
+from fastensdistill.kernels.operands import DTYPE_NAMES, accumulator, refuse_operands
 from fastensdistill.kernels.ops import present
 from fastensdistill.kernels.reference import leave
 
@@ -51,8 +51,9 @@ def one_row(values: Tensor) -> Tensor:
 def vendor_conv(*operands: Any, **options: Any) -> ConvOutput:
     """``grouped_conv``, same arguments and results."""
     o, (kernel, stride, padding), _ = conv_operands(*operands, **options)
+    refuse_operands("cuDNN", second=o.second)
     groups, dtype = len(o.weight_index), o.weight.dtype
-    u = conv_input(o.x, groups, o.weight_index, o.in_scale, o.in_shift, dtype)
+    u = conv_input(o.x, groups, o.weight_index, o.in_scale, o.in_shift, o.in_relu, dtype)
     w = weights_of_groups(o.weight.index_select(0, o.weight_index), kernel)
     y = [F.conv2d(as_images(u[g]), w[g], stride=stride, padding=padding).permute(0, 2, 3, 1) for g in range(groups)]
     return conv_output(*conv_epilogue(torch.stack(y).to(accumulator(dtype)), o, one_row))
@@ -61,6 +62,7 @@ def vendor_conv(*operands: Any, **options: Any) -> ConvOutput:
 def vendor_data_gradient(*operands: Any, **options: Any) -> DataGradient:
     """``conv_data_gradient``, same arguments and results."""
     o, epilogue, (kernel, stride, padding), _ = data_gradient_operands(*operands, **options)
+    refuse_operands("cuDNN", second=o.second, norm_z=o.norm_z)
     w = weights_of_groups(o.weight_flipped.index_select(0, o.weight_index).flip(1).transpose(2, 3), kernel)
     size = (o.d.shape[1], o.weight_flipped.shape[3], o.height, o.width)
     u = [nn_grad.conv2d_input(size, w[g], as_images(d), stride, padding).permute(0, 2, 3, 1) for g, d in enumerate(o.d)]
@@ -72,7 +74,8 @@ def vendor_data_gradient(*operands: Any, **options: Any) -> DataGradient:
 def vendor_weight_gradient(*operands: Any, **options: Any) -> Tensor:
     """``conv_weight_gradient``, same arguments and results."""
     o, (kernel, stride, padding), _, out, add = weight_gradient_operands(*operands, **options)
-    u = conv_input(o.x, len(o.d), None, o.in_scale, o.in_shift, o.d.dtype)
+    refuse_operands("cuDNN", norm_z=o.norm_z)
+    u = conv_input(o.x, len(o.d), None, o.in_scale, o.in_shift, o.in_relu, o.d.dtype)
     size = (o.d.shape[4], o.x.shape[4], kernel, kernel)
     dw = [
         nn_grad.conv2d_weight(as_images(u[g]), size, as_images(d), stride, padding).permute(2, 3, 1, 0)

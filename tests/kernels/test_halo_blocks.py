@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import DataGradient
-from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
-from fastensdistill.kernels.grouped_conv import ConvOperands, ConvOutput, conv_output
+from fastensdistill.kernels.grouped_conv import ConvOutput, conv_output
 from fastensdistill.kernels.ops import present
 from tests.kernels.emulation import both_ways, compiler, library
 from tests.kernels.halos import (
@@ -44,12 +43,12 @@ def tile_of(x: Tensor, out_channels: int, columns: int | None) -> list[int]:
 
 
 def emulated_conv(x, weight, weight_index, *, columns=None, **options) -> ConvOutput:
-    operands = ConvOperands(x, weight, weight_index, **options)
+    operands = halo.HaloOperands(x, weight, weight_index, **options)
     return conv_output(*both_ways("halo_conv", *operands, tile_of(x, weight.shape[3], columns)))
 
 
 def emulated_gradient(d, weight, weight_index, *, columns=None, **options) -> DataGradient:
-    operands = (d, weight, weight_index, *GradientEpilogue(**options))
+    operands = (d, weight, weight_index, *halo.HaloEpilogue(**options))
     out, statistics = both_ways("halo_data_gradient", *operands, tile_of(d, weight.shape[3], columns))
     return DataGradient(out, present(statistics))
 

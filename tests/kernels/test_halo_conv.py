@@ -12,8 +12,7 @@ from torch import Tensor
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import halo_conv as halo
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient, flip_weight
-from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
-from fastensdistill.kernels.grouped_conv import ConvOperands, grouped_conv
+from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.reference import pack_mask
 from fastensdistill.kernels.vendor_conv import vendor_conv
 from tests.compare import check_close
@@ -138,13 +137,13 @@ def test_one_graph_under_torch_compile():
 
 @pytest.mark.parametrize("epilogue", ["statistics", "everything", "prologue"])
 def test_opcheck_forward(epilogue):
-    call = (*ConvOperands(X, W, S, **epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
+    call = (*halo.HaloOperands(X, W, S, **epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
     torch.library.opcheck(torch.ops.fastensdistill.halo_conv.default, call)
 
 
 @pytest.mark.parametrize("epilogue", ["plain", "mask-scale-residual", "mask-sums"])
 def test_opcheck_gradient(epilogue):
-    call = (X, W, S, *GradientEpilogue(**gradient_epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
+    call = (X, W, S, *halo.HaloEpilogue(**gradient_epilogues(CASES[0])[epilogue]), [1, 6, 8, 16])
     torch.library.opcheck(torch.ops.fastensdistill.halo_data_gradient.default, call)
 
 

@@ -53,24 +53,29 @@ def _conv(**options):
 
 
 EVERYTHING = {"bias": ROW, "residual": Z, "relu": True, "next_scale": ROW, "next_shift": ROW, "center": ROW,
-              "mask": True}  # fmt: skip
+              "mask": True, "second": X, "second_weight": values(2, 1, 6, 10), "second_bias": ROW}  # fmt: skip
 
 
 NO_EPILOGUE = elementwise_gradient.GradientEpilogue()
 CALLS = {
     "grouped_conv": _conv(),
     "grouped_conv, everything": _conv(**EVERYTHING),
-    "conv_data_gradient": (Z, W.transpose(2, 3).contiguous(), SLOTS, 5, 4, "float32", *NO_EPILOGUE, 3, 1, 1, "ieee"),
-    "conv_data_gradient, everything": (X, values(2, 9, 6, 10), SLOTS, 9, 8, "float32", Z[:, :, :5], 2, True,
+    "conv_data_gradient": (*conv_data_gradient.DataGradientOperands(Z, W.transpose(2, 3).contiguous(), SLOTS, 5, 4,
+                           "float32"), *NO_EPILOGUE, 3, 1, 1, "ieee"),
+    "conv_data_gradient, everything": (X, values(2, 9, 6, 10), SLOTS, 9, 8, "float32", X, values(2, 1, 6, 10), 2, X,
+                                       *3 * (torch.ones(1, 6),), Z[:, :, :5], 2, True,
                                        torch.zeros(2, 3, 9, 8, 2, dtype=torch.uint8), ROW, values(2, 3, 9, 8, 10), ROW,
-                                       ROW, 3, 2, 1, "tf32"),
-    "conv_weight_gradient": (X, Z, None, None, 3, 1, 1, "ieee", values(2, 9, 6, 10), False),
-    "conv_weight_gradient, on top": (X, Z, None, None, 3, 1, 1, "ieee", values(2, 9, 6, 10), True),
+                                       ROW, None, None, 3, 2, 1, "tf32"),
+    "conv_weight_gradient": (*conv_weight_gradient.WeightGradientOperands(X, Z, None, None), 3, 1, 1, "ieee",
+                             values(2, 9, 6, 10), False),
+    "conv_weight_gradient, on top": (X, Z, None, None, False, Z, ROW, ROW, ROW, 3, 1, 1, "ieee", values(2, 9, 6, 10),
+                                     True),
     "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5, 1.5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
     "elementwise_gradient": (Z, *NO_EPILOGUE._replace(mask=BITS)),
-    "elementwise_gradient, everything": (Z, Z, 1, False, BITS, ROW, Z, ROW, ROW),
+    "elementwise_gradient, everything": (Z, Z, 1, False, BITS, ROW, Z, ROW, ROW, None, None),
+    "elementwise_gradient, mask from z": (Z, Z, 1, True, None, None, Z, ROW, ROW, ROW, ROW),
     "batch_norm_backward": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, None, ROW.clone(), ROW.clone(), False),
     "batch_norm_backward, on top": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, Z, ROW.clone(), ROW.clone(), True),
     "head": (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
