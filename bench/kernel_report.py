@@ -1,10 +1,10 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, tensor-core instructions.
 
-    python -m bench.kernel_report --arch 80 90 100 --json FILE [--networks wrn28_4 resnet32] [--batch 512]
+    python -m bench.kernel_report --arch 80 90 100 --json FILE [--networks wrn28_4 resnet32] [--batch 512] [--only cuda]
 
 The four passes of a training step are run over each network with launches recorded instead of done; each distinct
 kernel is then compiled for the architecture and its machine code read. A kernel's programs are those of its largest
-launch; waves is how often they fill the device.
+launch; waves is how often they fill the device. The extension's CUDA kernels follow (``bench.cuda_report``).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import cuda_report
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
@@ -250,6 +251,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=sorted(SHARED_LIMIT))
@@ -258,17 +263,31 @@ def main() -> int:
     )
     parser.add_argument("--every", type=int, default=1, help="compile only every n-th launch")
     parser.add_argument("--batch", type=int, help="images of a batch (each network's own without it)")
+    parser.add_argument("--only", choices=["triton", "cuda"], help="one kind of kernels; the other's rows stay in FILE")
     parser.add_argument("--json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
-    rows = report(options.arch, options.networks, options.every, lambda line: print(line, flush=True), options.batch)
-    print(summary(rows))
+    rows: list[dict[str, Any]] = []
+    if options.only != "cuda":
+        rows += report(options.arch, options.networks, options.every, say, options.batch)
+        print(summary(rows))
+    if options.only != "triton":
+        cuda = cuda_report.report(options.arch, say)
+        print(f"{len(cuda)} CUDA kernels compiled, {sum(bool(row['fails']) for row in cuda)} failing")
+        rows += cuda
+    failing = any(row["fails"] for row in rows)
+    if options.only and options.json and os.path.exists(options.json):
+        with open(options.json) as file:
+            other = [
+                row for row in json.load(file)["rows"] if (row.get("compiler") == "nvcc") != (options.only == "cuda")
+            ]
+        rows = [*rows, *other] if options.only == "triton" else [*other, *rows]
     if options.json:
         lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
         with open(options.json, "w") as file:
             file.write(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    return int(any(row["fails"] for row in rows))
+    return int(failing)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def reported() -> dict[tuple[Any, ...], int]:
     """
     found: dict[tuple[Any, ...], int] = {}
     for row in json.loads((RESULTS / "kernel_report.json").read_text())["rows"]:
-        if row["arch"] == 90:
+        if row["arch"] == 90 and "warps" in row:  # of Triton's kernels
             key = row["kernel"], row["launch"], *row["tile"], row["warps"], row["stages"], row.get("maxnreg")
             found[key] = min(row["occupancy"], found.get(key, 32))
     return found
