@@ -19,7 +19,7 @@
 namespace fed {
 
 // A CUtensorMap, passed as a part of a kernel's parameters; of the tests, what they emulate it by.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
 
@@ -35,6 +35,9 @@ struct Boxes {
 
 // Makes a map; 0, or a CUDA error.
 int make_map(const Boxes& boxes, TensorMap& map);
+
+// Of the current device, what `blocks` of a kernel is chosen by; 0 where there is none.
+int multiprocessors();
 
 // The first coordinate of a box in every dimension; may be negative.
 struct Corner {
@@ -93,9 +96,15 @@ struct WgmmaBlock {
     return uint32_t(offset);
 #endif
   }
+
+  // Shared memory by one thread's ordinary accesses, V's size and alignment being the same.
   template <class V>
-  FED_HD V* at(int offset) const {
-    return reinterpret_cast<V*>(shared + offset);
+  FED_HD V read(int thread, int offset) const {
+    return *reinterpret_cast<const V*>(shared + offset);
+  }
+  template <class V>
+  FED_HD void write(int thread, int offset, const V& value) const {
+    *reinterpret_cast<V*>(shared + offset) = value;
   }
 
   // One thread, before the roles part: init for every barrier, then initialised.
@@ -293,6 +302,15 @@ struct WgmmaBlock {
 //   void begin(Block&) const                  one thread: init for every barrier
 //   void produce(Block&) const                the producer
 //   void consume(Block&) const                a warpgroup, block.number of CONSUMERS
+// Whether the registers that a block starts with suffice for what its roles ask for: else they wait for them forever.
+template <class Kernel>
+constexpr bool registers_suffice() {
+  constexpr int ROLES = 1 + Kernel::CONSUMERS, PRODUCER = Kernel::PRODUCER_REGISTERS;
+  constexpr int CONSUMER = Kernel::CONSUMER_REGISTERS, EACH = 512 / ROLES / 8 * 8;
+  return PRODUCER % 8 == 0 && CONSUMER % 8 == 0 && PRODUCER >= 24 && CONSUMER <= 240 && PRODUCER <= EACH &&
+         CONSUMER >= EACH && PRODUCER + Kernel::CONSUMERS * CONSUMER <= ROLES * EACH;
+}
+
 // Puts it on a stream; 0 or the CUDA error.
 template <class Kernel>
 int launch_wgmma(const Kernel& kernel, void* stream);

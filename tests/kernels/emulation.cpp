@@ -8,13 +8,22 @@ namespace fed {
 
 bool on_cuda(const Tensor& tensor) { return tensor.is_cpu(); }
 Launches::Launches(const Tensor&) {}
-void Launches::check(int, const char*) {}
+void Launches::check(int status, const char*) {
+  STD_TORCH_CHECK(status == 0, "fastensdistill: the emulation found: ", wgmma_misuse);
+}
 
 }  // namespace fed
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void walk_backwards(bool backwards) { fed::reversed = backwards; }
+
+// Of wgmma: that its operands are swizzled by their own offsets instead of by addresses; and of how many
+// multiprocessors kernels are told.
+EXPORTED void swizzle_offsets(bool offsets) {
+  fed::swizzle_of = offsets ? fed::SwizzleOf::OFFSET : fed::SwizzleOf::ADDRESS;
+}
+EXPORTED void use_multiprocessors(int count) { fed::host_multiprocessors = count; }
 
 // Bytes of shared memory of a block of the halo convolution, its threads, and the blocks registers are kept free for.
 EXPORTED void halo_needs(const int64_t* tile, int64_t channels, int64_t* needs) {

@@ -52,7 +52,7 @@ def _build(library: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, SOURCES))
-    link = [f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    link = [f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-pthread", "-o", str(library)]
     subprocess.run([compiler(), "-shared", *objects, *link], check=True)
 
 
@@ -113,6 +113,18 @@ def _in_place_of(name: str) -> Callable[..., Any]:
             operand.copy_(result)
 
     return run
+
+
+@contextlib.contextmanager
+def hopper(*, swizzle_offsets: bool = False, multiprocessors: int = 3) -> Iterator[None]:
+    """Within, what kernels of wgmma find: operands swizzled by their own offsets, and so many multiprocessors."""
+    library().swizzle_offsets(ctypes.c_bool(swizzle_offsets))
+    library().use_multiprocessors(ctypes.c_int(multiprocessors))
+    try:
+        yield
+    finally:
+        library().swizzle_offsets(ctypes.c_bool(False))
+        library().use_multiprocessors(ctypes.c_int(3))
 
 
 @contextlib.contextmanager
