@@ -19,6 +19,9 @@
 namespace fed {
 
 constexpr int TILE_COLUMNS = 8, TILE_LINES = 32, BORDERED_LINES = 40;
+// Of a tile: an operand has all lines, also where the images are too small to fill them, and what it reads past a box
+// of many borders would take too much memory.
+constexpr int MOST_IMAGES = 8;
 constexpr int MOST_TAPS = 18, MOST_STEPS = 16, MOST_PHASES = 4;
 
 // Of what a launch computes: N images of H x W positions; a strided data gradient's are those of one phase, rounded up.
@@ -33,7 +36,7 @@ inline ConvTile conv_tile(int N, int H, int W, int lines = TILE_LINES, int borde
   const auto pieces = [](int size, int piece) { return (size + piece - 1) / piece; };
   int rows = std::min({H, lines, bordered - 2});
   rows = pieces(H, pieces(H, rows));
-  int images = rows == H ? std::max(1, std::min({N + N % 2, lines / rows, bordered / (rows + 2)})) : 1;
+  int images = rows == H ? std::max(1, std::min({N + N % 2, lines / rows, bordered / (rows + 2), MOST_IMAGES})) : 1;
   if (rows * images % 2 != 0 && images > 1) --images;
   if (rows * images % 2 != 0) ++rows;
   const int across = pieces(W, TILE_COLUMNS), down = pieces(H, rows), along = pieces(N, images);

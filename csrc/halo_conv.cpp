@@ -1,36 +1,12 @@
 // halo_conv and halo_data_gradient for CUDA tensors: operands, outputs, registration.
 #include "halo_conv.h"
 
-#include "operands.h"
+#include "conv_operands.h"
 
 namespace fed {
 namespace {
 
 using Tile = Sizes;  // images, rows and columns of positions, channels
-
-// The tensor at an address that 16-byte accesses need: itself, or a copy if it is a view at an odd offset.
-Tensor aligned(const Tensor& tensor) {
-  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) return tensor;
-  Tensor copy = torch::stable::empty_like(tensor);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-Optional aligned(const Optional& tensor) { return tensor ? Optional(aligned(*tensor)) : tensor; }
-
-Rows rows(const Optional& tensor) {
-  return {pointer<float>(tensor), tensor && tensor->size(0) > 1 ? int(tensor->size(1)) : 0};
-}
-
-// Channels of the slots: a row each, or one for all.
-void check_rows(const Operands& operands, const char* name, const Optional& rows, int64_t slots, int64_t channels) {
-  const bool shared = rows && rows->dim() == 2 && rows->size(0) == 1;
-  operands.check(name, rows, ScalarType::Float, {shared ? 1 : slots, channels}, true);
-}
-
-void check_together(const Operands& operands, const char* name, const Optional& one, const Optional& other) {
-  if (one.has_value() != other.has_value())
-    operands.refuse(name, one ? "given alone" : "missing", "both or neither");
-}
 
 // x (or d), the weights and what else both ops have. A residual whose every residual_stride-th position is added, or
 // with `spread` one that is added at every residual_stride-th.
@@ -91,8 +67,6 @@ HaloArgs<Epilogue> common(
   args.tile = halo_tile(int(tile[0]), int(tile[1]), int(tile[2]), args.N, args.H, args.W);
   return args;
 }
-
-Tensor none(const Tensor& like, ScalarType type) { return new_tensor(like, {0}, type); }
 
 template <class Epilogue>
 Tensor new_statistics(HaloArgs<Epilogue>& args, const Tensor& like, bool wanted) {

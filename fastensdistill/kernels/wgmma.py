@@ -6,13 +6,15 @@ They take the arguments of the ops in whose place they can stand, and compute by
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
@@ -29,6 +31,33 @@ KERNELS: dict[Callable[..., Any], tuple[str, str]] = {
     conv_data_gradient: ("wgmma_conv", "wgmma_data_gradient"),
     conv_weight_gradient: ("wgmma_weight_gradient", "wgmma_weight_gradient"),
 }
+
+_copies = False
+
+
+@contextlib.contextmanager
+def in_copies(wanted: bool = True) -> Iterator[None]:
+    """Within, the kernels hold a copy of the input's tile for every shift along a row.
+
+    That is right on every device. Without, a tap is the same tile read from another row on, which assumes that the unit
+    swizzles the address that it has added up.
+    """
+    global _copies
+    before, _copies = _copies, wanted
+    try:
+        yield
+    finally:
+        _copies = before
+
+
+def copies() -> bool:
+    """Whether launches are made as within :func:`in_copies`."""
+    return _copies
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the device of ``x``; 132, as on an H100 or H200, off CUDA."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 def unsupported(channels: int, out_channels: int, window: Window, dtype: torch.dtype, arch: int = 0) -> str:

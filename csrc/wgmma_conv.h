@@ -1,0 +1,278 @@
+// The wide wgmma convolution, forward and data gradient, of more than 32 channels of the result.
+//
+// A consumer's product is D[64 channels, 256 positions] = Wᵀ · Xᵀ, m64n256k16: A is a piece of weights as they are
+// packed, [64 input channels, 64 channels] of a tap, M innermost; B is the tile's box in shared memory from the tap's
+// shift on, K innermost. Two consumers take two blocks of channels of one tile, or the same channels of two tiles.
+//
+// Per result (a tile; of a strided gradient once for every phase) boxes come step by step, in chunks of 64 channels,
+// through a ring, and behind each the weights of its taps through another; where all weights fit, they come once. A
+// block works for one group and one block of channels, and takes every so many-th tile.
+#pragma once
+
+#include "wgmma_epilogue.h"
+
+namespace fed {
+
+constexpr int CHUNK = 64, PIECE_BYTES = CHUNK * 64 * 2;  // of weights, a consumer's
+constexpr int MOST_SHARED = 227 * 1024;  // of a block
+constexpr int MOST_BOXES = 4, MOST_PIECES = 32;  // stages of the rings
+
+// Where barriers are in shared memory, and how many bytes they take.
+struct Barriers {
+  static constexpr int full = 0, empty = full + 8 * MOST_BOXES, ready = empty + 8 * MOST_BOXES;
+  static constexpr int full_z = ready + 8 * MOST_BOXES, empty_z = full_z + 8 * MOST_BOXES;
+  static constexpr int full_weights = empty_z + 8 * MOST_BOXES, empty_weights = full_weights + 8 * MOST_PIECES;
+  static constexpr int fetched = empty_weights + 8 * MOST_PIECES, bytes = 1024;
+  static_assert(fetched + 2 * 8 <= bytes);
+};
+
+// How a launch is cut into blocks, and a block's shared memory.
+struct WidePlan {
+  bool pair;  // the consumers take two blocks of channels of a tile; else two tiles
+  int channel_blocks, items, parts;  // of a group: items are tiles or pairs of them, which `parts` blocks share
+  int box_bytes, boxes, norm_boxes;
+  int piece_bytes, pieces;
+  bool resident;  // all weights
+  int staging, masks, box, norm_box, piece, total;  // offsets; total is 0 where it does not fit
+};
+
+inline int chunks_of(int channels) { return (channels + CHUNK - 1) / CHUNK; }
+
+inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int groups, int multiprocessors) {
+  WidePlan plan{};
+  const int blocks = chunks_of(at.channels);
+  int taps = 0, farthest = 0;
+  for (int i = 0; i < at.steps.first_step[at.steps.phases]; ++i) {
+    const ConvStep& step = at.steps.step[i];
+    taps += step.taps * chunks_of(at.in_channels[step.source]);
+    for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap)
+      farthest = std::max(farthest, tap_position(at.steps, at.tile, at.steps.tap[tap]));
+  }
+  // All 32 lines of the product are read, also those that a small tile lacks.
+  const int read = farthest + (TILE_LINES - 1) * at.steps.columns + TILE_COLUMNS;
+  const int positions = std::max(box_lines(at.steps, at.tile) * at.steps.columns, read);
+  plan.box_bytes = (positions * 128 + 1023) / 1024 * 1024;
+  plan.staging = Barriers::bytes;
+  plan.masks = plan.staging + 2 * STAGING_BYTES;
+  plan.box = plan.masks + (gradient ? 2 * MASK_BYTES : 0);
+  const auto arrange = [&](bool pair) {
+    const int free = MOST_SHARED - plan.box;
+    plan.pair = pair;
+    plan.piece_bytes = (pair ? 2 : 1) * PIECE_BYTES;
+    plan.boxes = 2;
+    plan.norm_boxes = norm ? 1 : 0;
+    const auto left = [&] { return free - (plan.boxes + plan.norm_boxes) * plan.box_bytes; };
+    const int wanted = std::min(4, taps) * plan.piece_bytes;
+    plan.resident = taps <= MOST_PIECES && taps * plan.piece_bytes <= left();
+    plan.pieces = plan.resident ? taps : std::max(0, std::min(MOST_PIECES, left() / plan.piece_bytes));
+    if (plan.pieces < 2 && plan.pieces < taps) return false;
+    const int held = plan.resident ? taps * plan.piece_bytes : wanted;
+    while (plan.boxes < MOST_BOXES && left() - plan.box_bytes >= held) ++plan.boxes;
+    if (norm && left() - plan.box_bytes >= held) ++plan.norm_boxes;
+    if (!plan.resident) plan.pieces = std::min(MOST_PIECES, left() / plan.piece_bytes);
+    return true;
+  };
+  const bool fits = arrange(blocks % 2 == 0 && !norm);  // z's boxes leave no room for pairs
+  plan.channel_blocks = plan.pair ? blocks / 2 : blocks;
+  plan.items = plan.pair ? at.tile.count : (at.tile.count + 1) / 2;
+  plan.parts = block_parts(groups, plan.channel_blocks, plan.items, multiprocessors);
+  plan.norm_box = plan.box + plan.boxes * plan.box_bytes;
+  plan.piece = plan.norm_box + plan.norm_boxes * plan.box_bytes;
+  plan.total = fits ? plan.piece + plan.pieces * plan.piece_bytes : 0;
+  return plan;
+}
+
+// A place in a ring, and the parity of the phases that its barriers are in on this lap.
+struct Ring {
+  int stages, stage, parity;
+  FED_HD void advance(int by = 1) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
+      parity ^= 1;
+    }
+  }
+};
+
+// ON_LOAD: a third consumer changes boxes before they are multiplied (wgmma_on_load.h).
+template <bool GRADIENT, bool ON_LOAD>
+struct WideConv {
+  static constexpr int CONSUMERS = 2, PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+
+  ConvGeometry at;
+  WidePlan plan;
+  ConvSide side[2];
+
+  int blocks() const { return (side[0].groups + side[1].groups) * plan.channel_blocks * plan.parts; }
+  int shared_bytes() const { return plan.total; }
+
+  template <class Block>
+  FED_HD void begin(Block& block) const {
+    const int users = 4 * (plan.pair ? 2 : 1);
+    for (int i = 0; i < plan.boxes; ++i) {
+      block.init(Barriers::full + 8 * i, 1);
+      block.init(Barriers::empty + 8 * i, users);
+      block.init(Barriers::ready + 8 * i, 4);
+    }
+    for (int i = 0; i < plan.norm_boxes; ++i) {
+      block.init(Barriers::full_z + 8 * i, 1);
+      block.init(Barriers::empty_z + 8 * i, 4);
+    }
+    for (int i = 0; i < plan.pieces; ++i) {
+      block.init(Barriers::full_weights + 8 * i, 1);
+      block.init(Barriers::empty_weights + 8 * i, 8);
+    }
+    for (int i = 0; i < 2; ++i) block.init(Barriers::fetched + 8 * i, 1);
+    block.initialised();
+  }
+
+  // f(item, phase) for every result of a block, in order.
+  template <class F>
+  FED_HD void for_results(const BlockWork& work, F f) const {
+    for (int item = work.part; item < plan.items; item += plan.parts)
+      for (int phase = 0; phase < at.steps.phases; ++phase)
+        if (phase_height(at, phase) > 0 && phase_width(at, phase) > 0) f(item, phase);
+  }
+  // f(step, chunk) for every box of a result.
+  template <class F>
+  FED_HD void for_boxes(int phase, F f) const {
+    for (int i = at.steps.first_step[phase]; i < at.steps.first_step[phase + 1]; ++i) {
+      const ConvStep& step = at.steps.step[i];
+      for (int chunk = 0; chunk * CHUNK < at.in_channels[step.source]; ++chunk) f(step, chunk);
+    }
+  }
+
+  FED_HD BlockWork work_of(int index) const {
+    return block_work(index, side[0].groups, plan.channel_blocks, plan.parts);
+  }
+  FED_HD int first_channel(const BlockWork& work) const { return work.channels * (plan.pair ? 2 : 1) * CHUNK; }
+  FED_HD int box_values() const { return box_lines(at.steps, at.tile) * at.steps.columns * 128; }
+
+  template <class Block>
+  FED_HD void produce(Block& block) const {
+    const BlockWork work = work_of(block.index);
+    const ConvSide& own = side[work.side];
+    const int slot = own.weight_index[work.group], channel = first_channel(work), tiles = plan.pair ? 1 : 2;
+    Ring boxes{plan.boxes, 0, 0}, norm_boxes{plan.norm_boxes, 0, 0}, pieces{plan.pieces, 0, 0};
+    const auto bring = [&](const TensorMap& map, Ring& ring, int full, int empty, int first, const Corner& corner) {
+      block.wait(empty + 8 * ring.stage, ring.parity ^ 1);
+      block.expect(full + 8 * ring.stage, box_values());
+      block.load(map, first + ring.stage * plan.box_bytes, full + 8 * ring.stage, corner);
+      ring.advance();
+    };
+    bool loaded = false;
+    int last = work.part;
+    for_results(work, [&](int item, int phase) {
+      loaded = loaded || item != last;
+      last = item;
+      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+        for (int i = 0; i < tiles; ++i) {
+          const TileCorner tile = tile_corner(at.tile, item * tiles + i);
+          const bool shared = step.source == 0 ? own.in_shared : own.second_shared;
+          const Corner corner{{chunk * CHUNK, tile.column + step.column, tile.image, tile.row + step.row,
+                               shared ? 0 : work.group}};
+          bring(step.source == 0 ? own.in[step.phase] : own.second, boxes, Barriers::full, Barriers::empty, plan.box,
+                corner);
+          if (ON_LOAD && GRADIENT && step.source == 0 && has_norm(own))
+            bring(own.norm_z, norm_boxes, Barriers::full_z, Barriers::empty_z, plan.norm_box, corner);
+        }
+        if (plan.resident && loaded) return;
+        for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
+          const int full = Barriers::full_weights + 8 * pieces.stage, to = plan.piece + pieces.stage * plan.piece_bytes;
+          if (!plan.resident) block.wait(Barriers::empty_weights + 8 * pieces.stage, pieces.parity ^ 1);
+          block.expect(full, plan.piece_bytes);
+          for (int i = 0; i * PIECE_BYTES < plan.piece_bytes; ++i)
+            block.load(own.weight[step.source], to + i * PIECE_BYTES, full,
+                       {{channel + i * CHUNK, chunk * CHUNK, at.steps.tap[tap].weight, slot, 0}});
+          pieces.advance();
+        }
+      });
+    });
+  }
+
+  template <class Block>
+  FED_HD void consume(Block& block) const {
+    const BlockWork work = work_of(block.index);
+    const ConvSide& own = side[work.side];
+    const int me = block.number, tiles = plan.pair ? 1 : 2, slot = own.weight_index[work.group];
+    WideEpilogue<Block, GRADIENT> epilogue(
+        block, at, own, work.group, slot, first_channel(work) + (plan.pair ? me * CHUNK : 0),
+        plan.staging + me * STAGING_BYTES, plan.masks + me * MASK_BYTES, Barriers::fetched + 8 * me);
+    typename Block::template PerThread<Accumulator<256>> sum;
+    Ring boxes{plan.boxes, plan.pair ? 0 : me, 0}, pieces{plan.pieces, 0, 0};
+    const int stride = at.steps.columns * 128;
+    for_results(work, [&](int item, int phase) {
+      const Inside here = inside(at, item * tiles + (plan.pair ? 0 : me), phase);
+      bool begun = false;
+      block.each([&](int thread) {
+FED_UNROLL
+        for (int i = 0; i < 128; ++i) sum[thread].at[i] = 0.0f;
+      });
+      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+        block.wait((ON_LOAD ? Barriers::ready : Barriers::full) + 8 * boxes.stage, boxes.parity);
+        const int left = at.in_channels[step.source] / 16 - chunk * 4, depth = left < 4 ? left : 4;
+        int open = -1;  // stage of the weights that are being multiplied
+        for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
+          block.wait(Barriers::full_weights + 8 * pieces.stage, plan.resident ? 0 : pieces.parity);
+          const int piece = plan.piece + pieces.stage * plan.piece_bytes + (plan.pair ? me * PIECE_BYTES : 0);
+          const int first = tap_position(at.steps, at.tile, at.steps.tap[tap]);
+          const uint64_t a = operand(block.address(piece), 0, 1024, 128);
+          const uint64_t b =
+              operand(block.address(plan.box + boxes.stage * plan.box_bytes + first * 128), 0, stride, 128);
+          // 32 channels a group of products: the compiler does not know that all threads have as many groups, so a group
+          // is whole in an iteration. Channels past the last are zeros.
+FED_ROLLED
+          for (int k = 0; k < depth; k += 2) {
+            block.fence();
+FED_UNROLL
+            for (int i = 0; i < 2; ++i)
+              block.template multiply<true, false>(sum, moved(a, 2048 * (k + i)), moved(b, 32 * (k + i)));
+            block.commit();
+            if (!begun) epilogue.begin(here, phase);
+            begun = true;
+            block.template complete<1>();
+            if (!plan.resident && open >= 0) block.arrive(Barriers::empty_weights + 8 * open);
+            open = -1;
+          }
+          open = pieces.stage;
+          pieces.advance();
+        }
+        block.template complete<0>();
+        if (!plan.resident && open >= 0) block.arrive(Barriers::empty_weights + 8 * open);
+        block.arrive(Barriers::empty + 8 * boxes.stage);
+        boxes.advance(tiles);
+      });
+      if (!begun) epilogue.begin(here, phase);
+      epilogue.finish(sum, here, phase);
+    });
+    epilogue.end(plan.pair ? work.part : 2 * work.part + me, plan.pair ? plan.parts : 2 * plan.parts);
+  }
+};
+
+inline WidePlan wide_plan(const ConvLaunch& launch) {
+  return wide_plan(launch.at, launch.gradient, has_norm(launch.side[0]), groups_of(launch), launch.multiprocessors);
+}
+
+inline int wide_statistics_rows(const ConvLaunch& launch) {
+  const WidePlan plan = wide_plan(launch);
+  return plan.pair ? plan.parts : 2 * plan.parts;
+}
+
+inline const char* wide_uncovered(const ConvLaunch& launch) {
+  for (const ConvSide& side : launch.side)
+    if (side.in_scale.values != nullptr || has_norm(side)) return "BatchNorm on load";
+  return wide_plan(launch).total == 0 ? "more shared memory than there is" : nullptr;
+}
+
+template <bool GRADIENT>
+int launch_wide(const ConvLaunch& launch, void* stream) {
+  WideConv<GRADIENT, false> kernel{launch.at, wide_plan(launch), {launch.side[0], launch.side[1]}};
+  for (int i = 0; i < 2; ++i) {
+    if (launch.side[i].groups == 0) continue;
+    const int status = side_maps(launch.at, launch.tensors[i], {CHUNK, CHUNK, CHUNK, CHUNK}, kernel.side[i]);
+    if (status != 0) return status;
+  }
+  return launch_wgmma(kernel, stream);
+}
+
+}  // namespace fed
