@@ -1,13 +1,14 @@
 """What a step of today's engine should take on a GPU, and what each change to it should give, before it is measured.
 
     python -m bench.predictions [--networks wrn28_4 resnet32] [--batch 512] [--members 4] [--gpu h100 h200]
-                                [--by op|layer]
+                                [--by op|layer] [--assumptions]
 
 No time here is a measurement. "As it stands" is the model of ``bench.recorded``, which follows the engine by itself; a
-change alters its kernels. What the model assumes of L2, of waiting and of gaps leaves every time a band of ±15 percent,
-±10 ms of WRN-28-4's at batch 512; with all its assumptions at their worst at once it is a quarter more. With ``--by``
-the table says instead where the time goes as it stands. ``bench.throughput`` gives the outcome, and ``bench.kernels``
-says per launch which assumption was wrong.
+change alters its kernels, and a row that begins with "+" has all of the rows before it, up to the last without. What
+wgmma kernels should take is in ``bench.wgmma_model``. What the model assumes of L2, of waiting and of gaps leaves every
+time a band of ±15 percent, ±10 ms of WRN-28-4's at batch 512; with all its assumptions at their worst at once it is a
+quarter more. With ``--by`` the table says instead where the time goes as it stands. ``bench.throughput`` gives the
+outcome, and ``bench.kernels`` says per launch which assumption was wrong.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
+
+from bench import recorded, wgmma_model
 from bench.common import table
-from bench.recorded import GAP, MULTIPROCESSORS, WEIGHTS, Kernel, Kernels, beside, kernels
+from bench.recorded import ADD_ROWS, GAP, MULTIPROCESSORS, STATISTICS, WEIGHTS, Kernel, Kernels, beside, kernels
 from bench.setting import NETWORKS, Setting
+from fastensdistill.kernels import wgmma
+from fastensdistill.kernels.operands import Window
 from fastensdistill.network.gpu import GPUS, Gpu
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv
 
 # Channels → TFLOP/s of kernels that the engine does not launch today, every one an estimate, from here up to the next.
 # An input tile with its border in shared memory, by mma.sync: issue slots bound it below 64 channels, and it should
-# reach 75-100, 180-220, 390-460 and 450-480. The same by wgmma: 250-400 if narrow, then 540-700, 560-690 and 580-710.
+# reach 75-100, 180-220, 390-460 and 450-480. What wgmma should reach is in ``bench.wgmma_model``.
 HALO = {16: 88, 32: 200, 64: 425, 128: 465}
-HALO_WGMMA = {16: 275, 32: 375, 64: 620, 128: 625, 256: 645}
-GRADIENT_WGMMA = {64: 640}  # 580-700
 VENDOR = {128: 620}  # cuDNN, one group
 ANY = 1 << 20  # channels
 PLAIN = [name for name, (model, arguments, _) in NETWORKS.items() if not arguments and model != "preresnet"]
@@ -80,12 +84,45 @@ def halo(rates: dict[int, int], widest: int, strides: tuple[int, ...] = (1,)) ->
     return alter
 
 
-def wgmma_gradient(found: Kernels) -> Kernels:
+def covered(k: Kernel, op: str, plain: bool) -> bool:
+    """Whether the wgmma kernels compute it: ``plain`` are 3x3 convolutions at stride 1 from 64 channels on."""
+    node = k.node
+    if k.launch.op != op or k.op != op or not isinstance(node, Conv):
+        return False
+    if plain and not (k.width >= 64 and (node.kernel, node.stride) == (3, 1)):
+        return False
+    return wgmma.covers(node.in_shape[0], node.shape[0], Window(node.kernel, node.stride, node.padding), torch.bfloat16)
+
+
+def wgmma_gradient(plain: bool, on_load: bool = False, normed: bool = False) -> Alteration:
     """The un-fold sums the partial results as they lie: no launch for that."""
-    k, node = found[0], found[0].node
-    if k.op != "weight gradient" or not isinstance(node, Conv) or k.width < 64 or (node.kernel, node.stride) != (3, 1):
-        return found
-    return (replace(k, rate=assumed(GRADIENT_WGMMA, k.width)),)
+
+    def alter(found: Kernels) -> Kernels:
+        k = found[0]
+        if not covered(k, "weight gradient", plain):
+            return found
+        shape = wgmma_model.of(k)
+        seconds = wgmma_model.gradient_seconds(shape, on_load, normed)
+        return (replace(k, rate=k.flops / seconds, nbytes=k.launch.nbytes + wgmma_model.partial_bytes(shape)),)
+
+    return alter
+
+
+def wgmma_conv(plain: bool, on_load: bool = False) -> Alteration:
+    """Forward and data gradient."""
+
+    def alter(found: Kernels) -> Kernels:
+        k = found[0]
+        if not (covered(k, "conv", plain) or covered(k, "conv gradient", plain)):
+            return found
+        return (replace(k, rate=k.flops / wgmma_model.conv_seconds(wgmma_model.of(k), on_load)), *found[1:])
+
+    return alter
+
+
+def few_rows(found: Kernels) -> Kernels:
+    """A persistent kernel leaves a row of sums a block: none to add before BatchNorm's own kernels."""
+    return tuple(k for k in found if not (k.op == STATISTICS and k.name == ADD_ROWS))
 
 
 def norm_on_load(found: Kernels) -> Kernels:
@@ -106,20 +143,38 @@ class Change:
 
 
 TODAY = Change("as it stands")
-WGMMA = halo(HALO_WGMMA, ANY), wgmma_gradient
 CHANGES = (
     TODAY,
     Change("cuDNN from 128 channels on, what it cannot fuse as passes", (vendor,)),
     Change("halo kernel (mma.sync) up to 32 channels", (halo(HALO, 32),)),
     Change("halo kernel (mma.sync) up to 64 channels", (halo(HALO, 64),)),
     Change("halo kernel (mma.sync), all widths", (halo(HALO, ANY),)),
-    Change("the same, BatchNorm and ReLU applied as it loads", (halo(HALO, ANY), norm_on_load)),
-    Change("weight gradient with wgmma", (wgmma_gradient,)),
-    Change("halo kernel and weight gradient with wgmma", WGMMA),
-    Change("the same, BatchNorm and ReLU applied as it loads", (*WGMMA, norm_on_load)),
-    Change("the same, the gradient of a block's inner BatchNorm too", (*WGMMA, norm_on_load, norm_gradient_on_load)),
+    Change("wgmma: weight gradient, 3x3 at stride 1 from 64 channels on", (wgmma_gradient(True),)),
+    Change("+ forward and data gradient", (wgmma_gradient(True), wgmma_conv(True), few_rows)),
+    Change(
+        "+ BatchNorm and ReLU as they load",
+        (wgmma_gradient(True, True), wgmma_conv(True, True), few_rows, norm_on_load),
+    ),
+    Change(
+        "+ the gradient of a block's inner BatchNorm as they load",
+        (wgmma_gradient(True, True, True), wgmma_conv(True, True), few_rows, norm_on_load, norm_gradient_on_load),
+    ),
+    Change(
+        "+ stride 2, 1x1 and narrow layers",
+        (wgmma_gradient(False, True, True), wgmma_conv(False, True), few_rows, norm_on_load, norm_gradient_on_load),
+    ),
 )
 ROOF = "every planned launch at its roof, nothing beside"
+
+
+def assumptions() -> list[dict[str, object]]:
+    """All that the model assumes, with units and sources."""
+    found = {**recorded.ASSUMED, **wgmma_model.ASSUMED}
+    rows = [{"name": name, "value": one.value, "unit": one.unit, "source": one.source} for name, one in found.items()]
+    for title, rates in (("halo kernel by mma.sync", HALO), ("cuDNN", VENDOR)):
+        rows += [{"name": f"{title}, from {width} channels", "value": 1e12 * rate, "unit": "FLOP/s",
+                  "source": "estimate"} for width, rate in rates.items()]  # fmt: skip
+    return rows
 
 
 def costs(setting: Setting, change: Change, gpu: Gpu) -> list[tuple[Kernel, float]]:
@@ -177,7 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--members", type=int, default=4, help="M = K")
     parser.add_argument("--gpu", nargs="+", default=["h100", "h200"], choices=["h100", "h200"])
     parser.add_argument("--by", choices=["op", "layer"], help="where the time goes as it stands, instead of changes")
+    parser.add_argument("--assumptions", action="store_true", help="print what the model assumes, and nothing else")
     options = parser.parse_args(argv)
+    if options.assumptions:
+        print(table(assumptions(), {name: name for name in ("name", "value", "unit", "source")}))
+        return 0
     print(f"TDiv−SDiv, batch {options.batch}, M = K = {options.members}: predicted, not measured; ±{BAND:.0%}")
     for network in options.networks:
         setting = Setting(network, "tdiv-sdiv", options.batch, options.members)

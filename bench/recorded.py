@@ -16,7 +16,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,15 +37,27 @@ from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
 from fastensdistill.network.nodes import Conv, Network, Node
 from fastensdistill.network.plan import plan
 
-HELD = 0.85  # of the memory's rate, by kernels that do little else
-MULTIPROCESSORS = 132  # of an H100 and of an H200
-# Bytes a second from L2 into all of them together, 50 GB into one, which no kernel exceeds: three quarters of 5,120 a
-# clock at 1.7 GHz; 5.5 to 7.0 are likely. A tile of 128 x 64 then multiplies at 281 TFLOP/s at most.
-L2 = 6.6e12
-ALONE = 0.75  # of that, where one program is all that a multiprocessor holds: it waits or stores a quarter of the time
-STEP = 0.11e-6  # seconds of a multiprocessor for a step of a program: 4 warps of about 180 instructions, 4 a clock
-LEAST = 1.5e-6  # seconds of a kernel that does next to nothing: it starts, waits for memory twice and stores
-GAP = 1.2e-6  # seconds between two nodes of the captured graph, each of which depends on the one before
+
+class Assumption(NamedTuple):
+    """A number that nobody has measured, and why it should be about right."""
+
+    value: float
+    unit: str
+    source: str
+
+
+ASSUMED = {
+    "held": Assumption(0.85, "of the memory's rate", "by kernels that do little else"),
+    "multiprocessors": Assumption(132, "", "of an H100 and of an H200"),
+    # 50 GB into one multiprocessor. A tile of 128 x 64 then multiplies at 281 TFLOP/s at most.
+    "L2": Assumption(6.6e12, "bytes a second", "into all; three quarters of 5,120 a cycle at 1.7 GHz, 5.5-7.0 likely"),
+    "alone": Assumption(0.75, "of that", "a program that has a multiprocessor to itself waits or stores a quarter"),
+    "step": Assumption(0.11e-6, "seconds of a multiprocessor", "a program's: 4 warps of 180 instructions, 4 a cycle"),
+    "least": Assumption(1.5e-6, "seconds", "a kernel that does next to nothing starts, waits for memory twice, stores"),
+    "gap": Assumption(1.2e-6, "seconds", "between two nodes of the captured graph, each depending on the one before"),
+}  # fmt: skip
+HELD, L2, ALONE, STEP, LEAST, GAP = (ASSUMED[name].value for name in ("held", "L2", "alone", "step", "least", "gap"))
+MULTIPROCESSORS = int(ASSUMED["multiprocessors"].value)
 REDUCTIONS = ("batch_norm_statistics_kernel", "batch_norm_coefficients_kernel")
 ADD_ROWS = "add_rows_kernel"  # of a weight gradient's splits, else of BatchNorm's sums
 STATISTICS, WEIGHTS = "norm statistics", "weights and update"

@@ -21,9 +21,8 @@ from torch import Tensor
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
-from fastensdistill.kernels.conv_weight_gradient import WeightGradientOperands, conv_weight_gradient
-from fastensdistill.kernels.elementwise_gradient import GradientEpilogue
-from fastensdistill.kernels.grouped_conv import ConvOperands, grouped_conv
+from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.operands import Window, out_size
 
 ALLOWED = 0.01  # of the largest element: five times what rounding to bf16 leaves of it
@@ -60,28 +59,28 @@ class Case(NamedTuple):
         return " ".join([wgmma.KERNELS[self.op][1], f"{k}x{k} s{stride} {Ci}→{Co} @{H}x{W}x{N}", *self.fused])
 
 
-def fusions(op: Callable[..., Any]) -> list[tuple[str, ...]]:
-    """What a launch can do beside its product, a few at a time; what an op has not is left out."""
-    fields = {
-        grouped_conv: ConvOperands._fields,
-        conv_data_gradient: GradientEpilogue._fields,
-        conv_weight_gradient: WeightGradientOperands._fields,
-    }[op]
-    prologue = [("in_scale", "in_shift"), *([("in_scale", "in_shift", "in_relu")] * ("in_relu" in fields))]
-    if op is conv_weight_gradient:
-        return [(), *prologue]
-    if op is conv_data_gradient:
-        return [(), ("mask", "scale"), ("residual", "residual_first", "mask"), ("mask", "z", "mean", "inv_std")]
-    return [
-        (), ("bias", "relu", "mask"), ("bias", "residual", "next_scale", "next_shift", "mask"), ("residual", "center"),
-        *prologue,
-    ]  # fmt: skip
+ON_LOAD = ("in_scale", "in_shift", "in_relu")
+NORM = ("norm_z", "norm_a", "norm_b", "norm_c")
+SECOND = ("second", "second_weight", "second_stride")
+# What a launch can do beside its product, a few at a time; the last is what is tried on every shape
+FUSIONS: dict[Callable[..., Any], list[tuple[str, ...]]] = {
+    grouped_conv: [
+        (), ("bias", "relu", "mask"), ("bias", "residual", "next_scale", "next_shift", "mask"),
+        ("in_scale", "in_shift"), ON_LOAD, (*SECOND, "second_bias", "bias"), (*ON_LOAD, *SECOND, "center"),
+        ("residual", "center"),
+    ],
+    conv_data_gradient: [
+        (), ("mask", "scale"), ("residual", "residual_first", "mask"), ("z", "mean", "inv_std", *NORM),
+        ("z", "mean", "inv_std", "mask_scale", "mask_shift"), (*SECOND, "mask"), ("mask", "z", "mean", "inv_std"),
+    ],
+    conv_weight_gradient: [(), ON_LOAD, NORM, (*ON_LOAD, *NORM), ("in_scale", "in_shift")],
+}  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
     """All windows on the first shapes, everything fused on the first, and every other shape with its statistics."""
     for op in wgmma.KERNELS:
-        every = fusions(op)
+        every = FUSIONS[op]
         for i, shape in enumerate(SHAPES):
             for window in wgmma.WINDOWS if i % 3 == 1 or i == 0 else wgmma.WINDOWS[:2]:
                 yield Case(op, window, shape, every[-1] if i else ())
@@ -105,20 +104,27 @@ def operands(case: Case) -> Arguments:
 
     options: dict[str, Any] = {"kernel": k, "stride": stride, "padding": padding}
     x, d = half(GROUPS, N, H, W, Ci), half(GROUPS, N, Ho, Wo, Co)
+    made: dict[str, Any] = {"norm_z": half(*d.shape), **{name: draw(GROUPS, Co) for name in NORM[1:]}}
     if case.op is conv_weight_gradient:
-        made = {"in_scale": draw(GROUPS, Ci), "in_shift": draw(GROUPS, Ci), "in_relu": True}
+        made |= {"in_scale": draw(GROUPS, Ci), "in_shift": draw(GROUPS, Ci), "in_relu": True}
         return (x, d), options | {name: made[name] for name in case.fused}
     index = torch.tensor(INDEX, dtype=torch.int32)
     forward = case.op is grouped_conv
     size, channels = ((Ho, Wo), Co) if forward else ((H, W), Ci)
     out = (GROUPS, N, *size, channels)
-    rows = {name: draw(SLOTS, channels) for name in ("bias", "scale", "next_scale", "next_shift", "mean")}
-    made = rows | {
+    made |= {name: draw(SLOTS, channels) for name in ("bias", "scale", "next_scale", "next_shift", "mean")}
+    # the second source is a shortcut: forward at twice the size, back at half of it
+    other = [2 * side - 1 for side in size] if forward else [-(-side // 2) for side in size]
+    made |= {
         "in_scale": draw(SLOTS, Ci), "in_shift": draw(SLOTS, Ci), "residual": half(*out), "z": half(*out),
         # away from the mean, so that one value too few in a sum is seen
         "center": draw(SLOTS, channels) - 3, "inv_std": draw(SLOTS, channels).abs() + 0.5,
+        # powers of two, so that no rounding decides about a sign
+        "mask_scale": torch.where(draw(SLOTS, channels) > 0, 2.0, -0.5), "mask_shift": draw(SLOTS, channels),
         "mask": True if forward else torch.randint(256, (*out[:4], -(-channels // 8)), generator=generator).byte(),
-        "relu": True, "in_relu": True, "residual_first": True,
+        "relu": True, "in_relu": True, "residual_first": True, "second": half(GROUPS, N, *other, 32),
+        "second_weight": half(SLOTS, 1, 32, channels, scale=0.2), "second_bias": draw(SLOTS, channels),
+        "second_stride": 2,
     }  # fmt: skip
     options |= {name: made[name] for name in case.fused}
     # as the packings have it: (taps, Ci, Co), and for the gradient (taps reversed, Co, Ci)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import predictions, recorded
+from bench import predictions, recorded, wgmma_model
 from bench.predictions import CHANGES, TODAY, breakdown, costs, predicted, predicted_launch, seconds
 from bench.recorded import GAP, L2, LEAST, beside, kernels, occupancy
 from bench.setting import Setting
+from bench.wgmma_model import Shape
 from fastensdistill.engine.graph_nodes import count_step
 from fastensdistill.kernels import conv_weight_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
@@ -98,7 +99,7 @@ def test_no_kernel_exceeds_its_ceilings(wide):
             assert k.flops <= time * gpu.flops, k
             assert k.l2 <= time * L2 * (1 + 1e-9), k
             assert k.nbytes <= time * gpu.bandwidth, k
-    for rates in (predictions.HALO, predictions.HALO_WGMMA, predictions.GRADIENT_WGMMA, predictions.VENDOR):
+    for rates in (predictions.HALO, predictions.VENDOR):
         assert max(rates.values()) <= 0.9 * 790
 
 
@@ -166,3 +167,78 @@ def test_every_change_has_a_row(capsys):
     assert out.count(" as it stands ") == 2
     assert predictions.main(["--networks", "wrn28_1", "--batch", "32", "--gpu", "h100", "--by", "layer"]) == 0
     assert "weight gradient 3x3 s1 64→64 @8" in capsys.readouterr().out
+
+
+SQUARE = Shape(4, 512, 3, 1, 64, 64, 32, 32)
+
+
+def rate(shape, seconds):
+    """TFLOP/s."""
+    flops = 2 * shape.G * shape.N * shape.height * shape.width * shape.channels * shape.out_channels * shape.kernel**2
+    return flops / shape.stride**2 / seconds / 1e12
+
+
+def test_a_wgmma_convolution_by_hand():
+    """36 products of 128 cycles make 64 channels of 256 positions; 8,192 such tiles are 31.03 waves of pairs."""
+    pair = 2 * 36 * 128 / 0.8
+    assert wgmma_model.wide_cycles(SQUARE, False) == pytest.approx(32 * pair)
+    assert wgmma_model.wide_cycles(SQUARE, True) == pytest.approx(32 * pair), (
+        "loading hides behind the other's products"
+    )
+    assert 540 < rate(SQUARE, wgmma_model.conv_seconds(SQUARE)) < 700
+    # 16 channels: an instruction reads 80 rows of 32 bytes, 20 cycles; a box of 12.8 KB arrives, 8 KB are staged twice
+    narrow = replace(SQUARE, channels=16, out_channels=16)
+    tile = (36 * 20 + (400 * 32 + 2 * 256 * 32) / 128) / 0.8
+    assert wgmma_model.narrow_cycles(narrow, False) == pytest.approx(-(-8192 // 132) * max(tile, 1100 / 4))
+    assert wgmma_model.narrow_cycles(narrow, True) > wgmma_model.narrow_cycles(narrow, False)
+    for channels, least, most in ((128, 560, 690), (256, 580, 710)):
+        side = 2048 // channels
+        wide = replace(SQUARE, channels=channels, out_channels=channels, height=side, width=side)
+        assert least < rate(wide, wgmma_model.conv_seconds(wide)) < most
+
+
+def test_a_wgmma_weight_gradient_by_hand():
+    """Splits that fill the multiprocessors: 33, 8 and 2, as many as blocks leave room for."""
+    for channels, splits in ((64, 33), (128, 8), (256, 2)):
+        side = 2048 // channels
+        shape = replace(SQUARE, channels=channels, out_channels=channels, height=side, width=side)
+        cut = wgmma_model.gradient_cut(shape)
+        assert (cut.splits, cut.products, cut.columns, cut.blocks) == (splits, 3, 192, (channels // 64) ** 2)
+        # 16 times 16 positions in a tile, three products of 96 cycles each, and three tiles' time beside
+        own = (-(-cut.tiles // splits) + 3) * 16 * 3 * 96 / 0.8
+        assert wgmma_model.gradient_seconds(shape) == pytest.approx(own / 1.47e9)
+        assert 560 < rate(shape, wgmma_model.gradient_seconds(shape)) < 700
+    assert wgmma_model.partial_bytes(SQUARE) == 2 * 4 * 33 * 4 * 9 * 64 * 64
+
+
+def test_tiles_that_reach_past_an_image_are_counted():
+    assert [wgmma_model.tiles(2, *size) for size in ((32, 32), (16, 16), (8, 8))] == [8, 2, 1]
+    assert wgmma_model.tiles(2, 12, 20) == 3, "2 images of 12 rows and 8 columns; 20 columns are three tiles' 24"
+    assert wgmma_model.tiles(1, 33, 8) == 2
+    odd = replace(SQUARE, height=12, width=20)
+    assert rate(odd, wgmma_model.conv_seconds(odd)) < 0.65 * rate(SQUARE, wgmma_model.conv_seconds(SQUARE))
+
+
+def test_every_assumption_says_where_it_comes_from(capsys):
+    assert predictions.main(["--assumptions"]) == 0
+    printed = capsys.readouterr().out
+    for name, one in (*recorded.ASSUMED.items(), *wgmma_model.ASSUMED.items()):
+        assert name in printed
+        assert len(one.source) > 10
+        assert one.source in printed
+
+
+def test_wgmma_alters_what_it_covers(wide):
+    """Each step of the table takes less time, and the stem, whose three channels no kernel covers, stays as it is."""
+    for op, change in (("conv", predictions.wgmma_conv), ("weight gradient", predictions.wgmma_gradient)):
+        (stem, *_) = of(wide, op, "3x3 s1 3→16 @32")
+        assert change(False)(stem) == stem
+        (strided, *_) = of(wide, op, "3x3 s2 64→128 @32")
+        assert change(True)(strided) == strided
+        assert change(False)(strided)[0].seconds(H100) < strided[0].seconds(H100)
+        (square, *_) = of(wide, op, "3x3 s1 64→64 @32")
+        assert change(True)(square)[0].seconds(H100) < 0.7 * square[0].seconds(H100)
+    (sums, *_) = of(wide, recorded.STATISTICS, "64 channels @32")
+    assert [k.name for k in predictions.few_rows(sums)] == [recorded.REDUCTIONS[0]]
+    steps = [seconds(WIDE, change, H100) for change in CHANGES if change is TODAY or "+" in change.title]
+    assert steps == sorted(steps, reverse=True)
