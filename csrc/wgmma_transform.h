@@ -62,7 +62,7 @@ FED_HD uint32_t pack_open_pair(float first, float second) {
 // `first` is where the box begins among the positions of its phase, which end at `end`. What f writes is published.
 template <int ROW, int BATCH, class Block, class F>
 FED_HD void transform_box(
-    const Block& block, int box, const BoxPositions& positions, TileCorner first, TileCorner end, F f) {
+    Block& block, int box, const BoxPositions& positions, TileCorner first, TileCorner end, F f) {
   constexpr int STEP = 2048 / ROW;
   block.each([&](int thread) {
     const int start = thread / (ROW / 16);
@@ -82,12 +82,11 @@ FED_ROLLED
   block.publish();
 }
 
-// u = scale · z + shift, and its ReLU.
-template <int ROW, class Block>
+// u = scale · z + shift, and its ReLU. A larger BATCH waits less and takes more registers: four each.
+template <int ROW, int BATCH = 4, class Block>
 FED_HD void normalise_box(
-    const Block& block, int box, const BoxPositions& positions, TileCorner first, TileCorner end,
+    Block& block, int box, const BoxPositions& positions, TileCorner first, TileCorner end,
     typename Block::template PerThread<Normalisation>& by, bool relu) {
-  constexpr int BATCH = 4;
   const auto apply = [&](auto pair) {
     transform_box<ROW, BATCH>(block, box, positions, first, end, [&](int thread, int piece, auto inside) {
       const Normalisation& n = by[thread];
@@ -96,7 +95,7 @@ FED_HD void normalise_box(
 FED_UNROLL
       for (int i = 0; i < BATCH; ++i) {
         in[i] = inside(i);
-        if (in[i]) words[i] = load_words(block.template at<char>(piece + i * 2048));
+        if (in[i]) words[i] = block.template read<Words>(thread, piece + i * 2048);
       }
 FED_UNROLL
       for (int i = 0; i < BATCH; ++i) {
@@ -107,7 +106,7 @@ FED_UNROLL
         for (int j = 0; j < 8; ++j) value[j] = value[j] * n.scale[j] + n.shift[j];
 FED_UNROLL
         for (int j = 0; j < 4; ++j) words[i].word[j] = pair(value[2 * j], value[2 * j + 1]);
-        store_words(block.template at<char>(piece + i * 2048), words[i]);
+        block.write(thread, piece + i * 2048, words[i]);
       }
     });
   };
@@ -119,11 +118,10 @@ FED_UNROLL
 }
 
 // In the place of d: a · d + b · z + c, z being in a box of the same form at `z_box`, a multiple of 1024 bytes away.
-template <int ROW, class Block>
+template <int ROW, int BATCH = 2, class Block>
 FED_HD void norm_gradient_box(
-    const Block& block, int box, int z_box, const BoxPositions& positions, TileCorner first, TileCorner end,
+    Block& block, int box, int z_box, const BoxPositions& positions, TileCorner first, TileCorner end,
     typename Block::template PerThread<NormGradient>& by) {
-  constexpr int BATCH = 2;
   transform_box<ROW, BATCH>(block, box, positions, first, end, [&](int thread, int piece, auto inside) {
     const NormGradient& n = by[thread];
     Words d[BATCH], z[BATCH];
@@ -132,8 +130,8 @@ FED_UNROLL
     for (int i = 0; i < BATCH; ++i) {
       in[i] = inside(i);
       if (!in[i]) continue;
-      d[i] = load_words(block.template at<char>(piece + i * 2048));
-      z[i] = load_words(block.template at<char>(piece + z_box - box + i * 2048));
+      d[i] = block.template read<Words>(thread, piece + i * 2048);
+      z[i] = block.template read<Words>(thread, piece + z_box - box + i * 2048);
     }
 FED_UNROLL
     for (int i = 0; i < BATCH; ++i) {
@@ -143,7 +141,7 @@ FED_UNROLL
       unpack(z[i], other);
 FED_UNROLL
       for (int j = 0; j < 8; ++j) value[j] = value[j] * n.d[j] + (other[j] * n.z[j] + n.constant[j]);
-      store_words(block.template at<char>(piece + i * 2048), pack(value));
+      block.write(thread, piece + i * 2048, pack(value));
     }
   });
 }

@@ -15,8 +15,12 @@ struct OneByOne {
   char* shared;
   int* published;
   template <class V>
-  V* at(int offset) const {
-    return reinterpret_cast<V*>(shared + offset);
+  V read(int, int offset) const {
+    return *reinterpret_cast<const V*>(shared + offset);
+  }
+  template <class V>
+  void write(int, int offset, const V& value) const {
+    *reinterpret_cast<V*>(shared + offset) = value;
   }
   template <class F>
   void each(F f) const {
@@ -26,7 +30,7 @@ struct OneByOne {
 };
 
 template <int ROW>
-void transform(const OneByOne& block, const BoxPositions& positions, const int* n, const float* const* rows) {
+void transform(OneByOne& block, const BoxPositions& positions, const int* n, const float* const* rows) {
   const TileCorner first{n[2], n[3], n[4]}, end{n[5], n[6], n[7]};
   const int slot = n[8], channel = n[9], channels = n[10];
   const auto load = [&](int which, int thread, float(&value)[8]) {
@@ -57,7 +61,7 @@ void transform(const OneByOne& block, const BoxPositions& positions, const int* 
 extern "C" int transform_box(
     int row, char* shared, int lines, int columns, int images, const int* n, const float* const* rows) {
   int published = 0;
-  const OneByOne block{shared, &published};
+  OneByOne block{shared, &published};
   const BoxPositions positions{lines * columns, divisor(columns), divisor(images)};
   row == 32 ? transform<32>(block, positions, n, rows)
   : row == 64 ? transform<64>(block, positions, n, rows)
