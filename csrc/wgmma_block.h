@@ -13,6 +13,8 @@
 // where bits are as many of the address bits from 7 on as p has.
 #pragma once
 
+#include <type_traits>
+
 #include "tensor_core.h"
 #include "wgmma_instructions.h"
 
@@ -302,6 +304,19 @@ struct WgmmaBlock {
 //   void begin(Block&) const                  one thread: init for every barrier
 //   void produce(Block&) const                the producer
 //   void consume(Block&) const                a warpgroup, block.number of CONSUMERS
+// With PREPARES = true, instead of produce:
+//   void prepare(Block&) const                the producer's warpgroup, all of it: its thread 0 asks for boxes, and all
+//                                             change on load what others multiply. With a warpgroup more than these, no
+//                                             thread could begin with the registers of a wide accumulator.
+template <class Kernel, class = void>
+struct Prepares {
+  static constexpr bool value = false;
+};
+template <class Kernel>
+struct Prepares<Kernel, std::void_t<decltype(Kernel::PREPARES)>> {
+  static constexpr bool value = Kernel::PREPARES;
+};
+
 // Whether the registers that a block starts with suffice for what its roles ask for: else they wait for them forever.
 template <class Kernel>
 constexpr bool registers_suffice() {

@@ -23,7 +23,11 @@ __global__ void __launch_bounds__(128 * (1 + Kernel::CONSUMERS), 1)
   __syncthreads();
   if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kernel::PRODUCER_REGISTERS));
-    if (threadIdx.x == 0) kernel.produce(block);
+    if constexpr (Prepares<Kernel>::value) {
+      kernel.prepare(block);
+    } else {
+      if (threadIdx.x == 0) kernel.produce(block);
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kernel::CONSUMER_REGISTERS));
     kernel.consume(block);

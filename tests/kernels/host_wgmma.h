@@ -380,10 +380,12 @@ int run_wgmma(const Kernel& kernel) {
           HostWgmmaBlock& block = *blocks[role];
           attempt([&] {
             block.start();
-            if (role == 0) {
-              kernel.produce(block);
-            } else {
+            if (role != 0) {
               kernel.consume(block);
+            } else if constexpr (Prepares<Kernel>::value) {
+              kernel.prepare(block);
+            } else {
+              kernel.produce(block);
             }
             block.end();
           });
