@@ -4,7 +4,8 @@
 
 A kernel that was only ever compiled can compute the wrong thing, crash, or wait for ever. None of that may happen to a
 run, so ``python -m fastensdistill.kernels.prove`` tries them in a process of its own with a time limit, and whatever
-ends otherwise than well means that Triton computes instead. The outcome is remembered in a file by the library, the
+ends otherwise than well means that Triton computes instead. Where the first layout of tiles is wrong, the one that is
+right on every device is tried, and kept (``wgmma.in_copies``). The outcome is remembered in a file by the library, the
 device, the driver and the version of PyTorch. ``FASTENSDISTILL_WGMMA=off`` refuses the kernels, ``trusted`` takes them
 without a proof.
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 
@@ -37,7 +38,15 @@ SWITCH, SWITCHED = "FASTENSDISTILL_WGMMA", ("off", "trusted")
 LIMIT = 120.0  # seconds: PyTorch from a cold disk, the device's context, and small launches
 COMMAND = (sys.executable, "-m", "fastensdistill.kernels.prove")
 AGAIN = "python -m fastensdistill.engine.proof"
+UNDONE = "not done"
 NOTHING = ""  # to say: there is nothing that could have been used
+
+
+class Outcome(NamedTuple):
+    """Of a proof."""
+
+    trouble: str  # why the kernels are not proven, "" where they are
+    copies: bool = False  # they are as long as they hold copies of tiles
 
 
 def trouble(device: torch.device) -> str | None:
@@ -59,23 +68,25 @@ def _trouble(device: torch.device) -> str | None:
         if switch not in ("", *SWITCHED):
             raise unknown(f"value of {SWITCH}", switch, SWITCHED)
     own = identity(device)
-    first, found = from_first((own, _of_one(device, own, switch) if rank() == 0 else None))
+    first, (found, copies) = from_first((own, _of_one(device, own, switch) if rank() == 0 else (None, False)))
+    wgmma.keep_copies(wgmma.copies() or copies)
     if found is None and own != first:
         found = f"process {rank()} has another device or version than the one on which they were proven"
     return anyone(found)
 
 
-def _of_one(device: torch.device, own: dict[str, str], switch: str) -> str | None:
+def _of_one(device: torch.device, own: dict[str, str], switch: str) -> tuple[str | None, bool]:
+    """The trouble, and whether the kernels are to hold copies."""
     major, minor = torch.cuda.get_device_capability(device)
     if not _any_built(10 * major + minor):
-        return NOTHING
+        return NOTHING, False
     if switch:
-        return None if switch == "trusted" else f"{SWITCH}=off"
+        return None if switch == "trusted" else f"{SWITCH}=off", False
     found = remembered(own)
     if found is None:
-        found = prove(device, COMMAND)
+        found = settle(device)
         remember(own, found)
-    return found or None
+    return found.trouble or None, found.copies
 
 
 def _any_built(arch: int) -> bool:
@@ -104,7 +115,9 @@ def state(device: torch.device) -> str:
     found = remembered(identity(device))
     if found is None:
         return f"not tried yet; the next run with the fused engine does, or {AGAIN}"
-    return f"not proven ({found}; again: {AGAIN})" if found else "proven"
+    if found.trouble:
+        return f"not proven ({found.trouble}; again: {AGAIN})"
+    return "proven, with copies of tiles" if found.copies else "proven"
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -137,19 +150,27 @@ def file_of(own: dict[str, str]) -> Path:
     return cache_folder() / f"wgmma-{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
 
-def remembered(own: dict[str, str]) -> str | None:
-    """The outcome that was remembered for ``own``, "" where it was well; None where there is none to read."""
+def remembered(own: dict[str, str]) -> Outcome | None:
+    """The outcome that was remembered for ``own``; None where there is none to read."""
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
         row = json.loads(file_of(own).read_text())
         if row.get("of") == own and isinstance(row.get("trouble"), str):
-            return str(row["trouble"])
+            return Outcome(row["trouble"], row.get("copies") is True)
     return None
 
 
-def remember(own: dict[str, str], found: str) -> None:
+def remember(own: dict[str, str], found: Outcome) -> None:
     """Keep an outcome; where nothing can be written it is found again by the next process."""
     with contextlib.suppress(InputError, OSError, RuntimeError):
-        write_atomically(file_of(own), (json.dumps({"of": own, "trouble": found}, indent=1) + "\n").encode())
+        write_atomically(file_of(own), (json.dumps({"of": own} | found._asdict(), indent=1) + "\n").encode())
+
+
+def settle(device: torch.device, echo: IO[str] | None = None) -> Outcome:
+    """Prove the kernels; where something is wrong or ends the process, once more with copies."""
+    found = prove(device, COMMAND, echo=echo)
+    if found and not found.startswith(UNDONE) and not prove(device, [*COMMAND, "--copies"], echo=echo):
+        return Outcome("", True)
+    return Outcome(found)
 
 
 def prove(device: torch.device, command: Sequence[str], limit: float = LIMIT, echo: IO[str] | None = None) -> str:
@@ -183,7 +204,7 @@ def prove(device: torch.device, command: Sequence[str], limit: float = LIMIT, ec
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1][-200:] if lines else "no output"
     if code is None:
-        return one_line(f"not done after {limit:.0f} s, last: {last}")
+        return one_line(f"{UNDONE} after {limit:.0f} s, last: {last}")
     if code < 0:
         names = {one.value: one.name for one in signal.Signals}
         return one_line(f"killed by {names.get(-code, f'signal {-code}')}, last: {last}")
@@ -198,10 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         print(f"error: there is no CUDA device {device}", file=sys.stderr)
         return 2
-    found = prove(device, COMMAND, echo=sys.stdout)
+    found = settle(device, sys.stdout)
     remember(identity(device), found)
-    print(f"not proven: {found}" if found else f"proven on {torch.cuda.get_device_name(device)}")
-    return 1 if found else 0
+    print(f"{torch.cuda.get_device_name(device)}: {state(device)}")
+    return 1 if found.trouble else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Every kind of wgmma kernel on small shapes against its reference in float64, in a process that may die of it.
 
-    python -m fastensdistill.kernels.prove [--device cuda]
+    python -m fastensdistill.kernels.prove [--device cuda] [--copies]
 
 One line for each launch, which where it is wrong names the element that is furthest off. New memory starts as NaN,
 every launch runs twice, and both runs have to agree bit for bit. The exit status is 0 where all is
 right, 1 where something is not, 2 where the extension has no such kernels for the device. ``engine.proof`` starts it
-before these kernels are used in a run.
+before these kernels are used in a run. ``--copies`` tries the layout that is right on every device
+(``wgmma.in_copies``).
 """
 
 from __future__ import annotations
@@ -205,7 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status as above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args(argv).device)
+    parser.add_argument("--copies", action="store_true")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    with wgmma.in_copies(options.copies):
+        return prove(device)
+
+
+def prove(device: torch.device) -> int:
+    """Try all that there is for ``device``, a line each; the exit status."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         present = [op for op in wgmma.KERNELS if wgmma.built(op, 10 * major + minor)]

@@ -50,6 +50,12 @@ def in_copies(wanted: bool = True) -> Iterator[None]:
         _copies = before
 
 
+def keep_copies(wanted: bool) -> None:
+    """From here on launches are made as within :func:`in_copies`, or not."""
+    global _copies
+    _copies = wanted
+
+
 def copies() -> bool:
     """Whether launches are made as within :func:`in_copies`."""
     return _copies

@@ -11,6 +11,7 @@ import torch
 
 from fastensdistill.engine import dispatch, proof, select
 from fastensdistill.engine.dispatch import PREDICTED, Choice, Dispatch
+from fastensdistill.engine.proof import Outcome
 from fastensdistill.engine.select import EngineChoice
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import extension, prove, wgmma
@@ -44,6 +45,7 @@ def device(monkeypatch, tmp_path):
     proof._trouble.cache_clear()
     yield CUDA
     proof._trouble.cache_clear()
+    wgmma.keep_copies(False)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_an_outcome_is_remembered_for_this_library_device_driver_and_version(
     monkeypatch, device, tmp_path, code, right
 ):
     mark = tmp_path / "runs"
-    counted = f"open({str(mark)!r}, 'a').write('x')\n{code}"
+    counted = f"import sys\nif '--copies' not in sys.argv: open({str(mark)!r}, 'a').write('x')\n{code}"
     monkeypatch.setattr(proof, "COMMAND", command(counted))
     for runs, own in ((1, OWN), (1, OWN), (2, OWN | {"driver": "1.3"}), (3, OWN | {"library": "abd"}), (3, OWN)):
         monkeypatch.setattr(proof, "identity", lambda device, own=own: own)
@@ -97,20 +99,38 @@ def test_an_outcome_is_remembered_for_this_library_device_driver_and_version(
 
 @pytest.mark.parametrize("spoil", ["{", '{"of": {}, "trouble": ""}', '{"trouble": 1}', "[]"])
 def test_a_file_that_says_nothing_about_this_device_is_no_proof(monkeypatch, device, spoil):
-    proof.remember(OWN, "")
-    assert proof.remembered(OWN) == ""
+    proof.remember(OWN, Outcome("", True))
+    assert proof.remembered(OWN) == Outcome("", True)
     proof.file_of(OWN).write_text(spoil)
     assert proof.remembered(OWN) is None
-    monkeypatch.setattr(proof, "prove", lambda *_: "no")
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: "no")
     assert proof.trouble(device) == "no"
-    assert proof.remembered(OWN) == "no"
+    assert proof.remembered(OWN) == Outcome("no")
+
+
+def test_where_the_first_layout_is_wrong_the_other_is_kept(monkeypatch, device):
+    monkeypatch.setattr(proof, "COMMAND", command(f"import sys\nif '--copies' not in sys.argv: {WRONG}"))
+    assert proof.trouble(device) is None
+    assert wgmma.copies()
+    assert proof.state(device) == "proven, with copies of tiles"
+    wgmma.keep_copies(False)
+    proof._trouble.cache_clear()
+    assert proof.trouble(device) is None
+    assert wgmma.copies(), "it is remembered"
+
+
+def test_what_does_not_end_is_not_tried_again(monkeypatch, device):
+    calls: list[object] = []
+    monkeypatch.setattr(proof, "prove", lambda *given, **_: untyped(calls).append(given) or "not done after 120 s")
+    assert proof.trouble(device) == "not done after 120 s"
+    assert len(calls) == 1
 
 
 def test_where_nothing_can_be_written_it_is_proven_again(monkeypatch, device, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     calls: list[object] = []
-    monkeypatch.setattr(proof, "prove", lambda *_: untyped(calls).append(1) or "")
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: untyped(calls).append(1) or "")
     for count in (1, 2):
         proof._trouble.cache_clear()
         assert proof.trouble(device) is None
@@ -119,7 +139,7 @@ def test_where_nothing_can_be_written_it_is_proven_again(monkeypatch, device, tm
 
 
 def test_the_switch(monkeypatch, device):
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("nothing is to be proven"))
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: pytest.fail("nothing is to be proven"))
     monkeypatch.setenv(proof.SWITCH, "off")
     assert proof.trouble(device) == "FASTENSDISTILL_WGMMA=off"
     assert proof.state(device) == "not asked about, FASTENSDISTILL_WGMMA=off"
@@ -137,7 +157,7 @@ def test_the_switch(monkeypatch, device):
 
 
 def test_nothing_is_proven_where_there_is_nothing_to_prove(monkeypatch, device):
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("nothing is to be proven"))
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: pytest.fail("nothing is to be proven"))
     assert proof.trouble(torch.device("cpu")) == ""
     assert proof.state(device).startswith("not tried yet; the next run")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -153,11 +173,13 @@ def test_nothing_is_proven_where_there_is_nothing_to_prove(monkeypatch, device):
 
 def test_of_several_processes_the_first_proves(monkeypatch, device):
     """The others take its outcome where their GPU is of the same kind, and all take what is worst."""
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("process 1 proves nothing"))
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: pytest.fail("process 1 proves nothing"))
     monkeypatch.setattr(proof, "rank", lambda: 1)
     told: list[object] = []
     monkeypatch.setattr(proof, "anyone", lambda found: untyped(told).append(found) or found)
-    for first, found in (((OWN, None), None), ((OWN, "wrong"), "wrong"), ((OWN | {"device": "H200"}, None), "process")):
+    given = (OWN, None), (OWN, "wrong"), (OWN | {"device": "H200"}, None)
+    for identity, found in given:
+        first = identity, (found, False)
         monkeypatch.setattr(proof, "from_first", lambda value, first=first: first)
         proof._trouble.cache_clear()
         own = proof.trouble(device)
@@ -168,7 +190,7 @@ def test_of_several_processes_the_first_proves(monkeypatch, device):
 def test_engines_are_told(monkeypatch, device):
     """The proof comes before the check of a step, where processes are not alone yet; why not is part of the line."""
     order: list[str] = []
-    monkeypatch.setattr(proof, "prove", lambda *_: untyped(order).append("prove") or "killed by SIGABRT")
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: untyped(order).append("prove") or "killed by SIGABRT")
 
     class Step:
         implementations, rate, dtype = Dispatch(), torch.zeros(()), torch.bfloat16
@@ -182,7 +204,7 @@ def test_engines_are_told(monkeypatch, device):
 
     choice = EngineChoice("fused", "every layer has a kernel")
     _, made = untyped(select.fused_step)(Config, choice, device, verify, Step)
-    assert order == ["prove", "verify"]
+    assert order == ["prove", "prove", "verify"], "twice, the second time with copies"
     assert "not proven on this device (killed by SIGABRT; again: " in str(made)
     assert "\n" not in str(made)
 
