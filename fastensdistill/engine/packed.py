@@ -34,7 +34,6 @@ from fastensdistill.kernels.branch_rows import branch_rows
 from fastensdistill.kernels.conv_data_gradient import flip_weight
 from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pack import pack_weights
-from fastensdistill.network.build import folded, sole
 from fastensdistill.network.fold import Parameters, image_scale_shift, layer_weights, norm_scale_shift
 from fastensdistill.network.launch import Part
 from fastensdistill.network.nodes import Affine, Conv, Layer, Node, Norm, Shape
@@ -72,8 +71,8 @@ def packed_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def carried_norm(part: Part, layer: Layer) -> Norm | None:
     """The BatchNorm that the weights of ``layer`` contain."""
-    user = sole(part.network, layer.name)
-    return user if isinstance(user, Norm) and folded(part, user) else None
+    user = part.network.sole(layer.name)
+    return user if isinstance(user, Norm) and part.folded(user) else None
 
 
 ALIGNMENT = 32  # values: what there is per channel starts at a multiple of 128 bytes, as an allocation of its own would
@@ -98,7 +97,7 @@ class PackedWeights:
         nodes, layers, norms = part.network.nodes, part.network.layers, part.network.norms
         self.carried = {layer.name: carried_norm(part, layer) for layer in layers}
         scaled: list[Node] = [node for node in nodes if isinstance(node, Affine)]
-        scaled += [norm for norm in norms if not (part.training or folded(part, norm))]
+        scaled += [norm for norm in norms if not (part.training or part.folded(norm))]
         channels = {f"{layer.name}.bias": layer.shape[0] for layer in layers if layer.bias or self.carried[layer.name]}
         channels |= {f"{node.name}.{kind}": node.shape[0] for node in scaled for kind in ("scale", "shift")}
         sizes = [-(-slots * C // ALIGNMENT) * ALIGNMENT for C in channels.values()]

@@ -16,11 +16,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.engine.common import micro_batch_momentum
+from fastensdistill.engine.op_arguments import (
+    find,
+    flat,
+    geometry,
+    gradient_epilogue,
+    kinds_of,
+    loaded,
+    residual,
+    second,
+    through_norm,
+)
 from fastensdistill.engine.packed import unpack_gradient
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
@@ -30,52 +41,18 @@ from fastensdistill.kernels.head_backward import head_backward
 from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pool import max_pool, max_pool_backward
 from fastensdistill.kernels.reference import shortcut
-from fastensdistill.network.launch import INPUT, Launch, Step, grad, grad_sums, index, pooled, statistics, sums
-from fastensdistill.network.nodes import Conv, Layer, Norm, Pad, Pool
-
-
-def find(launch: Launch, kind: str) -> Step | None:
-    """The first step of a launch's epilogue of this kind, if there is one."""
-    for step in launch.epilogue:
-        if step.kind == kind:
-            return step
-    return None
-
-
-def kinds_of(launch: Launch) -> list[str]:
-    """The kinds of the epilogue's steps, in order."""
-    return [step.kind for step in launch.epilogue]
-
-
-def flat(x: Tensor, node: Layer) -> Tensor:
-    """A linear layer's input as one position with all values."""
-    return x if isinstance(node, Conv) else x.flatten(2)[:, :, None, None, :].contiguous()
-
-
-def geometry(node: Layer) -> dict[str, int]:
-    """Kernel, stride and padding, as the ops take them; a linear layer is a 1x1 convolution."""
-    if isinstance(node, Conv):
-        return {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
-    return {"kernel": 1}
-
-
-def residual(run: PartRun, launch: Launch) -> dict[str, Any]:
-    """What an epilogue adds, as the ops take it."""
-    step = find(launch, "add")
-    return {"residual": run.read(step.arg), "residual_stride": step.stride} if step else {}
-
-
-def gradient_epilogue(run: PartRun, launch: Launch) -> dict[str, Any]:
-    """Residual, mask and sums of a gradient; not its scale, of which one op takes a row per slot, another per group."""
-    kinds, options = kinds_of(launch), residual(run, launch)
-    if options:
-        later = kinds[kinds.index("add") :]
-        options["residual_first"] = "mask" in later or "scale" in later
-    if mask := find(launch, "mask"):
-        options["mask"] = run.read(mask.arg)
-    if norm := find(launch, "sums"):
-        options |= {"z": run.read(run.node(norm.arg).inputs[0]), **run.statistics(norm.arg)}
-    return options
+from fastensdistill.network.launch import (
+    INPUT,
+    Launch,
+    coefficients,
+    grad,
+    grad_sums,
+    index,
+    pooled,
+    statistics,
+    sums,
+)
+from fastensdistill.network.nodes import Norm, Pad, Pool
 
 
 def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | None) -> None:
@@ -88,11 +65,9 @@ def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | No
 def conv(run: PartRun, launch: Launch) -> None:
     """A convolution or linear layer, with what is fused before and after it."""
     node, layer, kinds = run.layer(launch), run.weights.layers[launch.node], kinds_of(launch)
-    options = residual(run, launch)
-    for step in launch.prologue:
-        options["in_scale"], options["in_shift"] = run.weights.scale_shift[step.arg]
-    if second := find(launch, "scale_shift"):
-        options["next_scale"], options["next_shift"] = run.weights.scale_shift[second.arg]
+    options = {**residual(run, launch), **loaded(run, launch, by_slot=True), **second(run, launch, backward=False)}
+    if following := find(launch, "scale_shift"):
+        options["next_scale"], options["next_shift"] = run.weights.scale_shift[following.arg]
     if norm := find(launch, "sums"):
         options["center"] = run.weights.norms[norm.arg].running_mean
     result = run.implementation(launch, grouped_conv)(
@@ -106,7 +81,7 @@ def conv(run: PartRun, launch: Launch) -> None:
         **geometry(node),
         **options,
     )
-    run.write(launch.steps("store"), *(result[:2] if second else result[:1]))
+    run.write(launch.steps("store"), *(result[:2] if following else result[:1]))
     run.write(launch.steps("bits"), *([result.mask] if "bits" in kinds else []))
     if norm:
         run.buffers[sums(norm.arg)] = result.statistics
@@ -129,6 +104,8 @@ def conv_gradient(run: PartRun, launch: Launch) -> None:
         precision=run.precision,
         **shape,
         **options,
+        **through_norm(run, launch),
+        **second(run, launch, backward=True),
     )
     write_gradient(run, launch, result.d, result.statistics)
 
@@ -145,9 +122,7 @@ def flat_gradient(run: PartRun, launch: Launch) -> None:
 def weight_gradient(run: PartRun, launch: Launch) -> None:
     """The gradient of a layer's weight, and of its bias."""
     node, d = run.layer(launch), run.read(launch.reads[1])
-    prologue: dict[str, Any] = {}
-    for step in launch.prologue:
-        prologue["in_scale"], prologue["in_shift"] = run.scale_shift(step.arg)
+    prologue = {**loaded(run, launch, by_slot=False), **through_norm(run, launch)}
     x = flat(run.buffers[launch.reads[0]], node)
     op = run.implementation(launch, conv_weight_gradient)
     out = run.gradient(f"{node.name}.weight")
@@ -233,6 +208,18 @@ def norm_gradient(run: PartRun, launch: Launch) -> None:
         d_weight=run.gradient(f"{name}.weight"), d_bias=run.gradient(f"{name}.bias"), add=run.add,
     )  # fmt: skip
     run.write(launch.steps("store"), *([result.d] if launch.epilogue else []))
+    if run.gradient(f"{name}.weight") is None:
+        run.buffers[grad(f"{name}.weight")], run.buffers[grad(f"{name}.bias")] = result.d_weight, result.d_bias
+
+
+def norm_coefficients(run: PartRun, launch: Launch) -> None:
+    """What a gradient is multiplied by where it goes through a BatchNorm on load; its scale's and shift's gradients."""
+    name, partial = launch.node, run.read(launch.reads[0])
+    result = batch_norm_coefficients(
+        partial, run.count(name), run.weights.norms[name].weight, **run.statistics(name),
+        d_weight=run.gradient(f"{name}.weight"), d_bias=run.gradient(f"{name}.bias"), add=run.add,
+    )  # fmt: skip
+    run.buffers[coefficients(name)] = result
     if run.gradient(f"{name}.weight") is None:
         run.buffers[grad(f"{name}.weight")], run.buffers[grad(f"{name}.bias")] = result.d_weight, result.d_bias
 
@@ -358,6 +345,7 @@ OPS: dict[str, Callable[[PartRun, Launch], None]] = {
     "elementwise gradient": gradient_steps,
     "norm sums gradient": norm_sums_gradient,
     "norm gradient": norm_gradient,
+    "norm coefficients": norm_coefficients,
     "pool": pool,
     "pool gradient": pool_gradient,
     "pad": pad,

@@ -3,6 +3,7 @@
     dβ = Σ u,   dγ = Σ u · x̂,   x̂ = (z − mean) · inv_std            (u: the gradient of its output)
     dz = A·u + B·z + C (+ residual),   A = γ·inv_std,   B = −A·inv_std·dγ/n,   C = −A·dβ/n − B·mean
 
+``batch_norm_coefficients`` leaves A, B and C to a convolution's gradients that apply them as they load u and z.
 The sums come with u out of ``conv_data_gradient``, ``head_backward`` or ``elementwise_gradient``: (G, P, 2, C) in
 float32, added in a fixed order.
 """
@@ -45,23 +46,56 @@ class NormGradient(NamedTuple):
     d_bias: Tensor
 
 
-def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:
-    high = accumulator(o.d.dtype)
+class CoefficientOperands(NamedTuple):
+    """What ``batch_norm_coefficients`` takes: those of :class:`NormBackwardOperands` that are per channel."""
+
+    partials: Tensor
+    values: int
+    weight: Tensor
+    mean: Tensor
+    inv_std: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    add: bool
+
+
+class NormCoefficients(NamedTuple):
+    """A, B and C of the equations, and gradients of the scale and the shift: all (Q, C) float32."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+def batch_norm_coefficients_reference(o: CoefficientOperands) -> tuple[Tensor, Tensor, Tensor]:
     first, second = set_sums(o.partials, o.weight.shape[0])
     a = o.weight * o.inv_std
     b = -a * o.inv_std * second / o.values
     c = -a * first / o.values - b * o.mean
+    leave(second, o.d_weight, o.add)
+    leave(first, o.d_bias, o.add)
+    return a, b, c
+
+
+def per_channel(o: NormBackwardOperands) -> CoefficientOperands:
+    """Those of the operands that the coefficients depend on."""
+    return CoefficientOperands(o.partials, o.values, o.weight, o.mean, o.inv_std, o.d_weight, o.d_bias, o.add)
+
+
+def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:
+    high = accumulator(o.d.dtype)
+    a, b, c = batch_norm_coefficients_reference(per_channel(o))
     out = wide(a) * o.d.to(high) + wide(b) * o.z.to(high) + wide(c)
     if o.residual is not None:
         out = out + o.residual.to(high)
-    leave(second, o.d_weight, o.add)
-    leave(first, o.d_bias, o.add)
     return out.to(o.d.dtype)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_coefficients_kernel(
-    p_partials, p_weight, p_mean, p_inv_std, p_d_weight, p_d_bias, p_abc,
+    p_partials, p_weight, p_mean, p_inv_std, p_d_weight, p_d_bias, p_a, p_b, p_c,
     n_rows, share,
     C: tl.constexpr, ADD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -80,15 +114,14 @@ def batch_norm_coefficients_kernel(
         b_d_bias += tl.load(p_d_bias + o, mask=m_c, other=0.0)
     tl.store(p_d_weight + o, b_d_weight, mask=m_c)
     tl.store(p_d_bias + o, b_d_bias, mask=m_c)
-    p_abc += i_q * (3 * C)
-    tl.store(p_abc + o_c, b_a, mask=m_c)
-    tl.store(p_abc + C + o_c, b_b, mask=m_c)
-    tl.store(p_abc + 2 * C + o_c, b_c, mask=m_c)
+    tl.store(p_a + o, b_a, mask=m_c)
+    tl.store(p_b + o, b_b, mask=m_c)
+    tl.store(p_c + o, b_c, mask=m_c)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_backward_kernel(
-    p_d, p_z, p_abc, p_residual, p_out,
+    p_d, p_z, p_a, p_b, p_c, p_residual, p_out,
     positions, s_abc,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -99,10 +132,10 @@ def batch_norm_backward_kernel(
     m_n = o_n < C
     m_d = (o_m < positions)[:, None] & m_n[None, :]
     o_d = o_m[:, None] * C + o_n[None, :]
-    p_abc += i_g * s_abc
-    b_a = tl.load(p_abc + o_n, mask=m_n, other=0.0)
-    b_b = tl.load(p_abc + C + o_n, mask=m_n, other=0.0)
-    b_c = tl.load(p_abc + 2 * C + o_n, mask=m_n, other=0.0)
+    o_row = i_g * s_abc + o_n
+    b_a = tl.load(p_a + o_row, mask=m_n, other=0.0)
+    b_b = tl.load(p_b + o_row, mask=m_n, other=0.0)
+    b_c = tl.load(p_c + o_row, mask=m_n, other=0.0)
     o_group = i_g * positions * C
     b_d = tl.load(p_d + o_group + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_z = tl.load(p_z + o_group + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -116,23 +149,35 @@ def _empty(o):
     return torch.empty_like(o.d)
 
 
-def _launch(o):
-    out = _empty(o)
+def _empty_coefficients(o):
+    return tuple(torch.empty_like(o.weight) for _ in range(3))
+
+
+def _launch_coefficients(o):
+    a, b, c = _empty_coefficients(o)
     sets, channels = o.weight.shape
     rows = fewer_rows(o.partials, sets)
-    coefficients = o.weight.new_empty(sets, 3, channels)
     launch(
         batch_norm_coefficients_kernel,
         set_grid(sets, channels),
         SET_TILE,
         o,
         p_partials=rows,
-        p_abc=coefficients,
+        p_a=a,
+        p_b=b,
+        p_c=c,
         n_rows=rows.shape[1],
         share=1.0 / o.values,
         C=channels,
         **SET_BLOCKS,
     )
+    return a, b, c
+
+
+def _launch(o):
+    out = _empty(o)
+    a, b, c = _launch_coefficients(per_channel(o))
+    sets, channels = o.weight.shape
     tile = rows_tile(channels)
     groups, images, height, width, _ = o.d.shape
     positions = images * height * width
@@ -141,10 +186,12 @@ def _launch(o):
         (-(-positions // tile.BLOCK_M), -(-channels // tile.BLOCK_N), groups),
         tile,
         o,
-        p_abc=coefficients,
+        p_a=a,
+        p_b=b,
+        p_c=c,
         p_out=out,
         positions=positions,
-        s_abc=0 if sets == 1 else 3 * channels,
+        s_abc=0 if sets == 1 else channels,
         C=channels,
     )
     return out
@@ -152,6 +199,13 @@ def _launch(o):
 
 _batch_norm_backward = define(
     "batch_norm_backward", batch_norm_backward_reference, _empty, _launch, mutates=("d_weight", "d_bias")
+)
+_batch_norm_coefficients = define(
+    "batch_norm_coefficients",
+    batch_norm_coefficients_reference,
+    _empty_coefficients,
+    _launch_coefficients,
+    mutates=("d_weight", "d_bias"),
 )
 
 
@@ -188,12 +242,45 @@ def batch_norm_backward(
             check_tensor(name, x, 5)
             if x.shape != d.shape:
                 raise InputError(f"{name} has shape {tuple(x.shape)}, expected {tuple(d.shape)}")
-    for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
-        check_rows(name, rows, d.shape[0], d.shape[4])
-        if rows.shape != weight.shape:
-            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
-    d_weight, d_bias = (
-        check_out(name, out, tuple(weight.shape), d, add) for name, out in (("d_weight", d_weight), ("d_bias", d_bias))
-    )
+    _check_sets(weight, mean, inv_std, d.shape[0], d.shape[4])
+    d_weight, d_bias = _outputs(weight, d, d_weight, d_bias, add)
     o = NormBackwardOperands(d, z, partials, count, weight, mean, inv_std, residual, d_weight, d_bias, add)
     return NormGradient(_batch_norm_backward(*o), d_weight, d_bias)
+
+
+def _check_sets(weight: Tensor, mean: Tensor, inv_std: Tensor, groups: int, channels: int) -> None:
+    for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
+        check_rows(name, rows, groups, channels)
+        if rows.shape != weight.shape:
+            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
+
+
+def _outputs(
+    weight: Tensor, like: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, add: bool
+) -> tuple[Tensor, Tensor]:
+    shape = tuple(weight.shape)
+    return check_out("d_weight", d_weight, shape, like, add), check_out("d_bias", d_bias, shape, like, add)
+
+
+def batch_norm_coefficients(
+    partials: Tensor,
+    count: int,
+    weight: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    *,
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
+    add: bool = False,
+) -> NormCoefficients:
+    """A, B and C of BatchNorm's gradient (Q, C), and the gradients of γ and β, from the sums (G, P, 2, C).
+
+    Arguments as of :func:`batch_norm_backward`. Raises InputError for shapes that disagree.
+    """
+    if partials.dim() != 4:
+        raise InputError(f"partials has shape {tuple(partials.shape)}, expected (groups, rows, 2, channels)")
+    _check_sets(weight, mean, inv_std, partials.shape[0], partials.shape[3])
+    d_weight, d_bias = _outputs(weight, partials, d_weight, d_bias, add)
+    o = CoefficientOperands(partials, count, weight, mean, inv_std, d_weight, d_bias, add)
+    a, b, c = _batch_norm_coefficients(*o)
+    return NormCoefficients(a, b, c, d_weight, d_bias)

@@ -15,6 +15,7 @@ from fastensdistill.network.launch import (
     Part,
     Step,
     after,
+    coefficients,
     grad,
     grad_sums,
     index,
@@ -24,6 +25,7 @@ from fastensdistill.network.launch import (
     waiting,
 )
 from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Layer, Linear, Node, Norm, Pad, Pool
+from fastensdistill.network.on_load import Fusions, nothing
 
 # What follows an op inside its own launch, in this order; of two "add" one can be used.
 FUSIONS: dict[str, tuple[str, ...]] = {
@@ -36,10 +38,10 @@ FUSIONS: dict[str, tuple[str, ...]] = {
 class Backward(Builder):
     """The launches of ``part``'s backward pass, appended to it."""
 
-    def __init__(self, part: Part, forward: Part):
+    def __init__(self, part: Part, forward: Part, fusions: Fusions = nothing):
         """Plan the gradient of ``forward``'s first groups; ``part`` receives the launches."""
-        super().__init__(part)
-        Forward(forward)
+        super().__init__(part, fusions)
+        Forward(forward, fusions)
         part.buffers.update(forward.buffers)
         self.needed = self.find_needed()
         self.missing = {name: len(users) for name, users in self.network.consumers.items()}
@@ -47,6 +49,7 @@ class Backward(Builder):
         self.gradient: dict[str, str] = {}
         self.done: set[str] = self.head.absorbed
         self.summed: set[str] = set()
+        self.taken: set[str] = set()  # 1x1 convolutions whose data gradient is part of another one's
         self.unfinished: list[str] = []  # values with more gradients than the launch that came last could add
         self.head_gradient()
         for node in reversed(self.network.nodes):
@@ -71,7 +74,7 @@ class Backward(Builder):
         elif isinstance(node, Norm) and self.folded(node):
             self.pass_on(source, Step("add", gradient))
         elif isinstance(node, Activation):
-            self.deliver("elementwise gradient", node, source, [gradient], [Step("mask", mask(node.name))])
+            self.deliver("elementwise gradient", node, source, [gradient], [self.mask(node.name)])
         elif isinstance(node, Norm | Affine):
             self.deliver("elementwise gradient", node, source, [gradient], [Step("scale", node.name)])
         elif isinstance(node, Add):
@@ -85,16 +88,34 @@ class Backward(Builder):
 
     def convolution(self, node: Layer, gradient: str) -> None:
         """The gradients of a layer's input and of its parameters, where they are wanted."""
-        source, prologue = node.inputs[0], []
-        if source in self.needed:
+        source, through, behind = node.inputs[0], [], []
+        if norm := self.on_load.gradients.get(node.name):
+            through = [Step("norm_gradient", norm.name)]
+            behind = [norm.inputs[0], coefficients(norm.name)]
+        if source in self.needed and not self.is_joined(node):
             flat = isinstance(node, Linear) and node.in_shape[1:] != (1, 1)
             op = "flat gradient" if flat else "conv gradient"
-            self.deliver(op, node, source, [gradient])
+            steps, reads = [], [gradient]
+            if (shortcut := self.on_load.joined.get(node.name)) and shortcut.name in self.gradient:
+                steps = [Step("second", shortcut.name, shortcut.stride)]
+                reads.append(self.gradient[shortcut.name])
+                self.missing[source] -= 1
+                self.taken.add(shortcut.name)
+            self.deliver(op, node, source, [*reads, *behind], steps, prologue=through)
         if self.part.gradient == "parameters":
-            if isinstance(self.network.by_name[source], Affine):
-                prologue = [Step("affine", source)]
-                source = self.network.by_name[source].inputs[0]
-            self.launch("weight gradient", node, [source, gradient], self.parameter_buffers(node), prologue=prologue)
+            reads, prologue = self.loaded(source)
+            reads = [reads[0], gradient, *reads[1:], *behind]
+            self.launch("weight gradient", node, reads, self.parameter_buffers(node), prologue=[*prologue, *through])
+
+    def is_joined(self, node: Layer) -> bool:
+        """Whether another convolution's data gradient takes this one's in, or will: it comes later if it stands first.
+
+        If it stands behind this one it was there first, and had taken this one's in if that was known then.
+        """
+        order = self.network.nodes
+        mains = [main for main, shortcut in self.on_load.joined.items() if shortcut is node]
+        later = [main for main in mains if order.index(self.network.by_name[main]) < order.index(node)]
+        return bool(later) or node.name in self.taken
 
     def parameter_buffers(self, node: Layer) -> list[str]:
         """Buffers for the gradients of a layer's parameters."""
@@ -111,7 +132,11 @@ class Backward(Builder):
             self.launch("norm sums gradient", node, [gradient, source, batch], [sums])
         writes = [self.buffer(grad(name), (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
         reads = [gradient, source, sums, batch]
-        if source in self.needed:
+        if self.on_load.gradients.get(source) is node:
+            rows = self.buffer(coefficients(node.name), (3, node.shape[0]), FLOAT, self.part.sets)
+            self.launch("norm coefficients", node, [sums, batch], [rows, *writes])
+            self.gradient[source] = gradient
+        elif source in self.needed:
             self.deliver("norm gradient", node, source, reads, writes=writes)
         else:
             self.launch("norm gradient", node, reads, writes)
@@ -152,8 +177,8 @@ class Backward(Builder):
     ) -> None:
         """A launch that computes one reader's gradient of ``value`` (from ``steps`` on) and goes on from there."""
         steps, writes, fusions = [*(steps or [])], [*(writes or [])], FUSIONS.get(op, ())
-        if steps:
-            fusions = after(fusions, steps[0].kind)
+        if steps and steps[0].kind != "second":
+            fusions = after(fusions, "mask" if steps[0].kind == "open" else steps[0].kind)
         while True:
             self.missing[value] -= 1
             others = self.waiting[value]
@@ -175,7 +200,7 @@ class Backward(Builder):
                 break
             producer = self.network.by_name[value]
             if isinstance(producer, Activation) and "mask" in fusions:
-                steps.append(Step("mask", mask(value)))
+                steps.append(self.mask(value))
                 fusions = after(fusions, "mask")
             elif isinstance(producer, Affine) or (isinstance(producer, Norm) and not self.part.training):
                 if not self.folded(producer):
@@ -211,6 +236,11 @@ class Backward(Builder):
         readers = (user for user in self.network.consumers[node.inputs[0]] if user in later)
         strided = (isinstance(user, Pad) or (isinstance(user, Conv) and user.kernel < user.stride) for user in readers)
         return 1 if all(strided) else node.stride
+
+    def mask(self, relu: str) -> Step:
+        """Keep a gradient where ``relu`` was open: by its bits or, where it was not computed apart, by its input."""
+        norm = self.on_load.norms.get(relu)
+        return Step("open", norm.name) if norm else Step("mask", mask(relu))
 
     def complete(self, value: str) -> Step:
         """Store the whole gradient of ``value``."""

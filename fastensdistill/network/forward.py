@@ -14,7 +14,8 @@ from fastensdistill.network.launch import (
     statistics,
     sums,
 )
-from fastensdistill.network.nodes import Activation, Add, Affine, Layer, Node, Norm, Pad, Pool
+from fastensdistill.network.nodes import Activation, Add, Layer, Node, Norm, Pad, Pool
+from fastensdistill.network.on_load import Fusions, nothing
 
 # What follows an op inside its own launch, in this order. "next" is a second output, relu(scale_shift(value)), for the
 # block that comes after.
@@ -28,9 +29,12 @@ FUSIONS: dict[str, tuple[str, ...]] = {
 class Forward(Builder):
     """The launches of ``part``'s forward pass, appended to it."""
 
-    def __init__(self, part: Part):
-        super().__init__(part)
-        self.done: set[str] = self.head.absorbed
+    def __init__(self, part: Part, fusions: Fusions = nothing):
+        super().__init__(part, fusions)
+        self.done: set[str] = self.head.absorbed | set(self.on_load.norms)
+        for shortcut in self.on_load.seconds.values():
+            user = self.sole(shortcut.name)
+            self.done.update([shortcut.name, *([user.name] if user and self.folded(user) else [])])
         self.summed: set[str] = set()
         C, H, W = self.network.nodes[0].shape
         self.buffer(INPUT, (part.batch, H, W, C), FLOAT, groups=1)
@@ -45,8 +49,9 @@ class Forward(Builder):
             self.convolution(node)
         elif isinstance(node, Norm) and self.part.training:
             self.statistics(node)
-            source = node.inputs[0]
-            self.follow("norm", node, [source, statistics(node.name)], [Step("batch_norm", node.name)])
+            if node not in self.on_load.norms.values():
+                reads = [node.inputs[0], statistics(node.name)]
+                self.follow("norm", node, reads, [Step("batch_norm", node.name)])
         elif isinstance(node, Norm):
             self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
         elif isinstance(node, Activation):
@@ -67,18 +72,17 @@ class Forward(Builder):
             self.follow("pad", node, [node.inputs[0]], [])
 
     def convolution(self, node: Layer) -> None:
-        """A layer, with BatchNorm in its weights where that is possible, and image normalisation as it reads."""
-        source, prologue = node.inputs[0], []
-        if isinstance(self.network.by_name[source], Affine):
-            prologue = [Step("affine", source)]
-            source = self.network.by_name[source].inputs[0]
+        """A layer, with BatchNorm in its weights where that is possible, and what is done to its input as it reads."""
+        reads, prologue = self.loaded(node.inputs[0])
         user, value, steps = self.sole(node.name), node.name, [Step("bias")] if node.bias else []
         if user and self.folded(user):
             value, steps = user.name, [Step("bias")]
             self.done.add(user.name)
         steps += self.chain(value, FUSIONS["conv"])
         self.done.add(node.name)
-        self.launch("conv", node, [source], self.sums(steps), steps, prologue)
+        for step in (step for step in steps if step.kind == "second"):
+            reads.insert(1, self.network.by_name[step.arg].inputs[0])
+        self.launch("conv", node, reads, self.sums(steps), steps, prologue)
 
     def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
         """A launch that computes ``node`` by ``steps`` and takes along what it can."""
@@ -114,6 +118,8 @@ class Forward(Builder):
         """The residual that makes ``node``, an addition, of ``value``; None if it is not computed yet."""
         if not isinstance(node, Add) or node.inputs[0] == node.inputs[1]:
             return None
+        if shortcut := self.on_load.seconds.get(node.name):
+            return Step("second", shortcut.name, shortcut.stride)
         step = self.addition(next(name for name in node.inputs if name != value))
         return step if step.arg in self.part.buffers else None
 

@@ -6,10 +6,14 @@ transforms the input as it is read, the epilogue the result before and while it 
     prologue  affine NAME                    (x - mean) / std of the image, zero padding coming after it
               scale_shift NORM, relu         BatchNorm in evaluation mode, then ReLU
               batch_norm NORM, relu          BatchNorm with this batch's statistics, then ReLU
+              norm_gradient NORM             of a gradient: what that BatchNorm makes of it, A·d + B·z + C
     epilogue  bias                           the layer's own, or that of the BatchNorm its weights carry
+              second CONV [every S]          plus the products of a 1x1 convolution at every S-th position of its input
+                                             or, of a gradient, to every S-th; its buffer is the launch's second
               add BUFFER [every S]           plus a residual; every S-th position of it, or to every S-th (gradients)
               relu, scale_shift, batch_norm  as above
               mask BUFFER                    keep a gradient where the forward pass's ReLU was open
+              open NORM                      the same for the ReLU behind that BatchNorm, by the BatchNorm's input
               scale NORM                     times an evaluation-mode BatchNorm's scale, or 1 / std of the image
               store BUFFER [every S]         write the value; only every S-th position, the others being 0 (gradients)
               bits BUFFER                    write one bit per value, whether it is positive
@@ -29,6 +33,7 @@ Their names are made by the functions below and nowhere else:
     sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
     grad_sums(NORM)   (rows, 2, C)           partial sums of a gradient and of its product with the normalised input
     statistics(NORM)  per set                the batch's mean and 1/std, scale and shift, float32
+    coefficients(NORM) per set               A, B and C of its gradient, float32
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.network.nodes import Network
+from fastensdistill.network.nodes import Conv, Network, Node, Norm
 
 INPUT = "input"  # the image: a node and a buffer
 
@@ -87,13 +92,24 @@ def statistics(norm: str) -> str:
     return f"{norm}.statistics"
 
 
+def coefficients(norm: str) -> str:
+    """What a gradient is multiplied by on its way through a BatchNorm."""
+    return f"{norm}.coefficients"
+
+
 RULES = (
     "Groups of one architecture and one BatchNorm mode share their launches; another architecture forms its own.",
     "BatchNorm in evaluation mode goes into the weights of the convolution before it, if nothing else reads that.",
     "Else it is a scale-shift-ReLU, a second output of the launch before it, where a ReLU follows; else a launch.",
     "Normalisation of the image is a prologue of the stem: zero padding comes after it, so weights cannot carry it.",
     "BatchNorm in training mode: sums in the epilogue before it, one small launch to finish them, one to apply them "
-    "with the residual and the ReLU. As a convolution's prologue it would be computed once per tap.",
+    "with the residual and the ReLU. A convolution that loads every tap would compute it once per tap.",
+    "Convolutions that keep a tile apply BatchNorm and ReLU as they load it. Where nothing else reads the result it is "
+    "not stored, and the data gradient's mask comes from BatchNorm's input.",
+    "For the gradient of a BatchNorm right behind such a convolution, data and weight gradient apply coefficients as "
+    "they load, which a small launch makes.",
+    "A 1x1 shortcut is further products of the convolution whose result it is added to, if that can, its data gradient "
+    "further products of that of the same input; its weight gradient is a launch.",
     "The last linear layer, the pooling, ReLU and BatchNorm before it are one launch, forward and backward.",
     "An addition belongs to the launch that computes its last operand; a zero-padded shortcut is a strided read.",
     "ReLU leaves one bit per value where a gradient follows; the data gradient applies it, the evaluation-mode scale "
@@ -208,6 +224,13 @@ class Part:
     def sets(self) -> int:
         """How many sets of groups share BatchNorm statistics: 1 or the number of groups."""
         return len({group.statistics for group in self.groups}) if self.training else len(self.groups)
+
+    def folded(self, node: Node | None) -> bool:
+        """Whether this BatchNorm goes into the convolution's weights: evaluation mode, and nothing else reads that."""
+        if not isinstance(node, Norm) or self.training:
+            return False
+        source = node.inputs[0]
+        return isinstance(self.network.by_name[source], Conv) and self.network.sole(source) is node
 
 
 def after(fusions: tuple[str, ...], kind: str) -> tuple[str, ...]:

@@ -169,6 +169,11 @@ class Network:
         """Per value the nodes that read it."""
         return {value.name: tuple(n for n in self.nodes if value.name in n.inputs) for value in self.nodes}
 
+    def sole(self, value: str) -> Node | None:
+        """The one node that reads ``value``, if there is exactly one."""
+        users = self.consumers[value]
+        return users[0] if len(users) == 1 and value != self.output else None
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass of one image; F, its FLOPs, is twice that."""

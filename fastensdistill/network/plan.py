@@ -11,6 +11,7 @@ from fastensdistill.network.backward import Backward
 from fastensdistill.network.forward import Forward
 from fastensdistill.network.launch import Group, Launch, Part
 from fastensdistill.network.nodes import Network
+from fastensdistill.network.on_load import Fusions, nothing
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Plan:
         return sum(launch.flops for launch in self.launches)
 
 
-def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, batch: int) -> Plan:
+def plan(
+    networks: Sequence[Network], groups: Sequence[Group], direction: str, batch: int, fusions: Fusions = nothing
+) -> Plan:
     """The launches of one pass of ``batch`` images.
 
     Args:
@@ -38,6 +41,7 @@ def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, b
         groups: who runs, in which mode and to what end. A backward pass takes the forward pass's list and plans for
             the groups that ask for a gradient.
         direction: "forward" or "backward".
+        fusions: what the implementation of each convolution takes in as it loads; the same for both directions.
 
     Raises:
         InputError: dropout in a network that trains, statistics shared in a way no launch can, a network that does not
@@ -56,11 +60,11 @@ def plan(networks: Sequence[Network], groups: Sequence[Group], direction: str, b
         part = Part(name, networks[index], ordered, batch)
         check(part)
         if direction == "forward":
-            Forward(part)
+            Forward(part, fusions)
             parts.append(part)
         elif part.gradient:
             backward = replace(part, groups=tuple(g for g in ordered if g.gradient), launches=[], buffers={})
-            Backward(backward, part)
+            Backward(backward, part, fusions)
             parts.append(backward)
     return Plan(tuple(parts))
 
@@ -121,8 +125,14 @@ def teach_groups(members: int) -> Passes:
 
 
 def plan_step(
-    teacher: Network, student: Network, teachers: int, branches: int, batch: int, perturbation: str = "tdiv-sdiv"
+    teacher: Network,
+    student: Network,
+    teachers: int,
+    branches: int,
+    batch: int,
+    perturbation: str = "tdiv-sdiv",
+    fusions: Fusions = nothing,
 ) -> dict[str, Plan]:
     """The plans of the passes of ``step_groups``, for teachers of one architecture."""
     passes = step_groups(teachers, branches, perturbation)
-    return {name: plan([teacher, student], groups, way, batch) for name, (groups, way) in passes.items()}
+    return {name: plan([teacher, student], groups, way, batch, fusions) for name, (groups, way) in passes.items()}

@@ -78,6 +78,7 @@ CALLS = {
     "elementwise_gradient, mask from z": (Z, Z, 1, True, None, None, Z, ROW, ROW, ROW, ROW),
     "batch_norm_backward": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, None, ROW.clone(), ROW.clone(), False),
     "batch_norm_backward, on top": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, Z, ROW.clone(), ROW.clone(), True),
+    "batch_norm_coefficients": (PARTIALS, 60, ROW, ROW, ROW, ROW.clone(), ROW.clone(), True),
     "head": (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
     "head_backward": (LOGITS, Z, CLASSIFIER, SLOTS, None, None, True, *NONE3, "ieee", None, None, False),
     "head_backward, everything": (LOGITS, Z, CLASSIFIER, SLOTS, ROW, ROW, True, ROW, ROW, values(2, 3, 10), "ieee",

@@ -15,6 +15,7 @@ from fastensdistill.engine.passes import run_part
 from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import INPUT, Group, grad
 from fastensdistill.network.nodes import Network
+from fastensdistill.network.on_load import Fusions, nothing
 from fastensdistill.network.plan import plan
 from tests.compare import check_close
 from tests.network import models
@@ -55,6 +56,7 @@ def run_pass(
     grad_logits: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    fusions: Fusions = nothing,
 ) -> tuple[dict[str, Any], PackedWeights]:
     """The engine's one part forward and, given ``grad_logits``, backward: its buffers and its weights.
 
@@ -62,12 +64,12 @@ def run_pass(
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     buffers: dict[str, Any] = {INPUT: x.permute(0, 2, 3, 1)[None].to(device, wide).contiguous()}
-    (part,) = plan([network], groups, "forward", len(x)).parts
+    (part,) = plan([network], groups, "forward", len(x), fusions).parts
     weights = pack(part, states, dtype, device)
     weight_index = torch.tensor(index, dtype=torch.int32, device=device)
     run_part(PartRun(part, weights, weight_index, buffers))
     if grad_logits is not None:
-        (part,) = plan([network], groups, "backward", len(x)).parts
+        (part,) = plan([network], groups, "backward", len(x), fusions).parts
         buffers[grad(network.output)] = grad_logits.to(device, wide)
         run_part(PartRun(part, weights, weight_index[: len(part.groups)], buffers))
     return buffers, weights

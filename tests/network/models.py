@@ -61,6 +61,39 @@ class Padded(nn.Module):
         return self.classifier(F.relu(self.last(self.pad6(x))).mean((2, 3)))
 
 
+class Shortcuts(nn.Module):
+    """Blocks whose 1x1 shortcuts stand where those of the others do not.
+
+    Before the main convolution, of an activated input that both read, with a bias, in front of a BatchNorm; two of
+    them in one sum; a bottleneck, whose main convolutions are 1x1, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.down1, self.main1 = nn.Conv2d(4, 6, 1, 2), nn.Conv2d(4, 6, 3, 2, 1, bias=False)
+        self.bn2, self.main2 = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.down2, self.down_bn = nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.narrow, self.bn4 = nn.Conv2d(6, 2, 1, bias=False), nn.BatchNorm2d(2)
+        self.middle, self.bn5 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.wide, self.bn6 = nn.Conv2d(2, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.one, self.other = nn.Conv2d(8, 5, 1, bias=False), nn.Conv2d(8, 5, 1, 1, bias=False)
+        self.bn7, self.classifier = nn.BatchNorm2d(5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.stem(x)))
+        s = self.down1(x)  # before the main branch
+        x = self.main2(F.relu(self.bn2(self.main1(x)))) + s
+        x = F.relu(self.bn3(x))
+        s = self.down_bn(self.down2(x))
+        y = F.relu(self.bn4(self.narrow(x)))
+        y = self.bn6(self.wide(F.relu(self.bn5(self.middle(y)))))
+        x = F.relu(y + s)
+        x = F.relu(self.bn7(self.one(x) + self.other(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
 def moved(module: nn.Module, seed: int) -> nn.Module:
     """``module`` in float64 with random scales, shifts, biases, factors and running statistics."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,6 +126,11 @@ def odd(seed: int = 0) -> nn.Module:
 def padded(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return moved(Padded(), seed)
+
+
+def shortcuts(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return moved(Shortcuts(), seed)
 
 
 def resnet18(seed: int = 0) -> nn.Module:

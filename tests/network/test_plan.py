@@ -12,6 +12,7 @@ from fastensdistill.network.forward import FUSIONS
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.launch import INPUT, Group, grad, grad_sums, is_sums, statistics, sums
 from fastensdistill.network.nodes import Conv, Network
+from fastensdistill.network.on_load import ALL, nothing
 from fastensdistill.network.plan import plan, plan_step, step_groups, teach_groups
 from fastensdistill.network.table import print_plan
 from fastensdistill.network.trace import trace
@@ -210,5 +211,6 @@ def test_every_op_of_a_plan_can_be_run():
         net = trace(model(), (3, size, size))
         for group in (Group("T", gradient="input"), Group("S", 0, "S", "parameters")):
             for way in ("forward", "backward"):
-                used.update(launch.op for launch in plan([net], [group], way, batch).launches)
+                for fusions in (nothing, lambda part, node: ALL):
+                    used.update(launch.op for launch in plan([net], [group], way, batch, fusions).launches)
     assert used == set(OPS)
