@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
-from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
+from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
 from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.reference import pack_mask
+from fastensdistill.kernels.reference import pack_mask, wide
 from fastensdistill.models.layers import BatchNorm2d
 from tests.compare import check_close
 from tests.kernels.both import TOLERANCE, check_op, each_dtype, each_shape, each_sharing, values
@@ -60,6 +60,30 @@ def test_backward(shape, shared, dtype):
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **options)
     more = {"residual": residual, **options}
     check_op(batch_norm_backward, sums.d, z, sums.statistics, count, weight, mean, inv_std, **untyped(more))
+
+
+@each_sharing
+def test_coefficients(shared):
+    """They are those of the gradient, and d_weight and d_bias are its own, on top of what was there."""
+    groups, channels, count = 2, 33, 60
+    sets = 1 if shared else groups
+    partials, d, z = (
+        values(groups, 700, 2, channels),
+        values(groups, 1, 3, 5, channels),
+        values(groups, 1, 3, 5, channels),
+    )
+    rows = values(sets, channels), _rows(sets, channels, 1), _rows(sets, channels, 2)
+    found = check_op(batch_norm_coefficients, partials, count, *rows, tolerance=2e-5)
+    expected = batch_norm_backward(d, z, partials, count, *rows)
+    a, b, c = (wide(row) for row in found[:3])
+    assert torch.equal(a * d + b * z + c, expected.d)
+    assert torch.equal(found.d_weight, expected.d_weight)
+    old = [values(sets, channels, seed=8), values(sets, channels, seed=9)]
+    sums = [one.clone() for one in old]
+    more = batch_norm_coefficients(partials, count, *rows, d_weight=sums[0], d_bias=sums[1], add=True)
+    assert more.d_weight is sums[0]
+    assert torch.equal(more.d_weight, old[0] + expected.d_weight)
+    assert torch.equal(more.d_bias, old[1] + expected.d_bias)
 
 
 @each_sharing
@@ -127,3 +151,7 @@ def test_refusals():
         batch_norm_backward(z, z[:1], torch.ones(2, 1, 2, 8), 9, row, row, row)
     with pytest.raises(InputError, match="residual has shape"):
         batch_norm_backward(z, z, torch.ones(2, 1, 2, 8), 9, row, row, row, residual=z[:1])
+    with pytest.raises(InputError, match="partials has shape"):
+        batch_norm_coefficients(torch.ones(2, 2, 8), 9, row, row, row)
+    with pytest.raises(InputError, match="mean has shape"):
+        batch_norm_coefficients(torch.ones(2, 1, 2, 8), 9, row, torch.ones(2, 8), row)
