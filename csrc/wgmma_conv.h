@@ -67,7 +67,9 @@ inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int 
     plan.pieces = plan.resident ? taps : std::max(0, std::min(MOST_PIECES, left() / plan.piece_bytes));
     if (plan.pieces < 2 && plan.pieces < taps) return false;
     const int held = plan.resident ? taps * plan.piece_bytes : wanted;
-    while (plan.boxes < MOST_BOXES && left() - plan.box_bytes >= held) ++plan.boxes;
+    // Of two tiles' boxes every consumer has its own: one that it does not wait for would be a lap away unnoticed.
+    const int step = pair ? 1 : 2;
+    while (plan.boxes + step <= MOST_BOXES && left() - step * plan.box_bytes >= held) plan.boxes += step;
     if (norm && left() - plan.box_bytes >= held) ++plan.norm_boxes;
     if (!plan.resident) plan.pieces = std::min(MOST_PIECES, left() / plan.piece_bytes);
     return true;
@@ -276,3 +278,5 @@ int launch_wide(const ConvLaunch& launch, void* stream) {
 }
 
 }  // namespace fed
+
+#define FED_WIDE_KERNELS(LAUNCH) LAUNCH(fed::WideConv<false, false>) LAUNCH(fed::WideConv<true, false>)

@@ -107,17 +107,17 @@ FED_UNROLL
       if (side.mask_in == nullptr) return;
       block.each([&](int thread) {
         const uint8_t* from = side.mask_in + int64_t(group) * at.N * at.H * at.W * (at.channels / 8);
+        uint32_t(&word)[4] = mask[thread].word;  // by warp: the bits of its channels, of two neighbours
 FED_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int p = place(here, phase, thread + 128 * half);
+          const int p = place(here, phase, 2 * thread + half);
 FED_UNROLL
           for (int warp = 0; warp < 4; ++warp) {
-            uint16_t bits = 0;
+            uint32_t bits = 0;
             if (p >= 0 && channel + 16 * warp < at.channels)
               bits = *reinterpret_cast<const uint16_t*>(
                   from + int64_t(p) * (at.channels / 8) + (channel + 16 * warp) / 8);
-            uint32_t& word = mask[thread].word[2 * half + warp / 2];
-            word = warp % 2 == 0 ? bits : word | uint32_t(bits) << 16;
+            word[warp] = half == 0 ? bits : word[warp] | bits << 16;
           }
         }
       });
@@ -167,8 +167,8 @@ FED_UNROLL
           bits[i] = 0;
 FED_UNROLL
           for (int e = 0; e < 2; ++e)
-            bits[i] |= positive_bits(load_words(block.template at<char>(
-                           staging + swizzled_piece<128>(position * 128, 2 * i + e)))) << 8 * e;
+            bits[i] |= positive_bits(block.template read<Words>(
+                           thread, staging + swizzled_piece<128>(position * 128, 2 * i + e))) << 8 * e;
         }
         if (p < 0) continue;
         auto* at_p = reinterpret_cast<uint16_t*>(to + int64_t(p) * (at.channels / 8) + channel / 8);
@@ -239,11 +239,8 @@ FED_UNROLL
     if (masked) {
       block.each([&](int thread) {
 FED_UNROLL
-        for (int half = 0; half < 2; ++half)
-FED_UNROLL
-          for (int warp = 0; warp < 4; ++warp)
-            *block.template at<uint16_t>(mask_table + (warp * 256 + thread + 128 * half) * 2) =
-                uint16_t(mask[thread].word[2 * half + warp / 2] >> 16 * (warp % 2));
+        for (int warp = 0; warp < 4; ++warp)
+          block.write(thread, mask_table + (warp * 128 + thread) * 4, mask[thread].word[warp]);
       });
       block.sync();
     }
@@ -260,9 +257,10 @@ FED_UNROLL
           if (masked) {
 FED_UNROLL
             for (int line = 0; line < 2; ++line)
-              bits[line] = *block.template at<uint32_t>(
-                               mask_table + (thread / 32 * 256 + (j + line) * 8 + accumulator_column(lane)) * 2) >>
-                           accumulator_row(lane);
+              bits[line] =
+                  block.template read<uint32_t>(
+                      thread, mask_table + (thread / 32 * 256 + (j + line) * 8 + accumulator_column(lane)) * 2) >>
+                  accumulator_row(lane);
           }
           for_pairs(sum[thread], j, [&](int i, int h, float& a, float& b) {
             const float more_a = residual ? low_half(quad[thread].word[i]) : 0.0f;
