@@ -10,6 +10,7 @@
 #pragma once
 
 #include "wgmma_epilogue.h"
+#include "wgmma_transform.h"
 
 namespace fed {
 
@@ -20,8 +21,8 @@ constexpr int MOST_BOXES = 4, MOST_PIECES = 32;  // stages of the rings
 // Where barriers are in shared memory, and how many bytes they take.
 struct Barriers {
   static constexpr int full = 0, empty = full + 8 * MOST_BOXES, ready = empty + 8 * MOST_BOXES;
-  static constexpr int full_z = ready + 8 * MOST_BOXES, empty_z = full_z + 8 * MOST_BOXES;
-  static constexpr int full_weights = empty_z + 8 * MOST_BOXES, empty_weights = full_weights + 8 * MOST_PIECES;
+  static constexpr int full_z = ready + 8 * MOST_BOXES;
+  static constexpr int full_weights = full_z + 8, empty_weights = full_weights + 8 * MOST_PIECES;
   static constexpr int fetched = empty_weights + 8 * MOST_PIECES, bytes = 1024;
   static_assert(fetched + 2 * 8 <= bytes);
 };
@@ -34,6 +35,7 @@ struct WidePlan {
   int piece_bytes, pieces;
   bool resident;  // all weights
   int staging, masks, box, norm_box, piece, total;  // offsets; total is 0 where it does not fit
+  BoxPositions positions;
 };
 
 inline int chunks_of(int channels) { return (channels + CHUNK - 1) / CHUNK; }
@@ -51,6 +53,7 @@ inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int 
   // All 32 lines of the product are read, also those that a small tile lacks.
   const int read = farthest + (TILE_LINES - 1) * at.steps.columns + TILE_COLUMNS;
   const int positions = std::max(box_lines(at.steps, at.tile) * at.steps.columns, read);
+  plan.positions = box_positions(at.steps, at.tile);
   plan.box_bytes = (positions * 128 + 1023) / 1024 * 1024;
   plan.staging = Barriers::bytes;
   plan.masks = plan.staging + 2 * STAGING_BYTES;
@@ -70,7 +73,6 @@ inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int 
     // Of two tiles' boxes every consumer has its own: one that it does not wait for would be a lap away unnoticed.
     const int step = pair ? 1 : 2;
     while (plan.boxes + step <= MOST_BOXES && left() - step * plan.box_bytes >= held) plan.boxes += step;
-    if (norm && left() - plan.box_bytes >= held) ++plan.norm_boxes;
     if (!plan.resident) plan.pieces = std::min(MOST_PIECES, left() / plan.piece_bytes);
     return true;
   };
@@ -88,18 +90,16 @@ inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int 
 struct Ring {
   int stages, stage, parity;
   FED_HD void advance(int by = 1) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
-      parity ^= 1;
-    }
+    for (stage += by; stage >= stages; stage -= stages) parity ^= 1;
   }
 };
 
-// ON_LOAD: a third consumer changes boxes before they are multiplied (wgmma_on_load.h).
+// ON_LOAD: the producer's warpgroup changes the boxes of source 0 before they are multiplied. A warpgroup more would
+// leave 128 registers a thread to begin with, and the compiler wants 154 for this product.
 template <bool GRADIENT, bool ON_LOAD>
 struct WideConv {
-  static constexpr int CONSUMERS = 2, PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+  static constexpr bool PREPARES = ON_LOAD;
+  static constexpr int CONSUMERS = 2, PRODUCER_REGISTERS = ON_LOAD ? 88 : 40, CONSUMER_REGISTERS = ON_LOAD ? 208 : 232;
 
   ConvGeometry at;
   WidePlan plan;
@@ -116,10 +116,7 @@ struct WideConv {
       block.init(Barriers::empty + 8 * i, users);
       block.init(Barriers::ready + 8 * i, 4);
     }
-    for (int i = 0; i < plan.norm_boxes; ++i) {
-      block.init(Barriers::full_z + 8 * i, 1);
-      block.init(Barriers::empty_z + 8 * i, 4);
-    }
+    block.init(Barriers::full_z, 1);
     for (int i = 0; i < plan.pieces; ++i) {
       block.init(Barriers::full_weights + 8 * i, 1);
       block.init(Barriers::empty_weights + 8 * i, 8);
@@ -148,46 +145,57 @@ struct WideConv {
     return block_work(index, side[0].groups, plan.channel_blocks, plan.parts);
   }
   FED_HD int first_channel(const BlockWork& work) const { return work.channels * (plan.pair ? 2 : 1) * CHUNK; }
+  FED_HD bool changes(const ConvSide& own) const {
+    return ON_LOAD && (GRADIENT ? has_norm(own) : own.in_scale.values != nullptr);
+  }
   FED_HD int box_values() const { return box_lines(at.steps, at.tile) * at.steps.columns * 128; }
+
+  // Asks for what comes to a stage of a ring, when it is free.
+  template <class Block>
+  FED_HD void bring(
+      Block& block, const TensorMap& map, const Ring& ring, int full, int empty, int first, const Corner& corner) const {
+    block.wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    block.expect(full + 8 * ring.stage, box_values());
+    block.load(map, first + ring.stage * plan.box_bytes, full + 8 * ring.stage, corner);
+  }
+  FED_HD Corner box_corner(const BlockWork& work, const ConvStep& step, int chunk, int tile_index) const {
+    const TileCorner tile = tile_corner(at.tile, tile_index);
+    const bool shared = step.source == 0 ? side[work.side].in_shared : side[work.side].second_shared;
+    return {{chunk * CHUNK, tile.column + step.column, tile.image, tile.row + step.row, shared ? 0 : work.group}};
+  }
+  template <class Block>
+  FED_HD void bring_box(Block& block, const BlockWork& work, const ConvStep& step, int chunk, int tile, Ring& ring) const {
+    const ConvSide& own = side[work.side];
+    bring(block, step.source == 0 ? own.in[step.phase] : own.second, ring, Barriers::full, Barriers::empty, plan.box,
+          box_corner(work, step, chunk, tile));
+    ring.advance();
+  }
+  template <class Block>
+  FED_HD void bring_pieces(Block& block, const BlockWork& work, int slot, const ConvStep& step, int chunk, Ring& ring) const {
+    const TensorMap& map = side[work.side].weight[step.source];
+    for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
+      const int full = Barriers::full_weights + 8 * ring.stage, to = plan.piece + ring.stage * plan.piece_bytes;
+      if (!plan.resident) block.wait(Barriers::empty_weights + 8 * ring.stage, ring.parity ^ 1);
+      block.expect(full, plan.piece_bytes);
+      for (int i = 0; i * PIECE_BYTES < plan.piece_bytes; ++i)
+        block.load(map, to + i * PIECE_BYTES, full,
+                   {{first_channel(work) + i * CHUNK, chunk * CHUNK, at.steps.tap[tap].weight, slot, 0}});
+      ring.advance();
+    }
+  }
 
   template <class Block>
   FED_HD void produce(Block& block) const {
     const BlockWork work = work_of(block.index);
-    const ConvSide& own = side[work.side];
-    const int slot = own.weight_index[work.group], channel = first_channel(work), tiles = plan.pair ? 1 : 2;
-    Ring boxes{plan.boxes, 0, 0}, norm_boxes{plan.norm_boxes, 0, 0}, pieces{plan.pieces, 0, 0};
-    const auto bring = [&](const TensorMap& map, Ring& ring, int full, int empty, int first, const Corner& corner) {
-      block.wait(empty + 8 * ring.stage, ring.parity ^ 1);
-      block.expect(full + 8 * ring.stage, box_values());
-      block.load(map, first + ring.stage * plan.box_bytes, full + 8 * ring.stage, corner);
-      ring.advance();
-    };
-    bool loaded = false;
-    int last = work.part;
+    const int slot = side[work.side].weight_index[work.group], tiles = plan.pair ? 1 : 2;
+    Ring boxes{plan.boxes, 0, 0}, pieces{plan.pieces, 0, 0};
+    int pieces_left = plan.resident ? plan.pieces : INT_MAX;
     for_results(work, [&](int item, int phase) {
-      loaded = loaded || item != last;
-      last = item;
       for_boxes(phase, [&](const ConvStep& step, int chunk) {
-        for (int i = 0; i < tiles; ++i) {
-          const TileCorner tile = tile_corner(at.tile, item * tiles + i);
-          const bool shared = step.source == 0 ? own.in_shared : own.second_shared;
-          const Corner corner{{chunk * CHUNK, tile.column + step.column, tile.image, tile.row + step.row,
-                               shared ? 0 : work.group}};
-          bring(step.source == 0 ? own.in[step.phase] : own.second, boxes, Barriers::full, Barriers::empty, plan.box,
-                corner);
-          if (ON_LOAD && GRADIENT && step.source == 0 && has_norm(own))
-            bring(own.norm_z, norm_boxes, Barriers::full_z, Barriers::empty_z, plan.norm_box, corner);
-        }
-        if (plan.resident && loaded) return;
-        for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
-          const int full = Barriers::full_weights + 8 * pieces.stage, to = plan.piece + pieces.stage * plan.piece_bytes;
-          if (!plan.resident) block.wait(Barriers::empty_weights + 8 * pieces.stage, pieces.parity ^ 1);
-          block.expect(full, plan.piece_bytes);
-          for (int i = 0; i * PIECE_BYTES < plan.piece_bytes; ++i)
-            block.load(own.weight[step.source], to + i * PIECE_BYTES, full,
-                       {{channel + i * CHUNK, chunk * CHUNK, at.steps.tap[tap].weight, slot, 0}});
-          pieces.advance();
-        }
+        for (int i = 0; i < tiles; ++i) bring_box(block, work, step, chunk, item * tiles + i, boxes);
+        if (pieces_left <= 0) return;
+        bring_pieces(block, work, slot, step, chunk, pieces);
+        if (plan.resident) pieces_left -= step.taps;
       });
     });
   }
@@ -211,7 +219,7 @@ FED_UNROLL
         for (int i = 0; i < 128; ++i) sum[thread].at[i] = 0.0f;
       });
       for_boxes(phase, [&](const ConvStep& step, int chunk) {
-        block.wait((ON_LOAD ? Barriers::ready : Barriers::full) + 8 * boxes.stage, boxes.parity);
+        block.wait((changes(own) ? Barriers::ready : Barriers::full) + 8 * boxes.stage, boxes.parity);
         const int left = at.in_channels[step.source] / 16 - chunk * 4, depth = left < 4 ? left : 4;
         int open = -1;  // stage of the weights that are being multiplied
         for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
@@ -249,6 +257,107 @@ FED_UNROLL
     });
     epilogue.end(plan.pair ? work.part : 2 * work.part + me, plan.pair ? plan.parts : 2 * plan.parts);
   }
+
+  // The same by a warpgroup whose first thread asks for boxes, and which changes them when they have come, while the
+  // weights of the box before are under way.
+  template <class Block>
+  FED_HD void prepare(Block& block) const {
+    const BlockWork work = work_of(block.index);
+    const ConvSide& own = side[work.side];
+    const int slot = own.weight_index[work.group], tiles = plan.pair ? 1 : 2;
+    const bool changed = changes(own);
+    Ring boxes{plan.boxes, 0, 0}, ready = boxes, norm_boxes{1, 0, 0}, pieces{plan.pieces, 0, 0};
+    int pieces_left = plan.resident ? plan.pieces : INT_MAX;
+    typename Block::template PerThread<std::conditional_t<GRADIENT, NormGradient, Normalisation>> by;
+    int held = -1;  // the chunk that `by` is of
+    const ConvStep* before = nullptr;  // the box whose weights are to come
+    int chunk_before = 0;
+    const auto first_thread = [&](auto f) {
+      block.each([&](int thread) {
+        if (thread == 0) f();
+      });
+    };
+    const auto bring_before = [&] {
+      if (before == nullptr || pieces_left <= 0) return;
+      first_thread([&] {
+        Ring next = pieces;
+        bring_pieces(block, work, slot, *before, chunk_before, next);
+      });
+      pieces.advance(before->taps);
+      if (plan.resident) pieces_left -= before->taps;
+    };
+    for_results(work, [&](int item, int phase) {
+      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+        const bool change = changed && step.source == 0, early = plan.boxes >= 2 * tiles;
+        if (!early) bring_before();
+        first_thread([&] {
+          Ring next = boxes;
+          for (int i = 0; i < tiles; ++i) bring_box(block, work, step, chunk, item * tiles + i, next);
+        });
+        boxes.advance(tiles);
+        if (early) bring_before();
+        before = &step;
+        chunk_before = chunk;
+        if (change && chunk != held) {
+          held = chunk;
+          load_factors(block, own, work.group, slot, chunk, by);
+        }
+        if (changed)
+          for (int i = 0; i < tiles; ++i) {
+            change_box(block, work, step, chunk, item * tiles + i, change, ready, norm_boxes, by);
+            block.arrive(Barriers::ready + 8 * ready.stage);
+            ready.advance();
+          }
+      });
+    });
+    bring_before();
+  }
+
+  template <class Block, class By>
+  FED_HD void load_factors(Block& block, const ConvSide& own, int group, int slot, int chunk, By& by) const {
+    block.each([&](int thread) {
+      const auto load = [&](const Rows& rows, int row, float (&value)[8]) {
+        load_channels<128>(rows, row, chunk * CHUNK, at.in_channels[0], thread, value);
+      };
+      if constexpr (GRADIENT) {
+        load(own.norm_a, group, by[thread].d);
+        load(own.norm_b, group, by[thread].z);
+        load(own.norm_c, group, by[thread].constant);
+      } else {
+        load(own.in_scale, slot, by[thread].scale);
+        load(own.in_shift, slot, by[thread].shift);
+      }
+    });
+  }
+
+  template <class Block, class By>
+  FED_HD void change_box(
+      Block& block, const BlockWork& work, const ConvStep& step, int chunk, int tile_index, bool change,
+      const Ring& ready, Ring& norm_boxes, By& by) const {
+    const ConvSide& own = side[work.side];
+    const int box = plan.box + ready.stage * plan.box_bytes;
+    if (GRADIENT && change) {
+      block.sync();  // nobody reads the z before
+      block.each([&](int thread) {
+        if (thread != 0) return;
+        block.expect(Barriers::full_z, box_values());
+        block.load(own.norm_z, plan.norm_box, Barriers::full_z, box_corner(work, step, chunk, tile_index));
+      });
+    }
+    block.wait(Barriers::full + 8 * ready.stage, ready.parity);
+    if (!change) return;
+    const TileCorner tile = tile_corner(at.tile, tile_index);
+    const TileCorner first{tile.column + step.column, tile.row + step.row, tile.image};
+    const TileCorner end{phase_size(at.in_W, at.in_stride, phase_column(step.phase, at.in_stride)),
+                         phase_size(at.in_H, at.in_stride, phase_row(step.phase, at.in_stride)), at.N};
+    if constexpr (GRADIENT) {
+      block.wait(Barriers::full_z, norm_boxes.parity);
+      norm_boxes.advance();
+      norm_gradient_box<128>(block, box, plan.norm_box, plan.positions, first, end, by);
+    } else {
+      normalise_box<128>(block, box, plan.positions, first, end, by, own.in_relu);
+    }
+  }
 };
 
 inline WidePlan wide_plan(const ConvLaunch& launch) {
@@ -261,14 +370,12 @@ inline int wide_statistics_rows(const ConvLaunch& launch) {
 }
 
 inline const char* wide_uncovered(const ConvLaunch& launch) {
-  for (const ConvSide& side : launch.side)
-    if (side.in_scale.values != nullptr || has_norm(side)) return "BatchNorm on load";
   return wide_plan(launch).total == 0 ? "more shared memory than there is" : nullptr;
 }
 
-template <bool GRADIENT>
+template <bool GRADIENT, bool ON_LOAD>
 int launch_wide(const ConvLaunch& launch, void* stream) {
-  WideConv<GRADIENT, false> kernel{launch.at, wide_plan(launch), {launch.side[0], launch.side[1]}};
+  WideConv<GRADIENT, ON_LOAD> kernel{launch.at, wide_plan(launch), {launch.side[0], launch.side[1]}};
   for (int i = 0; i < 2; ++i) {
     if (launch.side[i].groups == 0) continue;
     const int status = side_maps(launch.at, launch.tensors[i], {CHUNK, CHUNK, CHUNK, CHUNK}, kernel.side[i]);
@@ -277,6 +384,17 @@ int launch_wide(const ConvLaunch& launch, void* stream) {
   return launch_wgmma(kernel, stream);
 }
 
+inline int launch_wide(const ConvLaunch& launch, void* stream) {
+  if (launch.gradient)
+    return has_norm(launch.side[0]) ? launch_wide<true, true>(launch, stream) : launch_wide<true, false>(launch, stream);
+  const bool on_load = launch.side[0].in_scale.values != nullptr || launch.side[1].in_scale.values != nullptr;
+  return on_load ? launch_wide<false, true>(launch, stream) : launch_wide<false, false>(launch, stream);
+}
+
 }  // namespace fed
 
-#define FED_WIDE_KERNELS(LAUNCH) LAUNCH(fed::WideConv<false, false>) LAUNCH(fed::WideConv<true, false>)
+#define FED_WIDE_KERNELS(LAUNCH)       \
+  LAUNCH(fed::WideConv<false, false>) \
+  LAUNCH(fed::WideConv<false, true>)  \
+  LAUNCH(fed::WideConv<true, false>)  \
+  LAUNCH(fed::WideConv<true, true>)

@@ -18,7 +18,7 @@ inline const char* uncovered(const ConvLaunch& launch) {
 
 // Puts a covered launch on a stream; 0 or the CUDA error.
 inline int launch_conv(const ConvLaunch& launch, void* stream) {
-  return launch.gradient ? launch_wide<true>(launch, stream) : launch_wide<false>(launch, stream);
+  return launch_wide(launch, stream);
 }
 
 }  // namespace fed
