@@ -65,8 +65,10 @@ FED_HD uint64_t operand(uint32_t address, int leading, int stride, int swizzle) 
   const uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | mode << 62;
 }
-// The operand so many bytes further on, a multiple of 16.
-FED_HD uint64_t moved(uint64_t operand, int bytes) { return operand + uint64_t(int64_t(bytes >> 4)); }
+// The operand so many bytes further on, a multiple of 16. Addresses never carry past bit 13, so 32 bits are added.
+FED_HD uint64_t moved(uint64_t operand, int bytes) {
+  return operand >> 32 << 32 | uint32_t(uint32_t(operand) + uint32_t(bytes >> 4));
+}
 
 // A warpgroup's share of a 64 x N result, of one thread: element 4j + 2h + e is row 16 · warp + lane / 4 + 8h, column
 // 8j + 2 · (lane % 4) + e, as in accumulator_row and accumulator_column.

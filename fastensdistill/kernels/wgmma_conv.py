@@ -38,7 +38,7 @@ from fastensdistill.kernels.reference import pick
 
 CHUNK = 64  # channels of a piece of weights, either side
 COLUMNS, LINES, BORDERED, MOST_IMAGES = 8, 32, 40, 8  # of a tile, as in csrc/conv_steps.h
-NARROW = 32  # up to so many channels the narrow kernel makes
+NARROW, NARROW_IN = 32, 128  # the most channels of results, and of inputs, that the narrow kernel takes
 
 
 class ConvTile(NamedTuple):
@@ -101,13 +101,25 @@ class Rows(NamedTuple):
 
 
 def statistics_rows(
-    groups: int, shape: tuple[int, int, int], channels: int, stride: int, norm: bool, multiprocessors: int
+    groups: int,
+    shape: tuple[int, int, int],
+    in_channels: int,
+    channels: int,
+    stride: int,
+    gradient: bool,
+    norm: bool,
+    multiprocessors: int,
 ) -> Rows:
     """Which rows of partial sums the kernels make of ``shape`` (N, H, W) positions of ``channels``.
 
-    ``stride`` is 1 forward. ``norm``: d goes through a BatchNorm's gradient on load.
+    ``in_channels`` are the most of its sources, ``stride`` is 1 forward. ``norm``: d goes through a BatchNorm's
+    gradient on load.
     """
     tile = conv_tile(shape[0], -(-shape[1] // stride), -(-shape[2] // stride))
+    if channels <= NARROW and in_channels <= NARROW_IN:
+        consumers = 4 - gradient - (channels == 32)  # warpgroups that take a tile each
+        parts = max(1, min(multiprocessors // groups, -(-tile.total // consumers)))
+        return Rows(tile, stride, consumers, parts)
     blocks = -(-channels // CHUNK)
     pair = blocks % 2 == 0 and not norm  # two blocks of channels at a time, else two tiles
     items = tile.total if pair else -(-tile.total // 2)
@@ -132,15 +144,23 @@ class WgmmaGradientOperands(NamedTuple):
     norm_c: Tensor | None = None
 
 
+def _in_channels(x: Tensor, second: Tensor | None) -> int:
+    return max(x.shape[4], second.shape[4] if second is not None else 0)
+
+
 def _conv_rows(o: ConvOperands, window: Window, multiprocessors: int) -> Rows:
     shape = (o.x.shape[1], *window.sizes(o.x))
-    return statistics_rows(len(o.weight_index), shape, o.weight.shape[3], 1, False, multiprocessors)
+    channels = _in_channels(o.x, o.second)
+    return statistics_rows(len(o.weight_index), shape, channels, o.weight.shape[3], 1, False, False, multiprocessors)
 
 
 def _gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int) -> Rows:
     shape = (o.d.shape[1], o.height, o.width)
     channels, norm = o.weight_flipped.shape[3], o.norm_z is not None
-    return statistics_rows(len(o.weight_index), shape, channels, window.stride, norm, multiprocessors)
+    in_channels = _in_channels(o.d, o.second)
+    return statistics_rows(
+        len(o.weight_index), shape, in_channels, channels, window.stride, True, norm, multiprocessors
+    )
 
 
 def wgmma_conv_reference(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
