@@ -23,12 +23,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = ["halo_conv", "logits", "pack", "perturb_step"]
+KERNELS = sorted((ROOT / "csrc").glob("*.cu"))
+OTHERS = sorted((ROOT / "csrc").glob("*.cpp"))
 # INTERFACE in fastensdistill/kernels/extension.py: a library of another interface is not loaded.
 INTERFACE = re.search(r"^INTERFACE = (\d+)", (ROOT / "fastensdistill/kernels/extension.py").read_text(), re.M)[1]
 LIBRARY = f"_extension_v{INTERFACE}.so"
 REPORT = "fastensdistill/kernels/_build.json"
 DEFAULT_ARCHITECTURES = ["80", "89", "90a", "100"]
+# Kernels of sm_90a's own instructions, csrc/wgmma_*.cu, are compiled for it alone. What is no kernel of theirs any more
+# once the compiler has done this to it: multiplications one at a time, registers in memory.
+HOPPER, BROKEN = "90a", re.compile(r"^.*(?:wgmma.* serialized|[1-9]\d* bytes (?:stack frame|spill)).*$", re.M)
 
 
 class NotBuilt(Exception):
@@ -37,7 +41,8 @@ class NotBuilt(Exception):
 
 def run(*command):
     try:
-        return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+        done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+        return done.stdout + done.stderr
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         worst = next((line for line in lines if "error" in line), lines[-1] if lines else "failed")
@@ -124,16 +129,23 @@ class BuildExtension(build_ext):
     def compile(self, library, work, torch, cxx, nvcc, gencode):
         host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{torch}/include"]
         host += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of 2.10, whatever these headers are
-        device = ["-std=c++17", "-O3", *gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        jobs = [(nvcc, *device, "-c", ROOT / f"csrc/{name}.cu", "-o", work / f"{name}.cu.o") for name in KERNELS]
-        jobs += [
-            (cxx, *host, "-c", ROOT / f"csrc/{name}.cpp", "-o", work / f"{name}.cpp.o")
-            for name in ("tensors", *KERNELS)
-        ]
+        device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        hopper = ["-Xptxas=-v", *([flag for flag in gencode if HOPPER in flag] or gencode)]
+
+        def compile_one(source):
+            output = work / f"{source.name}.o"
+            own = source.name.startswith("wgmma_")
+            compiler = (nvcc, *device, *(hopper if own else gencode)) if source.suffix == ".cu" else (cxx, *host)
+            said = run(*compiler, "-c", source, "-o", output)
+            if own and (broken := BROKEN.search(said)):
+                raise NotBuilt(f"{source.name}: {broken[0].strip()}")
+            return output
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: run(*job), jobs))
+            # the largest first
+            objects = list(pool.map(compile_one, sorted([*KERNELS, *OTHERS], key=lambda one: -one.stat().st_size)))
         link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}"]
-        run(*link, *(job[-1] for job in jobs), f"-L{torch}/lib", "-ltorch_cpu", "-o", library)
+        run(*link, *objects, f"-L{torch}/lib", "-ltorch_cpu", "-o", library)
 
     def copy_extensions_to_source(self):  # editable installations
         (ROOT / REPORT).with_name(LIBRARY).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 // CPU, for tests/kernels/emulation.py.
 #include "emulation.h"
 
+#include "host_memory.h"
 #include "tensors.h"
 
 namespace fed {
@@ -17,13 +18,6 @@ void Launches::check(int status, const char*) {
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void walk_backwards(bool backwards) { fed::reversed = backwards; }
-
-// Of wgmma: that its operands are swizzled by their own offsets instead of by addresses; and of how many
-// multiprocessors kernels are told.
-EXPORTED void swizzle_offsets(bool offsets) {
-  fed::swizzle_of = offsets ? fed::SwizzleOf::OFFSET : fed::SwizzleOf::ADDRESS;
-}
-EXPORTED void use_multiprocessors(int count) { fed::host_multiprocessors = count; }
 
 // Bytes of shared memory of a block of the halo convolution, its threads, and the blocks registers are kept free for.
 EXPORTED void halo_needs(const int64_t* tile, int64_t channels, int64_t* needs) {

@@ -7,14 +7,10 @@
 #include "distillation_loss.h"
 #include "halo_conv.h"
 #include "host_blocks.h"
-#include "host_wgmma.h"
 #include "pack.h"
 #include "perturb_step.h"
 
 namespace fed {
-
-inline const char* skip = nullptr;  // part of the name of a kernel that does nothing, as one without a body would
-inline bool skipped(const char* launcher) { return skip != nullptr && std::strstr(launcher, skip) != nullptr; }
 
 // f(block) for every block of a grid.
 template <class F>
@@ -56,21 +52,6 @@ int launch_halo(const HaloArgs<Epilogue>& args, int columns, void*) {
     std::free(shared);
   });
   return 0;
-}
-
-inline int host_multiprocessors = 3;
-int multiprocessors() { return host_multiprocessors; }
-
-int make_map(const Boxes& boxes, TensorMap& map) {
-  wgmma_misuse = wrong_boxes(boxes);
-  if (!wgmma_misuse.empty()) return 1;
-  set_boxes(boxes, map);
-  return 0;
-}
-
-template <class Kernel>
-int launch_wgmma(const Kernel& kernel, void*) {
-  return skipped(__PRETTY_FUNCTION__) ? 0 : run_wgmma(kernel);
 }
 
 #define FED_LAUNCH(...) template int launch(const __VA_ARGS__&, void*);

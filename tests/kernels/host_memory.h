@@ -22,6 +22,8 @@ struct Misuse : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+inline std::string wgmma_misuse;  // of the last launch that failed
+
 enum Kind { STEP, PUBLISHED, MULTIPLIED, STORED, KINDS };
 inline int entry(int role, Kind kind) { return role * KINDS + kind; }
 

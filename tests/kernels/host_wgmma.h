@@ -19,7 +19,6 @@
 namespace fed {
 
 constexpr int WGMMA_MISUSE = 719;  // as a device says of a kernel that failed
-inline std::string wgmma_misuse;
 
 struct HostWgmmaBlock {
   static constexpr int LANES = 128;

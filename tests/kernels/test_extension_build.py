@@ -164,6 +164,51 @@ def test_without_compilers_the_package_is_pure_python(tmp_path, environment, rea
     assert (state["loaded"], state["reason"]) == (False, report["reason"])
 
 
+# Compilers that make empty files; nvcc, of a file whose name has wgmma in it, says what the environment tells it to
+STUB = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 12.9, V12.9.1" ;;
+  *--list-gpu-code*) echo sm_80 sm_90 sm_100 ;;
+  *) for word in "$@"; do [ "$last" = -o ] && : > "$word"; last=$word; done
+     echo "$*" >> "$STUB_CALLS"
+     case "$*" in *csrc/wgmma_*) echo "$STUB_SAYS" >&2 ;; esac ;;
+esac
+"""
+SPILLED = "    0 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads"
+SERIALISED = (
+    "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a call"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", None), (SPILLED, SPILLED),
+     (SERIALISED, SERIALISED)],
+    ids=["good", "spilled", "serialised"],
+)  # fmt: skip
+def test_kernels_of_wgmma_are_for_sm_90a_alone_and_as_they_should_be(tmp_path, said, reason):
+    project = copy_of_the_project(tmp_path / "project")
+    for source in (project / "csrc").glob("wgmma_*.c*"):
+        source.unlink()
+    (project / "csrc/wgmma_stub.cu").touch()
+    (project / "csrc/wgmma_stub.cpp").touch()
+    for name in ("nvcc", "c++"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CXX": str(tmp_path / "c++"), "STUB_CALLS": str(calls)}
+    report, _ = build(project, STUB_SAYS=said, **paths)
+    if "no CUDA" in str(report.get("reason")):
+        pytest.skip("this PyTorch has no CUDA")
+    assert report.get("reason") == (reason and f"pure Python: wgmma_stub.cu: {reason.strip()}")
+    lines = calls.read_text().splitlines()
+    (own,) = (line for line in lines if "csrc/wgmma_stub.cu " in line)
+    assert re.findall(r",code=(\w+)", own) == ["sm_90a"]
+    assert sum("csrc/wgmma_stub.cpp" in line for line in lines) == 1
+    (other,) = (line for line in lines if "csrc/logits.cu " in line)
+    assert re.findall(r",code=(\w+)", other) == ["sm_80", "sm_90a", "sm_100", "compute_100"]
+
+
 def test_library_that_does_not_load_is_said_once_and_replaced(tmp_path):
     project = copy_of_the_project(tmp_path / "project")
     (project / "fastensdistill/kernels" / extension.LIBRARY.name).write_bytes(b"not a library")
