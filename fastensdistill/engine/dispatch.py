@@ -9,7 +9,8 @@
 The table is filled by measurement (``bench.kernels --dispatch FILE`` writes rows). A row matches a launch by its op
 and, where given, its layer, its shape and the device's compute capability; the first that matches decides. Where none
 does, ``PREDICTED`` rows count, on a device on which the kernels that they name have been proven (``engine.proof``); a
-launch that those do not cover, and all else, the op itself computes.
+launch that those do not cover, and all else, the op itself computes. What the plan leaves to convolutions
+(``network.on_load``) follows from the same table: :meth:`Dispatch.fusions`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.nodes import Conv, Layer, Network, Node
+from fastensdistill.network.nodes import Activation, Conv, Layer, Network, Node, Norm, Pad
+from fastensdistill.network.on_load import NONE, Abilities, Fusions
 
 Op = Callable[..., Any]
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda", "wgmma")
@@ -187,6 +189,24 @@ class Dispatch:
         row = self.choice(launch.op, part.network.by_name[launch.node], arch, dtype)
         return row.implementation if row else "triton"
 
+    def fusions(self, arch: int, dtype: torch.dtype = torch.bfloat16) -> Fusions:
+        """What convolutions take in as they load, on such a device and activations of ``dtype``: ``plan`` asks it.
+
+        Only the wgmma kernels take in anything. Where they refuse a launch the op computes it, which cannot do this;
+        so nothing is asked of them where a residual may come that they refuse.
+        """
+
+        def abilities(part: Part, node: Conv) -> Abilities:
+            if not takes_residuals(part.network, node):
+                return NONE
+            rows = [self.choice(op, node, arch, dtype) for op in CALLED]
+            names = [row.implementation if row and covered(row, node, arch, dtype) else "triton" for row in rows]
+            forward, data, weight = (name == "wgmma" for name in names)
+            masks = names[1] != "cuda"  # the data gradient takes the ReLU's mask from what BatchNorm read
+            return Abilities(forward and weight and masks, data and weight, forward, data)
+
+        return abilities
+
     def missing(self, arch: int) -> bool:
         """Whether rows for this device name CUDA kernels that an extension would have had it been built with them."""
         rows = [row for row in (*self.table, *self.predicted) if row.arch in (None, arch) and not row.usable(arch)]
@@ -226,6 +246,21 @@ def covered(row: Choice, node: Node, arch: int, dtype: torch.dtype) -> bool:
     window = Window(node.kernel, node.stride, node.padding) if isinstance(node, Conv) else Window(1)
     kernels = halo_conv if row.implementation == "cuda" else wgmma
     return not kernels.unsupported(node.in_channels, node.shape[0], window, dtype, arch)
+
+
+def takes_residuals(network: Network, node: Conv) -> bool:
+    """Whether the wgmma kernels take every residual that may be added in a launch of this convolution.
+
+    Its channels are to be multiples of 8, and zero-padded shortcuts of what it reads to have its stride or none.
+    """
+    sources, inputs = [node.inputs[0]], []
+    while sources:
+        inputs.append(sources.pop())
+        source = network.by_name[inputs[-1]]
+        sources += source.inputs if isinstance(source, Norm | Activation) else ()
+    pads = [user for name in inputs for user in network.consumers[name] if isinstance(user, Pad)]
+    eights = all(other.shape[0] % 8 == 0 for other in network.nodes if isinstance(other, Conv))
+    return eights and all(pad.stride in (1, node.stride) for pad in pads)
 
 
 def decisions(parts: Iterable[Part], arch: int) -> list[str]:

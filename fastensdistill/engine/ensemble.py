@@ -95,7 +95,7 @@ class Ensemble:
 
     def plan(self, batch: int) -> None:
         """Take ``batch`` images at a time from now on."""
-        parts = plan(self.networks, self.groups, "forward", batch).parts
+        parts = plan(self.networks, self.groups, "forward", batch, self.execution.fusions).parts
         self.passes = [Pass(part, None, self.weights[part.network], self.execution) for part in parts]
 
     def __call__(self, x: Tensor) -> Tensor:

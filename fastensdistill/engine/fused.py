@@ -144,8 +144,8 @@ class FusedStep(CapturedStep):
             _, _, H, W, C = self.images.shape
             self.train_as(check_networks(self.student, self.teachers, (C, H, W), self.config.perturbation))
         *frozen, own = self.networks
-        groups = self.plain.training_groups()
-        (forward,), (backward,) = (plan([own], groups, way, images).parts for way in ("forward", "backward"))
+        groups, fusions = self.plain.training_groups(), self.execution.fusions
+        (forward,), (backward,) = (plan([own], groups, way, images, fusions).parts for way in ("forward", "backward"))
         self.trained = TrainedPass(forward, backward, self.parameters, self.dtype, self.execution)
         needed = self.perturbation.row.evaluates("S")
         branches = evaluated_branches(own, frozen, self.parameters, self.dtype) if needed else None

@@ -101,9 +101,12 @@ def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:
     config: Any = replace(step.config, precision=precision_on(step.config, step.device))
     if isinstance(step, FusedTeachStep):
         networks = [copy_network(network, meta=True) for network in step.networks]
-        return FusedTeachStep(networks, config, image_shape=step.image_shape)
+        return FusedTeachStep(networks, config, image_shape=step.image_shape, implementations=step.implementations)
     step.check_traced()
-    twin = FusedStep(copy_network(step.student, meta=True), copy_network(step.teachers, meta=True), config)
+    twin = FusedStep(
+        copy_network(step.student, meta=True), copy_network(step.teachers, meta=True), config,
+        implementations=step.implementations,
+    )  # fmt: skip
     twin.train_as(step.networks)
     return twin
 

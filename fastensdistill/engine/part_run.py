@@ -11,6 +11,7 @@ from torch import Tensor
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.network.launch import Launch, Part, Step, grad, statistics
 from fastensdistill.network.nodes import Layer, Node
+from fastensdistill.network.on_load import Fusions, nothing
 
 Buffers = dict[str, Any]
 Implement = Callable[[Part, Launch, Callable[..., Any]], Callable[..., Any]]
@@ -30,6 +31,7 @@ class Execution:
         synchronised: BatchNorm's sums are means over all processes.
         micro_batches: how often a step runs the networks it trains; all together move the running statistics as far as
             one run would.
+        fusions: what convolutions are planned to take in as they load; ``implement`` has to compute that.
     """
 
     watch: Callable[[Launch, Buffers], None] | None = None  # called after every launch, before anything is freed
@@ -40,9 +42,10 @@ class Execution:
         implement: Implement = kernels_themselves,
         synchronised: bool = False,
         micro_batches: int = 1,
+        fusions: Fusions = nothing,
     ):
         self.precision, self.implement = precision, implement
-        self.synchronised, self.micro_batches = synchronised, micro_batches
+        self.synchronised, self.micro_batches, self.fusions = synchronised, micro_batches, fusions
 
 
 @dataclass

@@ -61,7 +61,8 @@ class FusedPerturbation:
             self.drawn_branches = torch.tensor(numbers, device=branches.values.device)
         networks = [*teachers.networks, *([branches.part.network] if branches else [])]
         groups = drawn_groups(members, differentiated, lambda name: self._network(name, choices[0]))
-        forward, backward = (plan(networks, groups, way, batch).parts for way in ("forward", "backward"))
+        fusions = teachers.execution.fusions
+        forward, backward = (plan(networks, groups, way, batch, fusions).parts for way in ("forward", "backward"))
         gradient = {part.network: part for part in backward}
         self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
         for part in forward:

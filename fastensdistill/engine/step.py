@@ -24,6 +24,7 @@ from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.network.unseen import refusing
 
 if TYPE_CHECKING:
@@ -66,8 +67,11 @@ class CapturedStep(Capturing):
         self.batches, self.device, self.first = batches, like.device, FirstBatch()
         self.dtype, self.precision = arithmetic(config, network)
         self.micro_batches, self.implementations = config.micro_batches, implementations or Dispatch.on(like.device)
-        self.execution = Execution(self.precision, self.implementations, config.sync_batch_norm, self.micro_batches)
         self.rate = torch.tensor(config.learning_rate, dtype=like.dtype, device=like.device)
+        fusions = self.implementations.fusions(device_arch(self.rate), self.dtype)
+        self.execution = Execution(
+            self.precision, self.implementations, config.sync_batch_norm, self.micro_batches, fusions
+        )
         self.momentum, self.weight_decay = config.momentum, config.weight_decay
         self.capture = capture and like.device.type == "cuda"
         self.generators: list[torch.Generator] = []  # that the launches draw from, beside the loaders'

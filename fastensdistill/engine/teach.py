@@ -75,7 +75,8 @@ class FusedTeachStep(CapturedStep):
 
     def _plan(self, images: int) -> None:
         (forward,), (backward,) = (
-            plan([self.network], groups, way, images).parts for groups, way in teach_groups(self.batches).values()
+            plan([self.network], groups, way, images, self.execution.fusions).parts
+            for groups, way in teach_groups(self.batches).values()
         )
         self.trained = TrainedPass(forward, backward, self.parameters, self.dtype, self.execution)
 

@@ -23,6 +23,7 @@ from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.plain import plain_student
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.evaluate.predict import predict
+from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 
@@ -61,7 +62,9 @@ class GroupedPredictor(Capturing):
         like = next(networks[0].parameters())
         self.device, self.image_dtype = like.device, like.dtype
         dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[0])
-        execution = Execution(multiplied, implementations or Dispatch.on(self.device))
+        chosen = implementations or Dispatch.on(self.device)
+        fusions = chosen.fusions(device_arch(like), dtype)
+        execution = Execution(multiplied, chosen, fusions=fusions)
         self.ensemble = Ensemble(traced, dtype, self.device, execution)
         self.classes = traced[0].by_name[traced[0].output].shape[0]
         self.capture = capture and self.device.type == "cuda"

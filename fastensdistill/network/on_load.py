@@ -106,11 +106,11 @@ def blocks(part: Part) -> Iterator[tuple[Add, Conv, Conv]]:
 
 
 def pairs(network: Network) -> Iterator[tuple[Conv, Conv]]:
-    """Two convolutions that read the same value, the second of them 1x1 and on its way to a sum."""
+    """Two convolutions that read the same value at the same stride, the second of them 1x1 and on its way to a sum."""
     for value, readers in network.consumers.items():
         convs = [node for node in readers if isinstance(node, Conv)]
         image = isinstance(network.by_name[value], Input | Affine)
-        if len(convs) == 2 and not image:
+        if len(convs) == 2 and convs[0].stride == convs[1].stride and not image:
             to_sum = [conv for conv in convs if is_shortcut(conv) and reaches_sum(network, conv)]
             if len(to_sum) == 1:
                 yield next(conv for conv in convs if conv is not to_sum[0]), to_sum[0]

@@ -1,0 +1,181 @@
+"""Whole fused steps whose convolutions take in what stands around them, against steps of the plan without.
+
+Which ones do follows from the table of implementations. Off a GPU the references compute all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from fastensdistill.engine.dispatch import Choice, Dispatch
+from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.memory import estimate
+from fastensdistill.engine.meta import meta_step
+from fastensdistill.engine.teach import FusedTeachStep
+from fastensdistill.evaluate.validate import GroupedPredictor
+from fastensdistill.kernels import wgmma
+from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.on_load import ALL, NONE, Abilities
+from tests import parity
+from tests.compare import check_close
+from tests.engine.cases import (
+    CLASSES,
+    batch,
+    check_equal,
+    evaluated_parts,
+    network,
+    setting,
+    steps,
+    teach_setting,
+    trained_parts,
+)
+from tests.network import models
+from tests.untyped import untyped
+
+
+class Everything(Dispatch):
+    """Every convolution can take in everything."""
+
+    def fusions(self, arch: int, dtype: torch.dtype = torch.bfloat16):
+        return lambda part, node: ALL
+
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "preresnet, micro-batches, frozen parameters, resumed": ("latent-be", {"micro_batches": 2, "batch_size": 4}),
+    "post-activation, shortcuts": (
+        "latent-be", {"teacher": models.shortcuts, "student": models.shortcuts, "perturbation": "tdiv"},
+    ),
+    "hydra, synchronised statistics": ("hydra", {"perturbation": "none", "sync_batch_norm": True}),
+}  # fmt: skip
+
+
+def launches(step: FusedStep | FusedTeachStep) -> list[str]:
+    return [launch.op for part in trained_parts(step) for launch in part.launches]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_is_what_it_is_without(name):
+    """Losses, parameters, momentum, running statistics."""
+    kind, changes = SETTINGS[name]
+    shape: dict[str, Any] = {"B": 4, "size": 7 if "shortcuts" in name else 6}
+    student, teachers, config = setting(kind, **changes)
+    if "frozen" in name:
+        for key, parameter in student.named_parameters():
+            parameter.requires_grad_("bn2" not in key and "conv1.layer.weight" not in key)
+    other, before = copy.deepcopy(student), copy.deepcopy(student.state_dict())
+    one = FusedStep(student, teachers, config)
+    two = FusedStep(other, teachers, config, implementations=Everything())
+    for expected, actual in zip(steps(one, 2, **shape), steps(two, 2, **shape), strict=True):
+        for key, value in expected.items():
+            check_close(key, actual[key], value, 1e-12)
+    check_equal(student, other, one, two, 1e-11)
+    for key, parameter in other.named_parameters():
+        assert torch.equal(parameter, before[key]) == (not parameter.requires_grad), key
+    assert "norm coefficients" in launches(two)
+    assert launches(two).count("norm") < launches(one).count("norm")
+    if "resumed" in name:
+        again = copy.deepcopy(student)
+        three = FusedStep(again, teachers, config, implementations=Everything(), image_shape=(3, 6, 6))
+        three.load_state_dict(one.state_dict())
+        steps(one, 1, **shape)
+        steps(three, 1, **shape)
+        check_equal(student, again, one, three, 1e-11)
+
+
+def test_teachers_are_trained_alike():
+    networks, config = teach_setting()
+    others = copy.deepcopy(networks)
+    one = FusedTeachStep(networks, config, image_shape=(3, 6, 6))
+    two = FusedTeachStep(others, config, image_shape=(3, 6, 6), implementations=Everything())
+    for i in range(2):
+        batches = [batch(10 * i + m) for m in range(3)]
+        check_close("loss", two(batches)["loss"], one(batches)["loss"], 1e-12)
+    for first, second in zip(networks, others, strict=True):
+        check_equal(first, second, one, two, 1e-11)
+    assert "norm coefficients" in launches(two)
+
+
+def test_recorded_steps(monkeypatch):
+    """The authors' code, every quantity of every step, with everything taken in."""
+    made = []
+
+    class Step(FusedStep):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options, implementations=Everything())
+            made.append(self)
+
+    monkeypatch.setattr(parity, "FusedStep", Step)
+    assert max(parity.run(parity.RECORDING, "fused", torch.float64).values()) < 1e-9
+    assert "norm" not in launches(made[0])
+
+
+def wide(seed: int):
+    """Every convolution but the stem has the widths that the wgmma kernels cover."""
+    torch.manual_seed(seed)
+    return models.moved(PreResNet(CLASSES, blocks=(1, 2), in_planes=16), seed)
+
+
+ROWS = [Choice(op, "wgmma", "for the test") for op in ("conv", "conv gradient", "weight gradient")]
+
+
+def test_naming_wgmma_changes_the_plan():
+    """Its own references compute in bf16; the stem, which it does not cover, has a row of its own."""
+    student, teachers, config = setting(dtype=torch.float32, precision="bf16", teacher=wide, student=wide)
+    table = Dispatch([Choice(row.op, "triton", "three channels", layer="stem") for row in ROWS] + ROWS)
+    losses = []
+    for implementations in (None, table):
+        step = FusedStep(copy.deepcopy(student), teachers, config, implementations=implementations)
+        losses.append(torch.stack([one["loss"] for one in steps(step, 2, dtype=torch.float32)]))
+    check_close("loss", losses[1], losses[0], 3e-2)
+    ops = launches(step)
+    assert "norm" not in ops
+    assert ops.count("norm coefficients") == 3
+    assert not [x for part in trained_parts(step) for x in part.launches if x.op == "conv" and "shortcut" in x.node]
+    predictor = GroupedPredictor(teachers.networks, (3, 6, 6), precision="bf16", implementations=table)
+    predictor._build(4)
+    assert [launch for launch in evaluated_parts(predictor)[0].launches if launch.steps("second")]
+
+
+def asked(rows, arch=0, dtype=torch.bfloat16, model=wide, layer="groups.1.1.conv1") -> Abilities:
+    step = FusedStep(*setting(teacher=model, student=model, dtype=torch.float32), image_shape=(3, 12, 12))
+    step.build((2, 3, 12, 12))
+    part = trained_parts(step)[0]
+    return Dispatch(rows).fusions(arch, dtype)(part, untyped(part.network.by_name[layer]))
+
+
+def test_what_the_table_says_that_convolutions_can(monkeypatch):
+    conv, data, weight = ROWS
+    assert asked(ROWS) == ALL
+    assert asked([conv, weight]) == Abilities(norm=True, second=True)
+    assert asked([data, weight]) == Abilities(norm_gradient=True, second_gradient=True)
+    assert asked([conv]) == Abilities(second=True)
+    assert asked([conv, Choice("conv gradient", "cuda", ""), weight]) == Abilities(second=True)
+    assert asked([conv, Choice("conv gradient", "cudnn", ""), weight]) == Abilities(norm=True, second=True)
+    assert asked([]) == asked(ROWS, layer="stem") == asked(ROWS, dtype=torch.float32) == NONE
+    assert asked(ROWS, arch=90) == NONE, "the extension that tests have holds none of these kernels"
+    monkeypatch.setattr(wgmma, "built", lambda op, arch: True)
+    assert asked(ROWS, arch=90) == ALL
+    assert asked(ROWS, arch=100) == NONE
+
+
+def test_a_residual_that_the_kernels_refuse_leaves_the_plan_as_it_is():
+    """Widths of 4 and 6 channels, and zero-padded shortcuts of another stride than the convolution's beside them."""
+    assert asked(ROWS, model=network, layer="groups.0.0.conv1") == NONE
+    assert asked(ROWS, model=models.padded, layer="shortcut") == NONE
+
+
+def test_memory(monkeypatch):
+    """z stays until the backward pass instead of z, the activated value and its bits."""
+    monkeypatch.setattr(wgmma, "built", lambda op, arch: True)
+    step = meta_step("wrn28_1", 2, 2)
+    plain = estimate(step, 64)
+    step.implementations = Dispatch(predicted=ROWS)
+    on_load = estimate(step, 64)
+    before, after = ({p.name: p for p in found.passes} for found in (plain, on_load))
+    assert after["distillation, forward"].launches < before["distillation, forward"].launches
+    assert after["distillation, forward"].total < 0.62 * before["distillation, forward"].total
+    assert on_load.peak < 0.8 * plain.peak
