@@ -4,7 +4,8 @@
     d = norm_a · d + norm_b · norm_z + norm_c
     dW[g, tap, i, o] = Σ over images and positions  u[position · stride − padding + tap, i] · d[position, o]
 
-Positions are split over programs; their float32 partial results are added in a fixed order (no atomics).
+Positions are split over programs; their float32 partial results are added in a fixed order (no atomics), here or, where
+there is memory for several, by whoever reads them.
 u and d are computed in float32 and rounded once, to d's dtype. The second line is the gradient of a training-mode
 BatchNorm behind the convolution; the Triton kernel does not compute it.
 """
@@ -26,9 +27,10 @@ from fastensdistill.kernels.operands import (
     check_pair,
     check_precision,
     check_tensor,
+    out_size,
     refuse_operands,
 )
-from fastensdistill.kernels.ops import define
+from fastensdistill.kernels.ops import define, implementation
 from fastensdistill.kernels.reference import as_channels, leave, through_norm
 from fastensdistill.kernels.sums import add_rows
 from fastensdistill.kernels.tiles import device_arch, weight_gradient_split
@@ -155,7 +157,12 @@ def _launch(o: WeightGradientOperands, window: Window, precision: str, out: Tens
     tile, blocks, steps, splits = weight_gradient_split(
         device_arch(o.d), groups, images * height * width, taps, channels, out_channels, o.d.element_size()
     )
-    direct = splits == 1 and not add
+    several = out.dim() == 5
+    direct = not add and (several or splits == 1)
+    if several and direct and len(out) != splits:
+        splits = len(out)
+        steps = -(-images * height * width // (tile.BLOCK_K * splits))
+    # a kernel that could add would hold half the programs at 128 channels: 180 registers instead of 108
     partial = out if direct else o.d.new_empty(splits, groups, taps * channels, out_channels, dtype=torch.float32)
     launch(
         conv_weight_gradient_kernel,
@@ -173,12 +180,38 @@ def _launch(o: WeightGradientOperands, window: Window, precision: str, out: Tens
         PRECISION=precision,
     )
     if not direct:
-        add_rows(partial.view(1, splits, -1), 1, out.view(1, 1, -1), add)
+        add_rows(partial.view(1, splits, -1), 1, (out[0] if several else out).view(1, 1, -1), add)
 
 
 _conv_weight_gradient = define(
     "conv_weight_gradient", conv_weight_gradient_reference, launcher=_launch, mutates=("out",)
 )
+
+
+class WeightGradientShape(NamedTuple):
+    """What decides how a weight gradient is split, before there is anything to compute it of."""
+
+    x: tuple[int, ...]  # G or 1, N, H, W, Ci
+    groups: int
+    out_channels: int
+    window: Window
+    dtype: torch.dtype  # of d
+    device: torch.device  # a meta device is taken for a GPU of the capability that is assumed (``assume_arch``)
+
+
+def weight_gradient_partials(shape: WeightGradientShape) -> int:
+    """How many partial results ``conv_weight_gradient`` has of such operands: 1 where no kernel computes it."""
+    _, images, height, width, channels = shape.x
+    like = torch.empty(0, dtype=shape.dtype, device=shape.device)
+    arch = device_arch(like)
+    kernel = implementation("conv_weight_gradient", shape.device.type, shape.dtype) == "triton"
+    if not kernel and not (shape.device.type == "meta" and arch and shape.dtype != torch.float64):
+        return 1
+    rows, columns = (out_size(size, *shape.window) for size in (height, width))
+    positions, taps = images * rows * columns, shape.window.kernel**2
+    return weight_gradient_split(
+        arch, shape.groups, positions, taps, channels, shape.out_channels, like.element_size()
+    ).splits
 
 
 def weight_gradient_operands(
@@ -193,11 +226,13 @@ def weight_gradient_operands(
     precision: str = "ieee",
     out: Tensor | None = None,
     add: bool = False,
+    several: bool = False,
     **options: Any,
 ) -> tuple[WeightGradientOperands, Window, str, Tensor, bool]:
     """The operands of a weight gradient, checked, and where it goes.
 
-    ``options`` are the further fields of :class:`WeightGradientOperands`.
+    ``several``: ``out`` may have a first dimension more, for partial results. ``options`` are the further fields of
+    :class:`WeightGradientOperands`.
     """
     o, window = WeightGradientOperands(x, d, in_scale, in_shift, **options), Window(kernel, stride, padding)
     check_tensor("x", x, 5)
@@ -214,7 +249,8 @@ def weight_gradient_operands(
     if o.in_relu and in_scale is None:
         raise InputError("in_relu is given without in_scale and in_shift, after which it comes")
     check_norm(d, o.norm_z, o.norm_a, o.norm_b, o.norm_c)
-    out = check_out("out", out, (groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
+    count = (len(out),) if several and out is not None and out.dim() == 5 else ()
+    out = check_out("out", out, (*count, groups, kernel * kernel, x.shape[4], d.shape[4]), d, add)
     return o, window, precision, out, add
 
 
@@ -225,11 +261,13 @@ def conv_weight_gradient(x: Tensor, d: Tensor, *, kernel: int, **options: Any) -
         x, d: see :class:`WeightGradientOperands`.
         kernel: its side. Further options: ``stride`` 1, ``padding`` 0, the prologue ``in_scale, in_shift, in_relu`` of
             the forward pass and the other fields of :class:`WeightGradientOperands`, ``precision`` (how float32 is
-            multiplied: "ieee" or "tf32"), ``out``, memory for the result, and ``add``: on top of what it holds.
+            multiplied: "ieee" or "tf32"), ``out``, memory for the result, and ``add``: on top of what it holds. Memory
+            (n, G, taps, Ci, Co) receives n partial results that add up to it, some of which may be 0; with ``add`` all
+            goes on top of the first.
 
     Raises:
         InputError: shapes or dtypes that disagree.
     """
-    o, window, precision, out, add = weight_gradient_operands(x, d, kernel=kernel, **options)
+    o, window, precision, out, add = weight_gradient_operands(x, d, kernel=kernel, several=True, **options)
     _conv_weight_gradient(*o, *window, precision, out, add)
     return out

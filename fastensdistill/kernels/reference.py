@@ -43,7 +43,11 @@ def partial_rows(values: Tensor, block: int) -> Tensor:
 
 
 def leave(value: Tensor, out: Tensor, add: bool) -> None:
-    """``value`` into ``out``, or on top of what is there."""
+    """``value`` into ``out``, or on top of what is there. Of several partial results it is the first."""
+    if out.dim() > value.dim():
+        if not add:
+            out[1:].zero_()
+        out = out[0]
     out.add_(value) if add else out.copy_(value)
 
 

@@ -73,7 +73,7 @@ def vendor_data_gradient(*operands: Any, **options: Any) -> DataGradient:
 
 def vendor_weight_gradient(*operands: Any, **options: Any) -> Tensor:
     """``conv_weight_gradient``, same arguments and results."""
-    o, (kernel, stride, padding), _, out, add = weight_gradient_operands(*operands, **options)
+    o, (kernel, stride, padding), _, out, add = weight_gradient_operands(*operands, several=True, **options)
     refuse_operands("cuDNN", norm_z=o.norm_z)
     u = conv_input(o.x, len(o.d), None, o.in_scale, o.in_shift, o.in_relu, o.d.dtype)
     size = (o.d.shape[4], o.x.shape[4], kernel, kernel)

@@ -7,9 +7,17 @@ import torch
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
-from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
+from fastensdistill.kernels.conv_weight_gradient import (
+    WeightGradientShape,
+    conv_weight_gradient,
+    weight_gradient_partials,
+)
 from fastensdistill.kernels.head_backward import head_backward
 from fastensdistill.kernels.launch import record_launches
+from fastensdistill.kernels.operands import Window
+from fastensdistill.kernels.tiles import assume_arch
+from fastensdistill.kernels.vendor_conv import VENDOR
+from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
 from tests.untyped import untyped
 
@@ -55,13 +63,57 @@ def test_written_or_added(name, call):
 
 
 def test_a_share_is_written_where_it_belongs():
-    """Without partial sums there is one launch, with ``add`` a second one."""
-    out = torch.empty(2, 9, 6, 10)
-    for add, count in ((False, 1), (True, 2)):
-        with record_launches() as launches:
-            conv_weight_gradient(*SMALL, kernel=3, padding=1, out=out, add=add)
-        assert len(launches) == count
-        assert (launches[0].arguments["p_partial"] is out) == (not add)
+    """Without partial sums there is one launch, and with memory for them; with ``add`` a second one."""
+    whole, several = torch.empty(2, 9, 6, 10), torch.empty(4, 2, 9, 6, 10)
+    for operands, out, splits in ((SMALL, whole, 1), ((X, D), several, 4), (SMALL, several, 4)):
+        for add in (False, True):
+            with record_launches() as launches:
+                conv_weight_gradient(*operands, kernel=3, padding=1, out=out, add=add)
+            assert len(launches) == 1 + add
+            assert (launches[0].arguments["p_partial"] is out) == (not add)
+            assert add or launches[0].grid[1] == splits
+    with record_launches() as launches:
+        conv_weight_gradient(X, D, kernel=3, padding=1, out=whole)
+    assert len(launches) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("way", ["kernel", "reference", "vendor"])
+def test_partial_results(way, count):
+    """So many as there is memory for add up to the gradient, and more than there are steps are 0; with ``add`` all goes
+    on top of the first."""
+    calls = {"kernel": run_kernel, "reference": lambda op, *args, **kw: op(*args, **kw)}
+    call = calls.get(way, lambda op, *args, **kw: VENDOR[op](*args, **kw))
+    x, d = X.to(DEVICE), D.to(DEVICE)
+    expected = conv_weight_gradient(X.double(), D.double(), kernel=3, padding=1)
+    out = torch.full((count, 2, 9, 6, 10), float("nan"), device=DEVICE)
+    assert call(conv_weight_gradient, x, d, kernel=3, padding=1, out=out) is out
+    check_close("sum", out.double().sum(0), expected, 2e-6)
+    if way == "kernel":  # 60 positions are two steps of 32
+        assert [bool(part.any()) for part in out] == [True, True, False, False, False][:count]
+    before = values(*out.shape, seed=3).to(DEVICE)
+    there = before.clone()
+    call(conv_weight_gradient, x, d, kernel=3, padding=1, out=there, add=True)
+    check_close("on top", there[0], before[0].double() + expected, 2e-6)
+    assert torch.equal(there[1:], before[1:])
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, (5, 4)), (3, 2, (9, 8)), (1, 1, (5, 4)), (3, 1, (1, 2))])
+def test_how_many_partial_results_there_will_be(kernel, stride, size):
+    """What a launch makes is what is said beforehand, on every device that has the kernel."""
+    window = Window(kernel, stride, kernel // 2)
+    x = values(2, 3, *size, 6)
+    d = torch.zeros(2, 3, *window.sizes(x), 10)
+    for device, arch, dtype in (("cpu", 0, torch.float32), ("meta", 90, torch.bfloat16)):
+        a, b = x.to(dtype), d.to(dtype)
+        shape = WeightGradientShape(tuple(x.shape), 2, 10, window, dtype, torch.device(device))
+        with record_launches() as launches, assume_arch(arch):
+            said = weight_gradient_partials(shape)
+            conv_weight_gradient(a, b, kernel=kernel, stride=stride, padding=kernel // 2)
+        assert launches[0].grid[1] == said
+        assert weight_gradient_partials(shape._replace(dtype=torch.float64)) == 1
+    assert weight_gradient_partials(shape._replace(device=torch.device("cpu"))) == 1, "the reference has one"
 
 
 def test_refusals():
