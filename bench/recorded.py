@@ -27,14 +27,16 @@ from bench.common import RESULTS
 from bench.setting import METHODS, Setting
 from fastensdistill.engine.graph_nodes import GraphNodes, count_step
 from fastensdistill.engine.packed import PackedWeights
-from fastensdistill.engine.part_run import Execution, PartRun
+from fastensdistill.engine.part_run import Execution, PartRun, kernels_themselves
+from fastensdistill.engine.partials import left_to_unfold
 from fastensdistill.engine.passes import run_part
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
+from fastensdistill.kernels.layout import Partials
 from fastensdistill.kernels.ops import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
-from fastensdistill.network.nodes import Conv, Network, Node
+from fastensdistill.network.nodes import Conv, Layer, Network, Node
 from fastensdistill.network.plan import plan
 
 
@@ -181,6 +183,19 @@ def kernel(recorded: KernelLaunch, launch: Launch, part: Part) -> Kernel:
     return replace(found, steps=programs * steps, l2=2.0 * programs * total * (M + columns))
 
 
+def left_by(part: Part) -> dict[str, Partials]:
+    """The weight gradients of a part that leave partial results to the un-fold."""
+    with assume_arch(90):
+        return left_to_unfold(part, kernels_themselves, torch.bfloat16, torch.device("meta"))
+
+
+def several_results(part: Part, name: str, splits: int) -> Tensor:
+    """Memory for partial results of a layer's weight gradient."""
+    layer = part.network.by_name[name]
+    assert isinstance(layer, Layer)
+    return torch.empty(splits, len(part.groups), layer.taps, layer.in_channels, layer.shape[0], device="meta")
+
+
 @functools.cache
 def record(
     network: Network, groups: tuple[Group, ...], batch: int, launches: tuple[Launch, ...]
@@ -195,7 +210,9 @@ def record(
         recorded.clear()
         first = kernels.pop(max(range(len(kernels)), key=lambda i: (kernels[i].steps, kernels[i].nbytes)))
         if first.op != STATISTICS:
-            partial = first.nbytes if launch.op == "weight gradient" and kernels else 0.0
+            # partial results are written beside the result, or in its place where they are left to the un-fold
+            whole = first.nbytes / left[launch.node].splits if launch.node in left else 0.0
+            partial = first.nbytes - whole if launch.op == "weight gradient" and (kernels or whole) else 0.0
             first = replace(first, flops=float(launch.flops), nbytes=launch.nbytes + partial)
         found.append((first, *kernels))
 
@@ -212,7 +229,9 @@ def record(
             buffers[grad(network.output)] = torch.empty(count, batch, classes)
         execution = Execution()
         execution.watch = after
-        run_part(PartRun(part, weights, weight_index, buffers, execution))
+        left = left_by(part)
+        gradients = {grad(f"{name}.weight"): several_results(part, name, one.splits) for name, one in left.items()}
+        run_part(PartRun(part, weights, weight_index, buffers, execution, gradients))
     return tuple(found)
 
 
@@ -231,13 +250,18 @@ def nodes(network: str, method: str, batch: int, members: int, branches: int) ->
 def beside(setting: Setting) -> Kernels:
     """What no part launches: weights packed, seeds, ascent, loss, un-fold, update; and PyTorch's operations.
 
-    Per weight, a branch has it packed for two passes, both ways, and un-folds its gradient; the update reads and writes
-    weight, momentum and gradient.
+    Per weight, a branch has it packed for two passes, both ways, and un-folds its gradient, which may be in partial
+    results; the update reads and writes weight, momentum and gradient.
     """
-    part = next(part for part in setting.parts if part.training)
+    training = [part for part in setting.parts if part.training]
+    part = training[0]
     convs = [node for node in part.network.nodes if isinstance(node, Conv)]
     numbers = sum(node.shape[0] * node.in_shape[0] * node.kernel**2 for node in convs)
     one = Kernel(WEIGHTS, part.launches[0], Node("", (), (0, 0, 0)), len(part.groups))
     every = nodes(setting.network, setting.method, setting.batch, setting.members, setting.k).total
     rest = every - sum(len(found) for part in setting.parts for found in kernels(part))
-    return replace(one, nbytes=numbers * (12.0 * len(part.groups) + 32)), *[one] * (rest - 1)
+    more = sum(  # than one result
+        several_results(each, name, left.splits - 1).nbytes
+        for each in training for name, left in left_by(each).items()
+    )  # fmt: skip
+    return replace(one, nbytes=numbers * (12.0 * len(part.groups) + 32) + more), *[one] * (rest - 1)

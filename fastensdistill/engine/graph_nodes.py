@@ -65,7 +65,8 @@ def count_step(
     InputError for what the fused engine cannot train.
     """
     step = meta_step(model, teachers, branches, batch_size=batch, **settings)
-    step.build((batch, *step.image_shape))
-    with torch.no_grad(), assume_arch(arch), GraphNodes() as nodes:
-        gathered(step.body())
+    with torch.no_grad(), assume_arch(arch):
+        step.build((batch, *step.image_shape))
+        with GraphNodes() as nodes:
+            gathered(step.body())
     return nodes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,9 @@ from fastensdistill.engine.packed import TrainedWeights
 from fastensdistill.engine.parallel import average
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.partials import left_to_unfold
 from fastensdistill.engine.passes import Pass
+from fastensdistill.kernels.layout import weight_partials
 from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.unfold import unfold_gradients
 from fastensdistill.network.launch import Part, grad
@@ -33,19 +33,27 @@ class TrainedPass(Pass):
     ):
         self.parameters = parameters
         # Of the layers of every branch or copy, as the kernels leave them: un-folding brings them to the parameters
-        self.layer_gradients = parameters.values.new_zeros(len(forward.groups) * parameters.layout.ranked)
-        gradients = {grad(name): self._written(name, len(forward.groups)) for name in parameters.shapes}
+        self.partials = left_to_unfold(backward, execution.implement, dtype, parameters.values.device)
+        self.memory = parameters.layout.gradients(len(forward.groups), self.partials)
+        self.layer_gradients = parameters.values.new_zeros(self.memory.size)
+        gradients = {grad(name): self._written(name) for name in parameters.shapes}
         super().__init__(forward, backward, TrainedWeights(forward, parameters, dtype), execution, gradients)
 
-    def _written(self, name: str, K: int) -> Tensor:
-        """Where the gradient of a parameter is written: what needs no un-folding goes to the flat one at once."""
+    def _written(self, name: str) -> Tensor:
+        """Where the gradient of a parameter is written: what needs no un-folding goes to the flat one at once.
+
+        Of a weight it is (K, taps, Ci, Co), or with a first dimension more for partial results.
+        """
         path, _, kind = name.rpartition(".")
-        layer = next((layer for layer in self.parameters.layout.layers if layer.name == path), None)
-        if layer is None or (kind == "bias" and not self.parameters.ranked):
+        every, K = zip(self.parameters.layout.layers, self.memory.places, strict=True), self.memory.networks
+        layer, place = next((pair for pair in every if pair[0].name == path), (None, None))
+        if layer is None or place is None or (kind == "bias" and not self.parameters.ranked):
             return self.parameters.view(self.parameters.gradient, name)
-        start = layer.weight if kind == "weight" else layer.bias
-        shape = (layer.taps, layer.in_channels, layer.out_channels) if kind == "weight" else (layer.out_channels,)
-        return self.layer_gradients[K * start : K * (start + prod(shape))].view(K, *shape)
+        if kind == "bias":
+            return self.layer_gradients[place.bias : place.bias + K * layer.out_channels].view(K, -1)
+        several = weight_partials(self.layer_gradients, layer, place, K)
+        several = several.view(place.splits, K, layer.taps, layer.in_channels, layer.out_channels)
+        return several if path in self.partials else several[0]
 
     def refresh(self) -> None:
         """Pack the flat parameters: once before the first forward of a step."""
@@ -62,7 +70,7 @@ class TrainedPass(Pass):
         flat = self.parameters
         deviations = flat.deviations if flat.ranked else None
         self.factor_gradients = unfold_gradients(
-            self.layer_gradients, flat.values, deviations, flat.layout, flat.gradient
+            self.layer_gradients, self.memory, flat.values, deviations, flat.layout, flat.gradient
         )
         if flat.ranked:
             average(self.factor_gradients)

@@ -4,7 +4,7 @@ Compilers have turned correct kernels into wrong ones without a word, on one GPU
 random images costs next to nothing beside a run. What is compared are directions: faults (a sign, a mask, a miscompiled
 tile) turn them. Reduced precision may turn them four times as far as PyTorch's own in that precision does. The networks
 given are left as they are. No kernel is compiled for a batch size (``kernels.launch.BATCH_SIZES``), so those
-compared here are the run's own.
+compared here are the run's own; sums of many rows, which so few images do without, are compared on their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.launch import runs_kernel
+from fastensdistill.kernels.sums import add_rows
 from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
@@ -33,6 +35,7 @@ IMAGES = 16
 # 1 − cosine of the two directions that is always allowed, and how often PyTorch's own in the same precision.
 ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}
 MARGIN = 4
+ROWS = (1, 37, 48)  # sets, rows and values that are added up
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -60,6 +63,7 @@ def verify_distillation(
     same = ReferenceStep(own, teachers, plain, num_classes=num_classes)
     fused = FusedStep(other, teachers, plain, image_shape=shape, capture=False)
     found, precision = {}, precision_on(config, images.device)
+    verify_sums(images.device)
     perturbed = reference.perturb(images)
     if "Tb" in PERTURBATIONS[config.perturbation].members:  # nothing is drawn per image
         ascents = [[step.perturb(images).images - images] for step in (same, fused)]
@@ -90,7 +94,16 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
         step.set_learning_rate(config.learning_rate)
         step(batches)
     precision = precision_on(config, images.device)
+    verify_sums(images.device)
     return {"update": _judge("update", precision, *(_changes(before, after) for after in (exact, own, other)))}
+
+
+def verify_sums(device: torch.device) -> None:
+    """Sums of rows by their kernel, where kernels run. Raises DisagreementError."""
+    if runs_kernel(device.type, torch.float32):
+        rows = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)).to(device) - 0.5
+        exact, own = rows.double().sum(1, keepdim=True), rows.sum(1, keepdim=True)
+        _judge("sum of rows", "fp32", [exact], [own], [add_rows(rows, 1)])
 
 
 def _undecayed(config: Config) -> Config:

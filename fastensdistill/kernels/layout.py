@@ -114,6 +114,30 @@ class Layout:
             raise InputError("the layout has no layers; expected at least one")
         return Layout(tuple(layers), ranked, plain, factors, slots, packed)
 
+    def gradients(self, networks: int, partials: Mapping[str, "Partials"] | None = None) -> "GradientLayout":
+        """Room for the gradients of so many networks, one layer after the other.
+
+        ``partials`` says by a layer's name how its weight gradient is left; else it is one result in the op's order.
+        Raises InputError for blocks of a linear layer over positions, and for more values than offsets reach.
+        """
+        places: list[Place] = []
+        at = 0
+        for layer in self.layers:
+            splits, order = (partials or {}).get(layer.name, Partials())
+            if order is not None and layer.positions > 1:
+                raise InputError(f"layer {layer.name!r} is over {layer.positions} positions; expected no {order}")
+            order = order or Order(layer.in_channels // layer.positions, layer.out_channels)
+            place = Place(at, -1, splits, order.in_block, order.out_block, int(order.in_innermost))
+            count = networks * prod(weight_share(layer, place))
+            if splits < 1 or count >= OFFSETS:
+                raise InputError(f"layer {layer.name!r} leaves {splits} x {count} values; expected less than {OFFSETS}")
+            at += -(-splits * count // GRADIENT_ALIGNMENT) * GRADIENT_ALIGNMENT
+            if layer.bias >= 0:
+                place, at = place._replace(bias=at), at + networks * layer.out_channels
+                at += -at % GRADIENT_ALIGNMENT
+            places.append(place)
+        return GradientLayout(tuple(places), at, networks)
+
 
 def layers_of(fields: Sequence[int]) -> list[LayerOffsets]:
     """The layers behind an op's integers."""
@@ -178,6 +202,49 @@ class Partials(NamedTuple):
 
     splits: int = 1
     order: Order | None = None
+
+
+class Place(NamedTuple):
+    """Where in one flat memory the gradients of a layer lie, as the kernels leave them (offsets count elements)."""
+
+    weight: int  # offset of the partial results
+    bias: int  # offset of db [K, Co], or −1
+    splits: int
+    in_block: int
+    out_block: int
+    in_innermost: int  # 0 or 1
+
+    @property
+    def order(self) -> Order:
+        return Order(self.in_block, self.out_block, bool(self.in_innermost))
+
+
+GRADIENT_ALIGNMENT = 32  # values: partial results start at a multiple of 128 bytes, as every kind of store likes it
+
+
+@dataclass(frozen=True)
+class GradientLayout:
+    """Where the gradients of so many networks' layers lie in one flat memory [size]; made by ``Layout.gradients``."""
+
+    places: tuple[Place, ...]
+    size: int
+    networks: int
+
+    @cached_property
+    def fields(self) -> list[int]:
+        """As the op takes it: the integers of every place."""
+        return [value for place in self.places for value in place]
+
+
+def weight_share(layer: LayerOffsets, place: Place) -> tuple[int, ...]:
+    """Shape of one network's share of a split, whose input channels are those of one of the layer's positions."""
+    return place.order.shape(layer.taps * layer.positions, layer.in_channels // layer.positions, layer.out_channels)
+
+
+def weight_partials(flat: Tensor, layer: LayerOffsets, place: Place, networks: int) -> Tensor:
+    """[splits, networks, *order.shape] view of the partial results of a layer's weight gradient."""
+    shape = place.splits, networks, *weight_share(layer, place)
+    return flat[place.weight : place.weight + prod(shape)].view(shape)
 
 
 Rows = list[tuple[int, ...]]

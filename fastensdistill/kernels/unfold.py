@@ -3,27 +3,32 @@
     dW = Σ_k s_k ⊗ dW_k ⊗ r_k       dr_k[i] = Σ_{o,t} s_k[o] · W · dW_k
     db = Σ_k s_k · db_k             ds_k[o] = Σ_{i,t} r_k[i] · W · dW_k + b[o] · db_k[o]
 
-The gradients dW_k come as the kernels of the weight gradients leave them, [K, taps, Ci, Co] for each layer (a linear
-layer over [C, H, W] has its inputs position by position, channels innermost), and db_k as [K, Co]; dW leaves in the
-order of the parameters, [Co, Ci, taps]. Plain networks, K copies without factors, have their gradients reordered alone.
+The gradients dW_k come as the kernels of the weight gradients leave them: partial results [splits, K, …], in the order
+that ``layout.Order`` defines, and db_k as [K, Co]. A linear layer over [C, H, W] has its inputs position by position,
+channels innermost. dW leaves in the order of the parameters, [Co, Ci, taps]. Plain networks, K copies without factors,
+have their gradients summed and reordered alone.
 
-The first launch reads every gradient once: a program owns 32 output channels by 32 values that are neighbours in W (of
-input channels x taps), reads 32 runs of 32 output channels of each branch, sums dW over the branches, turns the tile
-and writes 32 runs along W. It leaves its sums over rows and over columns; the second launch adds those up, in a fixed
-order, and does the biases. Nothing is added atomically, so two runs agree bit for bit. WRN-28-4 with K = 4: 94 MB of
-gradients and 23 MB of weights read, 23 MB written, in runs of 128 bytes each, and 12 MB of partial sums.
+The first launch reads every gradient once: a program owns 32 output channels by 32 values of a row of W, which are
+neighbours there or, where Ci is innermost, input channels at one tap. It reads 32 runs of 32 channels, 128 bytes, of
+each partial result, 8 of these at once, and adds them one after the other, ((p₀ + p₁) + p₂) + …; then it sums dW over
+the branches, turns the tile and writes 32 runs along W. (Input channels at one tap lie 36 bytes apart there. The
+programs of the 9 taps are neighbours, so that L2 makes whole lines of what they write, once for all that they read.) It
+leaves its sums over rows and over columns; the second launch adds those up, in a fixed order, and does the biases.
+Nothing is added atomically, so two runs agree bit for bit. WRN-28-4 with K = 4: 94 MB of gradients a split and 23 MB of
+weights read, 23 MB written, in runs of 128 bytes each, and 12 MB of partial sums.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import launch, tl, triton
 from fastensdistill.kernels.layout import (
+    GradientLayout,
     LayerOffsets,
     Layout,
-    Rows,
+    Place,
     check_buffers,
     check_flat,
     device_tables,
@@ -31,39 +36,53 @@ from fastensdistill.kernels.layout import (
     layer_factors,
     layer_weight,
     layers_of,
+    weight_partials,
 )
 from fastensdistill.kernels.operands import check_contiguous
 from fastensdistill.kernels.ops import absent, define
-from fastensdistill.kernels.tiles import Tile
+from fastensdistill.kernels.unfold_tables import (
+    FACTOR_COLUMNS,
+    FACTOR_TILE,
+    UNFOLD_COLUMNS,
+    UNFOLD_TILE,
+    partial_count,
+    places_of,
+    tables,
+)
 
-UNFOLD_TILE = Tile(32, 32, 0, 8, 1, "4 values a thread, 80 registers, 24 warps a multiprocessor; at 8 values 12 to 16")
-FACTOR_TILE = Tile(32, 32, 0, 4, 1, "latency decides: 32 factors by 32 of their partial sums at a time")
-UNFOLD_COLUMNS, FACTOR_COLUMNS = 13, 9
+TERMS = 8  # partial results that a program loads at once
 
 
 class UnfoldOperands(NamedTuple):
     """What ``unfold_gradients`` takes."""
 
-    gradients: Tensor  # [K · layout.ranked], in the kernels' order
+    gradients: Tensor  # [memory.size], in the kernels' order
     parameters: Tensor  # [layout.size] of branches, [K · layout.size] of plain networks
     deviations: Tensor | None  # [K, layout.factors]; None for plain networks
     gradient: Tensor  # like the parameters, written
     fields: list[int]  # layout.fields
+    places: list[int]  # memory.fields
     networks: int  # K
 
 
-def kernel_order(gradients: Tensor, layer: LayerOffsets, K: int) -> Tensor:
-    """[K, Co, Ci, taps] of what the kernels left of one layer's weight in ``gradients``, [K, taps, Ci, Co]."""
-    C = layer.in_channels // layer.positions
-    d = layer_weight(gradients, layer, K).view(K, -1, C, layer.out_channels).permute(0, 3, 2, 1)
-    return d.reshape(K, layer.out_channels, layer.in_channels, layer.taps)
+def kernel_order(gradients: Tensor, layer: LayerOffsets, place: Place, K: int) -> Tensor:
+    """[K, Co, Ci, taps] of what the kernels left of one layer's weight in ``gradients``, the partial results added."""
+    first, *others = weight_partials(gradients, layer, place, K)
+    d = first
+    for other in others:
+        d = d + other
+    if place.in_innermost:
+        d = d.transpose(4, 5)
+    C, Co = layer.in_channels // layer.positions, layer.out_channels
+    d = d.permute(0, 2, 5, 1, 4, 3).flatten(3, 4).flatten(1, 2)[:, :Co, :C]  # [K, Co, C, taps or positions]
+    return d.reshape(K, Co, layer.in_channels, layer.taps)
 
 
 def unfold_gradients_reference(o: UnfoldOperands) -> Tensor:
     """Writes ``gradient`` and returns dr and ds, [K, R]; nothing for plain networks."""
     factor_gradients, K = _empty(o), o.networks
-    for layer in layers_of(o.fields):
-        dW_k = kernel_order(o.gradients, layer, K)
+    for layer, place in zip(layers_of(o.fields), places_of(o.places), strict=True):
+        dW_k = kernel_order(o.gradients, layer, place, K)
         if o.deviations is None:
             layer_weight(o.gradient, layer, K).copy_(dW_k)
             continue
@@ -72,7 +91,7 @@ def unfold_gradients_reference(o: UnfoldOperands) -> Tensor:
         product = layer_weight(o.parameters, layer) * dW_k
         dr, ds = (s * product).sum((1, 3)), (r * product).sum((2, 3))
         if layer.bias >= 0:
-            db_k = layer_bias(o.gradients, layer, K)
+            db_k = o.gradients[place.bias : place.bias + K * layer.out_channels].view(K, -1)
             layer_bias(o.gradient, layer)[0] = (s.flatten(1) * db_k).sum(0)
             ds = ds + layer_bias(o.parameters, layer) * db_k
         factor_gradients[:, layer.r : layer.r + layer.in_channels] = dr
@@ -80,88 +99,86 @@ def unfold_gradients_reference(o: UnfoldOperands) -> Tensor:
     return factor_gradients
 
 
-def _tile_counts(layer: LayerOffsets) -> tuple[int, int, int]:
-    """Tiles over the output channels, tiles along a row of W, and the length of a row."""
-    J = layer.in_channels * layer.taps
-    return -(-layer.out_channels // UNFOLD_TILE.BLOCK_M), -(-J // UNFOLD_TILE.BLOCK_N), J
+@triton.jit
+def sum_splits(p, o, m, splits, s_split, TERMS: tl.constexpr):
+    """Partial results from ``p + o`` on, ``s_split`` apart, one after the other, ``TERMS`` loaded at once."""
+    b_sum = tl.zeros(o.shape, tl.float32)
+    for i in range(0, splits, TERMS):
+        # a pointer of this round's own: one that went on from round to round would be kept per element, 255 registers
+        p_i = p + i * s_split
+        for t in tl.static_range(TERMS):
+            b_sum += tl.load(p_i + o, mask=m & (i + t < splits), other=0.0)
+            p_i += s_split
+    return b_sum
 
 
-def _partial_count(fields: Sequence[int]) -> int:
-    """Partial sums of one branch."""
-    counts = ((layer, *_tile_counts(layer)) for layer in layers_of(fields))
-    return sum(tiles_o * J + layer.out_channels * tiles_j for layer, tiles_o, tiles_j, J in counts)
-
-
-def _tables(fields: Sequence[int]) -> tuple[Rows, ...]:
-    """A row per tile for the first launch, and one per run of factors for the second."""
-    tiles: Rows = []
-    factors: Rows = []
-    over_rows = 0
-    for layer in layers_of(fields):
-        Co, Ci, taps, P = layer.out_channels, layer.in_channels, layer.taps, layer.positions
-        tiles_o, tiles_j, J = _tile_counts(layer)
-        over_columns = over_rows + tiles_o * J
-        for n in range(tiles_o):
-            for m in range(tiles_j):
-                tiles.append((
-                    layer.weight, layer.weight_size, layer.r, layer.s, Co, J, taps, taps * P, Ci // P,
-                    n * UNFOLD_TILE.BLOCK_M, m * UNFOLD_TILE.BLOCK_N, over_rows + n * J, over_columns + m * Co,
-                ))  # fmt: skip
-        for c in range(0, Ci, FACTOR_TILE.BLOCK_M):
-            factors.append((over_rows, tiles_o * taps, taps, J, taps, c, Ci, layer.r, -1))
-        for c in range(0, Co, FACTOR_TILE.BLOCK_M):
-            factors.append((over_columns, tiles_j, 1, Co, 1, c, Co, layer.s, layer.bias))
-        over_rows = over_columns + tiles_j * Co
-    return tiles, factors
+@triton.jit
+def sum_tile(p, o_in, o_out, m_in, m_out, in_innermost, splits, s_split, TERMS: tl.constexpr):
+    """The sum over splits of a tile (in, out) of gradients, read along the side that is innermost."""
+    if in_innermost:
+        o = o_out[:, None] + tl.arange(0, m_in.shape[0])[None, :]
+        b_sum = tl.trans(sum_splits(p, o, m_out[:, None] & m_in[None, :], splits, s_split, TERMS))
+    else:
+        o = o_in[:, None] + tl.arange(0, m_out.shape[0])[None, :]
+        b_sum = sum_splits(p, o, m_in[:, None] & m_out[None, :], splits, s_split, TERMS)
+    return b_sum
 
 
 @triton.jit
 def unfold_kernel(
     p_gradients, p_parameters, p_deviations, p_gradient, p_partials, p_table,
     K, factors, partials,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     p_row = p_table + tl.program_id(0) * COLUMNS
     weight = tl.load(p_row)
     size = tl.load(p_row + 1)
-    p_d = p_gradients + K * weight
-    CO = tl.load(p_row + 4).to(tl.int32)
-    J = tl.load(p_row + 5).to(tl.int32)
-    taps = tl.load(p_row + 7).to(tl.int32)
-    C = tl.load(p_row + 8).to(tl.int32)
-    o_o = tl.load(p_row + 9).to(tl.int32) + tl.arange(0, BLOCK_M)
-    o_j = tl.load(p_row + 10).to(tl.int32) + tl.arange(0, BLOCK_N)
-    m_o = o_o < CO
-    m_j = o_j < J
-    # gradients are read along output channels, weights read and written along their rows: two orders of one tile
-    o_d = ((o_j % taps * C + o_j // taps) * CO)[:, None] + o_o[None, :]
-    m_d = m_j[:, None] & m_o[None, :]
-    o_w = (o_o * J)[:, None] + o_j[None, :]
+    p_d = p_gradients + tl.load(p_row + 2)
+    share = tl.load(p_row + 3)
+    splits = tl.load(p_row + 4).to(tl.int32)
+    in_innermost = tl.load(p_row + 5) != 0
+    J = tl.load(p_row + 8).to(tl.int32)
+    taps = tl.load(p_row + 10).to(tl.int32)
+    block = tl.load(p_row + 11).to(tl.int32)
+    s_block = tl.load(p_row + 12).to(tl.int32)
+    s_channel = tl.load(p_row + 13).to(tl.int32)
+    s_tap = tl.load(p_row + 14).to(tl.int32)
+    o_o = tl.load(p_row + 15).to(tl.int32) + tl.arange(0, BLOCK_M)
+    m_o = o_o < tl.load(p_row + 16).to(tl.int32)
+    o_j = tl.load(p_row + 17).to(tl.int32) + tl.arange(0, BLOCK_N) * tl.load(p_row + 19).to(tl.int32)
+    m_j = o_j < tl.load(p_row + 18).to(tl.int32)
+    i_c = o_j // taps
+    o_in = i_c // block * s_block + i_c % block * s_channel + o_j % taps * s_tap
+    o_out = o_o // block * s_block + o_o % block * s_channel
+    # gradients are read along the side that is innermost, weights read and written along their rows. A hint for that,
+    # about the order of lanes alone: no load of unknown alignment is made a wider one, so that a step does no harm
+    o_w = (o_o * J)[:, None] + tl.max_contiguous(o_j, BLOCK_N)[None, :]
     m_w = m_o[:, None] & m_j[None, :]
     if p_deviations is None:
         i_k = tl.program_id(1).to(tl.int64)
-        b_d = tl.load(p_d + i_k * size + o_d, mask=m_d, other=0.0)
+        p_d += i_k * share
+        b_d = sum_tile(p_d, o_in, o_out, m_j, m_o, in_innermost, splits, K * share, TERMS)
         tl.store(p_gradient + (K * weight + i_k * size) + o_w, tl.trans(b_d), mask=m_w)
     else:
-        o_r = o_j // tl.load(p_row + 6).to(tl.int32)
-        p_r = p_deviations + tl.load(p_row + 2)
-        p_s = p_deviations + tl.load(p_row + 3)
-        p_rows = p_partials + tl.load(p_row + 11)
-        p_columns = p_partials + tl.load(p_row + 12)
+        o_r = o_j // tl.load(p_row + 9).to(tl.int32)
+        p_r = p_deviations + tl.load(p_row + 6)
+        p_s = p_deviations + tl.load(p_row + 7)
+        p_rows = p_partials + tl.load(p_row + 20)
+        p_columns = p_partials + tl.load(p_row + 21)
         b_w = tl.trans(tl.load(p_parameters + weight + o_w, mask=m_w, other=0.0))
         b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(K):
             b_r = 1.0 + tl.load(p_r + o_r, mask=m_j, other=0.0)
             b_s = 1.0 + tl.load(p_s + o_o, mask=m_o, other=0.0)
-            b_d = tl.load(p_d + o_d, mask=m_d, other=0.0)
+            b_d = sum_tile(p_d, o_in, o_out, m_j, m_o, in_innermost, splits, K * share, TERMS)
             b_sum += b_s[None, :] * b_d * b_r[:, None]
             b_product = b_w * b_d
             tl.store(p_rows + o_j, tl.sum(b_s[None, :] * b_product, 1), mask=m_j)
             tl.store(p_columns + o_o, tl.sum(b_r[:, None] * b_product, 0), mask=m_o)
             p_r += factors
             p_s += factors
-            p_d += size
+            p_d += share
             p_rows += partials
             p_columns += partials
         tl.store(p_gradient + weight + o_w, tl.trans(b_sum), mask=m_w)
@@ -185,6 +202,7 @@ def unfold_factors_kernel(
     m_c = o_c < count.to(tl.int32)
     factor = tl.load(p_row + 7)
     bias = tl.load(p_row + 8)
+    p_b = p_gradients + tl.load(p_row + 9) + o_c
     p_terms = p_partials + tl.load(p_row) + i_k * partials
     b_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for n in range(0, n_terms, BLOCK_N):
@@ -193,7 +211,6 @@ def unfold_factors_kernel(
         b_sums += tl.load(p_terms + o, mask=m_c[:, None] & (o_n < n_terms)[None, :], other=0.0)
     b_sum = tl.sum(b_sums, 1)
     if bias >= 0:
-        p_b = p_gradients + K * bias + o_c
         b_b = tl.load(p_parameters + bias + o_c, mask=m_c, other=0.0)
         b_sum += b_b * tl.load(p_b + i_k * count, mask=m_c, other=0.0)
         if i_k == 0:
@@ -211,17 +228,19 @@ def _empty(o):
 
 
 def _launch(o):
-    tiles, factors = device_tables(_tables, o.fields, o.parameters.device)
+    tiles, factors = device_tables(tables, [*o.fields, *o.places], o.parameters.device)
     factor_gradients, K = _empty(o), o.networks
-    partials = 0 if o.deviations is None else _partial_count(o.fields)
+    partials = 0 if o.deviations is None else partial_count(o.fields, o.places)
     shared = {
         "p_partials": o.parameters.new_empty(K * partials),
         "K": K,
         "factors": 0 if o.deviations is None else o.deviations.shape[1],
         "partials": partials,
     }
+    several = any(splits > 1 for splits in o.places[Place._fields.index("splits") :: len(Place._fields)])
+    terms = TERMS if several else 1  # not by how many there are, which follows from the batch size (``BATCH_SIZES``)
     grid = (len(tiles), K) if o.deviations is None else (len(tiles),)
-    launch(unfold_kernel, grid, UNFOLD_TILE, o, p_table=tiles, COLUMNS=UNFOLD_COLUMNS, **shared)
+    launch(unfold_kernel, grid, UNFOLD_TILE, o, p_table=tiles, COLUMNS=UNFOLD_COLUMNS, TERMS=terms, **shared)
     if o.deviations is not None:
         launch(
             unfold_factors_kernel,
@@ -240,13 +259,19 @@ _unfold_gradients = define("unfold_gradients", unfold_gradients_reference, _empt
 
 
 def unfold_gradients(
-    gradients: Tensor, parameters: Tensor, deviations: Tensor | None, layout: Layout, gradient: Tensor
+    gradients: Tensor,
+    memory: GradientLayout,
+    parameters: Tensor,
+    deviations: Tensor | None,
+    layout: Layout,
+    gradient: Tensor,
 ) -> Tensor:
     """The gradients of all layers' parameters from those of the weights which the kernels multiply with.
 
     Args:
-        gradients: [K · layout.ranked], for every weight [K, taps, Ci, Co] and for every bias [K, Co] from K times its
-            offset in the parameters on, as ``conv_weight_gradient`` and ``head_backward`` leave them.
+        gradients: [memory.size], for every weight its partial results and for every bias [K, Co] where ``memory`` says,
+            as the kernels leave them.
+        memory: ``layout.gradients(K, …)``.
         parameters: [layout.size] float32 or float64; without deviations [K · layout.size], every parameter
             [K, *shape].
         deviations: [K, layout.factors], r − 1 and s − 1 of K branches, or None for K plain networks.
@@ -263,8 +288,14 @@ def unfold_gradients(
     Source: docs/method.md, Student.
     """
     K = check_buffers(layout, parameters, deviations)
-    check_flat("gradients", gradients, (K * layout.ranked,), parameters)
+    if memory.networks != K or len(memory.places) != len(layout.layers):
+        raise InputError(
+            f"memory is for {len(memory.places)} layers of {memory.networks} networks; expected "
+            f"{len(layout.layers)} of {K}"
+        )
+    check_flat("gradients", gradients, (memory.size,), parameters)
     check_flat("gradient", gradient, tuple(parameters.shape), parameters)
     check_contiguous(("gradients", gradients), ("gradient", gradient))
     deviations = None if deviations is None else deviations.detach().contiguous()
-    return _unfold_gradients(gradients, parameters.detach().contiguous(), deviations, gradient, layout.fields, K)
+    parameters = parameters.detach().contiguous()
+    return _unfold_gradients(gradients, parameters, deviations, gradient, layout.fields, memory.fields, K)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
+from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
@@ -23,7 +24,8 @@ def build(model: str, B: int, M: int = 4, K: int = 4, size: int = 32, teacher: s
         teachers = Teachers([create_model(teacher or model, 100) for _ in range(M)])
         student = STUDENTS[config.get("student", "latent-be")](create_model(model, 100), K)
     step = FusedStep(student, teachers, DistillConfig(precision="bf16", **config))
-    step.load((torch.zeros(B, 3, size, size, device="meta"), torch.zeros(B, dtype=torch.int64, device="meta")))
+    with assume_arch(90):  # whose kernels' partial results the step has memory for
+        step.load((torch.zeros(B, 3, size, size, device="meta"), torch.zeros(B, dtype=torch.int64, device="meta")))
     return step
 
 

@@ -48,9 +48,10 @@ def test_nodes_of_teachers():
         networks = [create_model("wrn28_1", 100) for _ in range(3)]
         config = TeachConfig(members=3, precision="bf16")
         step = FusedTeachStep(networks, config, image_shape=(3, 32, 32))
+    with torch.no_grad(), assume_arch(90):
         step.build((8, 3, 32, 32))
-    with torch.no_grad(), assume_arch(90), GraphNodes() as nodes:
-        step.body()
+        with GraphNodes() as nodes:
+            step.body()
     assert nodes.pytorch.total() == 9  # cross-entropy and its gradient, the number of batches
     assert nodes.triton["unfold_kernel"] == nodes.triton["sgd_kernel"] == nodes.triton["pack_kernel"] == 1
     assert nodes.extension.total() == 0

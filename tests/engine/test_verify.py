@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastensdistill.config import DistillConfig, TeachConfig
-from fastensdistill.engine import select, trained
+from fastensdistill.engine import select, trained, verify
 from fastensdistill.engine.perturb import FusedPerturbation
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.select import EngineChoice
@@ -131,3 +131,15 @@ def test_a_stop_is_no_error_of_the_check(monkeypatch, error):
     monkeypatch.setattr(select, "verify_distillation", stopped)
     with pytest.raises(error):
         untyped(select.distillation_step)(*setting(), SHAPE, 5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_sums_that_few_images_do_without_are_compared_too(monkeypatch, right):
+    monkeypatch.setattr(verify, "runs_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(
+        verify, "add_rows", lambda rows, kept: rows[:, int(not right) :: 1 + (not right)].sum(1)[:, None]
+    )
+    if right:
+        return verify.verify_sums(torch.device("cpu"))
+    with pytest.raises(InputError, match="fused engine's sum of rows"):
+        verify_teaching([tiny(), tiny()], TeachConfig(members=2), SHAPE)

@@ -62,9 +62,10 @@ with launch.record_launches() as launches:
         packed = torch.empty(2, table.packed_size, dtype=dtype)
         pack.pack_weights(flat, factors, table, *packed)
         pack.pack_weights(flat.repeat(K), None, table, *packed)
-    gradients = torch.empty(K * table.ranked)
-    unfold.unfold_gradients(gradients, flat, factors, table, flat.clone())
-    unfold.unfold_gradients(gradients, flat.repeat(K), None, table, flat.repeat(K))
+    memory = table.gradients(K, {"conv": layout.Partials(9)})
+    gradients = torch.empty(memory.size)
+    unfold.unfold_gradients(gradients, memory, flat, factors, table, flat.clone())
+    unfold.unfold_gradients(gradients, memory, flat.repeat(K), None, table, flat.repeat(K))
     sgd.sgd(flat, flat.clone(), flat.clone(), torch.tensor(0.1), momentum=0.9, weight_decay=5e-4)
     norm = [torch.empty(3) for _ in range(3)]
     rows = torch.zeros(5, 300, dtype=torch.int64)

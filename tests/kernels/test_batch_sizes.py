@@ -17,8 +17,9 @@ import torch
 from bench.kernel_report import key
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.verify import IMAGES
+from fastensdistill.engine.verify import IMAGES, ROWS
 from fastensdistill.kernels.launch import record_launches
+from fastensdistill.kernels.sums import add_rows
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
@@ -29,15 +30,17 @@ teachers = Teachers([create_model(model, num_classes=10) for _ in range(2)])
 student = LatentBE(create_model(model, num_classes=10), 2)
 
 
-def kernels(B):
+def kernels(B, rows=()):
     images, labels = torch.zeros(B, 3, int(size), int(size)), torch.zeros(B, dtype=torch.int64)
     config = DistillConfig(precision="bf16", batch_size=B)
     with assume_arch(90), record_launches() as launches:
         FusedStep(student, teachers, config, image_shape=images.shape[1:], capture=False)(images, labels)
+        if rows:
+            add_rows(torch.zeros(rows), 1)
     return {key(launch): launch.kernel.__name__ for launch in launches}
 
 
-checked = kernels(IMAGES)
+checked = kernels(IMAGES, ROWS)
 names, other = sorted(set(checked.values())), {}
 for B in map(int, batches):
     other[B] = sorted({name for key, name in kernels(B).items() if key not in checked})

@@ -41,6 +41,7 @@ PARTIALS, LOGITS = values(2, 4, 2, 10).abs(), values(2, 3, 7)
 CLASSIFIER = values(2, 10, 7)
 NONE3 = (None, None, None)
 LAYOUT = Layout.build([("a", (4, 3, 3, 3), False), ("fc", (5, 36), True)], 2, 3, {"fc": 9})
+MEMORY = LAYOUT.gradients(2)
 DEVIATIONS = 0.3 * values(2, LAYOUT.factors)
 
 
@@ -87,10 +88,10 @@ CALLS = {
     "max_pool_backward": (values(2, 3, 3, 2, 6), torch.ones(2, 3, 3, 2, 6, dtype=torch.uint8), 5, 4, 3, 2, 1),
     "pack_weights": (values(LAYOUT.size), DEVIATIONS, *_packed(torch.float16), LAYOUT.fields, 1, 2),
     "pack_weights, copies": (values(3 * LAYOUT.size), None, *_packed(torch.float32), LAYOUT.fields, 0, 3),
-    "unfold_gradients": (values(2 * LAYOUT.ranked), values(LAYOUT.size), DEVIATIONS, values(LAYOUT.size),
-                         LAYOUT.fields, 2),
-    "unfold_gradients, copies": (values(2 * LAYOUT.ranked), values(2 * LAYOUT.size), None, values(2 * LAYOUT.size),
-                                 LAYOUT.fields, 2),
+    "unfold_gradients": (values(MEMORY.size), values(LAYOUT.size), DEVIATIONS, values(LAYOUT.size),
+                         LAYOUT.fields, MEMORY.fields, 2),
+    "unfold_gradients, copies": (values(MEMORY.size), values(2 * LAYOUT.size), None, values(2 * LAYOUT.size),
+                                 LAYOUT.fields, MEMORY.fields, 2),
     "sgd": (values(9), values(9, seed=1), values(9, seed=2), torch.tensor(0.1), 4.0, 0.9, 5e-4),
     "branch_rows": (torch.zeros(4), torch.tensor([[2, 0], [1, -1], [0, -1], [-2, 3], [-1, 0]]), values(9),
                     DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),

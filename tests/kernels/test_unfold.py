@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import record_launches
-from fastensdistill.kernels.layout import Layout
+from fastensdistill.kernels.layout import GradientLayout, Layout, Order, Partials, weight_partials
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_gradients, unfold_kernel
 from tests.compare import check_close
 from tests.kernels import layouts
@@ -34,21 +38,56 @@ def problem(case: str, dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor]]:
     return layout, {name: value.to(dtype) for name, value in drawn.items()}
 
 
-def in_kernel_order(layout: Layout, gradients: Tensor) -> Tensor:
+# How the layers of a case leave their gradients, in turn from one that the case's name decides on
+WAYS = [
+    Partials(9),
+    Partials(3, Order(64, 64, True)),
+    Partials(2, Order(32, 16, True)),
+    Partials(4, Order(16, 32)),
+    Partials(),
+    Partials(1, Order(8, 4)),
+]
+
+
+def memory_of(layout: Layout, K: int, first: int) -> GradientLayout:
+    """The layers in these ways, one after the other from ``first`` on; those over positions in the op's own order."""
+    every = {layer.name: WAYS[(first + i) % len(WAYS)] for i, layer in enumerate(layout.layers)}
+    every |= {layer.name: Partials(5) for layer in layout.layers if layer.positions > 1}
+    return layout.gradients(K, every)
+
+
+class Left(NamedTuple):
+    """What the kernels leave, NaN between them, where it lies, and the sums over splits one after the other."""
+
+    flat: Tensor
+    memory: GradientLayout
+    added: Tensor  # [K, ranked]
+
+
+def in_kernel_order(layout: Layout, gradients: Tensor, first: int) -> Left:
     """[K, ranked] in the parameters' order → flat, element by element as the documentation says."""
     K = len(gradients)
-    flat = gradients.new_full((K * layout.ranked,), float("nan"))
-    for layer in layout.layers:
-        W = gradients[:, layer.weight : layer.weight + layer.weight_size]
-        if layer.positions > 1:  # [K, Co, C, H·W] → [K, H·W, C, Co]
-            W = W.view(K, layer.out_channels, -1, layer.positions).permute(0, 3, 2, 1)
-        else:  # [K, Co, Ci, taps] → [K, taps, Ci, Co]
-            W = W.view(K, layer.out_channels, layer.in_channels, layer.taps).permute(0, 3, 2, 1)
-        flat[K * layer.weight : K * (layer.weight + layer.weight_size)] = W.flatten()
+    memory = memory_of(layout, K, first)
+    flat, added = gradients.new_full((memory.size,), float("nan")), torch.zeros_like(gradients)
+    generator = torch.Generator().manual_seed(2)
+    for layer, place in zip(layout.layers, memory.places, strict=True):
+        P, Co = layer.positions, layer.out_channels
+        shape = Co, layer.in_channels // P, layer.taps * P
+        own = slice(layer.weight, layer.weight + layer.weight_size)
+        W, size = gradients[:, own].view(K, *shape), prod(place.order.shape(shape[2], shape[1], Co))
+        to = [place.order.element(*shape[::-1], tap, i, o) for o, i, tap in product(*map(range, shape))]
+        # of all splits but the last drawn values, and there the rest
+        parts = [0.03 * torch.randn(W.shape, generator=generator).to(W.dtype) for _ in range(place.splits - 1)]
+        parts.append(W - sum(parts, torch.zeros_like(W)))
+        for n, part in enumerate(parts):
+            added[:, own] += part.flatten(1)
+            for k in range(K):
+                flat[torch.tensor(to) + (place.weight + (n * K + k) * size)] = part[k].flatten()
         if layer.bias >= 0:
-            b = gradients[:, layer.bias : layer.bias + layer.out_channels]
-            flat[K * layer.bias : K * (layer.bias + layer.out_channels)] = b.flatten()
-    return flat
+            own = slice(layer.bias, layer.bias + Co)
+            flat[place.bias : place.bias + K * Co] = gradients[:, own].flatten()
+            added[:, own] = gradients[:, own]
+    return Left(flat.to(DEVICE), memory, added)
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
@@ -61,10 +100,10 @@ def test_branches(case):
     expected = present(p.grad)[: layout.ranked], d.grad
 
     def run(call, dtype):
-        gradients = in_kernel_order(layout, t["branch_gradients"]).to(DEVICE, dtype)
+        gradients, memory, _ = in_kernel_order(layout, t["branch_gradients"].to(dtype), CASES.index(case))
         given = [t[name].to(DEVICE, dtype) for name in ("parameters", "deviations")]
         gradient = torch.full_like(given[0], float("nan"))
-        factors = call(unfold_gradients, gradients, *given, layout, gradient)
+        factors = call(unfold_gradients, gradients, memory, *given, layout, gradient)
         assert gradient[layout.ranked :].isnan().all()
         return gradient[: layout.ranked], factors
 
@@ -81,45 +120,66 @@ def test_branches(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("call", [run_kernel, lambda op, *args: op(*args)], ids=["kernel", "reference"])
 def test_plain_networks(case, call):
-    """The gradients of copies without factors are put in order, [copies, *shape] per weight, and nothing else moves."""
+    """The gradients of copies without factors are summed one after the other, to the bit, and put in order,
+    [copies, *shape] per weight; nothing else moves."""
     layout, t = problem(case, torch.float32)
-    g = t["branch_gradients"]
+    gradients, memory, g = in_kernel_order(layout, t["branch_gradients"], CASES.index(case))
     K = len(g)
-    gradients = in_kernel_order(layout, g).to(DEVICE)
     expected = torch.full((K * layout.size,), 7.0)
     for layer in layout.layers:
         W = g[:, layer.weight : layer.weight + layer.weight_size]
         expected[K * layer.weight : K * (layer.weight + layer.weight_size)] = W.flatten()
     gradient = torch.full_like(expected, 7.0, device=DEVICE)
-    none = call(unfold_gradients, gradients, torch.empty_like(gradient), None, layout, gradient)
+    none = call(unfold_gradients, gradients, memory, torch.empty_like(gradient), None, layout, gradient)
     assert none.numel() == 0
     assert torch.equal(gradient.cpu(), expected)
 
 
 def test_launches():
     layout, t = problem("many-layers", torch.float32)
-    flat, gradients = t["parameters"], in_kernel_order(layout, t["branch_gradients"])
+    flat, memory = t["parameters"], layout.gradients(2)
+    gradients = torch.zeros(memory.size)
     with record_launches() as launches:
-        unfold_gradients(gradients, flat, t["deviations"], layout, flat.clone())
-        unfold_gradients(gradients, flat.repeat(2), None, layout, flat.repeat(2))
+        unfold_gradients(gradients, memory, flat, t["deviations"], layout, flat.clone())
+        unfold_gradients(gradients, memory, flat.repeat(2), None, layout, flat.repeat(2))
     assert [launch.kernel for launch in launches] == [unfold_kernel, unfold_factors_kernel, unfold_kernel]
     assert [launch.grid for launch in launches] == [(12,), (24, 2), (12, 2)]
 
 
+def test_room_for_gradients():
+    layout, _ = problem("positions", torch.float32)
+    order = Order(2, 4, True)
+    memory = layout.gradients(2, {"conv": Partials(3, order), "last": Partials(2)})
+    conv, fc, last = memory.places
+    assert (conv.splits, conv.order, fc.splits, fc.order, last.order) == (3, order, 1, Order(7, 35), Order(35, 4))
+    sizes = 3 * 2 * (2 * 2 * 9 * 8), 2 * 7, 2 * 35 * 42, 2 * 35, 2 * 2 * 4 * 35
+    starts = [conv.weight, conv.bias, fc.weight, fc.bias, last.weight]
+    for start, size, after in zip(starts, sizes, [*starts[1:], memory.size], strict=True):
+        assert start % 32 == 0, "kernels store runs of 128 bytes"
+        assert 0 <= after - start - size < 32
+    assert weight_partials(torch.empty(memory.size), layout.layers[0], conv, 2).shape == (3, 2, 2, 2, 9, 4, 2)
+    with pytest.raises(InputError, match="'fc' is over 6 positions; expected no Order"):
+        layout.gradients(2, {"fc": Partials(1, order)})
+    with pytest.raises(InputError, match="'last' leaves 0 x 280 values"):
+        layout.gradients(2, {"last": Partials(0)})
+
+
 L, V = problem("one-branch", torch.float32)
-REFUSED = {
-    "gradients": ({"gradients": torch.zeros(3)}, r"gradients has shape \(3,\); expected \(603,\)"),
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "gradients": ({"gradients": torch.zeros(3)}, r"gradients has shape \(3,\); expected \(640,\)"),
+    "networks": ({"memory": L.gradients(2)}, "memory is for 2 layers of 2 networks; expected 2 of 1"),
     "gradient": ({"gradient": torch.zeros(603)}, r"gradient has shape \(603,\); expected \(612,\)"),
     "strided": ({"gradient": torch.zeros(L.size, 2)[:, 0]}, "gradient is not contiguous"),
-    "dtype": ({"gradients": torch.zeros(603).double()}, "gradients has dtype torch.float64"),
+    "dtype": ({"gradients": torch.zeros(640).double()}, "gradients has dtype torch.float64"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case):
     changed, message = REFUSED[case]
-    given = {
-        "gradients": torch.zeros(L.ranked),
+    given: dict[str, object] = {
+        "gradients": torch.zeros(640),
+        "memory": L.gradients(1),
         "parameters": V["parameters"],
         "deviations": V["deviations"],
         "layout": L,
