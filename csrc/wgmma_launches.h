@@ -2,23 +2,31 @@
 #pragma once
 
 #include "wgmma_conv.h"
+#include "wgmma_narrow.h"
 
 namespace fed {
 
-FED_HD bool is_narrow(const ConvLaunch& launch) { return launch.at.channels <= NARROW_CHANNELS; }
+// So many channels of the inputs have weights that fit beside the narrow kernel's boxes.
+constexpr int NARROW_IN_CHANNELS = 128;
+
+inline bool is_narrow(const ConvLaunch& launch) {
+  return launch.at.channels <= NARROW_CHANNELS &&
+         std::max(launch.at.in_channels[0], launch.at.in_channels[1]) <= NARROW_IN_CHANNELS;
+}
 
 // Rows of partial sums of a group: a pure function of shapes, groups and multiprocessors.
-inline int statistics_rows(const ConvLaunch& launch) { return wide_statistics_rows(launch); }
+inline int statistics_rows(const ConvLaunch& launch) {
+  return is_narrow(launch) ? narrow_statistics_rows(launch) : wide_statistics_rows(launch);
+}
 
 // Why no kernel makes a launch, or nullptr.
 inline const char* uncovered(const ConvLaunch& launch) {
-  if (is_narrow(launch)) return "32 channels or fewer";  // until the narrow kernel is here
-  return wide_uncovered(launch);
+  return is_narrow(launch) ? narrow_uncovered(launch) : wide_uncovered(launch);
 }
 
 // Puts a covered launch on a stream; 0 or the CUDA error.
 inline int launch_conv(const ConvLaunch& launch, void* stream) {
-  return launch_wide(launch, stream);
+  return is_narrow(launch) ? launch_narrow(launch, stream) : launch_wide(launch, stream);
 }
 
 }  // namespace fed
