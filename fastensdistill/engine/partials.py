@@ -33,12 +33,16 @@ from fastensdistill.kernels.conv_weight_gradient import WeightGradientShape, wei
 from fastensdistill.kernels.layout import Partials
 from fastensdistill.kernels.operands import Window, accumulator
 from fastensdistill.kernels.tiles import device_arch
+from fastensdistill.kernels.wgmma_weight_gradient import partial_count
 from fastensdistill.network.launch import INPUT, Launch, Part
 from fastensdistill.network.nodes import Conv, Layer
 
 MOST = 32 * 2**20  # bytes of a layer's partial results that are left to the un-fold
 # Implementation → how many partial results it has; the others make one result
-COUNTED: dict[str, Callable[[WeightGradientShape], int]] = {"triton": weight_gradient_partials}
+COUNTED: dict[str, Callable[[WeightGradientShape], int]] = {
+    "triton": weight_gradient_partials,
+    "wgmma": partial_count,
+}
 
 
 def gradient_shape(part: Part, launch: Launch, dtype: torch.dtype, device: torch.device) -> WeightGradientShape:
@@ -49,7 +53,8 @@ def gradient_shape(part: Part, launch: Launch, dtype: torch.dtype, device: torch
     window = Window(node.kernel, node.stride, node.padding) if isinstance(node, Conv) else Window(1)
     groups = len(part.groups)
     x = (1 if launch.reads[0] == INPUT else groups, part.batch, H, W, C)
-    return WeightGradientShape(x, groups, node.shape[0], window, dtype, device)
+    normed = any(step.kind == "norm_gradient" for step in launch.prologue)
+    return WeightGradientShape(x, groups, node.shape[0], window, dtype, device, bool(launch.prologue), normed)
 
 
 def count(implement: Implement, part: Part, launch: Launch, shape: WeightGradientShape) -> int:

@@ -197,6 +197,8 @@ class WeightGradientShape(NamedTuple):
     window: Window
     dtype: torch.dtype  # of d
     device: torch.device  # a meta device is taken for a GPU of the capability that is assumed (``assume_arch``)
+    on_load: bool = False  # something is applied to x or d on load
+    normed: bool = False  # to d, with norm_z
 
 
 def weight_gradient_partials(shape: WeightGradientShape) -> int:

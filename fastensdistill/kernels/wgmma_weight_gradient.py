@@ -17,6 +17,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.conv_weight_gradient import (
     WeightGradientOperands,
+    WeightGradientShape,
     conv_weight_gradient_reference,
     weight_gradient_operands,
 )
@@ -158,6 +159,15 @@ def cut_of(o: WeightGradientOperands, window: Window) -> GradientCut:
     )  # fmt: skip
 
 
+def partial_count(shape: WeightGradientShape) -> int:
+    """How many partial results the kernel has of such operands."""
+    return weight_gradient_cut(
+        shape.groups, shape.x, shape.out_channels, shape.window,
+        wgmma.multiprocessors(torch.empty(0, device=shape.device)),
+        on_load=shape.on_load, normed=shape.normed, copies=wgmma.copies(),
+    ).partials  # fmt: skip
+
+
 def weight_gradient_partials(o: WeightGradientOperands, window: Window, partial: Tensor | None = None) -> Tensor:
     """The partial results (``cut_of(o, window).partials``, G, taps, Ci, Co), float32, whose sum is the gradient.
 
@@ -186,13 +196,16 @@ def wgmma_weight_gradient(x: Tensor, d: Tensor, *, kernel: int, **options: Any) 
     ``x`` and ``d`` are bf16, Ci and Co multiples of 16. Raises InputError for anything else, and for what
     ``conv_weight_gradient`` refuses. Without the extension, and off CUDA, the reference computes it.
     """
-    o, window, _, out, add = weight_gradient_operands(x, d, kernel=kernel, **options)
-    if not add and not unsupported(o, window) and cut_of(o, window).partials == 1:
-        weight_gradient_partials(o, window, out[None])
+    o, window, _, out, add = weight_gradient_operands(x, d, kernel=kernel, several=True, **options)
+    memory = out if out.dim() == 5 else out[None]
+    if not add and not unsupported(o, window) and cut_of(o, window).partials == len(memory):
+        weight_gradient_partials(o, window, memory)
         return out
-    partial = weight_gradient_partials(o, window)
+    partial, (whole, *others) = weight_gradient_partials(o, window), memory
+    if others and not add:
+        memory[1:].zero_()
     if runs_kernel(out.device.type, out.dtype):
-        add_rows(partial.view(1, len(partial), -1), 1, out.view(1, 1, -1), add)
+        add_rows(partial.view(1, len(partial), -1), 1, whole.view(1, 1, -1), add)
     else:
-        leave(partial.sum(0), out, add)
+        leave(partial.sum(0), whole, add)
     return out

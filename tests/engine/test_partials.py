@@ -15,6 +15,7 @@ from fastensdistill.engine.partials import MOST, gradient_shape, left_to_unfold
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient, weight_gradient_partials
 from fastensdistill.kernels.tiles import assume_arch
+from fastensdistill.kernels.wgmma_weight_gradient import partial_count
 from fastensdistill.models import create_model
 from fastensdistill.network.launch import Part
 from fastensdistill.network.plan import plan, teach_groups
@@ -62,6 +63,23 @@ def test_one_result_of_what_has_no_kernel_that_splits():
         vendor = Dispatch([Choice("weight gradient", "cudnn", "for the test", name)])
         assert set(left_to_unfold(part, vendor, torch.bfloat16, META)) == set(every) - {name}
         assert left_to_unfold(part, lambda part, launch, op: op, torch.bfloat16, META) == {}
+
+
+def test_those_of_the_wgmma_kernel():
+    """As its cut says: 33 of 64 → 64 at 32 x 32, four blocks of which 132 multiprocessors hold at once."""
+    part = backward("wrn28_4", 512)
+    by_wgmma = Dispatch([Choice("weight gradient", "wgmma", "for the test")])
+    left = left_to_unfold(part, by_wgmma, torch.bfloat16, CPU)
+    shapes = {
+        launch.node: gradient_shape(part, launch, torch.bfloat16, CPU)
+        for launch in part.launches
+        if launch.op == "weight gradient"
+    }
+    for name, one in left.items():
+        assert one.splits == partial_count(shapes[name])
+    wide = [left[name].splits for name, shape in shapes.items() if shape.x[4] == shape.out_channels == 64]
+    assert set(wide) == {33}
+    assert len(wide) == 7
 
 
 def by_images(x, d, *, out, **options):

@@ -10,6 +10,7 @@ from fastensdistill.kernels.batch_norm_backward import batch_norm_backward
 from fastensdistill.kernels.conv_weight_gradient import (
     WeightGradientShape,
     conv_weight_gradient,
+    weight_gradient_operands,
     weight_gradient_partials,
 )
 from fastensdistill.kernels.head_backward import head_backward
@@ -17,6 +18,7 @@ from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.kernels.vendor_conv import VENDOR
+from fastensdistill.kernels.wgmma_weight_gradient import cut_of, partial_count, wgmma_weight_gradient
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
 from tests.untyped import untyped
@@ -114,6 +116,25 @@ def test_how_many_partial_results_there_will_be(kernel, stride, size):
         assert launches[0].grid[1] == said
         assert weight_gradient_partials(shape._replace(dtype=torch.float64)) == 1
     assert weight_gradient_partials(shape._replace(device=torch.device("cpu"))) == 1, "the reference has one"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_partial_results_of_the_wgmma_kernel(more):
+    """Into memory for as many as it has without a copy; else their sum in the first, and zeros."""
+    x, d = values(2, 3, 5, 4, 16, dtype=torch.bfloat16), values(2, 3, 5, 4, 32, dtype=torch.bfloat16)
+    window = Window(3, 1, 1)
+    shape = WeightGradientShape(tuple(x.shape), 2, 32, window, torch.bfloat16, torch.device("cpu"))
+    count = partial_count(shape)
+    assert count == cut_of(weight_gradient_operands(x, d, kernel=3, padding=1)[0], window).partials > 1
+    expected = conv_weight_gradient(x.double(), d.double(), kernel=3, padding=1)
+    out = torch.full((count + more, 2, 9, 16, 32), float("nan"))
+    assert wgmma_weight_gradient(x, d, kernel=3, padding=1, out=out) is out
+    check_close("sum", out.double().sum(0), expected, 1e-5)
+    before = values(*out.shape, seed=3)
+    there = before.clone()
+    wgmma_weight_gradient(x, d, kernel=3, padding=1, out=there, add=True)
+    check_close("on top", there[0], before[0].double() + expected, 1e-5)
+    assert torch.equal(there[1:], before[1:])
 
 
 def test_refusals():
