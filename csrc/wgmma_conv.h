@@ -10,89 +10,9 @@
 #pragma once
 
 #include "wgmma_epilogue.h"
-#include "wgmma_transform.h"
+#include "wgmma_wide_plan.h"
 
 namespace fed {
-
-constexpr int CHUNK = 64, PIECE_BYTES = CHUNK * 64 * 2;  // of weights, a consumer's
-constexpr int MOST_SHARED = 227 * 1024;  // of a block
-constexpr int MOST_BOXES = 4, MOST_PIECES = 32;  // stages of the rings
-
-// Where barriers are in shared memory, and how many bytes they take.
-struct Barriers {
-  static constexpr int full = 0, empty = full + 8 * MOST_BOXES, ready = empty + 8 * MOST_BOXES;
-  static constexpr int full_z = ready + 8 * MOST_BOXES;
-  static constexpr int full_weights = full_z + 8, empty_weights = full_weights + 8 * MOST_PIECES;
-  static constexpr int fetched = empty_weights + 8 * MOST_PIECES, bytes = 1024;
-  static_assert(fetched + 2 * 8 <= bytes);
-};
-
-// How a launch is cut into blocks, and a block's shared memory.
-struct WidePlan {
-  bool pair;  // the consumers take two blocks of channels of a tile; else two tiles
-  int channel_blocks, items, parts;  // of a group: items are tiles or pairs of them, which `parts` blocks share
-  int box_bytes, boxes, norm_boxes;
-  int piece_bytes, pieces;
-  bool resident;  // all weights
-  int staging, masks, box, norm_box, piece, total;  // offsets; total is 0 where it does not fit
-  BoxPositions positions;
-};
-
-inline int chunks_of(int channels) { return (channels + CHUNK - 1) / CHUNK; }
-
-inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int groups, int multiprocessors) {
-  WidePlan plan{};
-  const int blocks = chunks_of(at.channels);
-  int taps = 0, farthest = 0;
-  for (int i = 0; i < at.steps.first_step[at.steps.phases]; ++i) {
-    const ConvStep& step = at.steps.step[i];
-    taps += step.taps * chunks_of(at.in_channels[step.source]);
-    for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap)
-      farthest = std::max(farthest, tap_position(at.steps, at.tile, at.steps.tap[tap]));
-  }
-  // All 32 lines of the product are read, also those that a small tile lacks.
-  const int read = farthest + (TILE_LINES - 1) * at.steps.columns + TILE_COLUMNS;
-  const int positions = std::max(box_lines(at.steps, at.tile) * at.steps.columns, read);
-  plan.positions = box_positions(at.steps, at.tile);
-  plan.box_bytes = (positions * 128 + 1023) / 1024 * 1024;
-  plan.staging = Barriers::bytes;
-  plan.masks = plan.staging + 2 * STAGING_BYTES;
-  plan.box = plan.masks + (gradient ? 2 * MASK_BYTES : 0);
-  const auto arrange = [&](bool pair) {
-    const int free = MOST_SHARED - plan.box;
-    plan.pair = pair;
-    plan.piece_bytes = (pair ? 2 : 1) * PIECE_BYTES;
-    plan.boxes = 2;
-    plan.norm_boxes = norm ? 1 : 0;
-    const auto left = [&] { return free - (plan.boxes + plan.norm_boxes) * plan.box_bytes; };
-    const int wanted = std::min(4, taps) * plan.piece_bytes;
-    plan.resident = taps <= MOST_PIECES && taps * plan.piece_bytes <= left();
-    plan.pieces = plan.resident ? taps : std::max(0, std::min(MOST_PIECES, left() / plan.piece_bytes));
-    if (plan.pieces < 2 && plan.pieces < taps) return false;
-    const int held = plan.resident ? taps * plan.piece_bytes : wanted;
-    // Of two tiles' boxes every consumer has its own: one that it does not wait for would be a lap away unnoticed.
-    const int step = pair ? 1 : 2;
-    while (plan.boxes + step <= MOST_BOXES && left() - step * plan.box_bytes >= held) plan.boxes += step;
-    if (!plan.resident) plan.pieces = std::min(MOST_PIECES, left() / plan.piece_bytes);
-    return true;
-  };
-  const bool fits = arrange(blocks % 2 == 0 && !norm);  // z's boxes leave no room for pairs
-  plan.channel_blocks = plan.pair ? blocks / 2 : blocks;
-  plan.items = plan.pair ? at.tile.count : (at.tile.count + 1) / 2;
-  plan.parts = block_parts(groups, plan.channel_blocks, plan.items, multiprocessors);
-  plan.norm_box = plan.box + plan.boxes * plan.box_bytes;
-  plan.piece = plan.norm_box + plan.norm_boxes * plan.box_bytes;
-  plan.total = fits ? plan.piece + plan.pieces * plan.piece_bytes : 0;
-  return plan;
-}
-
-// A place in a ring, and the parity of the phases that its barriers are in on this lap.
-struct Ring {
-  int stages, stage, parity;
-  FED_HD void advance(int by = 1) {
-    for (stage += by; stage >= stages; stage -= stages) parity ^= 1;
-  }
-};
 
 // ON_LOAD: the producer's warpgroup changes the boxes of source 0 before they are multiplied. A warpgroup more would
 // leave 128 registers a thread to begin with, and the compiler wants 154 for this product.
@@ -134,9 +54,10 @@ struct WideConv {
   }
   // f(step, chunk) for every box of a result.
   template <class F>
-  FED_HD void for_boxes(int phase, F f) const {
+  FED_HD void for_boxes(const ConvSide& own, int phase, F f) const {
     for (int i = at.steps.first_step[phase]; i < at.steps.first_step[phase + 1]; ++i) {
       const ConvStep& step = at.steps.step[i];
+      if (step.source == 1 && !own.has_second) continue;
       for (int chunk = 0; chunk * CHUNK < at.in_channels[step.source]; ++chunk) f(step, chunk);
     }
   }
@@ -148,30 +69,32 @@ struct WideConv {
   FED_HD bool changes(const ConvSide& own) const {
     return ON_LOAD && (GRADIENT ? has_norm(own) : own.in_scale.values != nullptr);
   }
+  // The ring of weights, as long as all of them where they stay.
+  FED_HD Ring pieces_of(const ConvSide& own) const {
+    return {plan.resident ? plan.source_pieces[0] + (own.has_second ? plan.source_pieces[1] : 0) : plan.pieces, 0, 0};
+  }
   FED_HD int box_values() const { return box_lines(at.steps, at.tile) * at.steps.columns * 128; }
 
-  // Asks for what comes to a stage of a ring, when it is free.
-  template <class Block>
-  FED_HD void bring(
-      Block& block, const TensorMap& map, const Ring& ring, int full, int empty, int first, const Corner& corner) const {
-    block.wait(empty + 8 * ring.stage, ring.parity ^ 1);
-    block.expect(full + 8 * ring.stage, box_values());
-    block.load(map, first + ring.stage * plan.box_bytes, full + 8 * ring.stage, corner);
-  }
   FED_HD Corner box_corner(const BlockWork& work, const ConvStep& step, int chunk, int tile_index) const {
     const TileCorner tile = tile_corner(at.tile, tile_index);
     const bool shared = step.source == 0 ? side[work.side].in_shared : side[work.side].second_shared;
     return {{chunk * CHUNK, tile.column + step.column, tile.image, tile.row + step.row, shared ? 0 : work.group}};
   }
+  // Asks for what comes to a stage of a ring, when it is free.
   template <class Block>
-  FED_HD void bring_box(Block& block, const BlockWork& work, const ConvStep& step, int chunk, int tile, Ring& ring) const {
+  FED_HD void bring_box(
+      Block& block, const BlockWork& work, const ConvStep& step, int chunk, int tile, Ring& ring) const {
     const ConvSide& own = side[work.side];
-    bring(block, step.source == 0 ? own.in[step.phase] : own.second, ring, Barriers::full, Barriers::empty, plan.box,
-          box_corner(work, step, chunk, tile));
+    const int full = Barriers::full + 8 * ring.stage;
+    block.wait(Barriers::empty + 8 * ring.stage, ring.parity ^ 1);
+    block.expect(full, box_values());
+    block.load(step.source == 0 ? own.in[step.phase] : own.second, plan.box + ring.stage * plan.box_bytes, full,
+               box_corner(work, step, chunk, tile));
     ring.advance();
   }
   template <class Block>
-  FED_HD void bring_pieces(Block& block, const BlockWork& work, int slot, const ConvStep& step, int chunk, Ring& ring) const {
+  FED_HD void bring_pieces(
+      Block& block, const BlockWork& work, int slot, const ConvStep& step, int chunk, Ring& ring) const {
     const TensorMap& map = side[work.side].weight[step.source];
     for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap) {
       const int full = Barriers::full_weights + 8 * ring.stage, to = plan.piece + ring.stage * plan.piece_bytes;
@@ -187,11 +110,12 @@ struct WideConv {
   template <class Block>
   FED_HD void produce(Block& block) const {
     const BlockWork work = work_of(block.index);
-    const int slot = side[work.side].weight_index[work.group], tiles = plan.pair ? 1 : 2;
-    Ring boxes{plan.boxes, 0, 0}, pieces{plan.pieces, 0, 0};
-    int pieces_left = plan.resident ? plan.pieces : INT_MAX;
+    const ConvSide& own = side[work.side];
+    const int slot = own.weight_index[work.group], tiles = plan.pair ? 1 : 2;
+    Ring boxes{plan.boxes, 0, 0}, pieces = pieces_of(own);
+    int pieces_left = plan.resident ? pieces.stages : INT_MAX;
     for_results(work, [&](int item, int phase) {
-      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+      for_boxes(own, phase, [&](const ConvStep& step, int chunk) {
         for (int i = 0; i < tiles; ++i) bring_box(block, work, step, chunk, item * tiles + i, boxes);
         if (pieces_left <= 0) return;
         bring_pieces(block, work, slot, step, chunk, pieces);
@@ -209,7 +133,7 @@ struct WideConv {
         block, at, own, work.group, slot, first_channel(work) + (plan.pair ? me * CHUNK : 0),
         plan.staging + me * STAGING_BYTES, plan.masks + me * MASK_BYTES, Barriers::fetched + 8 * me);
     typename Block::template PerThread<Accumulator<256>> sum;
-    Ring boxes{plan.boxes, plan.pair ? 0 : me, 0}, pieces{plan.pieces, 0, 0};
+    Ring boxes{plan.boxes, plan.pair ? 0 : me, 0}, pieces = pieces_of(own);
     const int stride = at.steps.columns * 128;
     for_results(work, [&](int item, int phase) {
       const Inside here = inside(at, item * tiles + (plan.pair ? 0 : me), phase);
@@ -218,7 +142,7 @@ struct WideConv {
 FED_UNROLL
         for (int i = 0; i < 128; ++i) sum[thread].at[i] = 0.0f;
       });
-      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+      for_boxes(own, phase, [&](const ConvStep& step, int chunk) {
         block.wait((changes(own) ? Barriers::ready : Barriers::full) + 8 * boxes.stage, boxes.parity);
         const int left = at.in_channels[step.source] / 16 - chunk * 4, depth = left < 4 ? left : 4;
         int open = -1;  // stage of the weights that are being multiplied
@@ -229,8 +153,8 @@ FED_UNROLL
           const uint64_t a = operand(block.address(piece), 0, 1024, 128);
           const uint64_t b =
               operand(block.address(plan.box + boxes.stage * plan.box_bytes + first * 128), 0, stride, 128);
-          // 32 channels a group of products: the compiler does not know that all threads have as many groups, so a group
-          // is whole in an iteration. Channels past the last are zeros.
+          // 32 channels a group of products: the compiler does not know that all threads have as many groups, so that
+          // one has to be whole in an iteration. Channels past the last are zeros.
 FED_ROLLED
           for (int k = 0; k < depth; k += 2) {
             block.fence();
@@ -266,8 +190,8 @@ FED_UNROLL
     const ConvSide& own = side[work.side];
     const int slot = own.weight_index[work.group], tiles = plan.pair ? 1 : 2;
     const bool changed = changes(own);
-    Ring boxes{plan.boxes, 0, 0}, ready = boxes, norm_boxes{1, 0, 0}, pieces{plan.pieces, 0, 0};
-    int pieces_left = plan.resident ? plan.pieces : INT_MAX;
+    Ring boxes{plan.boxes, 0, 0}, ready = boxes, norm_boxes{1, 0, 0}, pieces = pieces_of(own);
+    int pieces_left = plan.resident ? pieces.stages : INT_MAX;
     typename Block::template PerThread<std::conditional_t<GRADIENT, NormGradient, Normalisation>> by;
     int held = -1;  // the chunk that `by` is of
     const ConvStep* before = nullptr;  // the box whose weights are to come
@@ -287,7 +211,7 @@ FED_UNROLL
       if (plan.resident) pieces_left -= before->taps;
     };
     for_results(work, [&](int item, int phase) {
-      for_boxes(phase, [&](const ConvStep& step, int chunk) {
+      for_boxes(own, phase, [&](const ConvStep& step, int chunk) {
         const bool change = changed && step.source == 0, early = plan.boxes >= 2 * tiles;
         if (!early) bring_before();
         first_thread([&] {
@@ -360,19 +284,6 @@ FED_UNROLL
   }
 };
 
-inline WidePlan wide_plan(const ConvLaunch& launch) {
-  return wide_plan(launch.at, launch.gradient, has_norm(launch.side[0]), groups_of(launch), launch.multiprocessors);
-}
-
-inline int wide_statistics_rows(const ConvLaunch& launch) {
-  const WidePlan plan = wide_plan(launch);
-  return plan.pair ? plan.parts : 2 * plan.parts;
-}
-
-inline const char* wide_uncovered(const ConvLaunch& launch) {
-  return wide_plan(launch).total == 0 ? "more shared memory than there is" : nullptr;
-}
-
 template <bool GRADIENT, bool ON_LOAD>
 int launch_wide(const ConvLaunch& launch, void* stream) {
   WideConv<GRADIENT, ON_LOAD> kernel{launch.at, wide_plan(launch), {launch.side[0], launch.side[1]}};
@@ -385,10 +296,10 @@ int launch_wide(const ConvLaunch& launch, void* stream) {
 }
 
 inline int launch_wide(const ConvLaunch& launch, void* stream) {
-  if (launch.gradient)
-    return has_norm(launch.side[0]) ? launch_wide<true, true>(launch, stream) : launch_wide<true, false>(launch, stream);
-  const bool on_load = launch.side[0].in_scale.values != nullptr || launch.side[1].in_scale.values != nullptr;
-  return on_load ? launch_wide<false, true>(launch, stream) : launch_wide<false, false>(launch, stream);
+  const auto& [one, other] = launch.side;
+  const bool on_load = launch.gradient ? has_norm(one) : one.in_scale.values || other.in_scale.values;
+  return launch.gradient ? (on_load ? launch_wide<true, true> : launch_wide<true, false>)(launch, stream)
+                         : (on_load ? launch_wide<false, true> : launch_wide<false, false>)(launch, stream);
 }
 
 }  // namespace fed

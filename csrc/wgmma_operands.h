@@ -47,6 +47,7 @@ struct ConvSide {
   const int32_t* weight_index;  // [groups]
   int groups;
   bool in_shared, second_shared;
+  bool has_second;  // source 1 of the geometry
   int residual_phases;  // bit p: phase p of the result has a residual
   bool relu;  // forward
   bool residual_first;  // gradient: before mask and scale
