@@ -69,6 +69,21 @@ def conv_tile(images: int, height: int, width: int) -> ConvTile:
     return ConvTile(together, rows, -(-width // COLUMNS), -(-height // rows), -(-images // together))
 
 
+def box_bytes(window: Window, tile: ConvTile, copies: bool) -> int:
+    """Shared memory of a tile with its border, and of what an operand of 32 lines reads past it."""
+    reach = (window.kernel - 1) // window.stride if window.kernel > window.stride else 0
+    columns = COLUMNS + (0 if copies else reach)
+    last = reach * tile.images * columns + columns - COLUMNS  # where the farthest tap begins
+    positions = max((tile.rows + reach) * tile.images * columns, last + (LINES - 1) * columns + COLUMNS)
+    return -(-positions * 2 * CHUNK // 1024) * 1024
+
+
+def norm_fits(window: Window, shape: tuple[int, int, int], copies: bool) -> bool:
+    """Whether shared memory has room for z's tile beside those of d: results of ``shape`` (N, H, W)."""
+    tile = conv_tile(shape[0], *(-(-size // window.stride) for size in shape[1:]))
+    return 3 * box_bytes(window, tile, copies) + 2 * PIECE <= SHARED
+
+
 class Rows(NamedTuple):
     """Rows of partial sums: those of tile t are row ``(t // together % parts) · together + t % together``."""
 
@@ -148,13 +163,13 @@ def _in_channels(x: Tensor, second: Tensor | None) -> int:
     return max(x.shape[4], second.shape[4] if second is not None else 0)
 
 
-def _conv_rows(o: ConvOperands, window: Window, multiprocessors: int) -> Rows:
+def conv_rows(o: ConvOperands, window: Window, multiprocessors: int) -> Rows:
     shape = (o.x.shape[1], *window.sizes(o.x))
     channels = _in_channels(o.x, o.second)
     return statistics_rows(len(o.weight_index), shape, channels, o.weight.shape[3], 1, False, False, multiprocessors)
 
 
-def _gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int) -> Rows:
+def gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int) -> Rows:
     shape = (o.d.shape[1], o.height, o.width)
     channels, norm = o.weight_flipped.shape[3], o.norm_z is not None
     in_channels = _in_channels(o.d, o.second)
@@ -166,7 +181,7 @@ def _gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: in
 def wgmma_conv_reference(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
     z, activated, bits, statistics = grouped_conv_reference(o._replace(center=None), window, "ieee")
     if o.center is not None:
-        rows = _conv_rows(o, window, multiprocessors)
+        rows = conv_rows(o, window, multiprocessors)
         rest = z.to(statistics.dtype) - pick(o.center, o.weight_index)
         statistics = torch.stack([rows.sums(rest), rows.sums(rest.square())], 2)
     return z, activated, bits, statistics
@@ -179,19 +194,19 @@ def wgmma_data_gradient_reference(
     operands = DataGradientOperands(out_dtype=dtype, **o._asdict())
     # z stays for the mask; the sums are made again in the kernels' rows
     out, _ = conv_data_gradient_reference(operands, epilogue, window, "ieee")
-    rows = _gradient_rows(o, window, multiprocessors)
+    rows = gradient_rows(o, window, multiprocessors)
     return out, gradient_sums(out, o.weight_index, epilogue, rows.sums)
 
 
 def _empty_conv(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
-    return conv_results(o, window, _conv_rows(o, window, multiprocessors).total)
+    return conv_results(o, window, conv_rows(o, window, multiprocessors).total)
 
 
 def _empty_gradient(
     o: WgmmaGradientOperands, epilogue: GradientEpilogue, window: Window, multiprocessors: int, copies: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (len(o.weight_index), o.d.shape[1], o.height, o.width, o.weight_flipped.shape[3])
-    return gradient_results(o.d, shape, _gradient_rows(o, window, multiprocessors).total, epilogue)
+    return gradient_results(o.d, shape, gradient_rows(o, window, multiprocessors).total, epilogue)
 
 
 # The CUDA kernels are the extension's
@@ -237,6 +252,9 @@ def unsupported_gradient(o: DataGradientOperands, epilogue: GradientEpilogue, wi
         ""
         if o.second is None or o.second_stride == window.stride
         else f"second_stride {o.second_stride}, expected the convolution's, {window.stride}",
+        ""
+        if o.norm_z is None or norm_fits(window, (o.d.shape[1], o.height, o.width), wgmma.copies())
+        else f"a BatchNorm's gradient on load of {o.height} x {o.width} positions: more shared memory than there is",
         "a mask from z with a residual after it"
         if epilogue.mask_scale is not None and epilogue.residual is not None and not epilogue.residual_first
         else "",
