@@ -39,6 +39,8 @@ from fastensdistill.kernels.reference import pick
 CHUNK = 64  # channels of a piece of weights, either side
 COLUMNS, LINES, BORDERED, MOST_IMAGES = 8, 32, 40, 8  # of a tile, as in csrc/conv_steps.h
 NARROW, NARROW_IN = 32, 128  # the most channels of results, and of inputs, that the narrow kernel takes
+PIECE = CHUNK * CHUNK * 2  # bytes of weights
+SHARED = (227 - 1 - 64 - 4) * 1024  # of a data gradient's block, for boxes and weights: as in csrc/wgmma_wide_plan.h
 
 
 class ConvTile(NamedTuple):
@@ -115,6 +117,11 @@ class Rows(NamedTuple):
         return values.flatten(1, 3)
 
 
+def is_narrow(in_channels: int, channels: int) -> bool:
+    """Whether the narrow kernel makes results of ``channels`` from sources of at most ``in_channels``."""
+    return channels <= NARROW and in_channels <= NARROW_IN
+
+
 def statistics_rows(
     groups: int,
     shape: tuple[int, int, int],
@@ -131,7 +138,7 @@ def statistics_rows(
     gradient on load.
     """
     tile = conv_tile(shape[0], -(-shape[1] // stride), -(-shape[2] // stride))
-    if channels <= NARROW and in_channels <= NARROW_IN:
+    if is_narrow(in_channels, channels):
         consumers = 4 - gradient - (channels == 32)  # warpgroups that take a tile each
         parts = max(1, min(multiprocessors // groups, -(-tile.total // consumers)))
         return Rows(tile, stride, consumers, parts)
@@ -253,7 +260,9 @@ def unsupported_gradient(o: DataGradientOperands, epilogue: GradientEpilogue, wi
         if o.second is None or o.second_stride == window.stride
         else f"second_stride {o.second_stride}, expected the convolution's, {window.stride}",
         ""
-        if o.norm_z is None or norm_fits(window, (o.d.shape[1], o.height, o.width), wgmma.copies())
+        if o.norm_z is None
+        or is_narrow(_in_channels(o.d, o.second), out_channels)
+        or norm_fits(window, (o.d.shape[1], o.height, o.width), wgmma.copies())
         else f"a BatchNorm's gradient on load of {o.height} x {o.width} positions: more shared memory than there is",
         "a mask from z with a residual after it"
         if epilogue.mask_scale is not None and epilogue.residual is not None and not epilogue.residual_first

@@ -100,7 +100,8 @@ def test_rows_and_memory_are_those_of_the_kernels():
             shape = (images, height, width)
             given = (kernel, stride, gradient, copies, *shape, channels, 0, out, norm and gradient, groups, 132)
             library().wide_plan_of((ctypes.c_int64 * len(given))(*given), found)
-            rows = conv.statistics_rows(groups, shape, out, stride if gradient else 1, bool(norm and gradient), 132)
+            own = (stride if gradient else 1, bool(gradient), bool(norm and gradient), 132)
+            rows = conv.statistics_rows(groups, shape, channels, out, *own)
             tile = rows.tile
             assert [rows.total, conv.box_bytes(window, tile, bool(copies))] == found[:2], given
             fits = conv.norm_fits(window, shape, bool(copies)) if norm and gradient else True
@@ -115,12 +116,11 @@ def test_same_as_the_other_implementations():
         a, b = (t.sum(1) if t.dtype == torch.float32 else t.double() for t in (untyped(one), untyped(other)))
         check_close("forward", a, b, 1e-5)
     d, e = convs.gradient(case, "residual", "first", "mask-of-z")
-    given = {**d._asdict(), **e._asdict(), **shape, "in_size": (given_height := case.height, case.width)}
-    assert given_height == given.pop("height")
-    del given["width"]
-    one, other = conv.wgmma_data_gradient(**given), conv_data_gradient(**given)
-    check_close("d", one.d, other.d, 0)
-    check_close("sums", present(one.statistics).sum(1), present(other.statistics).sum(1), 1e-5)
+    given = {**d._asdict(), **e._asdict(), **shape, "in_size": (case.height, case.width)}
+    del given["height"], given["width"]
+    mine, theirs = conv.wgmma_data_gradient(**given), conv_data_gradient(**given)
+    check_close("d", mine.d, theirs.d, 0)
+    check_close("sums", present(mine.statistics).sum(1), present(theirs.statistics).sum(1), 1e-5)
 
 
 CASE = Case(2, 1, 6, 8, 64, 64, 3, 1)
