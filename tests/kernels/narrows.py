@@ -150,7 +150,7 @@ def check_forward(choice: dict[str, Any]) -> None:
     if actual.mask is not None:
         assert torch.equal(actual.mask, pack_mask(seen > 0))
     if actual.statistics is not None:
-        rows = kernels._conv_rows(operands, window, choice["multiprocessors"])
+        rows = kernels.conv_rows(operands, window, choice["multiprocessors"])
         centred = z.double() - pick(o["center"], weight_index)
         check_close("statistics", actual.statistics, torch.stack([rows.sums(centred), rows.sums(centred**2)], 2), 1e-5)
 
@@ -196,7 +196,7 @@ def check_gradient(choice: dict[str, Any]) -> None:
     check_value("d", out, expected)
     assert (present(statistics) is None) == (not choice["sums"])
     if choice["sums"]:
-        rows = kernels._gradient_rows(mine, window, choice["multiprocessors"])
+        rows = kernels.gradient_rows(mine, window, choice["multiprocessors"])
         standard = (o["z"].double() - pick(o["mean"], weight_index)) * pick(o["inv_std"], weight_index)
         wide = out.double()
         check_close("statistics", statistics, torch.stack([rows.sums(wide), rows.sums(wide * standard)], 2), 1e-5)
