@@ -54,6 +54,7 @@ class ConvTile(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Tiles in all."""
         return self.across * self.down * self.along
 
 
@@ -96,6 +97,7 @@ class Rows(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Rows of a group."""
         return self.together * self.parts
 
     def sums(self, values: Tensor) -> Tensor:
@@ -171,12 +173,14 @@ def _in_channels(x: Tensor, second: Tensor | None) -> int:
 
 
 def conv_rows(o: ConvOperands, window: Window, multiprocessors: int) -> Rows:
+    """Rows of the sums of a convolution."""
     shape = (o.x.shape[1], *window.sizes(o.x))
     channels = _in_channels(o.x, o.second)
     return statistics_rows(len(o.weight_index), shape, channels, o.weight.shape[3], 1, False, False, multiprocessors)
 
 
 def gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int) -> Rows:
+    """Rows of the sums of a data gradient."""
     shape = (o.d.shape[1], o.height, o.width)
     channels, norm = o.weight_flipped.shape[3], o.norm_z is not None
     in_channels = _in_channels(o.d, o.second)
