@@ -95,6 +95,8 @@ class PlanRun(Settings):
     """Images in a batch."""
     gpu: str = setting("h200", choices=GPUS)
     """a100, h100, h200 or b200."""
+    on_load: bool = setting(False)
+    """Show the launches of convolutions that take in BatchNorm, its gradient and shortcuts as they load."""
 
 
 def teach(run: TeachRun) -> None:
@@ -251,14 +253,16 @@ def doctor(run: DoctorRun) -> None:
 
 def plan(run: PlanRun) -> None:
     """Print the launches of a training step, the least time it takes, and the nodes of its graph."""
-    from fastensdistill.engine.dispatch import decisions
+    from fastensdistill.engine.dispatch import PREDICTED, Dispatch, decisions
     from fastensdistill.engine.graph_nodes import count_step
     from fastensdistill.network.table import print_plan
 
-    parts = print_plan(run.model, run.teachers, run.branches, run.batch, run.gpu)
-    print(*decisions(parts, GPUS[run.gpu].arch), sep="\n")
+    arch, numbers = GPUS[run.gpu].arch, (run.model, run.teachers, run.branches, run.batch)
+    rows = Dispatch(predicted=PREDICTED, built=True)
+    parts = print_plan(*numbers, run.gpu, fusions=rows.fusions(arch), on_load=run.on_load)
+    print(*decisions(parts, arch), sep="\n")
     try:
-        print(count_step(run.model, run.teachers, run.branches, run.batch, GPUS[run.gpu].arch))
+        print(count_step(*numbers, arch, implementations=rows if run.on_load else None))
     except InputError as error:  # passes can be planned that no step consists of
         print(f"graph nodes not counted: {error}")
 

@@ -149,11 +149,11 @@ class Dispatch:
     """Picks what computes a launch, from a table of rows.
 
     ``predicted`` rows count after those of the ``table``, and only for launches that what they name covers. Give them
-    only where it is known to run: :meth:`on` asks for that.
+    only where it is known to run: :meth:`on` asks for that. ``built``: to plan alone, as if every build had everything.
     """
 
-    def __init__(self, table: Sequence[Choice] = TABLE, predicted: Sequence[Choice] = ()):
-        self.table, self.predicted = tuple(table), tuple(predicted)
+    def __init__(self, table: Sequence[Choice] = TABLE, predicted: Sequence[Choice] = (), built: bool = False):
+        self.table, self.predicted, self.built = tuple(table), tuple(predicted), built
 
     @staticmethod
     def on(device: torch.device, table: Sequence[Choice] = TABLE) -> Dispatch:
@@ -177,11 +177,11 @@ class Dispatch:
 
         ``arch`` 0 is a CPU. On a GPU a row is passed over where the extension was not built with what it names.
         """
-        rows = (row for row in self.table if row.matches(op, node, arch) and row.usable(arch))
-        predicted = (
-            row for row in self.predicted
-            if row.matches(op, node, arch) and row.usable(arch) and covered(row, node, arch, dtype)
-        )  # fmt: skip
+        matching = [
+            [row for row in rows if row.matches(op, node, arch) and (self.built or row.usable(arch))]
+            for rows in (self.table, self.predicted)
+        ]
+        rows, predicted = iter(matching[0]), (row for row in matching[1] if covered(row, node, arch, dtype))
         return next(rows, None) or next(predicted, None)
 
     def implementation(self, part: Part, launch: Launch, arch: int = 0, dtype: torch.dtype = torch.bfloat16) -> str:

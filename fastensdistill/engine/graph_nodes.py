@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.graph import gathered
 from fastensdistill.engine.meta import EXTENSION, AsOnGPU, meta_step
 from fastensdistill.kernels.launch import KernelLaunch
@@ -56,16 +57,18 @@ class GraphNodes(AsOnGPU):
 
 
 def count_step(
-    model: str, teachers: int = 4, branches: int = 4, batch: int = 128, arch: int = 90, **settings: Any
-) -> GraphNodes:
+    model: str, teachers: int = 4, branches: int = 4, batch: int = 128, arch: int = 90,
+    implementations: Dispatch | None = None, **settings: Any,
+) -> GraphNodes:  # fmt: skip
     """The nodes of a captured step of ``model``, teachers and student alike, on 100 classes in bf16.
 
-    ``batch`` and ``arch``, the compute capability, decide which weight gradients are summed from parts. ``settings``
-    are further ones of :class:`DistillConfig`. Reading a batch, where the graph contains that, is not counted. Raises
+    ``batch`` and ``arch``, the compute capability, decide which weight gradients are summed from parts;
+    ``implementations``, which name what computes convolutions, what these take in as they load. ``settings`` are
+    further ones of :class:`DistillConfig`. Reading a batch, where the graph contains that, is not counted. Raises
     InputError for what the fused engine cannot train.
     """
-    step = meta_step(model, teachers, branches, batch_size=batch, **settings)
     with torch.no_grad(), assume_arch(arch):
+        step = meta_step(model, teachers, branches, implementations=implementations, batch_size=batch, **settings)
         step.build((batch, *step.image_shape))
         with GraphNodes() as nodes:
             gathered(step.body())

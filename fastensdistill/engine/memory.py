@@ -206,7 +206,11 @@ def print_memory(
     for batch in batches:
         if batch < 1 or micro_batches < 1 or batch % micro_batches:
             raise InputError(f"batch={batch} in {micro_batches} parts: expected at least 1 image, and equal parts")
-    settings = {"perturbation": perturbation, "micro_batches": micro_batches, "batch_size": micro_batches}
+    settings: dict[str, Any] = {
+        "perturbation": perturbation,
+        "micro_batches": micro_batches,
+        "batch_size": micro_batches,
+    }
     step = meta_step(model, teachers, branches, size, **settings)
     for batch in batches:
         size_of_batch = f"batch {batch}" + (f" in {micro_batches} parts" if micro_batches > 1 else "")

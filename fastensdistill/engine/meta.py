@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.config import DistillConfig
+from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.ops import NAMESPACE, PORTABLE
@@ -55,7 +56,10 @@ class AsOnGPU(TorchDispatchMode):
         return result
 
 
-def meta_step(model: str, teachers: int = 4, branches: int = 4, size: int | None = None, **settings: Any) -> FusedStep:
+def meta_step(
+    model: str, teachers: int = 4, branches: int = 4, size: int | None = None,
+    implementations: Dispatch | None = None, **settings: Any,
+) -> FusedStep:  # fmt: skip
     """A step of ``model``, teachers and student alike, on 100 classes in bf16, traced but not built.
 
     ``size`` of the square images defaults to 32, for torchvision's networks to 224; ``settings`` are further ones of
@@ -66,4 +70,4 @@ def meta_step(model: str, teachers: int = 4, branches: int = 4, size: int | None
     with torch.device("meta"):
         frozen = Teachers([create_model(model, 100) for _ in range(teachers)])
         student = STUDENTS[config.student](create_model(model, 100), branches)
-        return FusedStep(student, frozen, config, image_shape=(3, size, size))
+        return FusedStep(student, frozen, config, image_shape=(3, size, size), implementations=implementations)

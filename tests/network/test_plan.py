@@ -195,6 +195,30 @@ def test_printed_table(capsys):
     assert shortcut[:3] == ["conv", "groups.0.0.shortcut", "32x32x64"]
     assert any("37.20 GFLOP = 22.00 F" in line for line in lines)
     assert any(line.startswith("least time on H200 (790 TFLOP/s bf16, 4.30 TB/s") for line in lines)
+    assert not any("on load" in line for line in lines[13:]), "nothing can, so there is nothing to compare with"
+
+
+def test_printed_totals_with_and_without_what_is_taken_in_on_load(capsys):
+    tables = []
+    for on_load in (False, True):
+        print_plan("wrn28_4", batch=512, fusions=lambda part, node: ALL, on_load=on_load)
+        tables.append(capsys.readouterr().out.splitlines())
+
+    def totals(lines, label):
+        """Launches of the passes and of the step, and images a second."""
+        found = [line for line in lines if line.startswith(("total of", "step of", "least", label or "least"))]
+        counts = [int(line.split()[2]) for line in found if line[0] in "ts" and (label or "launches  ") in line]
+        return counts, next(line for line in found if line.startswith(label or "least")).split("at most ")[1].split()[0]
+
+    (plain, taken), on = tables, "BatchNorm and shortcuts on load"
+    assert totals(plain, "") == totals(taken, "nothing on load")
+    assert totals(plain, on) == totals(taken, "")
+    assert totals(plain, "")[0] == [29, 29, 107, 81, 246]
+    assert totals(taken, "")[0] == [26, 29, 77, 81, 213]
+    rows = [line for line in taken if line.startswith("conv gradient      groups.0.1.conv1")]
+    assert rows[-1].split()[4:8] == ["norm-gradient", "mask-from-input", "store", "sums"]
+    assert any("shortcut/2" in line for line in taken)
+    assert not any("shortcut/2" in line for line in plain)
 
 
 def test_partial_sums_are_told_from_layers_of_that_name():
