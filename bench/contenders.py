@@ -32,6 +32,7 @@ from bench.setting import (
     drawn_pairs,
     make,
 )
+from fastensdistill.engine import proof
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -139,6 +140,8 @@ class Contender:
             return "needs --dispatch FILE"
         if method not in self.methods:
             return "does not have this method"
+        if self.name == "fused-triton" and proof.trouble(torch.device(device)) is not None and device == "cuda":
+            return "the fused engine's own are Triton's here"
         return None if device in self.devices else f"not on {device}"
 
 
@@ -151,6 +154,8 @@ CONTENDERS = {
     c.name: c
     for c in (
         Contender("fused", "fused engine", fused_engine, devices=("cuda",)),
+        Contender("fused-triton", "fused engine, Triton's convolutions",
+                  lambda p: fused_engine(p, Dispatch(diagnosed.table if diagnosed else ())), devices=("cuda",)),
         Contender("tuned", "fused engine, other table", lambda p: fused_engine(p, tuned), devices=("cuda",)),
         Contender("fused-launched", "fused engine, launched from Python",
                   lambda p: fused_engine(p, capture=False), devices=("cuda",)),

@@ -73,6 +73,12 @@ def run(command: Sequence[str], limit: float) -> dict[str, Any]:
     return parse(text) | {"status": status, "last": last[:300]}
 
 
+def stand_in(what: str, name: str = "all") -> list[str]:
+    """A program that says what a right driver would: for a rehearsal."""
+    lines = {"check": ["right descriptors", "layout tile"], "measure": [f"measured {name} 1 cycles"]}[what]
+    return [sys.executable, "-c", f"print({chr(10).join(lines)!r})"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90a")

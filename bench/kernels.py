@@ -7,8 +7,8 @@ host). Convolutions are compared with cuDNN: alone, without what the launch fuse
 memory ("dense") and in one call with groups= ("grouped"); and group by group with all that the launch fuses as
 operations of their own ("vendor"), with --compile also compiled. Where the extension's halo convolution covers a
 launch, it is timed in that place, with all that this fuses ("CUDA": by blocks of 64 or of 128 channels, whichever is
-quicker). What is faster than Triton can be written as a table for the engine (--dispatch). A launch is timed only if it
-agrees with its reference in float64, a large convolution in float32.
+quicker), and so are the wgmma kernels ("wgmma"). What is faster than Triton can be written as a table for the engine
+(--dispatch). A launch is timed only if it agrees with its reference in float64, a large convolution in float32.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from bench import roof
 from bench.common import arguments, brief, describe_host, save, spoils_context, spread, start, table
 from bench.launches import Expected, Prepared, compare, expected, prepare
 from bench.setting import NETWORKS, Setting
-from fastensdistill.engine.dispatch import Choice, ConvShape, shape_of
+from fastensdistill.engine.dispatch import CALLED, Choice, ConvShape, shape_of
 from fastensdistill.engine.graph import uncollected
 from fastensdistill.engine.part_run import Implement
-from fastensdistill.kernels import halo_conv
+from fastensdistill.kernels import halo_conv, wgmma
 from fastensdistill.kernels.halo_conv import HALO
 from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
@@ -41,8 +41,8 @@ from fastensdistill.network.gpu import Gpu
 
 COLUMNS = {
     "launch": "launch", "count": "per step", "us": "us", "p20": "p20", "p80": "p80", "tflops": "TFLOP/s", "gbs": "GB/s",
-    "share_of_roof": "of roof", "cuda": "CUDA us", "vendor": "cuDNN us", "dense": "alone us", "grouped": "grouped us",
-    "compiled": "compiled us", "status": "",
+    "share_of_roof": "of roof", "cuda": "CUDA us", "wgmma": "wgmma us", "vendor": "cuDNN us",
+    "dense": "alone us", "grouped": "grouped us", "compiled": "compiled us", "status": "",
 }  # fmt: skip
 GAIN = 0.03  # below that a choice is noise
 CONVS = ("conv", "conv gradient", "weight gradient")
@@ -164,6 +164,29 @@ def by_halo(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]
     return found
 
 
+class ByWgmma(ByHalo):
+    """The same launch by the extension's wgmma kernel."""
+
+    def run(self, implement: Implement = lambda part, launch, op: wgmma.kernel(op) or op) -> dict[str, Any]:
+        return super().run(implement)
+
+
+def by_wgmma(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]:
+    """Its microseconds; None where it does not cover the launch, or errs more than is allowed."""
+    op, arch = CALLED.get(prepared.launch.op), device_arch(prepared.weight_index)
+    if op is None or not wgmma.built(op, arch):
+        return {"wgmma": None}
+    kernel, stride, channels, out_channels, *_ = shape_of(prepared.part, prepared.launch)
+    window = Window(kernel, stride, kernel // 2)
+    if reason := wgmma.unsupported(channels, out_channels, window, prepared.weights.dtype, arch):
+        return {"wgmma": None, "wgmma_error": reason}
+    other = ByWgmma(**vars(prepared))
+    error = check(other, right)
+    if error > 1:
+        return {"wgmma": None, "wgmma_error": f"errs {error:.3g} times what is allowed"}
+    return {"wgmma": 1e6 * spread(measure(other.run))["median"]}
+
+
 def by_pytorch(prepared: Prepared, right: Expected, measure: Any) -> dict[str, Any]:
     """Microseconds of PyTorch's convolution in its place; None where it errs more than is allowed."""
     whole = ByVendor(**vars(prepared))
@@ -203,6 +226,7 @@ def row(
         "share_of_roof": gpu.least_time(launch) / seconds,
     }  # fmt: skip
     found |= unless_it_raises("cuda", lambda: by_halo(prepared, right, measure))
+    found |= unless_it_raises("wgmma", lambda: by_wgmma(prepared, right, measure))
     if launch.op in CONVS:
         for name, grouped in (("dense", False), ("grouped", True)) if alone else ():
             call = bare(prepared, grouped)
@@ -229,7 +253,7 @@ def choices(rows: Sequence[dict[str, Any]], arch: int | None, where: str) -> lis
     for (op, shape), same in together.items():
         times = {
             name: sum(r[key] * r["count"] for r in same)
-            for name, key in (("triton", "us"), ("cudnn", "vendor"), ("cuda", "cuda"))
+            for name, key in (("triton", "us"), ("cudnn", "vendor"), ("cuda", "cuda"), ("wgmma", "wgmma"))
             if all(r.get(key) is not None for r in same)
         }
         best = min(times, key=lambda name: times[name])

@@ -14,21 +14,21 @@ outcome, and ``bench.kernels`` says per launch which assumption was wrong.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-
 from bench import recorded, wgmma_model
 from bench.common import table
-from bench.recorded import ADD_ROWS, GAP, MULTIPROCESSORS, STATISTICS, WEIGHTS, Kernel, Kernels, beside, kernels
-from bench.setting import NETWORKS, Setting
-from fastensdistill.kernels import wgmma
-from fastensdistill.kernels.operands import Window
+from bench.recorded import GAP, MULTIPROCESSORS, WEIGHTS, Kernel, Kernels, beside, kernels
+from bench.setting import METHODS, NETWORKS, Setting
+from bench.wgmma_model import OPS, Wgmma, together
 from fastensdistill.network.gpu import GPUS, Gpu
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv
+from fastensdistill.network.on_load import Abilities, nothing
+from fastensdistill.network.plan import plan_step
 
 # Channels → TFLOP/s of kernels that the engine does not launch today, every one an estimate, from here up to the next.
 # An input tile with its border in shared memory, by mma.sync: issue slots bound it below 64 channels, and it should
@@ -84,62 +84,21 @@ def halo(rates: dict[int, int], widest: int, strides: tuple[int, ...] = (1,)) ->
     return alter
 
 
-def covered(k: Kernel, op: str, plain: bool) -> bool:
-    """Whether the wgmma kernels compute it: ``plain`` are 3x3 convolutions at stride 1 from 64 channels on."""
-    node = k.node
-    if k.launch.op != op or k.op != op or not isinstance(node, Conv):
-        return False
-    if plain and not (k.width >= 64 and (node.kernel, node.stride) == (3, 1)):
-        return False
-    return wgmma.covers(node.in_shape[0], node.shape[0], Window(node.kernel, node.stride, node.padding), torch.bfloat16)
-
-
-def wgmma_gradient(plain: bool, on_load: bool = False, normed: bool = False) -> Alteration:
-    """The un-fold sums the partial results as they lie: no launch for that."""
-
-    def alter(found: Kernels) -> Kernels:
-        k = found[0]
-        if not covered(k, "weight gradient", plain):
-            return found
-        shape = wgmma_model.of(k)
-        seconds = wgmma_model.gradient_seconds(shape, on_load, normed)
-        return (replace(k, rate=k.flops / seconds, nbytes=k.launch.nbytes + wgmma_model.partial_bytes(shape)),)
-
-    return alter
-
-
-def wgmma_conv(plain: bool, on_load: bool = False) -> Alteration:
-    """Forward and data gradient."""
-
-    def alter(found: Kernels) -> Kernels:
-        k = found[0]
-        if not (covered(k, "conv", plain) or covered(k, "conv gradient", plain)):
-            return found
-        return (replace(k, rate=k.flops / wgmma_model.conv_seconds(wgmma_model.of(k), on_load)), *found[1:])
-
-    return alter
-
-
-def few_rows(found: Kernels) -> Kernels:
-    """A persistent kernel leaves a row of sums a block: none to add before BatchNorm's own kernels."""
-    return tuple(k for k in found if not (k.op == STATISTICS and k.name == ADD_ROWS))
-
-
-def norm_on_load(found: Kernels) -> Kernels:
-    """BatchNorm-ReLU of a training group as the prologue of the convolution."""
-    return () if found[0].op == "norm" and not found[0].launch.steps("add") else found
-
-
-def norm_gradient_on_load(found: Kernels) -> Kernels:
-    """A·d + B·z + C in the gradients that read it, where no shortcut joins; the coefficients stay."""
-    joined = any(k.launch.op != "norm gradient" or k.launch.steps("add") for k in found)
-    return found if joined else tuple(k for k in found if k.op != "norm gradient")
-
-
 @dataclass(frozen=True)
 class Change:
+    """``alterations`` of the kernels of today's plan, or another plan for other kernels (``by``).
+
+    ``joint``: a layer of all teachers and all branches is one launch.
+    """
+
     title: str
     alterations: tuple[Alteration, ...] = ()
+    by: Wgmma | None = None
+    joint: bool = False
+
+
+def norms(gradient: bool, seconds: bool = False) -> Abilities:
+    return Abilities(True, gradient, seconds, seconds)
 
 
 TODAY = Change("as it stands")
@@ -149,20 +108,13 @@ CHANGES = (
     Change("halo kernel (mma.sync) up to 32 channels", (halo(HALO, 32),)),
     Change("halo kernel (mma.sync) up to 64 channels", (halo(HALO, 64),)),
     Change("halo kernel (mma.sync), all widths", (halo(HALO, ANY),)),
-    Change("wgmma: weight gradient, 3x3 at stride 1 from 64 channels on", (wgmma_gradient(True),)),
-    Change("+ forward and data gradient", (wgmma_gradient(True), wgmma_conv(True), few_rows)),
-    Change(
-        "+ BatchNorm and ReLU as they load",
-        (wgmma_gradient(True, True), wgmma_conv(True, True), few_rows, norm_on_load),
-    ),
-    Change(
-        "+ the gradient of a block's inner BatchNorm as they load",
-        (wgmma_gradient(True, True, True), wgmma_conv(True, True), few_rows, norm_on_load, norm_gradient_on_load),
-    ),
-    Change(
-        "+ stride 2, 1x1 and narrow layers",
-        (wgmma_gradient(False, True, True), wgmma_conv(False, True), few_rows, norm_on_load, norm_gradient_on_load),
-    ),
+    Change("wgmma: weight gradient, 3x3 at stride 1 from 64 channels on", by=Wgmma(True, OPS[2:])),
+    Change("+ forward and data gradient", by=Wgmma(True)),
+    Change("+ BatchNorm and ReLU as they load", by=Wgmma(True, OPS, norms(False))),
+    Change("+ the gradient of a block's inner BatchNorm as they load", by=Wgmma(True, OPS, norms(True))),
+    Change("+ stride 2, 1x1 and narrow layers", by=Wgmma(False, OPS, norms(True))),
+    Change("+ shortcuts as further products", by=Wgmma(False, OPS, norms(True, True))),
+    Change("+ one launch a layer for teachers and branches", by=Wgmma(False, OPS, norms(True, True)), joint=True),
 )
 ROOF = "every planned launch at its roof, nothing beside"
 
@@ -177,10 +129,35 @@ def assumptions() -> list[dict[str, object]]:
     return rows
 
 
+@functools.cache
+def passes(setting: Setting, by: Wgmma | None) -> dict[str, list[Part]]:
+    """The step's plan by pass, for other kernels than the ops' own."""
+    network, perturbation = setting.parts[0].network, METHODS[setting.method][1] or "none"
+    sizes = setting.members, setting.k, setting.batch
+    planned = plan_step(network, network, *sizes, perturbation, by or nothing)
+    return {name: list(one.parts) for name, one in planned.items()}
+
+
+def joined(parts: Sequence[Part], found: list[tuple[Kernels, ...]]) -> list[tuple[Kernels, ...]]:
+    """The kernels of two parts of a pass, with the convolutions that both have as one node of the first."""
+    if len(parts) != 2:
+        return found
+    first, second = ({one[0].launch.node: one[0] for one in part if one[0].product} for part in found)
+    both = {name: together(first[name], second[name]) for name in first.keys() & second.keys()}
+    ahead = [(both.get(k.launch.node, k) if k.product else k, *rest) for k, *rest in found[0]]
+    behind = [tuple(rest) if k.product and k.launch.node in both else (k, *rest) for k, *rest in found[1]]
+    return [tuple(ahead), tuple(behind)]
+
+
 def costs(setting: Setting, change: Change, gpu: Gpu) -> list[tuple[Kernel, float]]:
     """Every node of a step's graph with its seconds, to which each adds a gap."""
     found: list[Kernel] = []
-    for one in (*(launch for part in setting.parts for launch in kernels(part)), beside(setting)):
+    every = [beside(setting, change.by)]
+    for parts in passes(setting, change.by).values():
+        of_parts = [kernels(part, change.by) for part in parts]
+        for of_part in joined(parts, of_parts) if change.joint else of_parts:
+            every += of_part
+    for one in every:
         for alter in change.alterations:
             one = alter(one) if one else one
         found += one
@@ -200,6 +177,12 @@ def predicted(network: str, batch: int, members: int, gpu_name: str) -> float:
 def predicted_launch(launch: Launch, part: Part, gpu: Gpu) -> float:
     """Microseconds of one of ``part.launches``, with a gap per node."""
     return 1e6 * sum(k.seconds(gpu) + GAP for k in kernels(part)[part.launches.index(launch)])
+
+
+def predicted_wgmma(launch: Launch, part: Part, gpu: Gpu) -> float | None:
+    """Microseconds of the same by the wgmma kernels; None where they do not cover it."""
+    by = Wgmma()
+    return 1e6 * (by.kernel(part, launch).seconds(gpu) + GAP) if by.computes(part, launch) else None
 
 
 def breakdown(setting: Setting, gpu: Gpu, by: str) -> list[dict[str, object]]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution, PartRun, kernels_themselves
 from fastensdistill.engine.partials import left_to_unfold
 from fastensdistill.engine.passes import run_part
+from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.layout import Partials
 from fastensdistill.kernels.ops import PORTABLE
@@ -37,6 +39,7 @@ from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
 from fastensdistill.network.nodes import Conv, Layer, Network, Node
+from fastensdistill.network.on_load import Abilities, nothing
 from fastensdistill.network.plan import plan
 
 
@@ -71,7 +74,8 @@ class Kernel:
 
     ``op`` is the launch's, but for what the breakdown of a step keeps apart; ``name`` the Triton kernel's, if any.
     ``nbytes`` go through memory; ``l2`` bytes are loaded by all ``programs`` in all their ``steps`` of a product.
-    ``rate``, FLOP/s, is that of a kernel which can run in its place, and does where it is faster.
+    ``rate``, FLOP/s, is that of a kernel which can run in its place, and does where it is faster. ``product`` is the
+    seconds that another model gives for a product, and then decides alone.
     """
 
     op: str
@@ -87,6 +91,7 @@ class Kernel:
     l2: float = 0.0
     steps: float = 0.0
     rate: float = 0.0
+    product: float = 0.0
 
     @property
     def layer(self) -> str:
@@ -107,11 +112,25 @@ class Kernel:
         product = max(self.flops / gpu.flops, self.l2 / L2, self.steps * STEP / MULTIPROCESSORS) / busy
         if self.rate:
             product = min(product, self.flops / min(gpu.flops, self.rate))
+        if self.product:
+            product = max(self.product, self.flops / gpu.flops)
         few = min(1, self.programs / MULTIPROCESSORS)
         return max(product, self.nbytes / min(HELD * gpu.bandwidth, L2 * few), LEAST)
 
 
 Kernels = tuple[Kernel, ...]  # of one launch, first the one that does what the plan describes
+
+
+class Others(Protocol):
+    """Kernels that are not the ops' own: what they take in, as ``network.plan`` asks, and what they should take."""
+
+    def __hash__(self) -> int: ...
+
+    def __call__(self, part: Part, node: Conv) -> Abilities: ...
+
+    def computes(self, part: Part, launch: Launch) -> bool: ...
+
+    def kernel(self, part: Part, launch: Launch) -> Kernel: ...
 
 
 class OnMeta(TorchDispatchMode):
@@ -183,10 +202,15 @@ def kernel(recorded: KernelLaunch, launch: Launch, part: Part) -> Kernel:
     return replace(found, steps=programs * steps, l2=2.0 * programs * total * (M + columns))
 
 
-def left_by(part: Part) -> dict[str, Partials]:
-    """The weight gradients of a part that leave partial results to the un-fold."""
+def left_by(part: Part, others: Others | None = None) -> dict[str, Partials]:
+    """The weight gradients of a part that leave partial results to the un-fold, but for those that ``others`` make."""
     with assume_arch(90):
-        return left_to_unfold(part, kernels_themselves, torch.bfloat16, torch.device("meta"))
+        left = left_to_unfold(part, kernels_themselves, torch.bfloat16, torch.device("meta"))
+    theirs = {
+        launch.node for launch in part.launches
+        if others is not None and launch.op == "weight gradient" and others.computes(part, launch)
+    }  # fmt: skip
+    return {name: one for name, one in left.items() if name not in theirs}
 
 
 def several_results(part: Part, name: str, splits: int) -> Tensor:
@@ -198,14 +222,21 @@ def several_results(part: Part, name: str, splits: int) -> Tensor:
 
 @functools.cache
 def record(
-    network: Network, groups: tuple[Group, ...], batch: int, launches: tuple[Launch, ...]
+    network: Network, groups: tuple[Group, ...], batch: int, launches: tuple[Launch, ...], others: Others | None = None
 ) -> tuple[Kernels, ...]:
-    """Of each launch of a part, in order. For a backward part a forward pass is planned, whose results it reads."""
+    """Of each launch of a part, in order. For a backward part a forward pass is planned, whose results it reads.
+
+    What ``others`` compute is theirs alone: partial results of a weight gradient are summed by the un-fold.
+    """
     part, count = Part("", network, groups, batch, list(launches)), len(groups)
     found: list[Kernels] = []
 
     def after(launch: Launch, buffers: dict[str, Any]) -> None:
         node = network.by_name[launch.node]
+        if others is not None and others.computes(part, launch):
+            recorded.clear()
+            found.append((others.kernel(part, launch),))
+            return
         kernels = [kernel(one, launch, part) for one in recorded] or [Kernel(launch.op, launch, node, count)]
         recorded.clear()
         first = kernels.pop(max(range(len(kernels)), key=lambda i: (kernels[i].steps, kernels[i].nbytes)))
@@ -216,28 +247,32 @@ def record(
             first = replace(first, flops=float(launch.flops), nbytes=launch.nbytes + partial)
         found.append((first, *kernels))
 
+    def implement(part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+        return (wgmma.kernel(op) if others is not None and others.computes(part, launch) else None) or op
+
     with torch.device("meta"), assume_arch(90), record_launches() as recorded, OnMeta():
         weights = PackedWeights(part, count, torch.bfloat16, "meta")
         weight_index = torch.arange(count, dtype=torch.int32)
         C, H, W = network.nodes[0].shape
         buffers: dict[str, Any] = {INPUT: torch.empty(1, batch, H, W, C)}
         if launches[0].op != "conv":
-            (forward,) = plan([network], [replace(group, network=0) for group in groups], "forward", batch).parts
-            run_part(PartRun(forward, weights, weight_index, buffers))
+            own = [replace(group, network=0) for group in groups]
+            (forward,) = plan([network], own, "forward", batch, others or nothing).parts
+            run_part(PartRun(forward, weights, weight_index, buffers, Execution(implement=implement)))
             recorded.clear()
             classes = network.by_name[network.output].shape[0]
             buffers[grad(network.output)] = torch.empty(count, batch, classes)
-        execution = Execution()
+        execution = Execution(implement=implement)
         execution.watch = after
-        left = left_by(part)
+        left = left_by(part, others)
         gradients = {grad(f"{name}.weight"): several_results(part, name, one.splits) for name, one in left.items()}
         run_part(PartRun(part, weights, weight_index, buffers, execution, gradients))
     return tuple(found)
 
 
-def kernels(part: Part) -> tuple[Kernels, ...]:
-    """Of each of ``part.launches``."""
-    return record(part.network, part.groups, part.batch, tuple(part.launches))
+def kernels(part: Part, others: Others | None = None) -> tuple[Kernels, ...]:
+    """Of each of ``part.launches``, which are planned for ``others`` if these are given."""
+    return record(part.network, part.groups, part.batch, tuple(part.launches), others)
 
 
 @functools.cache
@@ -247,11 +282,12 @@ def nodes(network: str, method: str, batch: int, members: int, branches: int) ->
     return count_step(network, members, branches, batch, student=student, perturbation=perturbation)
 
 
-def beside(setting: Setting) -> Kernels:
+def beside(setting: Setting, others: Others | None = None) -> Kernels:
     """What no part launches: weights packed, seeds, ascent, loss, un-fold, update; and PyTorch's operations.
 
     Per weight, a branch has it packed for two passes, both ways, and un-folds its gradient, which may be in partial
-    results; the update reads and writes weight, momentum and gradient.
+    results; the update reads and writes weight, momentum and gradient. The partial results of ``others`` are counted
+    where they are written.
     """
     training = [part for part in setting.parts if part.training]
     part = training[0]
@@ -262,6 +298,6 @@ def beside(setting: Setting) -> Kernels:
     rest = every - sum(len(found) for part in setting.parts for found in kernels(part))
     more = sum(  # than one result
         several_results(each, name, left.splits - 1).nbytes
-        for each in training for name, left in left_by(each).items()
+        for each in training for name, left in left_by(each, others).items()
     )  # fmt: skip
     return replace(one, nbytes=numbers * (12.0 * len(part.groups) + 32) + more), *[one] * (rest - 1)

@@ -38,6 +38,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     **{n: (n, {}, 32) for n in ("wrn28_1", "wrn28_2", "wrn28_4", "wrn28_10", "resnet32", "resnet32x2", "resnet32x4")},
     "scaled": ("preresnet", {}, 32),
     "tiny": ("preresnet", {"blocks": (1, 1), "in_planes": 4, "widen": 2}, 8),
+    "narrow": ("preresnet", {"blocks": (1, 1), "in_planes": 16}, 8),  # the least that wgmma kernels cover
     "tiny-resnet": ("resnet", {"blocks": (1, 1), "in_planes": 4}, 8),
 }
 CLASSES = 100

@@ -46,7 +46,7 @@ COLUMNS = {
     "title": "step", "images_per_second": "images/s", "p20": "p20", "p80": "p80", "ratio": "ours faster by",
     "tflops": "TFLOP/s", "share_of_roof": "of roof", "peak_mib": "peak MiB", "joules_per_1000": "J/1000", "status": "",
 }  # fmt: skip
-FUSED = ("fused", "tuned", "fused-launched")
+FUSED = ("fused", "fused-triton", "tuned", "fused-launched")
 OURS = (*FUSED, "reference")
 
 

@@ -10,11 +10,19 @@ shared memory and partial results are counted. What is assumed stands in ``ASSUM
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
+import torch
+
 from bench.recorded import L2, MULTIPROCESSORS, Assumption, Kernel
-from fastensdistill.network.nodes import Conv
+from fastensdistill.kernels import wgmma
+from fastensdistill.kernels.operands import Window
+from fastensdistill.network.launch import Launch, Part
+from fastensdistill.network.nodes import Conv, Node
+from fastensdistill.network.on_load import NONE, Abilities
+
+OPS = ("conv", "conv gradient", "weight gradient")
 
 ASSUMED = {
     "clock": Assumption(1.47e9, "Hz", "a large product's 790-798 TFLOP/s at 4,096 FLOP a cycle and multiprocessor"),
@@ -89,14 +97,60 @@ class Shape:
         return assumed("box") * phases * own * 2
 
 
-def of(k: Kernel, second: int = 0) -> Shape:
-    """The shape of a recorded convolution."""
-    node = k.node
+def of(part: Part, launch: Launch) -> Shape:
+    """The shape of a convolution's launch, with what it takes in as a second source."""
+    node, G, gradient = part.network.by_name[launch.node], len(part.groups), launch.op == "conv gradient"
     assert isinstance(node, Conv)
-    C, H, W = node.in_shape
-    images = k.launch.flops / (2 * node.macs)
-    gradient = k.launch.op == "conv gradient"
-    return Shape(k.groups, round(images / k.groups), node.kernel, node.stride, C, node.shape[0], H, W, gradient, second)
+    second = 0
+    for step in launch.steps("second"):
+        shortcut = part.network.by_name[step.arg]
+        assert isinstance(shortcut, Conv)
+        second = shortcut.shape[0] if gradient else shortcut.in_shape[0]
+    (C, H, W), Co = node.in_shape, node.shape[0]
+    return Shape(G, part.batch, node.kernel, node.stride, C, Co, H, W, gradient, second)
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """Which convolutions are by these kernels, and what their plan lets them take in.
+
+    ``plain``: only 3x3 at stride 1 from 64 channels on. ``ops`` as of launches.
+    """
+
+    plain: bool = False
+    ops: tuple[str, ...] = OPS
+    abilities: Abilities = NONE
+
+    def covers(self, node: Node) -> bool:
+        if not isinstance(node, Conv):
+            return False
+        channels, out_channels = node.in_shape[0], node.shape[0]
+        if self.plain and not (min(channels, out_channels) >= 64 and (node.kernel, node.stride) == (3, 1)):
+            return False
+        return wgmma.covers(channels, out_channels, Window(node.kernel, node.stride, node.padding), torch.bfloat16)
+
+    def __call__(self, part: Part, node: Conv) -> Abilities:
+        return self.abilities if self.covers(node) else NONE
+
+    def computes(self, part: Part, launch: Launch) -> bool:
+        return launch.op in self.ops and self.covers(part.network.by_name[launch.node])
+
+    def kernel(self, part: Part, launch: Launch) -> Kernel:
+        """One node: a launch's product by this model, its traffic by the plan."""
+        shape, kinds = of(part, launch), {step.kind for step in launch.prologue}
+        one = Kernel(launch.op, launch, part.network.by_name[launch.node], shape.G)
+        one = replace(one, flops=float(launch.flops), nbytes=launch.nbytes)
+        on_load, normed = bool(kinds & {"relu", "batch_norm", "scale_shift"}), "norm_gradient" in kinds
+        if launch.op == "weight gradient":
+            seconds = gradient_seconds(shape, on_load, normed)
+            return replace(one, product=seconds, nbytes=one.nbytes + partial_bytes(shape))
+        return replace(one, product=conv_seconds(shape, on_load or normed))
+
+
+def together(one: Kernel, other: Kernel) -> Kernel:
+    """Two convolutions of one layer as one launch: what one leaves idle the other uses, but for the last wave."""
+    both = replace(one, groups=one.groups + other.groups, product=one.product + other.product)
+    return replace(both, flops=one.flops + other.flops, nbytes=one.nbytes + other.nbytes)
 
 
 def on_load_slots(nbytes: float, threads: int = THREADS) -> float:

@@ -102,7 +102,8 @@ class Run:
         path = filter(None, [str(ROOT), self.options.packages, os.environ.get("PYTHONPATH")])
         found |= {
             "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / "triton"), "XDG_CACHE_HOME": str(caches / "proofs"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }  # fmt: skip
         if self.options.commit:
             found["BENCH_COMMIT"] = self.options.commit

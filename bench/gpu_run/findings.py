@@ -94,11 +94,23 @@ def summary(rows: Sequence[Row]) -> list[str]:
                      f"{row['crashed']} crashed, {row['no_remedy']} without remedy")  # fmt: skip
     for row in of_kind(rows, "remedy"):
         lines.append(f"remedy: {row.get('launch')}: {row.get('variant')}")
-    for row in newest(of_kind(rows, "step"), "method"):
-        lines.append(f"step {row['method']}: {'right' if row['ok'] else 'WRONG ' + str(row.get('errors'))}")
-    for row in newest(of_kind(rows, "replay"), "method"):
+    for row in of_kind(rows, "driver")[-1:]:
+        lines.append(f"driver: {row['left_out']}" if "left_out" in row else
+                     f"driver: {row['right']} right, {len(row['wrong'])} wrong, layout {row['layout']}, status "
+                     f"{row['status']}{': ' + row['wrong'][0] if row['wrong'] else ''}")  # fmt: skip
+    for row in of_kind(rows, "proof")[-1:]:
+        outcome = row.get("left_out") or row["trouble"] or f"proven{', with copies' if row['copies'] else ''}"
+        lines.append(f"wgmma kernels: {outcome}")
+    for row in newest(of_kind(rows, "measured"), "name"):
+        values = ", ".join(f"{name} {value}" for name, value in row["values"].items())
+        lines.append(f"measured {row['name']} ({row['settles']}): {values}"[:300])
+    for row in newest(of_kind(rows, "step"), "method", "network"):
+        lines.append(
+            f"step {row['method']}, {row['network']}: {'right' if row['ok'] else 'WRONG ' + str(row.get('errors'))}"
+        )
+    for row in newest(of_kind(rows, "replay"), "method", "network"):
         same = "captured is launched, twice the same" if row["same"] and row["twice_same"] else "DIFFERS"
-        lines.append(f"replay {row['method']}: {same}{'' if row['captured'] else ', NOT CAPTURED'}")
+        lines.append(f"replay {row['method']}, {row['network']}: {same}{'' if row['captured'] else ', NOT CAPTURED'}")
     for kind in ("walk", "capture"):
         lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]
     if table := steps(rows):
@@ -106,11 +118,16 @@ def summary(rows: Sequence[Row]) -> list[str]:
     for row in of_kind(rows, "kernels")[-1:]:
         lines += ["", f"{row['timed']} distinct launches timed: {row['sum_ms']:.3g} ms a step one after the other, "
                   f"{row['predicted_ms']:.3g} predicted; {len(row['dispatch'])} shapes faster otherwise"]  # fmt: skip
+        if row.get("misses"):
+            columns = {"launch": "further than 25% from its prediction", "by": "by", "us": "us",
+                       "predicted_us": "predicted us", "ratio": "ratio", "count": "a step"}  # fmt: skip
+            lines += [f"{len(row['misses'])} times are", *text_table(row["misses"][:20], columns)]
     timed = [row for row in of_kind(rows, "kernel") if "us" in row]
     worst = sorted(newest(timed, "index"), key=lambda row: -row["us"] * row["count"])[:8]
     if worst:
         columns = {"launch": "slowest launches", "count": "a step", "us": "us", "predicted_us": "predicted us",
-                   "tflops": "TFLOP/s", "gbs": "GB/s", "cuda": "CUDA us", "vendor": "cuDNN us"}  # fmt: skip
+                   "tflops": "TFLOP/s", "gbs": "GB/s", "cuda": "CUDA us", "wgmma": "wgmma us",
+                   "wgmma_predicted_us": "predicted wgmma", "vendor": "cuDNN us"}  # fmt: skip
         lines += text_table(worst, columns)
     for kind in ("csrc", "sanitize", "tests", "counters"):
         lines += [f"{kind}: {short(row)}" for row in of_kind(rows, kind)]

@@ -30,7 +30,7 @@ from bench.launches import Expected, Prepared, errors, expected, prepare, writte
 from bench.setting import Setting
 from fastensdistill.engine.dispatch import OPS, Choice, Dispatch, shape_of
 from fastensdistill.kernels.launch import HAS_TRITON, KernelLaunch, record_launches, use_kernels
-from fastensdistill.kernels.tiles import Tile, changed_tiles
+from fastensdistill.kernels.tiles import Tile, changed_tiles, device_arch
 
 OWN, JUDGING = "own", "float64"
 PATIENCE = 4  # crashes of one check, each a restart, after which a wrong launch is given its last variant at once
@@ -54,30 +54,33 @@ def reason_of(error: BaseException) -> str:
 
 @without_search()
 @torch.no_grad()
-def check_launches(context: Context, setting: Setting, warps: int | None = None) -> Recorded:
+def check_launches(context: Context, setting: Setting, warps: int | None = None, by_wgmma: bool = False) -> Recorded:
     """Check all distinct launches of ``setting`` that this stage has not done yet; the record of the totals.
 
     With ``warps`` every kernel is launched with so many, and wrong ones are told but not cured: no step runs them.
+    ``by_wgmma`` are the convolutions that those kernels are predicted to compute faster, by those kernels.
     An error of the device is recorded and raised: restart the stage.
     """
-    check = Check(context, setting, warps)
+    check = Check(context, setting, warps, by_wgmma)
     if check.finished:
         return check.finished
-    with in_kernels(context):
-        for index, (prepared, _) in enumerate(prepare(setting, context.device, context.dtype, by_references=True)):
-            check.launch(index, prepared)
+    dtype = torch.bfloat16 if by_wgmma else context.dtype
+    with contextlib.nullcontext() if by_wgmma else in_kernels(context):
+        for index, (prepared, _) in enumerate(prepare(setting, context.device, dtype, by_references=True)):
+            if not by_wgmma or implementation(prepared, check.remedies) == "wgmma":
+                check.launch(index, prepared)
     return check.finish()
 
 
 class Check:
     """One check with what its earlier processes have recorded."""
 
-    def __init__(self, context: Context, setting: Setting, warps: int | None):
-        self.context, self.setting, self.warps = context, setting, warps
+    def __init__(self, context: Context, setting: Setting, warps: int | None, by_wgmma: bool = False):
+        self.context, self.setting, self.warps, self.own = context, setting, warps, Remedies(wgmma=by_wgmma)
         own = f"{setting.network}, {setting.method}, {setting.batch} images, M = {setting.members}, K = {setting.k}"
-        self.name = own + (f", {warps} warps" if warps else "")
+        self.name = own + (f", {warps} warps" if warps else "") + (", wgmma" if by_wgmma else "")
         self.path = context.out / NAME
-        self.remedies = Remedies.load(self.path)
+        self.remedies = Remedies.load(self.path).plus(self.own)
         self.rows = [row for row in context.record.earlier() if row.get("check") == self.name]
         self.finished = next((row for row in self.rows if row["kind"] == "launches"), None)
         self._settle_crashes()
@@ -129,7 +132,7 @@ class Check:
             self.add("launch about to run", variant=name, kernels=kernels(prepared, trial), **about)
             if self._judge(index, name, prepared, trial, right):
                 if name != OWN and not self.warps:
-                    self.remedies = Remedies.extend(self.path, more)
+                    self.remedies = Remedies.extend(self.path, more).plus(self.own)
                     self.add("remedy", index=index, launch=title(prepared), variant=name)
                 return
         if not self.warps:
@@ -164,6 +167,12 @@ class Check:
                  allowed=allowed, moving=bool(moving))  # fmt: skip
         return ok
 
+    @property
+    def by(self) -> str:
+        if not self.own.wgmma:
+            return computed_by(self.context)
+        return "references" if self.context.rehearse else "wgmma"
+
     def finish(self) -> Recorded:
         launches = [row for row in self.rows if row["kind"] == "launch"]
         first: dict[int, bool] = {}
@@ -171,12 +180,18 @@ class Check:
             first.setdefault(row["index"], row["ok"])
         counts = {kind: sum(row["kind"] == kind for row in self.rows) for kind in ("remedy", "no remedy", "unjudged")}
         return self.add(
-            "launches", setting=self.setting.describe(), warps=self.warps, by=computed_by(self.context),
+            "launches", setting=self.setting.describe(), warps=self.warps, by=self.by,
             checked=len(first), wrong=sum(not ok for ok in first.values()),
             crashed=len({row["index"] for row in launches if row.get("crashed")}), remedied=counts["remedy"],
             no_remedy=counts["no remedy"], unjudged=counts["unjudged"], remedies=self.remedies.words,
             seconds=round(time.time() - self.rows[0]["at"], 1) if self.rows else 0.0,
         )  # fmt: skip
+
+
+def implementation(prepared: Prepared, remedies: Remedies) -> str:
+    """What computes a launch with ``remedies``."""
+    arch = device_arch(prepared.weight_index)
+    return (remedies.dispatch or Dispatch()).implementation(prepared.part, prepared.launch, arch)
 
 
 def title(prepared: Prepared) -> str:
@@ -243,6 +258,11 @@ def kernels(prepared: Prepared, remedies: Remedies) -> list[dict[str, Any]]:
 
 def variants(prepared: Prepared, remedies: Remedies, warps: int | None) -> dict[str, Remedies]:
     """What to add to ``remedies`` for each variant that changes anything, in the order in which they are tried."""
+    launch = prepared.launch
+    if remedies.wgmma:
+        row = Choice(launch.op, "triton", f"{title(prepared)} is wrong by wgmma", shape=shape_of(prepared.part, launch))
+        other = {} if remedies.copies else {"copies": Remedies(copies=True)}
+        return {OWN: Remedies(), **other, "triton": Remedies(rows=(row,))}
     launches, halved, ops = recorded(prepared, remedies)
     own = [remedies.varied(launch) for launch in launches]
 
@@ -259,7 +279,6 @@ def variants(prepared: Prepared, remedies: Remedies, warps: int | None) -> dict[
     for count in (4, 8):
         if any(one.num_warps != count for one in own):
             found[f"{count} warps"] = each(warps=count)
-    launch = prepared.launch
     if launch.op in OPS:
         if halved:
             found["half the columns"] = Remedies(halved=tuple(halved))

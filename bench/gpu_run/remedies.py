@@ -2,11 +2,12 @@
 
     remedies = Remedies.load(context.out / NAME)
     with remedies.in_force():
-        FusedStep(..., implementations=remedies.dispatch)
+        FusedStep(..., implementations=remedies.dispatch_on(device))
 
-Other warps or stages for a compiled kernel, half the columns for a shape, cuDNN's convolution, an op's reference, and
-other ways to capture the step. Of several ``in_force`` inside one another the innermost counts, so that a diagnosis may
-try others within those of its stage; only ops that an outer one keeps to their references stay there.
+Other warps or stages for a compiled kernel, half the columns for a shape, cuDNN's or Triton's convolution, another
+layout of the wgmma kernels' tiles, an op's reference, and other ways to capture the step. Of several ``in_force``
+inside one another the innermost counts, so that a diagnosis may try others within those of its stage; only ops that an
+outer one keeps to their references stay there.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench.gpu_run.record import plain
-from fastensdistill.engine import graph
+from fastensdistill.engine import dispatch, graph
 from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
+from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.launch import KernelLaunch, around_launches, references_only
 from fastensdistill.kernels.tiles import Tile, changed_tiles
 
 NAME = "remedies.json"
+TITLES = {"cudnn": "cuDNN", "triton": "Triton", "cuda": "the halo kernel", "wgmma": "wgmma"}
 Match = dict[str, Any]
 LEAST_COLUMNS = 16  # of a Triton matrix product
 ROWS = ("BLOCK_R", "BLOCK_B")  # constants that follow the batch
@@ -111,6 +115,8 @@ class Remedies:
     rows: tuple[Choice, ...] = ()
     references: tuple[str, ...] = ()
     capture: Capture = field(default_factory=Capture)
+    copies: bool = False  # of tiles, by the wgmma kernels
+    wgmma: bool = False  # what is predicted to be faster by those kernels is computed by them, proven or not
 
     @staticmethod
     def load(path: Path) -> Remedies:
@@ -124,6 +130,7 @@ class Remedies:
             tuple(map(Choice.read, given["rows"])),
             tuple(given["references"]),
             Capture(**given["capture"]),
+            given.get("copies", False),
         )
 
     def save(self, path: Path) -> None:
@@ -152,20 +159,29 @@ class Remedies:
             tuple(dict.fromkeys(more.rows + self.rows)),  # the first row that matches counts
             tuple(dict.fromkeys(self.references + more.references)),
             capture,
+            self.copies or more.copies,
+            self.wgmma or more.wgmma,
         )
 
     @property
     def dispatch(self) -> Dispatch | None:
-        """The table for ``implementations=``; None where the step may keep its own."""
-        return Dispatch(self.rows) if self.rows else None
+        """The table for launches one by one; None where they are the ops' own."""
+        predicted = dispatch.PREDICTED if self.wgmma else ()
+        return Dispatch(self.rows, predicted) if self.rows or self.wgmma else None
+
+    def dispatch_on(self, device: torch.device) -> Dispatch | None:
+        """The table for ``implementations=`` of a step, which uses what is proven; None where it may keep its own."""
+        return Dispatch.on(device, self.rows) if self.rows else None
 
     @property
     def words(self) -> str:
         """All in one line, for a row of results; empty where there are none."""
-        rows = [f"{row.op} {describe(row)} by cuDNN" for row in self.rows]
+        rows = [
+            f"{row.op} {describe(row)} by {TITLES.get(row.implementation, row.implementation)}" for row in self.rows
+        ]
         references = [f"{op} by its reference" for op in self.references]
         launches = [*(one.words for one in self.launches), *(one.words for one in self.halved)]
-        every = [*launches, *rows, *references, *self.capture.words]
+        every = [*launches, *rows, *references, *["copies of tiles"] * self.copies, *self.capture.words]
         return "; ".join(f"{one} ({every.count(one)} times)" if every.count(one) > 1 else one
                          for one in dict.fromkeys(every))  # fmt: skip
 
@@ -187,6 +203,7 @@ class Remedies:
             stack.enter_context(changed_tiles(change))
             if self.references:  # no name at all would mean every op
                 stack.enter_context(references_only(*self.references))
+            stack.enter_context(wgmma.in_copies(self.copies or wgmma.copies()))
             for owner, name, value in capturing(self.capture):
                 stack.enter_context(replaced(owner, name, value))
             yield

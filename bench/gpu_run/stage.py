@@ -26,19 +26,20 @@ import torch
 from bench import contenders, roof
 from bench.common import ROOT, describe_host, synchronize
 from bench.contenders import CONTENDERS, changes, fused_engine, how
-from bench.gpu_run import BEGAN, timing, warm
+from bench.gpu_run import BEGAN, measurements, proving, timing, warm
 from bench.gpu_run.captures import diagnose_capture
 from bench.gpu_run.context import REHEARSED, Context, Sizes
 from bench.gpu_run.faults import planted
 from bench.gpu_run.launches import check_launches
 from bench.gpu_run.record import Record, Row, read
 from bench.gpu_run.remedies import NAME as REMEDIES
-from bench.gpu_run.remedies import Remedies
+from bench.gpu_run.remedies import Remedies, replaced
 from bench.gpu_run.stages import NO_DEVICE, RESULTS, STAGES
-from bench.gpu_run.steps import check_step
+from bench.gpu_run.steps import COVERED, METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.peers import captured
 from bench.setting import Setting, batches, drawn_pairs, make
+from fastensdistill.engine import dispatch
 from fastensdistill.kernels import extension
 from fastensdistill.kernels.launch import HAS_TRITON
 
@@ -103,7 +104,8 @@ def compile_kernels(context: Context, *networks: str) -> None:
         return
     sizes, images = context.sizes, warm.IMAGES
     settings = [Setting(name, "tdiv-sdiv", images, sizes.members) for name in networks]
-    settings += [Setting("tiny", method, images, sizes.members) for method in ("tdiv-sdiv", "kd", "teach")]
+    settings += [Setting("tiny", method, images, sizes.members) for method in METHODS]
+    settings += [Setting(COVERED, METHODS[0], images, sizes.members)]
     launches = warm.recorded(list(dict.fromkeys(settings)), arch_of(context))
     if context.rehearse:
         launches = launches[::8]  # a few of each kind: a GPU's machine has more processes for them
@@ -202,6 +204,11 @@ def odd(context: Context) -> Setting:
     return context.sizes.odd
 
 
+def covered(context: Context) -> Setting:
+    """One of which the wgmma kernels compute something."""
+    return Setting(COVERED, "tdiv-sdiv", 2, 2) if context.rehearse else small(context)
+
+
 def small(context: Context) -> Setting:
     return context.setting(context.sizes.small)
 
@@ -219,26 +226,29 @@ RUN: dict[str, Callable[[Context], object]] = {
     "smoke": smoke,
     "launches-odd": lambda c: check_launches(c, odd(c)),
     "launches": lambda c: check_launches(c, small(c)),
+    "driver": lambda c: proving.check_driver(c, arch_of(c)),
+    "prove": proving.prove,
+    "wgmma": lambda c: check_launches(c, covered(c), by_wgmma=True),
+    "measure": measurements.measure,
     "warps-4": lambda c: check_launches(c, small(c), 4),
     "warps-8": lambda c: check_launches(c, small(c), 8),
     "step": check_step,
     "walk": lambda c: walk(c, replace(odd(c), batch=c.sizes.tiny)),
     "captures": lambda c: diagnose_capture(c, replace(odd(c), batch=c.sizes.tiny)),
-    "first": timing.first,
-    "table": lambda c: timing.table(c, ["fused", "fused-launched", "captured"], large(c)),
-    "compiled": lambda c: timing.table(c, ["fused", "compiled"], large(c)),
+    "first": lambda c: timing.first(c, sizes=c.sizes.batches[:1]),
+    "table": lambda c: timing.table(c, ["fused", "fused-triton", "compiled"], large(c)),
     "kernels": timing.every_launch,
     "tuned": timing.tuned,
     "other-first": lambda c: timing.first(c, c.sizes.other),
     "other": lambda c: timing.table(c, ["fused", "captured", "compiled"], c.setting(c.sizes.batches[0], c.sizes.other)),
-    "small": lambda c: timing.table(c, ["fused", "captured"], c.setting(c.sizes.batches[-1])),
+    "small": lambda c: timing.table(c, ["fused", "fused-launched", "captured"], c.setting(c.sizes.batches[-1])),
     "csrc": csrc,
     "sanitize": sanitize,
     "counters": timing.counters,
     "tests": every_test,
     "pack": pack,
 }
-CHECKS = ("launches-odd", "launches", "warps-4", "warps-8")  # they find remedies; the others obey them
+CHECKS = ("launches-odd", "launches", "wgmma", "warps-4", "warps-8")  # they find remedies; the others obey them
 
 
 def planted_for(plants: Sequence[str], name: str) -> list[str]:
@@ -277,9 +287,13 @@ def rehearsal(context: Context, name: str) -> Iterator[None]:
     def no_memory(problem: Any) -> Any:
         raise torch.OutOfMemoryError("planted: CUDA out of memory")
 
+    predicted = tuple(replace(row, arch=None) for row in dispatch.PREDICTED)
     for peer in ("captured", "compiled") if "memory" in faults else ():
         CONTENDERS[peer] = replace(CONTENDERS[peer], build=no_memory)
-    with planted([plant for plant in context.plants if "=" not in plant]):
+    with (
+        planted([plant for plant in context.plants if "=" not in plant]),
+        replaced(dispatch, "PREDICTED", predicted),
+    ):
         if "hang" in faults:
             time.sleep(3600)
         if "raise" in faults:
@@ -311,7 +325,7 @@ def main(argv: Sequence[str] | None = None, began: float = BEGAN) -> int:
         if name not in CHECKS:
             remedies = Remedies.load(context.out / REMEDIES)
             stack.enter_context(remedies.in_force())
-            contenders.diagnosed = remedies.dispatch
+            contenders.diagnosed = remedies.dispatch_on(context.device)
             if remedies.words:
                 context.record.shared["remedies"] = remedies.words
                 context.record.add("in force")

@@ -57,19 +57,23 @@ STAGES = (
     Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
     Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75,
           compiling("wrn28_4", "tiny")),
+    Stage("driver", "A", "the wgmma kernels without PyTorch, against a CPU: descriptors, layout, every kernel", 45, 14),
+    Stage("prove", "A", "the wgmma kernels against references, as before every run", 60, 20),
     Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
     Stage("smoke", "A", "one tiny step, launched, then captured", 60, 12),
     Stage("launches-odd", "A", "launches of odd sizes against float64", 75, 30, background=True, **PROOF),
     Stage("launches", "A", "every launch of WRN-28-4 against float64", 75, 30, **PROOF),
+    Stage("wgmma", "A", "every launch of WRN-28-4 that wgmma covers against float64", 60, 18, **PROOF),
     Stage("step", "A", "tiny steps against float64; replayed is launched, and twice is the same", 60, 28,
           after=("launches-odd",)),
     Stage("walk", "A", "the step beside float64, launch by launch: the first buffer that parts", 60, 0,
           when="step wrong"),
     Stage("captures", "A", "which captured launch differs, and what cures it", 60, 0, when="capture differs"),
-    Stage("first", "A", "the fused engine alone: first numbers", 60, 22, after=("launches-odd",)),
-    Stage("table", "A", "fused, launched from Python, captured peer: gated, interleaved", 80, 42, after=QUIET),
-    Stage("compiled", "A", "fused beside torch.compile: gated, interleaved", 100, 55, after=QUIET),
-    Stage("kernels", "A", "every launch at full size timed: Triton, CUDA, cuDNN", 110, 85, after=QUIET),
+    Stage("first", "A", "the fused engine alone: first numbers", 40, 15, after=("launches-odd",)),
+    Stage("measure", "A", "what the design rests on: products, L2, cuDNN, BatchNorm, nodes of a graph", 60, 28,
+          after=QUIET, restarts=4, stall=25),
+    Stage("table", "A", "fused, with Triton's convolutions, torch.compile: gated, interleaved", 110, 62, after=QUIET),
+    Stage("kernels", "A", "every launch at full size timed: Triton, CUDA, wgmma, cuDNN", 110, 90, after=QUIET),
     Stage("tuned", "A", "the step by the table of the fastest, beside the present one", 70, 35, after=QUIET,
           needs=("kernels",)),
     Stage("warm-other", "B", "compiles the kernels of both networks, or finds them carried", 75,
@@ -81,7 +85,7 @@ STAGES = (
     Stage("warps-8", "B", "every launch at 8 warps against float64", 75, 35, **PROOF),
     Stage("other-first", "B", "the fused engine alone on ResNet-32", 40, 15, after=("csrc", "sanitize", "warps-4")),
     Stage("other", "B", "ResNet-32 beside its peers, torch.compile last", 130, 95),
-    Stage("small", "B", "WRN-28-4 at batch 128 beside the captured peer", 60, 30),
+    Stage("small", "B", "WRN-28-4 at batch 128, launched from Python, the captured peer", 60, 34),
     Stage("counters", "B", "hardware counters of the slowest launches", 60, 25),
     Stage("tests", "long", "the tests that need a GPU", 580, 480),
     Stage("methods", "long", "KD, LatentBE, teachers in training", 560, 420, module=(
@@ -98,7 +102,7 @@ STAGES = (
 # What a rehearsal can plant: in one launch or capture (``faults.py``), and FAULT=STAGE for a whole stage
 FAULTS = ("launch", "launch-dies", "launch-hangs", "step", "captured", "uncapturable")
 FAULTS_OF_STAGES = ("hang", "kill", "raise", "memory")
-WITH_PEERS = ("table", "compiled", "other", "small")  # where a contender can be out of memory
+WITH_PEERS = ("table", "other", "small")  # where a contender can be out of memory
 CALLS = {"A": 420, "B": 300, "long": 0}  # seconds, 0 for as long as it takes
 
 

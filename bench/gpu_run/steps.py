@@ -1,7 +1,7 @@
-"""Whole steps of the tiny network: against float64, and captured against launched one by one, bit for bit.
+"""Whole steps of tiny networks: against float64, and captured against launched one by one, bit for bit.
 
-Records: ``step`` {method, ok, errors, bounds}; ``replay`` {method, same, twice_same, captured, capture_error,
-differs_in}; either with ``error`` where it raised.
+Records: ``step`` {method, network, ok, errors, bounds}; ``replay`` {method, network, same, twice_same, captured,
+capture_error, differs_in}; either with ``error`` where it raised.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bench.gpu_run.remedies import NAME, Capture, Remedies
 from bench.setting import Setting, batches, make
 
 METHODS = ("tdiv-sdiv", "kd", "teach")
+COVERED = "narrow"  # of whose layers the wgmma kernels compute some, where they are proven
 STEPS = 4  # so that the pair changes inside the captured graph
 REFUSED = "the step could not be captured"  # how ``engine.graph`` begins its warning
 
@@ -33,10 +34,11 @@ def check_step(context: Context) -> bool:
     """Both checks for every method that this stage has not done yet; whether all is right."""
     remedies = Remedies.load(context.out / NAME)
     right = True
-    for method in METHODS:
-        setting = Setting("tiny", method, context.sizes.tiny, context.sizes.odd.members)
+    for network, method in (*(("tiny", method) for method in METHODS), (COVERED, METHODS[0])):
+        setting = Setting(network, method, context.sizes.tiny, context.sizes.odd.members)
         for kind, check, good in (("step", against_float64, "ok"), ("replay", replayed, "same")):
-            earlier = (r for r in context.record.earlier() if (r["kind"], r.get("method")) == (kind, method))
+            done = kind, method, network
+            earlier = (r for r in context.record.earlier() if (r["kind"], r.get("method"), r.get("network")) == done)
             row = next(earlier, None) or _recorded(context, kind, check, setting, remedies)
             right &= bool(row.get(good)) and row.get("twice_same", True)
     return right
@@ -46,7 +48,12 @@ Check = Callable[[Context, Setting, Remedies], dict[str, Any]]
 
 
 def _recorded(context: Context, kind: str, check: Check, setting: Setting, remedies: Remedies) -> Row:
-    own = {"method": setting.method, "setting": setting.describe(), "remedies": remedies.words}
+    own = {
+        "method": setting.method,
+        "network": setting.network,
+        "setting": setting.describe(),
+        "remedies": remedies.words,
+    }
     try:
         return context.record.add(kind, **own, **check(context, setting, remedies))
     except Exception as error:
@@ -60,7 +67,8 @@ def against_float64(context: Context, setting: Setting, remedies: Remedies) -> d
     """Two steps launched from Python through the gate."""
     launched = replace(remedies, capture=Capture(on=False))
     gate = Gate(setting, context.device)
-    contender = replace(CONTENDERS["fused"], build=lambda problem: fused_engine(problem, remedies.dispatch))
+    table = remedies.dispatch_on(context.device)
+    contender = replace(CONTENDERS["fused"], build=lambda problem: fused_engine(problem, table))
     with launched.in_force():
         ok, errors = gate.check(contender)
     return {"ok": ok, "errors": errors, "bounds": gate.bounds}
@@ -84,7 +92,7 @@ def build(
     """The fused engine, ready for its first batch; modules of ``dtype`` float64 compute in it throughout."""
     precision = "fp32" if context.rehearse or dtype == torch.float64 else "bf16"
     problem = make(setting, context.device).copy(dtype, precision)
-    engine = fused_engine(problem, remedies.dispatch, capture)
+    engine = fused_engine(problem, remedies.dispatch_on(context.device), capture)
     engine.step.build((setting.batch, 3, setting.size, setting.size))
     if capture and context.rehearse:
         engine.step.graphs = StandInGraphs(engine.step.parameters.state, context.device)

@@ -22,7 +22,7 @@ from bench.contenders import CONTENDERS, fused_engine, how
 from bench.gpu_run.context import Context
 from bench.gpu_run.record import Row, read
 from bench.launches import prepare
-from bench.predictions import predicted, predicted_launch
+from bench.predictions import predicted, predicted_launch, predicted_wgmma
 from bench.setting import Setting, batches, drawn_pairs, make
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.errors import InputError
@@ -44,6 +44,7 @@ COUNTERS = {
     "launch__occupancy_limit_shared_mem": "programs by shared memory",
     "launch__waves_per_multiprocessor": "waves",
 }  # fmt: skip
+MISSED = 0.25  # of a prediction
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
 COUNTED = 3  # launches
 
@@ -65,7 +66,7 @@ def expected_ms(context: Context, setting: Setting) -> float | None:
     return prediction(context, lambda: predicted(setting.network, setting.batch, setting.members, card))
 
 
-def prediction(context: Context, predict: Callable[[], float]) -> float | None:
+def prediction(context: Context, predict: Callable[[], float | None]) -> float | None:
     """A prediction, which no measurement may fail for."""
     try:
         return predict()
@@ -152,8 +153,9 @@ def every_launch(context: Context) -> None:
         began = time.perf_counter()
         one = prepared
         expected = prediction(context, lambda: predicted_launch(one.launch, one.part, roof))  # noqa: B023
+        by_wgmma = prediction(context, lambda: predicted_wgmma(one.launch, one.part, roof))  # noqa: B023
         facts = {"index": index, "launch": prepared.title, "pass": prepared.where, "op": prepared.launch.op,
-                 "count": count, "predicted_us": expected}  # fmt: skip
+                 "count": count, "predicted_us": expected, "wgmma_predicted_us": by_wgmma}  # fmt: skip
         try:
             with torch.no_grad():
                 found = kernels.row(prepared, count, timer, roof, alone=False)
@@ -170,8 +172,20 @@ def every_launch(context: Context) -> None:
     context.record.add(
         "kernels", timed=len(timed), left_out=missing, sum_ms=sum(r["us"] * r["count"] for r in timed) / 1e3,
         predicted_ms=sum((r["predicted_us"] or 0.0) * r["count"] for r in timed) / 1e3,
-        dispatch=[asdict(r) for r in kernels.choices(rows, arch, where)],
+        dispatch=[asdict(r) for r in kernels.choices(rows, arch, where)], misses=misses(rows),
     )  # fmt: skip
+
+
+def misses(rows: Sequence[Row]) -> list[Row]:
+    """Every time that is further than ``MISSED`` from its prediction, the dearest first."""
+    found = []
+    for row in rows:
+        for by, measured, expected in (("triton", "us", "predicted_us"), ("wgmma", "wgmma", "wgmma_predicted_us")):
+            us, predicted = row.get(measured), row.get(expected)
+            if us and predicted and abs(us / predicted - 1) > MISSED:
+                found.append({"launch": row["launch"], "by": by, "us": us, "predicted_us": predicted,
+                              "ratio": us / predicted, "count": row["count"]})  # fmt: skip
+    return sorted(found, key=lambda one: -abs(one["us"] - one["predicted_us"]) * one["count"])
 
 
 def tuned(context: Context) -> None:

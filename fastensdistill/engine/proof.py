@@ -38,7 +38,7 @@ SWITCH, SWITCHED = "FASTENSDISTILL_WGMMA", ("off", "trusted")
 LIMIT = 120.0  # seconds: PyTorch from a cold disk, the device's context, and small launches
 COMMAND = (sys.executable, "-m", "fastensdistill.kernels.prove")
 AGAIN = "python -m fastensdistill.engine.proof"
-UNDONE = "not done"
+UNDONE, NONE = "not done", "none in this build for this device"
 NOTHING = ""  # to say: there is nothing that could have been used
 
 
@@ -109,7 +109,7 @@ def state(device: torch.device) -> str:
     """What is known of the kernels on ``device`` without finding out: proven, not proven and why, not tried."""
     major, minor = torch.cuda.get_device_capability(device)
     if not _any_built(10 * major + minor):
-        return "none in this build for this device"
+        return NONE
     if os.environ.get(SWITCH):
         return f"not asked about, {SWITCH}={os.environ[SWITCH]}"
     found = remembered(identity(device))

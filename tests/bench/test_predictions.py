@@ -12,7 +12,7 @@ from bench import predictions, recorded, wgmma_model
 from bench.predictions import CHANGES, TODAY, breakdown, costs, predicted, predicted_launch, seconds
 from bench.recorded import GAP, L2, LEAST, beside, kernels, occupancy
 from bench.setting import Setting
-from bench.wgmma_model import Shape
+from bench.wgmma_model import OPS, Shape
 from fastensdistill.engine import partials
 from fastensdistill.engine.graph_nodes import count_step
 from fastensdistill.kernels import conv_weight_gradient
@@ -21,6 +21,7 @@ from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.tiles import assume_arch, weight_gradient_split
 from fastensdistill.network.gpu import GPUS
 from fastensdistill.network.nodes import Conv
+from fastensdistill.network.on_load import Abilities
 from tests.untyped import untyped
 
 SMALL = Setting("wrn28_1", "tdiv-sdiv", 32, 4)
@@ -149,9 +150,6 @@ def test_it_follows_the_engine(monkeypatch):
 
 
 def test_changes_alter_what_they_name(wide):
-    one = next(ks for ks in of(wide, "norm gradient", "64 channels @32") if not ks[0].launch.steps("add"))
-    left = predictions.norm_gradient_on_load(one)
-    assert [k.name for k in left] == [recorded.ADD_ROWS, "batch_norm_coefficients_kernel"]
     (one, *_) = of(wide, "conv", "3x3 s1 256→256 @8")
     alone, *passes = predictions.vendor(one)
     assert len(passes) >= one[0].groups - 1
@@ -238,17 +236,38 @@ def test_every_assumption_says_where_it_comes_from(capsys):
         assert one.source in printed
 
 
-def test_wgmma_alters_what_it_covers(wide):
-    """Each step of the table takes less time, and the stem, whose three channels no kernel covers, stays as it is."""
-    for op, change in (("conv", predictions.wgmma_conv), ("weight gradient", predictions.wgmma_gradient)):
-        (stem, *_) = of(wide, op, "3x3 s1 3→16 @32")
-        assert change(False)(stem) == stem
-        (strided, *_) = of(wide, op, "3x3 s2 64→128 @32")
-        assert change(True)(strided) == strided
-        assert change(False)(strided)[0].seconds(H100) < strided[0].seconds(H100)
-        (square, *_) = of(wide, op, "3x3 s1 64→64 @32")
-        assert change(True)(square)[0].seconds(H100) < 0.7 * square[0].seconds(H100)
-    (sums, *_) = of(wide, recorded.STATISTICS, "64 channels @32")
-    assert [k.name for k in predictions.few_rows(sums)] == [recorded.REDUCTIONS[0]]
-    steps = [seconds(WIDE, change, H100) for change in CHANGES if change is TODAY or "+" in change.title]
-    assert steps == sorted(steps, reverse=True)
+BY_TITLE = {change.title: change for change in CHANGES}
+
+
+def test_kernels_of_another_plan_are_those_that_wgmma_covers():
+    """The stem, whose three channels no kernel covers, stays Triton's; partial results are summed by the un-fold."""
+    by = untyped(CHANGES[-1].by)
+    assert by.abilities == Abilities(True, True, True, True)
+    found = [ks for parts in predictions.passes(SMALL, by).values() for part in parts for ks in kernels(part, by)]
+    convolutions = [ks for ks in found if ks[0].launch.op in OPS]
+    assert {ks[0].product > 0 for ks in convolutions if ks[0].width == 3} == {False}
+    assert {ks[0].product > 0 for ks in convolutions if ks[0].width >= 16} == {True}
+    assert all(len(ks) == 1 for ks in convolutions if ks[0].product)
+    kinds = {step.kind for ks in found for step in (*ks[0].launch.prologue, *ks[0].launch.epilogue)}
+    assert {"norm_gradient", "second", "open"} <= kinds
+    plain = untyped(BY_TITLE["wgmma: weight gradient, 3x3 at stride 1 from 64 channels on"].by)
+    own = [ks for parts in predictions.passes(SMALL, plain).values() for part in parts for ks in kernels(part, plain)]
+    layers = {ks[0].layer for ks in own if ks[0].product}
+    assert layers == {"3x3 s1 64→64 @8"}
+    assert {ks[0].launch.op for ks in own if ks[0].product} == {"weight gradient"}
+
+
+def test_a_layer_of_teachers_and_branches_is_one_launch():
+    by = untyped(CHANGES[-1].by)
+    parts = predictions.passes(SMALL, by)["distillation, forward"]
+    before = [kernels(part, by) for part in parts]
+    after = predictions.joined(parts, before)
+    count = lambda found: sum(len(ks) for part in found for ks in part)  # noqa: E731
+    layers = sum(1 for ks in before[0] if ks[0].product)
+    assert count(before) - count(after) == layers > 20
+    for total in ("flops", "nbytes"):
+        both = [sum(getattr(k, total) for part in found for ks in part for k in ks) for found in (before, after)]
+        assert both[0] == pytest.approx(both[1])
+    first = [next(ks[0] for ks in found[0] if ks[0].product) for found in (before, after)]
+    assert [k.groups for k in first] == [4, 8]
+    assert predictions.joined(parts[:1], before[:1]) == before[:1]
