@@ -8,6 +8,7 @@ the device's unit reads rightly, and measures what the design rests on. Its line
 
     right NAME                               WRONG NAME: where, what it is, what was expected
     layout tile|copies|loads                 measured NAME VALUE UNIT
+    uncovered NAME: why                      descriptors {...}
 
 and its exit status is 0, 1 where something is wrong, 77 without a device.
 """
@@ -25,7 +26,11 @@ from typing import Any
 
 from bench.common import ROOT
 
-SOURCES = ("csrc/driver.cu",)
+SOURCES = (
+    *(f"tests/kernels/wgmma_driver{part}.cpp" for part in ("", "_operands", "_conv", "_gradient")),
+    *("tests/kernels/wgmma_driver_cuda.cu", "tests/kernels/sanitize_cuda.cpp", "csrc/tensor_map.cu"),
+    *("csrc/wgmma_conv.cu", "csrc/wgmma_narrow.cu", "csrc/wgmma_weight_gradient.cu"),
+)
 BINARY = ROOT / "bench" / "_driver"
 LAYOUTS = ("tile", "copies", "loads")
 MEASURED = re.compile(r"measured (.+?) (-?[0-9.]+(?:e[-+]?\d+)?) (\S.*)")
@@ -37,7 +42,9 @@ def build(arch: str = "90a", binary: Path = BINARY) -> str:
         sources = [str(ROOT / name) for name in SOURCES if (ROOT / name).exists()]
         if len(sources) < len(SOURCES):
             return "its source is not part of this version"
-        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-DFED_DEBUG", "-lineinfo", "-lcuda"]
+        # a wait that does not end traps
+        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-DFED_SPINS=10000000", "-lineinfo", "-t0"]
+        target += [f"-I{ROOT / folder}" for folder in ("csrc", "tests/kernels")] + ["-cudart=static"]
         done = subprocess.run([nvcc, "-std=c++17", "-O3", *target, *sources, "-o", str(binary)],
                               capture_output=True, text=True)  # fmt: skip
         lines = (done.stderr or done.stdout).strip().splitlines()

@@ -26,10 +26,8 @@ from fastensdistill.kernels import distillation_loss, diversity_seed, halo_conv,
 
 ROOT = Path(__file__).parents[2]
 # emulation_wgmma*.cpp: a file for each of csrc's wgmma_*.cu, with the same kernels
-SOURCES = [
-    *(set((ROOT / "csrc").glob("*.cpp")) - {ROOT / "csrc/tensors.cpp"}),
-    *ROOT.glob("tests/kernels/emulation*.cpp"),
-]
+SOURCES = [*(set((ROOT / "csrc").glob("*.cpp")) - {ROOT / "csrc/tensors.cpp"})]
+SOURCES += [*ROOT.glob("tests/kernels/emulation*.cpp"), *ROOT.glob("tests/kernels/wgmma_driver*.cpp")]
 SOURCES.sort(key=lambda source: -source.stat().st_size)
 KEY = "PrivateUse1"
 folder = Path()  # of the test run, where the library is built: conftest.py sets it
