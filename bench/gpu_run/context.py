@@ -52,6 +52,11 @@ class Context:
         return self.began + 0.85 * self.seconds
 
     @property
+    def passed(self) -> float:
+        """The share of its time that the stage has used."""
+        return (time.monotonic() - self.began) / self.seconds
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cpu" if self.rehearse else "cuda")
 

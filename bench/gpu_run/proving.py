@@ -7,7 +7,10 @@ proof finds wrong becomes a remedy that the later stages obey; their steps use t
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
+import time
+from typing import Any
 
 import torch
 
@@ -19,21 +22,48 @@ from fastensdistill.kernels import wgmma
 
 
 def check_driver(context: Context, arch: int) -> None:
-    """The driver as carried, else built here; no PyTorch in its process, and a barrier that waits for ever traps."""
-    if context.rehearse:
-        command = driver.stand_in("check")
-    elif arch != wgmma.ARCH:
-        context.record.add("driver", left_out=f"compute capability {arch}")
-        return
-    else:
+    """The driver as carried, else built here; no PyTorch in its process, and a barrier that waits for ever traps.
+
+    First which layout the device reads rightly, then every kernel with that one in a single process, which is quick,
+    and only where that process dies each in a process of its own.
+    """
+    if not context.rehearse:
+        if arch != wgmma.ARCH:
+            context.record.add("driver", left_out=f"compute capability {arch}")
+            return
         if not driver.BINARY.exists() and (reason := driver.build()):
             context.record.add("driver", left_out=reason)
             return
-        command = [str(driver.BINARY), "check"]
-    found = driver.run(command, 0.8 * context.seconds)
-    context.record.add("driver", **found)
-    if found["layout"] == "copies":
+    operands = run_driver(context, 0.3, "run", "operands")
+    layout = operands["layout"] or "copies"
+    kernels = run_driver(context, 0.4, "run", *names(context, layout))
+    apart = None
+    if kernels["status"] not in (0, 1):
+        apart = run_driver(context, 0.9 - context.passed, "check")
+    every = [operands, apart or kernels]
+    context.record.add(
+        "driver", layout=operands["layout"], right=sum(one["right"] for one in every),
+        wrong=[line for one in every for line in one["wrong"]], status=every[-1]["status"], last=every[-1]["last"],
+        died=kernels["status"] if apart else None, seconds=round(time.monotonic() - context.began, 1),
+    )  # fmt: skip
+    if layout == "copies":
         Remedies.extend(context.out / NAME, Remedies(copies=True))
+
+
+def run_driver(context: Context, share: float, *words: str) -> dict[str, Any]:
+    """Run it with these arguments for at most a ``share`` of the stage's time."""
+    command = driver.stand_in("check") if context.rehearse else [str(driver.BINARY), *words]
+    return driver.run(command, max(1.0, share * context.seconds))
+
+
+def names(context: Context, layout: str) -> list[str]:
+    """The driver's checks of kernels, those with ``layout``."""
+    if context.rehearse:
+        return []
+    done = subprocess.run([str(driver.BINARY), "list"], capture_output=True, text=True, timeout=10)
+    every = [name for name in done.stdout.splitlines() if name != "operands" and not name.startswith("measure ")]
+    other = [one for one in driver.LAYOUTS if one != layout]
+    return [name for name in every if name.split()[-1] not in other]
 
 
 def prove(context: Context) -> None:

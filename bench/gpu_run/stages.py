@@ -57,7 +57,7 @@ STAGES = (
     Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
     Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75,
           compiling("wrn28_4", "tiny")),
-    Stage("driver", "A", "the wgmma kernels without PyTorch, against a CPU: descriptors, layout, every kernel", 45, 14),
+    Stage("driver", "A", "the wgmma kernels without PyTorch, against a CPU: descriptors, layout, every kernel", 60, 20),
     Stage("prove", "A", "the wgmma kernels against references, as before every run", 60, 20),
     Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
     Stage("smoke", "A", "one tiny step, launched, then captured", 60, 12),
