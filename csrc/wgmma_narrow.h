@@ -4,22 +4,24 @@
 // box in shared memory from the tap's shift on, K innermost; B is 16 input channels of a tap's weights as they are
 // packed, N innermost. All weights stay in shared memory. A consumer takes a whole tile, of a strided gradient with all
 // its phases, and does everything to it: it applies what is applied on load, multiplies, adds and stores. So while one
-// multiplies others load, transform and store, and there are more of them than wide kernels have: 4 of 16 channels, 3
-// of 32. Boxes come through one ring, in tiles' order; each consumer has barriers of its own for those that are its.
+// multiplies others load, transform and store, and there are more of them than wide kernels have: 4 of 16 channels and
+// 3 of 32, a gradient's one less. Boxes come through one ring, in tiles' order; each consumer has barriers of its own
+// for those that are its.
 //
-// What bounds it, a prediction: an instruction of N = 16 (32) needs 8 (16) cycles of arithmetic and reads 2 KB of A and
-// 0.5 (1) KB of B, 20 (24) cycles at 128 bytes a cycle. A tile of 3x3 taps from as many channels is 36 (72) of these
-// and the boxes' 27 (54) KB: with the accesses of load and store about 930 (2,200) cycles. It moves 16 (32) KB, and as
-// much again for every two of residual, z and second output: at 85% of the bandwidth and 132 multiprocessors 17.7 bytes a
-// cycle on an H200, 12.3 on an H100, so per tile, in cycles:
-//   ResNet-32, batch 512, M = K = 4       bytes       shared  H200   H100   bound           TFLOP/s, H200 / H100
-//   16 → 16 at 32², no more               16 KB       930     930    1,330  both / memory   280 / 205
-//   + residual or second output or z      24 KB       1,060   1,390  2,000  memory          195 / 135
-//   + two of them                         32 KB       1,190   1,850  2,670  memory          145 / 100
-//   32 → 32 at 16²                        32 KB       2,200   1,850  2,660  shared / memory 475 / 390
-//   + two of them                         64 KB       2,700   3,700  5,330  memory          290 / 195
-//   32 → 16, gradient, stride 2           20 KB       750     1,160  1,670  memory          225 / 155 (of 4 tiles)
-//   64 → 32, gradient, stride 2           40 KB       1,700   2,310  3,330  memory          450 / 310 (of 4 tiles)
+// A prediction of what bounds it, in cycles a tile. An instruction of N = 16 (32) needs 8 (16) cycles of arithmetic and
+// reads 2.5 (3) KB, 20 (24) cycles of shared memory; 3x3 taps from as many channels are 36 (72) of them. An H200's
+// memory gives 17.6 bytes a cycle at 85% of its bandwidth and 132 multiprocessors, an H100's 12.3, L2 23.7. A "tensor"
+// is one more that an epilogue reads or writes: a residual, z, a second output.
+//   ResNet-32, M = K = 4, batch 512      moved   shared    L2   H200   H100   TFLOP/s, H200 / H100
+//   16 to 16 at 32², no tensor more      16 KB      930    800    930  1,330  295 / 205
+//     one; two                        24; 32 KB   1,190  1,490  1,860  2,670  195; 145 / 135; 105
+//   32 to 32 at 16², no tensor more      32 KB    2,160  1,660  1,860  2,670  505 / 410
+//     one; two                        48; 64 KB   2,680  3,040  3,720  5,330  390; 295 / 275; 205
+//   32 to 16, gradient, stride 2, z      20 KB      770  1,520  1,160  1,670  90 / 80    a phase; all fetch d
+//   64 to 32, gradient, stride 2, z      40 KB    1,700  3,130  2,330  3,330  175 / 165  likewise
+//   64 to 16, gradient at 32², z         48 KB    3,480  2,520  2,790  4,000  315 / 275  WRN-28-4's
+// A warp issues 750 to 1,480 instructions a tile of 16 channels forward, by what is asked for, 1,150 to 2,300 of 32,
+// backward up to 1,400 and 2,500: slots of a scheduler, which has a warp of every consumer, so the last bound.
 #pragma once
 
 #include "narrow_plan.h"
@@ -269,31 +271,37 @@ FED_UNROLL
   }
 };
 
-// f(kernel's type) of a launch.
+template <class Kernel_>
+struct OfKernel {
+  using Kernel = Kernel_;
+};
+// f(OfKernel<the kernel of a launch>())
 template <class F>
 auto with_narrow(const ConvLaunch& launch, F f) {
-  if (launch.gradient) return launch.at.channels == 16 ? f(NarrowConv<true, 16>()) : f(NarrowConv<true, 32>());
-  return launch.at.channels == 16 ? f(NarrowConv<false, 16>()) : f(NarrowConv<false, 32>());
+  if (launch.gradient)
+    return launch.at.channels == 16 ? f(OfKernel<NarrowConv<true, 16>>()) : f(OfKernel<NarrowConv<true, 32>>());
+  return launch.at.channels == 16 ? f(OfKernel<NarrowConv<false, 16>>()) : f(OfKernel<NarrowConv<false, 32>>());
 }
 
 inline int narrow_statistics_rows(const ConvLaunch& launch) {
-  return with_narrow(launch, [&](auto kernel) {
-    using Kernel = decltype(kernel);
+  return with_narrow(launch, [&](auto of) {
+    using Kernel = typename decltype(of)::Kernel;
     return narrow_plan<Kernel>(launch).parts * Kernel::CONSUMERS;
   });
 }
 
 inline const char* narrow_uncovered(const ConvLaunch& launch) {
-  const int total = with_narrow(launch, [&](auto kernel) {
-    using Kernel = decltype(kernel);
+  const int total = with_narrow(launch, [&](auto of) {
+    using Kernel = typename decltype(of)::Kernel;
     return narrow_plan<Kernel>(launch).total;
   });
   return total == 0 ? "more shared memory than there is" : nullptr;
 }
 
 inline int launch_narrow(const ConvLaunch& launch, void* stream) {
-  return with_narrow(launch, [&](auto kernel) {
-    using Kernel = decltype(kernel);
+  return with_narrow(launch, [&](auto of) {
+    using Kernel = typename decltype(of)::Kernel;
+    Kernel kernel{};
     kernel.at = launch.at;
     kernel.plan = narrow_plan<Kernel>(launch);
     const Chunks chunks{kernel.plan.chunk, Kernel::N, kernel.plan.chunk, Kernel::N};
