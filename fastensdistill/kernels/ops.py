@@ -9,6 +9,7 @@ For every op the first of these that there is for its tensors:
 
 import inspect
 import typing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def define(
 
     Args:
         reference: the op in plain PyTorch, called by position. A parameter that is a NamedTuple stands for its fields:
-            operands that travel together are one parameter of the function and several of the schema.
+            operands that travel together are one parameter of the function and several of the schema. Where two
+            parameters have a field of the same name, it has the parameter's name before it in the schema.
         empty: the results unwritten, of the same operands: the op's fake, and where a launcher gets its memory.
         launcher: launches the op's Triton kernel, same operands and results.
         mutates: names of the operands that it writes into.
@@ -51,9 +53,11 @@ def define(
     signature = inspect.signature(reference, eval_str=True)
     packings: list[tuple[Any, int, int]] = []  # the NamedTuple or None, and where its fields are in the schema
     fields: list[inspect.Parameter] = []
+    names = Counter(field for p in signature.parameters.values() for field in getattr(p.annotation, "_fields", ()))
     for parameter in signature.parameters.values():
         together = parameter.annotation if hasattr(parameter.annotation, "_fields") else None
-        inside = {parameter.name: parameter.annotation} if together is None else typing.get_type_hints(together)
+        hints = {parameter.name: parameter.annotation} if together is None else typing.get_type_hints(together)
+        inside = {f"{parameter.name}_{name}" if names[name] > 1 else name: kind for name, kind in hints.items()}
         packings.append((together, len(fields), len(fields) + len(inside)))
         fields += [parameter.replace(name=field, annotation=kind) for field, kind in inside.items()]
     tensors = [position for position, field in enumerate(fields) if field.annotation is Tensor]
