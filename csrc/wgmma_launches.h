@@ -21,6 +21,9 @@ inline int statistics_rows(const ConvLaunch& launch) {
 
 // Why no kernel makes a launch, or nullptr.
 inline const char* uncovered(const ConvLaunch& launch) {
+  const auto& [one, other] = launch.side;
+  if (is_narrow(launch) && one.groups > 0 && other.groups > 0 && one.has_second != other.has_second)
+    return "a second source of one side, with few channels of the result";
   return is_narrow(launch) ? narrow_uncovered(launch) : wide_uncovered(launch);
 }
 

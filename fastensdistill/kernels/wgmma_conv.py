@@ -168,14 +168,15 @@ class WgmmaGradientOperands(NamedTuple):
     norm_c: Tensor | None = None
 
 
-def _in_channels(x: Tensor, second: Tensor | None) -> int:
+def most_channels(x: Tensor, second: Tensor | None) -> int:
+    """The most channels of a convolution's sources."""
     return max(x.shape[4], second.shape[4] if second is not None else 0)
 
 
 def conv_rows(o: ConvOperands, window: Window, multiprocessors: int) -> Rows:
     """Rows of the sums of a convolution."""
     shape = (o.x.shape[1], *window.sizes(o.x))
-    channels = _in_channels(o.x, o.second)
+    channels = most_channels(o.x, o.second)
     return statistics_rows(len(o.weight_index), shape, channels, o.weight.shape[3], 1, False, False, multiprocessors)
 
 
@@ -183,10 +184,8 @@ def gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int
     """Rows of the sums of a data gradient."""
     shape = (o.d.shape[1], o.height, o.width)
     channels, norm = o.weight_flipped.shape[3], o.norm_z is not None
-    in_channels = _in_channels(o.d, o.second)
-    return statistics_rows(
-        len(o.weight_index), shape, in_channels, channels, window.stride, True, norm, multiprocessors
-    )
+    sources = most_channels(o.d, o.second)
+    return statistics_rows(len(o.weight_index), shape, sources, channels, window.stride, True, norm, multiprocessors)
 
 
 def wgmma_conv_reference(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
@@ -265,7 +264,7 @@ def unsupported_gradient(o: DataGradientOperands, epilogue: GradientEpilogue, wi
         else f"second_stride {o.second_stride}, expected the convolution's, {window.stride}",
         ""
         if o.norm_z is None
-        or is_narrow(_in_channels(o.d, o.second), out_channels)
+        or is_narrow(most_channels(o.d, o.second), out_channels)
         or norm_fits(window, (o.d.shape[1], o.height, o.width), wgmma.copies())
         else f"a BatchNorm's gradient on load of {o.height} x {o.width} positions: more shared memory than there is",
         "a mask from z with a residual after it"

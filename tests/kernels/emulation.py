@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastensdistill.kernels import distillation_loss, diversity_seed, halo_conv, pack, perturb_step  # noqa: F401  (ops)
+from fastensdistill.kernels import (  # noqa: F401  (their ops)
+    distillation_loss,
+    diversity_seed,
+    halo_conv,
+    pack,
+    perturb_step,
+    wgmma_conv,
+    wgmma_joint_conv,
+    wgmma_weight_gradient,
+)
 
 ROOT = Path(__file__).parents[2]
 # emulation_wgmma*.cpp: a file for each of csrc's wgmma_*.cu, with the same kernels

@@ -122,6 +122,10 @@ def gradient(case: Case, *names: str) -> tuple[wgmma.WgmmaGradientOperands, Grad
 def check_conv(actual: tuple[Tensor, ...], o: ConvOperands, case: Case, copies: bool = False) -> None:
     """z against the reference; what follows from z as stored, exactly that (sums up to their order)."""
     expected = wgmma.wgmma_conv_reference(o, case.window, MULTIPROCESSORS, copies)
+    check_results(actual, expected, o, wgmma.conv_rows(o, case.window, MULTIPROCESSORS))
+
+
+def check_results(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], o: ConvOperands, rows: wgmma.Rows) -> None:
     assert [a.shape for a in actual] == [e.shape for e in expected]
     check_value("z", actual[0], expected[0])
     z, last = actual[0].float(), actual[0]
@@ -132,7 +136,7 @@ def check_conv(actual: tuple[Tensor, ...], o: ConvOperands, case: Case, copies: 
     if o.mask:
         assert torch.equal(actual[2], pack_mask(last > 0))
     if o.center is not None:
-        rest, rows = z.double() - pick(o.center, o.weight_index), wgmma.conv_rows(o, case.window, MULTIPROCESSORS)
+        rest = z.double() - pick(o.center, o.weight_index)
         check_close("sums", actual[3], torch.stack([rows.sums(rest), rows.sums(rest.square())], 2), 1e-5)
 
 
