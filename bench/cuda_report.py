@@ -1,6 +1,7 @@
 """What nvcc makes of the extension's CUDA kernels: rows for ``bench.kernel_report``, and failures for what must not be.
 
-A spill, a stack frame, a local load or store, and wgmma that the compiler serialised (C7510 and its kin) are failures.
+A spill, a stack frame, a local load or store, wgmma that the compiler serialised (C7510 and its kin), and a kernel for
+wgmma without any are failures.
 For every kernel: registers, barriers, shared memory that is fixed when it is compiled, tensor-core instructions, and
 how many instructions a warp issues for one tile: those of the outermost loop with tensor-core instructions in it, each
 counted once, and those of the innermost such loop. The kernels are grid-strided or persistent over tiles, so the
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import ROOT
+from fastensdistill.kernels import wgmma
 
 ARCHITECTURES = {80: "80", 90: "90a", 100: "100a"}  # compute capability → what the extension is built for
 TENSOR_CORE = re.compile(r"\b(?:HGMMA|QGMMA|HMMA|UTC\w*MMA)\b")
 TMA = re.compile(r"\b(?:UTMALDG|UTMASTG|UBLKCP)\b")
 SERIALISED = re.compile(r"C75\d\d|wgmma\S* .*serializ", re.IGNORECASE)
+HOPPER = "wgmma_"  # files of kernels for compute capability 9.0 alone
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 COLUMNS = {
     "arch": ("arch", 4), "regs": ("registers", 4), "spill": ("spills", 5), "stack": ("stack", 5),
@@ -118,6 +121,7 @@ def row(
     broken = [f"{local} spill instructions"] * bool(local)
     broken += [f"{used['spilled']} bytes spilled"] * bool(used["spilled"] and not local)
     broken += [f"{used['stack']} bytes of stack"] * bool(used["stack"])
+    broken += ["no HGMMA"] * (file.startswith(HOPPER) and not found["HGMMA"])
     return found | {"fails": broken + warnings[:1]}
 
 
@@ -165,6 +169,7 @@ def report(arches: Sequence[int], say: Callable[[str], None], files: Sequence[Pa
         say(f"no {tool}: the CUDA kernels are left out")
         return []
     every = [(file, arch) for arch in arches for file in files or sorted((ROOT / "csrc").glob("*.cu"))]
+    every = [(file, arch) for file, arch in every if arch == wgmma.ARCH or not file.name.startswith(HOPPER)]
     say(" ".join(f"{title:>{width}}" for title, (_, width) in COLUMNS.items()) + "  kernel")
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:

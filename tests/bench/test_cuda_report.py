@@ -63,6 +63,13 @@ def test_serialised_products_are_a_failure_of_the_kernel_that_is_named(line):
     assert (line in b["fails"]) == ("function '" not in line), "one that names no kernel is about all of the file"
 
 
+def test_a_kernel_for_wgmma_has_some():
+    code = instructions(SASS)
+    found = [row(name, code[name], used, SAID, "wgmma_x.cu", 90) for name, used in resources(SAID).items()]
+    assert found[0]["fails"] == []
+    assert found[1]["fails"][-1] == "no HGMMA"
+
+
 def test_loops_without_products_are_none_of_a_tile():
     code = [
         Instruction(0, "NOP"),
