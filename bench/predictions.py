@@ -169,9 +169,13 @@ def seconds(setting: Setting, change: Change, gpu: Gpu) -> float:
     return sum(time + GAP for _, time in costs(setting, change, gpu))
 
 
-def predicted(network: str, batch: int, members: int, gpu_name: str) -> float:
-    """Milliseconds of a TDiv−SDiv step as the engine stands, M = K = ``members``; ``gpu_name`` is "h100" or "h200"."""
-    return 1e3 * seconds(Setting(network, "tdiv-sdiv", batch, members), TODAY, GPUS[gpu_name])
+def predicted(network: str, batch: int, members: int, gpu_name: str, by_wgmma: bool = False) -> float:
+    """Milliseconds of a TDiv−SDiv step, M = K = ``members``, with Triton's or the wgmma kernels' convolutions.
+
+    ``gpu_name`` is "h100" or "h200".
+    """
+    change = CHANGES[-1] if by_wgmma else TODAY
+    return 1e3 * seconds(Setting(network, "tdiv-sdiv", batch, members), change, GPUS[gpu_name])
 
 
 def predicted_launch(launch: Launch, part: Part, gpu: Gpu) -> float:

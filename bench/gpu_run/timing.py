@@ -24,6 +24,7 @@ from bench.gpu_run.record import Row, read
 from bench.launches import prepare
 from bench.predictions import predicted, predicted_launch, predicted_wgmma
 from bench.setting import Setting, batches, drawn_pairs, make
+from fastensdistill.engine import proof
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import device_arch
@@ -63,7 +64,8 @@ def expected_ms(context: Context, setting: Setting) -> float | None:
     card = "h200" if "H200" in name else "h100" if "H100" in name else None
     if card is None or context.rehearse or setting.method != "tdiv-sdiv":
         return None
-    return prediction(context, lambda: predicted(setting.network, setting.batch, setting.members, card))
+    by_wgmma = proof.trouble(context.device) is None
+    return prediction(context, lambda: predicted(setting.network, setting.batch, setting.members, card, by_wgmma))
 
 
 def prediction(context: Context, predict: Callable[[], float | None]) -> float | None:

@@ -267,13 +267,14 @@ def test_no_measurement_fails_for_a_prediction(tmp_path, monkeypatch):
         raise ValueError("no such network")
 
     monkeypatch.setattr(timing, "predicted", broken)
+    monkeypatch.setattr(timing.proof, "trouble", lambda device: "")
     record = Record(tmp_path / "r.jsonl", "first")
     record.add("roof", name="NVIDIA H100 80GB HBM3", flops_per_second=1.0, bytes_per_second=1.0)
     assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "tdiv-sdiv", 4, 2)) is None
     assert read(record.path)[-1]["error"] == "ValueError: no such network"
-    monkeypatch.setattr(timing, "predicted", lambda network, batch, members, card: (network, batch, members, card))
+    monkeypatch.setattr(timing, "predicted", lambda *given: given)
     assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "tdiv-sdiv", 4, 2)) == (
-        "wrn28_1", 4, 2, "h100",
+        "wrn28_1", 4, 2, "h100", False,
     )  # fmt: skip
     assert timing.expected_ms(Context(tmp_path, record), Setting("wrn28_1", "kd", 4, 2)) is None
 
