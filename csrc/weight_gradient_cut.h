@@ -1,4 +1,4 @@
-// How a weight gradient is cut into blocks, tiles and multiplications of 64 x N by 16 positions. Plain integers, computed
+// How a weight gradient is cut into blocks, tiles and multiplications of 64 x N by 16 positions. Plain integers, made
 // once per launch on the host; the kernel follows them (csrc/wgmma_weight_gradient.h), and so does the copy engine.
 //
 //   dW[tap, i, o] = sum over positions of d  x[stride · position + tap - padding, i] · d[position, o]
@@ -16,30 +16,53 @@
 //                      row of taps
 //   1x1                chunks of input channels, a box each        chunks of output channels, a box each
 //
-// 64 rows are four windows of 16 channels, two of 32 or one of 64: one, two or three multiplications for a block's three
-// windows. A warpgroup has one each or, where there is only one, all three take turns at the steps and leave results of
-// their own. Windows past the last multiply what happens to lie there, within the stage; nobody stores the product.
+// 64 rows are four windows of 16 channels, two of 32 or one of 64: one, two or three multiplications for the three
+// windows of a block. A warpgroup has one each or, where there is only one, all three take turns at the steps and leave
+// results of their own. Windows past the last multiply what happens to lie there, within the stage; nobody stores the product.
 //
 // Lines past the tile's images are positions outside, where both operands are zero: every box is written in full.
 // `copies`: the shifts along a row are boxes of their own too, at distances that are multiples of eight positions.
+//
+// What that should reach on an H100, four groups of 512 images; a prediction, none of it is measured. Cycles of a tile:
+// of the tensor cores; of shared memory at 128 bytes; of the L2 at 23.7 bytes, a 132nd of 5.5 TB/s; then what bounds it
+// and TFLOP/s, with 85% of that bound (798 TFLOP/s, 5.5 TB/s, 3.0 TB/s of memory), the blocks that fill the last wave,
+// and partial results written and read. In brackets with the gradient of a BatchNorm on load, which reads half as much
+// again; its arithmetic (43 instructions for 16 bytes of x, 63 of d, by one warp of each scheduler) hides behind that.
+//
+//   3x3             lines   tensor  shared    L2    bound              TFLOP/s
+//   64 at 32x32       32     4608    3664    3197   tensor (memory)    620 (470)
+//   128 at 16x16      16     2304    1840    1642   tensor             620 (620)
+//   256 at 8x8        16     2304    1856    1728   tensor             620 (620)
+//   160 at 32x32      32     4608    3664    3197   tensor, 69% used   460 (460)
+//   640 at 8x8        16     2304    1856    1728   tensor             570 (570)
+//   16 at 32x32       32      384     596     799   memory             165 (115)
+//   32 at 16x16       32     1536    1584    1642   memory             300 (210)
+//   16 to 64          32     1536    1376    1901   memory             270 (155)
+//   64 to 128, s2      8     1152    1088    1728   L2                 340 (250)
+//   16 to 32, s2      32      384     768    1728   L2                  85  (60)
+//
+// At stride 2 every row of taps loads x and d again: a block for all nine would hold four phases with borders, and half
+// of its multiplications' columns would be nobody's. Such layers are a tenth of a network's work.
 #pragma once
 
 #include "conv_steps.h"
 
 namespace fed {
 
-constexpr int GRADIENT_WINDOWS = 3, MOST_STAGES = 6, STAGE_ALIGNMENT = 1024;
+constexpr int GRADIENT_WINDOWS = 3, STAGE_ALIGNMENT = 1024;
+// One is loaded, one is changed on load or waits, one is multiplied: a stage is free only once all its positions are.
+constexpr int LEAST_STAGES = 3, MOST_STAGES = 6;
 // A step is two multiplications, so that while a warpgroup waits for one step another is under way.
 constexpr int STEP_LINES = 4;
 constexpr int GRADIENT_SHARED = 227 * 1024 - 256;  // bytes of a ring; the barriers come after it
 constexpr int OUTSIDE = 1 << 24;  // rows and columns of an image are fewer
 // What a block costs beside its tiles, in tiles: filling the ring, and results that are written and summed again.
-constexpr int GRADIENT_OVERHEAD = 3;
+constexpr int GRADIENT_OVERHEAD = 6;
 
 struct WeightGradientSizes {
   int G, N, H, W, Ci, Co;  // of x: one group's images, their size; channels in and out, multiples of 16
   int kernel, stride;  // 3 with padding 1 or 1 with padding 0; 1 or 2
-  bool on_load, normed;  // something is applied on load; to d, with a second tensor of its size
+  bool normed;  // a second tensor of d's size is loaded
   bool copies;
 };
 
@@ -78,8 +101,8 @@ FED_HD int blocks(const WeightGradientCut& cut) { return cut.rows * cut.x.blocks
 FED_HD int partials(const WeightGradientCut& cut) { return cut.splits * cut.parts; }
 FED_HD int row_bytes(const GradientOperand& operand) { return 2 * operand.width; }
 
-// The tile of whole steps and at most `lines` lines, `bordered` with d's border, that leaves the fewest lines unused: of
-// one image or of several whole ones.
+// The tile of whole steps and at most `lines` lines, `bordered` with d's border, that leaves the fewest lines unused:
+// of one image or of several whole ones.
 inline ConvTile gradient_tile(int N, int H, int W, int lines, int border, int bordered) {
   const auto pieces = [](int size, int piece) { return (size + piece - 1) / piece; };
   ConvTile best{};
@@ -101,7 +124,8 @@ inline int weight_gradient_splits(int blocks, int tiles, int multiprocessors) {
   int best = 1;
   int64_t least = 0;
   for (int splits = 1; splits <= std::min(tiles, multiprocessors); ++splits) {
-    const int64_t time = pieces(int64_t(blocks) * splits, multiprocessors) * (pieces(tiles, splits) + GRADIENT_OVERHEAD);
+    const int64_t waves = pieces(int64_t(blocks) * splits, multiprocessors);
+    const int64_t time = waves * (pieces(tiles, splits) + GRADIENT_OVERHEAD);
     if (splits == 1 || time < least) least = time, best = splits;
   }
   return best;
@@ -110,7 +134,7 @@ inline int weight_gradient_splits(int blocks, int tiles, int multiprocessors) {
 inline WeightGradientCut weight_gradient_cut(const WeightGradientSizes& sizes, int multiprocessors) {
   const auto pieces = [](int size, int piece) { return (size + piece - 1) / piece; };
   const auto aligned = [&](int bytes) { return pieces(bytes, STAGE_ALIGNMENT) * STAGE_ALIGNMENT; };
-  const auto [G, N, H, W, Ci, Co, kernel, stride, on_load, normed, copies] = sizes;
+  const auto [G, N, H, W, Ci, Co, kernel, stride, normed, copies] = sizes;
   const bool square = kernel == 3, shifted = square && stride == 1, overlapped = shifted && !copies;
   WeightGradientCut cut{};
   GradientOperand &x = cut.x, &d = cut.d;
@@ -142,7 +166,7 @@ inline WeightGradientCut weight_gradient_cut(const WeightGradientSizes& sizes, i
     }
 
   const int out_height = pieces(H, stride), out_width = pieces(W, stride);
-  for (int lines = TILE_LINES; lines > 0; lines -= STEP_LINES) {  // as many as leave room
+  for (int lines = TILE_LINES; lines > 0; lines -= STEP_LINES) {  // as many as leave room for enough stages
     cut.tile = gradient_tile(N, out_height, out_width, lines, cut.border, shifted ? lines + lines / 4 : lines);
     x.lines = cut.tile.rows * cut.tile.images;
     d.lines = (cut.tile.rows + cut.border) * cut.tile.images;
@@ -161,7 +185,7 @@ inline WeightGradientCut weight_gradient_cut(const WeightGradientSizes& sizes, i
     const int loaded = cut.norm_offset + (normed ? d.boxes * d.distance : 0);
     cut.stage_bytes = aligned(std::max({x_end, d_end, loaded}));
     cut.stages = std::min(MOST_STAGES, GRADIENT_SHARED / cut.stage_bytes);
-    if (cut.stages >= (on_load ? 3 : 2)) break;  // one is loaded, one transformed, one multiplied
+    if (cut.stages >= LEAST_STAGES) break;
   }
   cut.parts = cut.products == 1 ? std::min(3, steps(cut)) : 1;
   cut.splits = weight_gradient_splits(G * blocks(cut), cut.tile.count, multiprocessors);

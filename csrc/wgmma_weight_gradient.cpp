@@ -41,8 +41,7 @@ void wgmma_weight_gradient(
   check_rows_with(operands, "norm_b", norm_b, G, Co, norm_z);
   check_rows_with(operands, "norm_c", norm_c, G, Co, norm_z);
   WeightGradientArgs args{};
-  args.sizes = {int(G), int(N), int(H), int(W), int(Ci), int(Co), int(kernel), int(stride),
-                in_relu || in_scale || norm_z, norm_z.has_value(), copies};
+  args.sizes = {int(G), int(N), int(H), int(W), int(Ci), int(Co), int(kernel), int(stride), norm_z.has_value(), copies};
   args.multiprocessors = int(multiprocessors);
   const int64_t count = partials(weight_gradient_cut(args.sizes, args.multiprocessors));
   operands.check("partial", partial, ScalarType::Float, {count, G, kernel * kernel, Ci, Co}, true);

@@ -157,40 +157,48 @@ struct WgmmaWeightGradient {
     const int product = alone ? block.number : 0, first_step = alone ? 0 : block.number;
     if (block.number >= consumers(cut)) return;
     const int first_window = product * (64 / cut.x.width);
-    // Bytes from two lines to the next
+    // Bytes from two lines to the next, and to this consumer's next step
     const int in_pair = 2 * cut.x.columns * row_bytes(cut.x), out_pair = 2 * TILE_COLUMNS * 2 * WIDTH;
+    const int in_step = 2 * cut.parts * in_pair, out_step = 2 * cut.parts * out_pair, count = steps(cut);
+    const uint64_t x_first = operand(block.address(first_window * cut.x.leading + 2 * first_step * in_pair),
+                                     cut.x.leading, in_pair / 2, row_bytes(cut.x));
+    const uint64_t d_first = operand(block.address(cut.d.offset + 2 * first_step * out_pair), cut.d.leading,
+                                     out_pair / 2, 2 * WIDTH);
     typename Block::template PerThread<Accumulator<N>> sum;
     Turn turn{0, 0};
-    int tile = mine.split, step = first_step, before = -1;  // the stage of the tile before
+    uint64_t a = 0, b = 0;
+    const auto begin_tile = [&] {
+      block.wait(ready(turn.stage), turn.parity);
+      a = moved(x_first, stage_offset(turn.stage));
+      b = moved(d_first, stage_offset(turn.stage));
+    };
     const auto multiply_step = [&](bool add) {
-      if (step == first_step) block.wait(ready(turn.stage), turn.parity);
-      const int stage = stage_offset(turn.stage);
-      const uint64_t a = operand(block.address(stage + first_window * cut.x.leading + 2 * step * in_pair),
-                                 cut.x.leading, in_pair / 2, row_bytes(cut.x));
-      const uint64_t b = operand(block.address(stage + cut.d.offset + 2 * step * out_pair), cut.d.leading,
-                                 out_pair / 2, 2 * WIDTH);
       block.fence();
       block.template multiply<true, true>(sum, a, b, add);
       block.template multiply<true, true>(sum, moved(a, in_pair), moved(b, out_pair));
       block.commit();
+      a = moved(a, in_step);
+      b = moved(b, out_step);
     };
-    const auto next = [&] {
-      step += cut.parts;
-      if (step < steps(cut)) return;
-      step = first_step;
-      before = turn.stage;
-      turn.next(cut.stages);
-      tile += cut.splits;
+    const auto multiply_rest = [&] {
+      FED_ROLLED
+      for (int step = first_step + cut.parts; step < count; step += cut.parts) {
+        multiply_step(true);
+        block.template complete<1>();
+      }
     };
+    begin_tile();
     multiply_step(false);
-    next();
+    multiply_rest();
     FED_ROLLED
-    while (tile < cut.tile.count) {
+    for (int tile = mine.split + cut.splits; tile < cut.tile.count; tile += cut.splits) {
+      const int before = turn.stage;
+      turn.next(cut.stages);
+      begin_tile();
       multiply_step(true);
       block.template complete<1>();
-      if (before >= 0) block.arrive(empty(before));  // the first step of a tile: that of the one before is complete
-      before = -1;
-      next();
+      block.arrive(empty(before));  // the tile before is multiplied
+      multiply_rest();
     }
     block.template complete<0>();
     store(block, mine, sum, first_window, first_step);

@@ -54,7 +54,7 @@ def gradient_shape(part: Part, launch: Launch, dtype: torch.dtype, device: torch
     groups = len(part.groups)
     x = (1 if launch.reads[0] == INPUT else groups, part.batch, H, W, C)
     normed = any(step.kind == "norm_gradient" for step in launch.prologue)
-    return WeightGradientShape(x, groups, node.shape[0], window, dtype, device, bool(launch.prologue), normed)
+    return WeightGradientShape(x, groups, node.shape[0], window, dtype, device, normed)
 
 
 def count(implement: Implement, part: Part, launch: Launch, shape: WeightGradientShape) -> int:

@@ -197,8 +197,7 @@ class WeightGradientShape(NamedTuple):
     window: Window
     dtype: torch.dtype  # of d
     device: torch.device  # a meta device is taken for a GPU of the capability that is assumed (``assume_arch``)
-    on_load: bool = False  # something is applied to x or d on load
-    normed: bool = False  # to d, with norm_z
+    normed: bool = False  # norm_z and its coefficients are given
 
 
 def weight_gradient_partials(shape: WeightGradientShape) -> int:

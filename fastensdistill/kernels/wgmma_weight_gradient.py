@@ -29,8 +29,9 @@ from fastensdistill.kernels.sums import add_rows
 
 COLUMNS, LINES, STEP_LINES = 8, 32, 4  # of a tile: positions in a line, lines at most, of which it has a multiple
 WINDOWS = 3  # of each operand in a block
+LEAST_STAGES = 3
 SHARED = 227 * 1024 - 256  # bytes of a block's stages
-OVERHEAD = 3  # of a block, in tiles: filling its stages; results that are written, and summed again
+OVERHEAD = 6  # of a block, in tiles: filling its stages; results that are written, and summed again
 
 
 class GradientCut(NamedTuple):
@@ -85,14 +86,12 @@ def weight_gradient_cut(
     window: Window,
     multiprocessors: int,
     *,
-    on_load: bool = False,
     normed: bool = False,
     copies: bool = False,
 ) -> GradientCut:
     """How a launch is cut: a pure function of shapes and the device's multiprocessors.
 
-    ``on_load``: x or d is changed as it is loaded; ``normed``: d is, by a second tensor. ``copies``: as within
-    ``wgmma.in_copies``.
+    ``normed``: d is changed on load by a second tensor. ``copies``: as within ``wgmma.in_copies``.
     """
     images, height, width, channels = x_shape[1:]
     square = window.kernel == 3
@@ -126,7 +125,7 @@ def weight_gradient_cut(
         first = in_boxes * in_box
         out_end = first + out_box * (WINDOWS if not shifted and out_windows > 1 else 1)
         loaded = first + out_boxes * out_box * (2 if normed else 1)
-        if SHARED // _aligned(max(in_end, out_end, loaded)) >= (3 if on_load else 2):
+        if SHARED // _aligned(max(in_end, out_end, loaded)) >= LEAST_STAGES:
             break
     parts = min(3, steps) if products == 1 else 1
     return GradientCut(blocks, tiles, parts, splits(groups * blocks, tiles, multiprocessors))
@@ -152,10 +151,9 @@ _wgmma_weight_gradient = define("wgmma_weight_gradient", wgmma_weight_gradient_r
 
 def cut_of(o: WeightGradientOperands, window: Window) -> GradientCut:
     """How the launch for these operands is cut."""
-    on_load = o.in_relu or o.in_scale is not None or o.norm_z is not None
     return weight_gradient_cut(
         len(o.d), tuple(o.x.shape), o.d.shape[4], window, wgmma.multiprocessors(o.x),
-        on_load=on_load, normed=o.norm_z is not None, copies=wgmma.copies(),
+        normed=o.norm_z is not None, copies=wgmma.copies(),
     )  # fmt: skip
 
 
@@ -164,7 +162,7 @@ def partial_count(shape: WeightGradientShape) -> int:
     return weight_gradient_cut(
         shape.groups, shape.x, shape.out_channels, shape.window,
         wgmma.multiprocessors(torch.empty(0, device=shape.device)),
-        on_load=shape.on_load, normed=shape.normed, copies=wgmma.copies(),
+        normed=shape.normed, copies=wgmma.copies(),
     ).partials  # fmt: skip
 
 
@@ -194,7 +192,8 @@ def wgmma_weight_gradient(x: Tensor, d: Tensor, *, kernel: int, **options: Any) 
     """``conv_weight_gradient`` with the same arguments and result, for what :func:`unsupported` says.
 
     ``x`` and ``d`` are bf16, Ci and Co multiples of 16. Raises InputError for anything else, and for what
-    ``conv_weight_gradient`` refuses. Without the extension, and off CUDA, the reference computes it.
+    ``conv_weight_gradient`` refuses. Without the extension, and off CUDA, the reference computes it. Memory for as many
+    partial results as :func:`partial_count` says saves a launch.
     """
     o, window, _, out, add = weight_gradient_operands(x, d, kernel=kernel, several=True, **options)
     memory = out if out.dim() == 5 else out[None]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastensdistill.kernels import extension, halo_conv
-from tests.kernels import rows, wgmma_convs
+from tests.kernels import rows, weight_gradients, wgmma_convs
 from tests.kernels.emulation import OPS, call
 from tests.kernels.halos import CASES, epilogues, gradient_epilogues
 from tests.kernels.halos import operands as halo_operands
@@ -28,19 +28,21 @@ FIRST = {  # the operand whose device the others have to be on
     "distillation_loss": "branch_logits", "distill_and_diversify": "branch_logits",
     "teacher_diversity_seed": "teacher_pair", "diversity_seed": "teacher_pair", "ods_seed": "logits",
     "perturb_step": "images", "pack_rank_one": "parameters", "halo_conv": "x", "halo_data_gradient": "d",
-    "wgmma_conv": "x", "wgmma_data_gradient": "d",
+    "wgmma_conv": "x", "wgmma_data_gradient": "d", "wgmma_weight_gradient": "x",
 }  # fmt: skip
 DENSE = {  # operands that have to be contiguous
     "pack_rank_one": ("packed", "packed_gradient"),
     **{name: tuple(a.name for a in getattr(torch.ops.fastensdistill, name).default._schema.arguments)
-       for name in ("halo_conv", "halo_data_gradient", "wgmma_conv", "wgmma_data_gradient")},
+       for name in ("halo_conv", "halo_data_gradient", "wgmma_conv", "wgmma_data_gradient", "wgmma_weight_gradient")},
 }  # fmt: skip
 
 
 def arguments(name: str) -> dict[str, Any]:
     """Every argument of an op by the name it has in the schema, all optional tensors given."""
     names = [argument.name for argument in getattr(torch.ops.fastensdistill, name).default._schema.arguments]
-    if name.startswith("wgmma"):
+    if name == "wgmma_weight_gradient":
+        values = weight_gradients.op_operands(weight_gradients.CASES[0], weight_gradients.EVERYTHING)
+    elif name.startswith("wgmma"):
         values = wgmma_arguments(name)
     elif not name.startswith("halo"):
         values = rows.operands(name, torch.float32, False)
@@ -220,13 +222,47 @@ HALO = halo_cases()
 
 
 def test_every_op_is_here():
-    assert set(OPS) - {"wgmma_weight_gradient", "wgmma_joint_conv"} == set(FIRST)
+    assert set(OPS) - {"wgmma_joint_conv"} == set(FIRST)
 
 
 @pytest.mark.parametrize("case", HALO)
 def test_halo_refusals(case):
     name, changed, operand = HALO[case]
     refuses(name, arguments(name) | changed, f"{operand} is .*; expected ")
+
+
+def weight_gradient_cases():
+    g = arguments("wgmma_weight_gradient")
+    return {
+        "channels of the input": ({"x": g["x"][..., :8].contiguous()}, "x"),
+        "channels of the result": ({"d": g["d"][..., :8].contiguous(), "norm_z": None}, "d"),
+        "groups": ({"x": torch.cat([g["x"], g["x"]])}, "x"),
+        "images": ({"d": g["d"][:, 1:].contiguous()}, "d"),
+        "positions": ({"d": g["d"][:, :, 1:].contiguous()}, "d"),
+        "a window of other size": ({"kernel": 5, "padding": 2}, "the window"),
+        "padding": ({"padding": 0}, "the window"),
+        "stride": ({"stride": 3}, "the window"),
+        "a scale alone": ({"in_shift": None}, "in_shift"),
+        "a shift alone": ({"in_scale": None}, "in_shift"),
+        "z without a coefficient": ({"norm_b": None}, "norm_b"),
+        "coefficients without z": ({"norm_z": None}, "norm_a"),
+        "rows of other groups": ({"norm_c": torch.cat([g["norm_c"]] * 2)}, "norm_c"),
+        "no multiprocessors": ({"multiprocessors": 0}, "multiprocessors"),
+        "partial results": ({"partial": g["partial"][1:].contiguous()}, "partial"),
+    }  # fmt: skip
+
+
+WEIGHT_GRADIENT = weight_gradient_cases()
+
+
+@pytest.mark.parametrize("case", WEIGHT_GRADIENT)
+def test_weight_gradient_refusals(case):
+    changed, operand = WEIGHT_GRADIENT[case]
+    refuses(
+        "wgmma_weight_gradient",
+        arguments("wgmma_weight_gradient") | changed,
+        f"{operand} is .*; expected ",
+    )
 
 
 def test_offsets_of_32_bits():

@@ -34,7 +34,7 @@ std::string run(const Case& of) {
   const Buffer<bf16> d_x(x), d_d(d), d_z(z);
   const Buffer<float> d_scale(scale), d_shift(shift), d_a(a), d_b(b), d_c(c);
   WeightGradientArgs args{};
-  args.sizes = {G, N, H, W, Ci, Co, kernel, stride, in || in_relu || norm, norm, copies};
+  args.sizes = {G, N, H, W, Ci, Co, kernel, stride, norm, copies};
   args.multiprocessors = multiprocessors();
   args.x = d_x;
   args.d = d_d;
