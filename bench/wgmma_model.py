@@ -29,7 +29,7 @@ ASSUMED = {
     "wgmma": Assumption(0.5, "cycles a column", "m64n256k16 in 128: 2,048 products a cycle, the datasheet's rate"),
     "shared": Assumption(128, "bytes a cycle", "32 banks of 4 bytes; A and B both come from there"),
     "share": Assumption(0.8, "of that", "540-700 TFLOP/s expected of 798: barriers, first and last taps of a tile"),
-    "epilogue": Assumption(1100, "instructions a warp and tile", "compiled: 1,210 with the products, 64 channels"),
+    "epilogue": Assumption(1100, "instructions a warp and tile", "a probe of one epilogue had 1,210 with its products"),
     "on load": Assumption(46, "instructions for 16 bytes", "compiled: read, scale, shift, ReLU, write"),
     "issue": Assumption(0.5, "instructions a cycle", "a scheduler with one warp of each warpgroup, half of its slots"),
     "resident": Assumption(80e3, "bytes of weights", "what is left of 227 KB beside two tiles and what is stored"),

@@ -44,6 +44,9 @@ def test_committed_report():
     rows = json.loads(REPORT.read_text())["rows"]
     assert {row["arch"] for row in rows} == {80, 90, 100}
     assert [row["launch"] for row in rows if row["fails"] or row["spills"]] == []
+    wgmma = [row for row in rows if row["launch"].startswith("wgmma_")]
+    assert {row["kernel"].split("<")[1] for row in wgmma} >= {"WideConv", "NarrowConv", "WgmmaWeightGradient"}
+    assert all(row["HGMMA"] and row["TMA"] and not row["stack"] for row in wgmma)
     gradients = [row for row in rows if row["arch"] == 90 and row["kernel"] == "conv_data_gradient_kernel"]
     assert any("mean" in row["launch"] and "256→256" in row["launch"] for row in gradients)
     assert [row["launch"] for row in gradients if row["occupancy"] < 2] == []
