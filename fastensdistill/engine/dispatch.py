@@ -35,6 +35,7 @@ from fastensdistill.kernels.halo_conv import HALO
 from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.vendor_conv import VENDOR
+from fastensdistill.kernels.wgmma_conv import takes_norm
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Activation, Conv, Layer, Network, Node, Norm, Pad
 from fastensdistill.network.on_load import NONE, Abilities, Fusions
@@ -203,7 +204,9 @@ class Dispatch:
             names = [row.implementation if row and covered(row, node, arch, dtype) else "triton" for row in rows]
             forward, data, weight = (name == "wgmma" for name in names)
             masks = names[1] != "cuda"  # the data gradient takes the ReLU's mask from what BatchNorm read
-            return Abilities(forward and weight and masks, data and weight, forward, data)
+            window = Window(node.kernel, node.stride, node.padding)
+            normed = takes_norm(node.shape[0], node.in_channels, window, *node.in_shape[1:])
+            return Abilities(forward and weight and masks, data and weight and normed, forward, data)
 
         return abilities
 

@@ -40,6 +40,7 @@ CHUNK = 64  # channels of a piece of weights, either side
 COLUMNS, LINES, BORDERED, MOST_IMAGES = 8, 32, 40, 8  # of a tile, as in csrc/conv_steps.h
 NARROW, NARROW_IN = 32, 128  # the most channels of results, and of inputs, that the narrow kernel takes
 PIECE = CHUNK * CHUNK * 2  # bytes of weights
+MANY = 1024  # images: a tile has no more of them than of fewer
 SHARED = (227 - 1 - 64 - 4) * 1024  # of a data gradient's block, for boxes and weights: as in csrc/wgmma_wide_plan.h
 
 
@@ -85,6 +86,14 @@ def norm_fits(window: Window, shape: tuple[int, int, int], copies: bool) -> bool
     """Whether shared memory has room for z's tile beside those of d: results of ``shape`` (N, H, W)."""
     tile = conv_tile(shape[0], *(-(-size // window.stride) for size in shape[1:]))
     return 3 * box_bytes(window, tile, copies) + 2 * PIECE <= SHARED
+
+
+def takes_norm(channels: int, out_channels: int, window: Window, height: int, width: int) -> bool:
+    """Whether a data gradient from ``channels`` can load them through a BatchNorm's, whatever the number of images.
+
+    Its result has ``out_channels`` of ``height`` x ``width`` positions.
+    """
+    return is_narrow(channels, out_channels) or norm_fits(window, (MANY, height, width), wgmma.copies())
 
 
 class Rows(NamedTuple):

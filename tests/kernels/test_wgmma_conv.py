@@ -108,6 +108,16 @@ def test_rows_and_memory_are_those_of_the_kernels():
             assert fits == bool(found[2]), given
 
 
+def test_what_takes_a_norms_gradient_does_for_any_number_of_images():
+    """WRN-28-4's layers at 32 x 32 and 16 x 16 do, those at 8 x 8 have no room."""
+    window = conv.Window(3, 1, 1)
+    assert [conv.takes_norm(c, c, window, s, s) for c, s in ((64, 32), (128, 16), (256, 8))] == [True, True, False]
+    for stride, height, width in itertools.product((1, 2), range(1, 40), (8, 33)):
+        window = conv.Window(3, stride, 1)
+        if conv.takes_norm(64, 64, window, height, width):
+            assert all(conv.norm_fits(window, (images, height, width), False) for images in range(1, 12))
+
+
 def test_same_as_the_other_implementations():
     """Off CUDA the reference computes: values as grouped_conv's and conv_data_gradient's, sums of the same total."""
     case = Case(2, 3, 5, 7, 16, 48, 3, 2)
