@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from typing import IO, NamedTuple
 import torch
 
 import fastensdistill
-from fastensdistill.engine.parallel import anyone, from_first, rank, together
+from fastensdistill.engine.parallel import anyone, from_first, processes, rank, together
 from fastensdistill.errors import InputError, one_line, unknown
 from fastensdistill.files import write_atomically
 from fastensdistill.kernels import extension, wgmma
@@ -49,19 +48,28 @@ class Outcome(NamedTuple):
     copies: bool = False  # they are as long as they hold copies of tiles
 
 
+# What was found, by device and whether by all processes: what one alone has found the others do not know.
+_known: dict[tuple[torch.device, bool], str | None] = {}
+
+
 def trouble(device: torch.device) -> str | None:
     """Why the wgmma kernels are not to be used on ``device``; None where they are, ``NOTHING`` where there are none.
 
-    Answered once per process and device. The first time, of several processes all have to ask together: process 0
-    proves for those whose GPUs are of the same kind. Raises InputError for an unknown value of the switch.
+    Answered once per process and device. The first time, of several processes all have to ask together, unless this
+    one is for itself (``parallel.alone``): process 0 proves for those whose GPUs are of the same kind. Raises
+    InputError for an unknown value of the switch.
     """
     if device.type != "cuda":
         return NOTHING
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _trouble(torch.device("cuda", index))
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    several = processes() > 1
+    for key in ((device, True), *([] if several else [(device, False)])):
+        if key in _known:
+            return _known[key]
+    _known[device, several] = found = _trouble(device)
+    return found
 
 
-@functools.cache
 def _trouble(device: torch.device) -> str | None:
     switch = os.environ.get(SWITCH, "")
     with together():

@@ -42,9 +42,9 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "identity", lambda device: OWN)
     monkeypatch.setattr(wgmma, "kernel", lambda op: op)
     monkeypatch.setattr(extension, "serves", lambda name, device: True)
-    proof._trouble.cache_clear()
+    proof._known.clear()
     yield CUDA
-    proof._trouble.cache_clear()
+    proof._known.clear()
     wgmma.keep_copies(False)
 
 
@@ -85,7 +85,7 @@ def test_an_outcome_is_remembered_for_this_library_device_driver_and_version(
     monkeypatch.setattr(proof, "COMMAND", command(counted))
     for runs, own in ((1, OWN), (1, OWN), (2, OWN | {"driver": "1.3"}), (3, OWN | {"library": "abd"}), (3, OWN)):
         monkeypatch.setattr(proof, "identity", lambda device, own=own: own)
-        proof._trouble.cache_clear()
+        proof._known.clear()
         assert (proof.trouble(device) is None) == right
         assert mark.read_text() == "x" * runs
     assert len(list((tmp_path / "fastensdistill").iterdir())) == 3
@@ -114,7 +114,7 @@ def test_where_the_first_layout_is_wrong_the_other_is_kept(monkeypatch, device):
     assert wgmma.copies()
     assert proof.state(device) == "proven, with copies of tiles"
     wgmma.keep_copies(False)
-    proof._trouble.cache_clear()
+    proof._known.clear()
     assert proof.trouble(device) is None
     assert wgmma.copies(), "it is remembered"
 
@@ -132,7 +132,7 @@ def test_where_nothing_can_be_written_it_is_proven_again(monkeypatch, device, tm
     calls: list[object] = []
     monkeypatch.setattr(proof, "prove", lambda *_, **__: untyped(calls).append(1) or "")
     for count in (1, 2):
-        proof._trouble.cache_clear()
+        proof._known.clear()
         assert proof.trouble(device) is None
         assert proof.trouble(device) is None, "once a process"
         assert len(calls) == count
@@ -145,12 +145,12 @@ def test_the_switch(monkeypatch, device):
     assert proof.state(device) == "not asked about, FASTENSDISTILL_WGMMA=off"
     assert proof.advice(device) == "Triton computes the convolutions: FASTENSDISTILL_WGMMA=off"
     assert Dispatch.on(device).predicted == ()
-    proof._trouble.cache_clear()
+    proof._known.clear()
     monkeypatch.setenv(proof.SWITCH, "trusted")
     assert proof.trouble(device) is None
     assert proof.advice(device) == ""
     assert Dispatch.on(device).predicted == PREDICTED
-    proof._trouble.cache_clear()
+    proof._known.clear()
     monkeypatch.setenv(proof.SWITCH, "no")
     with pytest.raises(InputError, match="unknown value of FASTENSDISTILL_WGMMA 'no'"):
         proof.trouble(device)
@@ -162,7 +162,7 @@ def test_nothing_is_proven_where_there_is_nothing_to_prove(monkeypatch, device):
     assert proof.state(device).startswith("not tried yet; the next run")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert proof.trouble(device) == ""
-    proof._trouble.cache_clear()
+    proof._known.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(extension, "serves", lambda name, device: False)
     assert proof.trouble(device) == ""
@@ -181,10 +181,26 @@ def test_of_several_processes_the_first_proves(monkeypatch, device):
     for identity, found in given:
         first = identity, (found, False)
         monkeypatch.setattr(proof, "from_first", lambda value, first=first: first)
-        proof._trouble.cache_clear()
+        proof._known.clear()
         own = proof.trouble(device)
         assert own == found or str(own).startswith("process 1 has another device")
         assert told.pop() == own
+
+
+def test_what_one_process_finds_for_itself_the_others_still_ask_together(monkeypatch, device):
+    """In a validation, say, where it is alone; what all have found it knows there, too."""
+    calls: list[str] = []
+    monkeypatch.setattr(proof, "settle", lambda *_: untyped(calls).append("proven") or Outcome(""))
+    monkeypatch.setattr(proof, "from_first", lambda value: untyped(calls).append("asked") or value)
+    assert proof.trouble(device) is None
+    monkeypatch.setattr(proof, "processes", lambda: 2)
+    monkeypatch.setattr(proof, "anyone", lambda found: found)
+    for _ in range(2):
+        assert proof.trouble(device) is None
+    assert calls == ["proven", "asked", "asked"], "the second time it is remembered, and nobody is kept waiting"
+    monkeypatch.setattr(proof, "processes", lambda: 1)
+    assert proof.trouble(device) is None
+    assert len(calls) == 3
 
 
 def test_engines_are_told(monkeypatch, device):
