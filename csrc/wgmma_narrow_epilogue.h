@@ -84,7 +84,6 @@ FED_UNROLL
         enter(CENTER, load(side.center, 0.0f));
       }
     });
-    block.sync();
   }
 
   FED_HD bool has_residual(int phase) const { return (side.residual_phases >> phase & 1) != 0; }
@@ -106,7 +105,7 @@ FED_UNROLL
     return (((int64_t(group) * at.N + image) * at.H + y) * at.W + x) * (N / 8);
   }
 
-  // While the first products are made: asks for what is added to them.
+  // While the first products are made: asks for what is added to them. After it all threads see the table.
   FED_HD void begin(const Inside& here, int phase) {
     block.template stores_have_read<0>();
     block.sync();
