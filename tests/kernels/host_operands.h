@@ -60,7 +60,7 @@ inline void read_operand(const char* shared, const Operand& operand, bool k_inne
 
 // sum[64][N] += a[16][64]ᵀ · b[16][N]
 template <int N>
-__attribute__((optimize("O3"))) void add_product(float* sum, const float* a, const float* b) {
+__attribute__((optimize("O3"), no_sanitize("thread"))) void add_product(float* sum, const float* a, const float* b) {
   for (int m = 0; m < 64; ++m) {
     float* row = sum + m * N;
     for (int k = 0; k < 16; k += 4) {

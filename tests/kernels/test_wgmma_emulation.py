@@ -53,3 +53,29 @@ def test_every_fault_is_found(program):
             found[name].append(wrong != 0)
     assert all(all(tries) for tries in found.values()), {name: tries for name, tries in found.items() if not all(tries)}
     assert sum(len(tries) for tries in found.values()) == 240
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_roles_share_nothing_without_a_barrier(sanitizer, tmp_path):
+    """Neither kernels nor the emulation of their instructions."""
+    program = tmp_path / "races"
+    command = [
+        compiler(),
+        "-std=c++17",
+        "-O1",
+        "-g",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}", ROOT / "tests/kernels/wgmma_samples.cpp"]
+    built = subprocess.run([*command, "-o", program], capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip(f"no library for -fsanitize={sanitizer} on this machine")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program, "races"], capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel's address randomisation")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["0", "0"]] * 8
