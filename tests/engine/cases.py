@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import PackedWeights, TrainedWeights
 from fastensdistill.engine.teach import FusedTeachStep
@@ -14,10 +15,18 @@ from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.network.launch import Part
+from fastensdistill.network.on_load import ALL, Fusions
 from tests.compare import check_close
 from tests.network.models import moved
 
 CLASSES = 5
+
+
+class Everything(Dispatch):
+    """Every convolution takes in everything that stands around it; off a GPU the references compute that."""
+
+    def fusions(self, arch: int, dtype: torch.dtype = torch.bfloat16) -> Fusions:
+        return lambda part, node: ALL
 
 
 def network(seed: int, widen: int = 1):

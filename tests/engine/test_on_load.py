@@ -19,11 +19,15 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.evaluate.validate import GroupedPredictor
 from fastensdistill.kernels import wgmma
 from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.launch import Group
 from fastensdistill.network.on_load import ALL, NONE, Abilities
+from fastensdistill.network.plan import plan
+from fastensdistill.network.trace import trace
 from tests import parity
 from tests.compare import check_close
 from tests.engine.cases import (
     CLASSES,
+    Everything,
     batch,
     check_equal,
     evaluated_parts,
@@ -35,14 +39,6 @@ from tests.engine.cases import (
 )
 from tests.network import models
 from tests.untyped import untyped
-
-
-class Everything(Dispatch):
-    """Every convolution can take in everything."""
-
-    def fusions(self, arch: int, dtype: torch.dtype = torch.bfloat16):
-        return lambda part, node: ALL
-
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "preresnet, micro-batches, frozen parameters, resumed": ("latent-be", {"micro_batches": 2, "batch_size": 4}),
@@ -124,12 +120,14 @@ ROWS = [Choice(op, "wgmma", "for the test") for op in ("conv", "conv gradient", 
 
 def test_naming_wgmma_changes_the_plan():
     """Its own references compute in bf16; the stem, which it does not cover, has a row of its own."""
-    student, teachers, config = setting(dtype=torch.float32, precision="bf16", teacher=wide, student=wide)
+    student, teachers, config = setting(
+        dtype=torch.float32, precision="bf16", teacher=wide, student=wide, perturbation="none"
+    )
     table = Dispatch([Choice(row.op, "triton", "three channels", layer="stem") for row in ROWS] + ROWS)
     losses = []
     for implementations in (None, table):
         step = FusedStep(copy.deepcopy(student), teachers, config, implementations=implementations)
-        losses.append(torch.stack([one["loss"] for one in steps(step, 2, dtype=torch.float32)]))
+        losses.append(steps(step, 1, dtype=torch.float32)[0]["loss"])
     check_close("loss", losses[1], losses[0], 3e-2)
     ops = launches(step)
     assert "norm" not in ops
@@ -141,9 +139,7 @@ def test_naming_wgmma_changes_the_plan():
 
 
 def asked(rows, arch=0, dtype=torch.bfloat16, model=wide, layer="groups.1.1.conv1") -> Abilities:
-    step = FusedStep(*setting(teacher=model, student=model, dtype=torch.float32), image_shape=(3, 12, 12))
-    step.build((2, 3, 12, 12))
-    part = trained_parts(step)[0]
+    (part,) = plan([trace(model(0), (3, 13, 13))], [Group("S", 0, "S", "parameters")], "forward", 2).parts
     return Dispatch(rows).fusions(arch, dtype)(part, untyped(part.network.by_name[layer]))
 
 

@@ -13,11 +13,16 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from tests.compare import check_close
-from tests.engine.cases import CLASSES, batch, setting, teach_setting
+from tests.engine.cases import CLASSES, Everything, batch, setting, teach_setting
 from tests.network import models
 
 STEPS, RATE = 2, 0.05
-SHARED = {"preresnet": {}, "unbiased running variance": {"student": models.odd, "teacher": models.odd}}
+SHARED = {
+    "preresnet": {},
+    "unbiased running variance": {"student": models.odd, "teacher": models.odd},
+    "BatchNorm as convolutions load": {},
+}
+TABLES = {"BatchNorm as convolutions load": Everything()}
 
 
 def process(index, folder):
@@ -37,7 +42,7 @@ def process(index, folder):
     halves = []
     for name in SHARED:
         shared, teachers, config = setting(perturbation="none", sync_batch_norm=True, **SHARED[name])
-        step = FusedStep(shared, teachers, config)
+        step = FusedStep(shared, teachers, config, implementations=TABLES.get(name))
         for i in range(STEPS):
             step(*(half.chunk(2)[index] for half in batch(i, B=6)))
         halves.append(shared.state_dict())
