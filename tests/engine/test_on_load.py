@@ -174,4 +174,4 @@ def test_memory(monkeypatch):
     before, after = ({p.name: p for p in found.passes} for found in (plain, on_load))
     assert after["distillation, forward"].launches < before["distillation, forward"].launches
     assert after["distillation, forward"].total < 0.62 * before["distillation, forward"].total
-    assert on_load.peak < 0.8 * plain.peak
+    assert after["distillation, forward"].peak < 0.7 * before["distillation, forward"].peak
