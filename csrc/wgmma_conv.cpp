@@ -82,6 +82,7 @@ std::tuple<Tensor, Tensor> wgmma_data_gradient(
   second_weight = aligned(second_weight);
   norm_z = aligned(norm_z);
   z = aligned(z);
+  mask = aligned(mask);  // two bytes at a time
 
   ConvLaunch launch{};
   launch.gradient = true;
