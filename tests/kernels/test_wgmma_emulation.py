@@ -69,7 +69,8 @@ def test_roles_share_nothing_without_a_barrier(sanitizer, tmp_path):
         "-fno-sanitize-recover=all",
         "-pthread",
     ]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}", ROOT / "tests/kernels/wgmma_samples.cpp"]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}"]
+    command += [str(ROOT / "tests/kernels/wgmma_samples.cpp")]
     built = subprocess.run([*command, "-o", program], capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"no library for -fsanitize={sanitizer} on this machine")
