@@ -25,6 +25,7 @@ from bench.recorded import GAP, MULTIPROCESSORS, WEIGHTS, Kernel, Kernels, besid
 from bench.setting import METHODS, NETWORKS, Setting
 from bench.wgmma_model import OPS, Wgmma, together
 from fastensdistill.network.gpu import GPUS, Gpu
+from fastensdistill.network.join import JOINT
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv
 from fastensdistill.network.on_load import Abilities, nothing
@@ -88,7 +89,7 @@ def halo(rates: dict[int, int], widest: int, strides: tuple[int, ...] = (1,)) ->
 class Change:
     """``alterations`` of the kernels of today's plan, or another plan for other kernels (``by``).
 
-    ``joint``: a layer of all teachers and all branches is one launch.
+    ``joint``: a layer of all teachers and all branches is one launch, as it is today by Triton's kernels.
     """
 
     title: str
@@ -101,7 +102,7 @@ def norms(gradient: bool, seconds: bool = False) -> Abilities:
     return Abilities(True, gradient, seconds, seconds)
 
 
-TODAY = Change("as it stands")
+TODAY = Change("as it stands", joint=True)
 CHANGES = (
     TODAY,
     Change("cuDNN from 128 channels on, what it cannot fuse as passes", (vendor,)),
@@ -139,13 +140,13 @@ def passes(setting: Setting, by: Wgmma | None) -> dict[str, list[Part]]:
 
 
 def joined(parts: Sequence[Part], found: list[tuple[Kernels, ...]]) -> list[tuple[Kernels, ...]]:
-    """The kernels of two parts of a pass, with the convolutions that both have as one node of the first."""
+    """The kernels of two parts of a pass, with the layers that both have as one node of the first."""
     if len(parts) != 2:
         return found
-    first, second = ({one[0].launch.node: one[0] for one in part if one[0].product} for part in found)
+    first, second = ({one[0].launch.node: one[0] for one in part if one[0].launch.op in JOINT} for part in found)
     both = {name: together(first[name], second[name]) for name in first.keys() & second.keys()}
-    ahead = [(both.get(k.launch.node, k) if k.product else k, *rest) for k, *rest in found[0]]
-    behind = [tuple(rest) if k.product and k.launch.node in both else (k, *rest) for k, *rest in found[1]]
+    ahead = [(both.get(k.launch.node, k) if k.launch.op in JOINT else k, *rest) for k, *rest in found[0]]
+    behind = [tuple(rest) if k.launch.op in JOINT and k.launch.node in both else (k, *rest) for k, *rest in found[1]]
     return [tuple(ahead), tuple(behind)]
 
 

@@ -295,7 +295,8 @@ def beside(setting: Setting, others: Others | None = None) -> Kernels:
     numbers = sum(node.shape[0] * node.in_shape[0] * node.kernel**2 for node in convs)
     one = Kernel(WEIGHTS, part.launches[0], Node("", (), (0, 0, 0)), len(part.groups))
     every = nodes(setting.network, setting.method, setting.batch, setting.members, setting.k).total
-    rest = every - sum(len(found) for part in setting.parts for found in kernels(part))
+    apart = sum(len(found) for part in setting.parts for found in kernels(part))
+    rest = every - (apart - setting.shared)
     more = sum(  # than one result
         several_results(each, name, left.splits - 1).nbytes
         for each in training for name, left in left_by(each, others).items()

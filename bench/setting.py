@@ -20,7 +20,7 @@ from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import create_model
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.plan import plan, plan_step, teach_groups
+from fastensdistill.network.plan import Plan, plan, plan_step, teach_groups
 from fastensdistill.network.trace import trace
 
 # method → student, perturbation
@@ -73,17 +73,25 @@ class Setting:
         return create_model(name, CLASSES, **(arguments | dict(self.model)))
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """The step's plan."""
+    def plans(self) -> list[Plan]:
+        """Of the step's passes."""
         with torch.device("meta"):  # a network's initial values take as long as all the rest
             network = trace(self.build(), (3, self.size, self.size))
         if self.method == "teach":
-            passes = [plan([network], groups, way, self.batch) for groups, way in teach_groups(self.members).values()]
-        else:
-            perturbation = METHODS[self.method][1]
-            assert perturbation is not None
-            passes = [*plan_step(network, network, self.members, self.k, self.batch, perturbation).values()]
-        return [part for one in passes for part in one.parts]
+            return [plan([network], groups, way, self.batch) for groups, way in teach_groups(self.members).values()]
+        perturbation = METHODS[self.method][1]
+        assert perturbation is not None
+        return [*plan_step(network, network, self.members, self.k, self.batch, perturbation).values()]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The step's plan."""
+        return [part for one in self.plans for part in one.parts]
+
+    @property
+    def shared(self) -> int:
+        """Joint launches, each of which two parts have."""
+        return len(self.launches) - sum(len(one.launches) for one in self.plans)
 
     @property
     def launches(self) -> list[Launch]:

@@ -150,7 +150,11 @@ class Wgmma:
 def together(one: Kernel, other: Kernel) -> Kernel:
     """Two convolutions of one layer as one launch: what one leaves idle the other uses, but for the last wave."""
     both = replace(one, groups=one.groups + other.groups, product=one.product + other.product)
-    return replace(both, flops=one.flops + other.flops, nbytes=one.nbytes + other.nbytes)
+    both = replace(both, flops=one.flops + other.flops, nbytes=one.nbytes + other.nbytes)
+    if both.product:
+        return both
+    programs, occupancy = one.programs + other.programs, min(one.occupancy, other.occupancy)  # Triton's
+    return replace(both, programs=programs, occupancy=occupancy, l2=one.l2 + other.l2, steps=one.steps + other.steps)
 
 
 def on_load_slots(nbytes: float, threads: int = THREADS) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastensdistill.engine import proof
+from fastensdistill.engine import part_run, proof
+from fastensdistill.engine.part_run import JointOp, Op, Side
 from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels import halo_conv, wgmma
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
@@ -40,7 +41,6 @@ from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Activation, Conv, Layer, Network, Node, Norm, Pad
 from fastensdistill.network.on_load import NONE, Abilities, Fusions
 
-Op = Callable[..., Any]
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda", "wgmma")
 OPS = ("conv", "conv gradient", "flat gradient", "weight gradient")
 # Those that CUDA kernels can take the place of
@@ -49,6 +49,11 @@ CALLED: dict[str, Op] = {
     "conv gradient": conv_data_gradient,
     "weight gradient": conv_weight_gradient,
 }
+# Implementation → an op → its joint form: takes the arguments of the evaluation side and of the training side, each by
+# name as the op does, and gives the results of both, bit for bit those of the op by this implementation. It raises
+# InputError, before it launches anything, for two sides that it cannot run together. What computes an op in another way
+# and has such a form adds it here.
+JOINT: dict[str, dict[Op, JointOp]] = {"triton": part_run.JOINT}
 COVERED = {"cuda": ("conv", "conv gradient"), "wgmma": tuple(CALLED)}
 
 
@@ -151,10 +156,13 @@ class Dispatch:
 
     ``predicted`` rows count after those of the ``table``, and only for launches that what they name covers. Give them
     only where it is known to run: :meth:`on` asks for that. ``built``: to plan alone, as if every build had everything.
+    Without ``joint`` no two parts of a plan share launches.
     """
 
-    def __init__(self, table: Sequence[Choice] = TABLE, predicted: Sequence[Choice] = (), built: bool = False):
-        self.table, self.predicted, self.built = tuple(table), tuple(predicted), built
+    def __init__(
+        self, table: Sequence[Choice] = TABLE, predicted: Sequence[Choice] = (), built: bool = False, joint: bool = True
+    ):
+        self.table, self.predicted, self.built, self.joint = tuple(table), tuple(predicted), built, joint
 
     @staticmethod
     def on(device: torch.device, table: Sequence[Choice] = TABLE) -> Dispatch:
@@ -232,6 +240,33 @@ class Dispatch:
                 raise InputError(f"{named}: {error}") from error
 
         return run
+
+    def joint_op(self, evaluation: Side, training: Side, op: Op) -> JointOp:
+        """What computes both sides of a joint launch of ``op`` (``JOINT``), by the arguments of either.
+
+        It gives None, having done nothing, where the sides are to be launched one by one: where their rows name
+        different implementations, or one that has no joint form, or a predicted one whose joint form refuses them.
+        """
+
+        def run(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[Any, Any] | None:
+            rows = [self._row(side, given) for side, given in ((evaluation, first), (training, second))]
+            names = {row.implementation if row else "triton" for row in rows}
+            joint = JOINT.get(names.pop(), {}).get(op) if len(names) == 1 else None
+            if joint is None:
+                return None
+            try:
+                return joint(first, second)
+            except InputError:
+                if rows[0] is None:
+                    raise
+                return None  # launched one by one, a side is computed, or refused in words that name its row
+
+        return run
+
+    def _row(self, side: Side, given: Mapping[str, Any]) -> Choice | None:
+        """The row that decides about one side; its tensor is the first of what its op is given."""
+        (part, launch), x = side, next(iter(given.values()))
+        return self.choice(launch.op, part.network.by_name[launch.node], device_arch(x), x.dtype)
 
 
 def implementation(name: str, op: Op) -> Op:

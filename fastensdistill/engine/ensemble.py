@@ -100,6 +100,9 @@ class Ensemble:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (E, B, classes) of images (B, H, W, C) in [0, 1]."""
-        outputs = [run.forward(x[None]) for run in self.passes]
-        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.in_order([run.forward(x[None]) for run in self.passes])
+
+    def in_order(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits of all networks in order, of what the passes have given."""
+        logits = torch.cat([*outputs]) if len(outputs) > 1 else outputs[0]
         return logits if self.order is None else logits.index_select(0, self.order)

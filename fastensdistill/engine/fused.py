@@ -9,12 +9,14 @@
 Micro-batches go through the perturbation one after another, and then each through distillation and backward; slots are
 written, gradients un-folded and weights updated once for the whole batch.
 
-Teachers and branches are groups of the same launches. The backward pass is written out; autograd sees nothing. A step
-reads the images, the labels, the index of the drawn pair and the learning rate from tensors that never move, and the
-noise from a generator the graph knows: one captured graph serves the whole run, or one per pair of architectures that
-drawn teachers have. ``train_on`` puts the reading of the batch, its crops and flips into the graph too. Ops allocate
-their results; inside a capture these come from a pool that the graphs share, at the same addresses in every replay, and
-since each buffer is freed after its last reader the pool is as large as ``engine.memory`` says beforehand.
+Teachers and branches are groups of the same launches; in distillation too, where those evaluate and these train: where
+their architecture is the same, a layer is one launch with two sides (``engine.joint``). The backward pass is written
+out; autograd sees nothing. A step reads the images, the labels, the index of the drawn pair and the learning rate from
+tensors that never move, and the noise from a generator the graph knows: one captured graph serves the whole run, or one
+per pair of architectures that drawn teachers have. ``train_on`` puts the reading of the batch, its crops and flips into
+the graph too. Ops allocate their results; inside a capture these come from a pool that the graphs share, at the same
+addresses in every replay, and since each buffer is freed after its last reader the pool is as large as
+``engine.memory`` says beforehand.
 Source of the step: Nam et al., ICML 2022.
 """
 
@@ -37,6 +39,7 @@ from fastensdistill.engine.common import (
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
+from fastensdistill.engine.joint import joint_pass
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
@@ -153,6 +156,7 @@ class FusedStep(CapturedStep):
         self.targets.plan(images)
         for m, teacher in enumerate(self.teachers.networks):
             self.targets.write(m, teacher.state_dict())
+        self.joint = joint_pass(self.targets.passes, self.trained) if self.implementations.joint else None
         lists, self.places = by_architecture(self.perturbation, frozen)
         self.perturbers = [
             FusedPerturbation(self.perturbation, self.targets, branches, self.plain, images, choices)
@@ -177,8 +181,7 @@ class FusedStep(CapturedStep):
         return dict(zip(("loss", "loss_kd", "loss_ce"), self._train(images, labels), strict=True))
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
-        targets = self.targets(images[0])
-        logits = self.trained.forward(images)
+        targets, logits = self._forward(images)
         self.branch_logits = logits = self.plain.branch_logits(logits)
         *losses, grad_logits = distillation_loss(
             targets, logits, labels[0], self.config.temperature, self.config.alpha, self.target
@@ -186,6 +189,15 @@ class FusedStep(CapturedStep):
         grad_logits = self.plain.group_logits(grad_logits)
         self.trained.backward(grad_logits / self.micro_batches if self.micro_batches > 1 else grad_logits, add)
         return losses
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the teachers, and of the groups that train: of their architecture last, together with these."""
+        joint = self.joint
+        if joint is None:
+            return self.targets(images[0]), self.trained.forward(images)
+        outputs = {run: run.forward(images) for run in self.targets.passes if run is not joint.evaluation}
+        outputs[joint.evaluation], logits = joint.forward(images)
+        return self.targets.in_order([outputs[run] for run in self.targets.passes]), logits
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, pair: tuple[int, int] | None = None) -> Scalars:

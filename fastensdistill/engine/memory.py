@@ -30,6 +30,7 @@ from fastensdistill.kernels.tiles import assume_arch, device_arch
 from fastensdistill.method.copying import copy_network
 from fastensdistill.network.launch import Launch
 
+JOINT = "distillation, forward"  # of what trains, and of the teachers that run with it
 ARCH = 90  # compute capability whose tiles count, where there is no GPU
 
 
@@ -120,7 +121,7 @@ def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
         name, part = places[id(launch)]
         one, most = found.setdefault(name, PassMemory(name)), live.take_peak()
         one.note(launch.op, launch.node, most)
-        if (id(launch), "") not in seen:
+        if (id(launch), "") not in seen and id(launch) not in other_sides:
             one.launches += 1
             one.rows.append((launch.op, launch.node, most))
         for written in launch.writes:
@@ -133,12 +134,15 @@ def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
     with alone(), torch.no_grad(), assume_arch(device_arch(step.rate) or ARCH):
         twin = on_meta(step)
         twin.build((batch, *step.image_shape))
+        joint = twin.joint
         places = {
-            id(launch): (name, id(part))
+            id(launch): (JOINT if joint and one in (joint.evaluation, joint.training) and i == 0 else name, id(part))
             for one, names in twin.passes()
-            for name, part in zip(names, one.parts, strict=False)  # some have no backward part
+            for i, (name, part) in enumerate(zip(names, one.parts, strict=False))  # some have no backward part
             for launch in part.launches
         }
+        # A joint launch counts once: as its training side
+        other_sides = {id(turn.evaluation) for turn in joint.turns if turn.joint} if joint else set()
         twin.execution.watch = watch
         with Live() as live:
             for _ in twin.variants():

@@ -9,17 +9,33 @@ from typing import Any
 from torch import Tensor
 
 from fastensdistill.engine.packed import PackedWeights
+from fastensdistill.kernels.grouped_conv import grouped_conv
+from fastensdistill.kernels.head import head
+from fastensdistill.kernels.joint_conv import joint_conv
+from fastensdistill.kernels.joint_head import joint_head
 from fastensdistill.network.launch import Launch, Part, Step, grad, statistics
 from fastensdistill.network.nodes import Layer, Node
 from fastensdistill.network.on_load import Fusions, nothing
 
 Buffers = dict[str, Any]
-Implement = Callable[[Part, Launch, Callable[..., Any]], Callable[..., Any]]
+Op = Callable[..., Any]
+Implement = Callable[[Part, Launch, Op], Op]
+Side = tuple[Part, Launch]  # of a joint launch
+JointOp = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Any, Any] | None]
+"""Arguments of an op of the evaluation side and of the training side → the results of both; None: not together."""
+
+JOINT: dict[Op, JointOp] = {grouped_conv: joint_conv, head: joint_head}
+"""An op → the one launch for two sides of it."""
 
 
-def kernels_themselves(part: Part, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+def kernels_themselves(part: Part, launch: Launch, op: Op) -> Op:
     """The choice of implementations that changes nothing."""
     return op
+
+
+def kernels_together(evaluation: Side, training: Side, op: Op) -> JointOp:
+    """The same for a joint launch."""
+    return JOINT[op]
 
 
 class Execution:
@@ -28,13 +44,15 @@ class Execution:
     Args:
         precision: how float32 is multiplied, "ieee" or "tf32".
         implement: (part, launch, convolution op) → what computes it, with the op's arguments and results.
+        implement_joint: ((part, launch) of the evaluation side, of the training side, op) → what computes both.
         synchronised: BatchNorm's sums are means over all processes.
         micro_batches: how often a step runs the networks it trains; all together move the running statistics as far as
             one run would.
         fusions: what convolutions are planned to take in as they load; ``implement`` has to compute that.
     """
 
-    watch: Callable[[Launch, Buffers], None] | None = None  # called after every launch, before anything is freed
+    # Called after every launch, before anything is freed; after a joint one for either side with its own buffers
+    watch: Callable[[Launch, Buffers], None] | None = None
 
     def __init__(
         self,
@@ -43,8 +61,9 @@ class Execution:
         synchronised: bool = False,
         micro_batches: int = 1,
         fusions: Fusions = nothing,
+        implement_joint: Callable[[Side, Side, Op], JointOp] = kernels_together,
     ):
-        self.precision, self.implement = precision, implement
+        self.precision, self.implement, self.implement_joint = precision, implement, implement_joint
         self.synchronised, self.micro_batches, self.fusions = synchronised, micro_batches, fusions
 
 
@@ -83,7 +102,7 @@ class PartRun:
         assert isinstance(node, Layer)
         return node
 
-    def implementation(self, launch: Launch, op: Callable[..., Any]) -> Callable[..., Any]:
+    def implementation(self, launch: Launch, op: Op) -> Op:
         return self.execution.implement(self.part, launch, op)
 
     def read(self, name: str) -> Tensor:

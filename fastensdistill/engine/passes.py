@@ -37,15 +37,19 @@ def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[st
 
 def run_part(run: PartRun, dead: Dead | None = None) -> None:
     """Run the launches of ``run.part``; ``dead`` names the buffers to be freed after each, none if it is not given."""
-    buffers, execution = run.buffers, run.execution
     for launch, names in zip(run.part.launches, dead or repeat(()), strict=dead is not None):
         OPS[launch.op](run, launch)
-        if execution.synchronised:
-            share_sums(launch, buffers)
-        if execution.watch:
-            execution.watch(launch, buffers)
+        done(run, launch)
         for name in names:
-            buffers.pop(name, None)
+            run.buffers.pop(name, None)
+
+
+def done(run: PartRun, launch: Launch) -> None:
+    """What follows a ``launch`` before anything is freed: its sums are shared, and who watches is told."""
+    if run.execution.synchronised:
+        share_sums(launch, run.buffers)
+    if run.execution.watch:
+        run.execution.watch(launch, run.buffers)
 
 
 def share_sums(launch: Launch, buffers: Buffers) -> None:
@@ -90,9 +94,17 @@ class Pass:
 
         ``weight_index`` int32 (G,) on the device: the slot of each group; if it is not given, group g has slot g.
         """
-        weight_index = self.in_order if weight_index is None else weight_index
-        self.weight_index, self.buffers = weight_index, {INPUT: images}
-        run_part(PartRun(self.parts[0], self.weights, weight_index, self.buffers, self.execution), self.dead[0])
+        run_part(self.begin(images, weight_index), self.dead[0])
+        return self.end()
+
+    def begin(self, images: Tensor, weight_index: Tensor | None = None) -> PartRun:
+        """The run that :meth:`forward` makes of its part, for who launches it otherwise."""
+        self.weight_index = self.in_order if weight_index is None else weight_index
+        self.buffers = {INPUT: images}
+        return PartRun(self.parts[0], self.weights, self.weight_index, self.buffers, self.execution)
+
+    def end(self) -> Tensor:
+        """The logits, once it has run; what no backward pass reads is let go."""
         logits = self.buffers[self.output]
         if len(self.parts) == 1:
             self.buffers = {}

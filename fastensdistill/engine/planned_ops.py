@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastensdistill.engine.common import micro_batch_momentum
 from fastensdistill.engine.op_arguments import (
@@ -30,29 +29,27 @@ from fastensdistill.engine.op_arguments import (
 from fastensdistill.engine.packed import unpack_gradient
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
+from fastensdistill.engine.planned_pools import pad, pad_gradient, pool, pool_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
-from fastensdistill.kernels.grouped_conv import grouped_conv
-from fastensdistill.kernels.head import head
+from fastensdistill.kernels.grouped_conv import ConvOutput, grouped_conv
+from fastensdistill.kernels.head import HeadOutput, head
 from fastensdistill.kernels.head_backward import head_backward
 from fastensdistill.kernels.operands import accumulator
-from fastensdistill.kernels.pool import max_pool, max_pool_backward
-from fastensdistill.kernels.reference import shortcut
 from fastensdistill.network.launch import (
     INPUT,
     Launch,
     coefficients,
     grad,
     grad_sums,
-    index,
     pooled,
     statistics,
     sums,
 )
-from fastensdistill.network.nodes import Norm, Pad, Pool
+from fastensdistill.network.nodes import Norm
 
 
 def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | None) -> None:
@@ -62,29 +59,40 @@ def write_gradient(run: PartRun, launch: Launch, d: Tensor, partial: Tensor | No
         run.buffers[grad_sums(norm.arg)] = partial
 
 
-def conv(run: PartRun, launch: Launch) -> None:
-    """A convolution or linear layer, with what is fused before and after it."""
+def conv_arguments(run: PartRun, launch: Launch) -> dict[str, Any]:
+    """What ``grouped_conv`` is given, by name."""
     node, layer, kinds = run.layer(launch), run.weights.layers[launch.node], kinds_of(launch)
     options = {**residual(run, launch), **loaded(run, launch, by_slot=True), **second(run, launch, backward=False)}
     if following := find(launch, "scale_shift"):
         options["next_scale"], options["next_shift"] = run.weights.scale_shift[following.arg]
     if norm := find(launch, "sums"):
         options["center"] = run.weights.norms[norm.arg].running_mean
-    result = run.implementation(launch, grouped_conv)(
-        flat(run.buffers[launch.reads[0]], node),
-        layer.forward,
-        run.weight_index,
-        bias=layer.bias,
-        relu="relu" in kinds[: kinds.index("store")],
-        mask="bits" in kinds,
-        precision=run.precision,
+    return {
+        "x": flat(run.buffers[launch.reads[0]], node),
+        "weight": layer.forward,
+        "weight_index": run.weight_index,
+        "bias": layer.bias,
+        "relu": "relu" in kinds[: kinds.index("store")],
+        "mask": "bits" in kinds,
+        "precision": run.precision,
         **geometry(node),
         **options,
-    )
-    run.write(launch.steps("store"), *(result[:2] if following else result[:1]))
-    run.write(launch.steps("bits"), *([result.mask] if "bits" in kinds else []))
-    if norm:
+    }
+
+
+def write_conv(run: PartRun, launch: Launch, result: ConvOutput) -> None:
+    """Store the results of a convolution under the plan's names."""
+    run.write(launch.steps("store"), *(result[:2] if find(launch, "scale_shift") else result[:1]))
+    run.write(launch.steps("bits"), *([result.mask] if launch.steps("bits") else []))
+    if norm := find(launch, "sums"):
         run.buffers[sums(norm.arg)] = result.statistics
+
+
+def conv(run: PartRun, launch: Launch) -> None:
+    """A convolution or linear layer, with what is fused before and after it."""
+    given = conv_arguments(run, launch)
+    x, weight, weight_index = (given.pop(name) for name in ("x", "weight", "weight_index"))
+    write_conv(run, launch, run.implementation(launch, grouped_conv)(x, weight, weight_index, **given))
 
 
 def conv_gradient(run: PartRun, launch: Launch) -> None:
@@ -224,72 +232,6 @@ def norm_coefficients(run: PartRun, launch: Launch) -> None:
         run.buffers[grad(f"{name}.weight")], run.buffers[grad(f"{name}.bias")] = result.d_weight, result.d_bias
 
 
-def pool(run: PartRun, launch: Launch) -> None:
-    """Max or mean pooling."""
-    node, x = run.node(launch.node), run.read(launch.reads[0])
-    assert isinstance(node, Pool)
-    if node.kind == "max":
-        y, run.buffers[index(node.name)] = max_pool(x, kernel=node.kernel, stride=node.stride, padding=node.padding)
-    else:
-        y = grouped(mean_windows(images_of(x), node), run.groups)
-    run.write(launch.steps("store"), y)
-
-
-def pool_gradient(run: PartRun, launch: Launch) -> None:
-    """The gradient of a pooling's input."""
-    node, d = run.node(launch.node), run.read(launch.reads[0])
-    assert isinstance(node, Pool)
-    if node.kind == "max":
-        size = node.in_shape[1], node.in_shape[2]
-        window = {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
-        result = max_pool_backward(d, run.read(launch.reads[1]), in_size=size, **window)
-    else:
-        result = grouped(mean_windows_gradient(images_of(d), node), run.groups)
-    run.write(launch.steps("store"), result)
-
-
-def mean_windows(x: Tensor, node: Pool) -> Tensor:
-    """Mean pooling of (images, C, H, W): windows, or however many adaptive ones make the output's size."""
-    if node.kind == "avg":
-        return F.avg_pool2d(x, node.kernel, node.stride)
-    return F.adaptive_avg_pool2d(x, node.shape[1:])
-
-
-def mean_windows_gradient(d: Tensor, node: Pool) -> Tensor:
-    """Gradient of ``mean_windows``; it is linear, so the input does not matter."""
-    with torch.enable_grad():
-        x = d.new_zeros(len(d), *node.in_shape, requires_grad=True)
-        return torch.autograd.grad(mean_windows(x, node), x, d)[0]
-
-
-def images_of(x: Tensor) -> Tensor:
-    """(G, N, H, W, C) → (G·N, C, H, W), as PyTorch's pooling takes them."""
-    return x.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def grouped(x: Tensor, groups: int) -> Tensor:
-    """(G·N, C, H, W) → (G, N, H, W, C)."""
-    return x.permute(0, 2, 3, 1).unflatten(0, (groups, -1)).contiguous()
-
-
-def pad(run: PartRun, launch: Launch) -> None:
-    """A zero-padded shortcut, where no addition reads it in place."""
-    node = run.node(launch.node)
-    assert isinstance(node, Pad)
-    C, H, W = node.shape
-    run.write(launch.steps("store"), shortcut(run.read(launch.reads[0]), node.stride, H, W, C).contiguous())
-
-
-def pad_gradient(run: PartRun, launch: Launch) -> None:
-    """Its gradient."""
-    node, d = run.node(launch.node), run.read(launch.reads[0])
-    assert isinstance(node, Pad)
-    C, H, W = node.in_shape
-    result = d.new_zeros(*d.shape[:2], H, W, C)
-    result[:, :, :: node.stride, :: node.stride] = d[..., :C]
-    run.write(launch.steps("store"), result)
-
-
 def head_input(run: PartRun, launch: Launch, source: str) -> tuple[Tensor, dict[str, Any]]:
     """What the head reads, and its prologue."""
     node, x = run.layer(launch), run.read(source)
@@ -305,12 +247,22 @@ def head_input(run: PartRun, launch: Launch, source: str) -> tuple[Tensor, dict[
     return x, options
 
 
+def head_arguments(run: PartRun, launch: Launch) -> dict[str, Any]:
+    """What ``head`` is given, by name."""
+    layer = run.weights.layers[launch.node]
+    z, options = head_input(run, launch, launch.reads[0])
+    given = {"z": z, "weight": layer.forward[:, 0], "bias": layer.bias, "weight_index": run.weight_index}
+    return {**given, "precision": run.precision, **options}
+
+
+def write_head(run: PartRun, launch: Launch, result: HeadOutput) -> None:
+    """Store the results of the last layer under the plan's names."""
+    run.buffers[launch.node], run.buffers[pooled(launch.node)] = result.logits, result.pooled
+
+
 def classify(run: PartRun, launch: Launch) -> None:
     """The last layer, with the pooling, ReLU and BatchNorm before it."""
-    layer = run.weights.layers[launch.node]
-    x, options = head_input(run, launch, launch.reads[0])
-    result = head(x, layer.forward[:, 0], layer.bias, run.weight_index, precision=run.precision, **options)
-    run.buffers[launch.node], run.buffers[pooled(launch.node)] = result.logits, result.pooled
+    write_head(run, launch, head(**head_arguments(run, launch)))
 
 
 def classify_gradient(run: PartRun, launch: Launch) -> None:

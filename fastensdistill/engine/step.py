@@ -18,6 +18,7 @@ from fastensdistill.engine.checks import FirstBatch, check_images, check_labels,
 from fastensdistill.engine.common import Scalars, State, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.graph import Captured, Capturing, Graphs
+from fastensdistill.engine.joint import JointPass
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
@@ -51,6 +52,7 @@ class CapturedStep(Capturing):
     """
 
     graphs: Graphs | None = None
+    joint: JointPass | None = None  # the teachers of the student's architecture run with what is trained
     parameters: FlatParameters
     trained: TrainedPass
     classes: int
@@ -70,8 +72,9 @@ class CapturedStep(Capturing):
         self.rate = torch.tensor(config.learning_rate, dtype=like.dtype, device=like.device)
         fusions = self.implementations.fusions(device_arch(self.rate), self.dtype)
         self.execution = Execution(
-            self.precision, self.implementations, config.sync_batch_norm, self.micro_batches, fusions
-        )
+            self.precision, self.implementations, config.sync_batch_norm, self.micro_batches, fusions,
+            self.implementations.joint_op,
+        )  # fmt: skip
         self.momentum, self.weight_decay = config.momentum, config.weight_decay
         self.capture = capture and like.device.type == "cuda"
         self.generators: list[torch.Generator] = []  # that the launches draw from, beside the loaders'

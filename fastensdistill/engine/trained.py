@@ -59,11 +59,10 @@ class TrainedPass(Pass):
         """Pack the flat parameters: once before the first forward of a step."""
         self.weights.refresh()
 
-    def forward(self, images: Tensor, weight_index: Tensor | None = None) -> Tensor:
-        """Logits (K, N, classes) of ``images`` (1 or K, N, H, W, C); running statistics move."""
-        logits = super().forward(images, weight_index)
+    def end(self) -> Tensor:
+        """The logits, once it has run: one more batch that moved the running statistics."""
         self.parameters.batches.add_(1)
-        return logits
+        return super().end()
 
     def finish(self) -> None:
         """Un-fold the gradients and average them over processes: once, before the update."""

@@ -255,7 +255,8 @@ def _rows(o: ConvOperands, window: Window) -> int:
     return -(-o.x.shape[1] * height * width // conv_tile_of(o.x, o.weight).BLOCK_M)
 
 
-def _empty(o: ConvOperands, window: Window, precision: str) -> Results:
+def conv_empty(o: ConvOperands, window: Window, precision: str) -> Results:
+    """The results unwritten."""
     return conv_results(o, window, _rows(o, window))
 
 
@@ -302,7 +303,7 @@ def _launch(o: ConvOperands, window: Window, precision: str) -> Results:
     return results
 
 
-_grouped_conv = define("grouped_conv", grouped_conv_reference, _empty, _launch)
+_grouped_conv = define("grouped_conv", grouped_conv_reference, conv_empty, _launch)
 
 
 def conv_operands(

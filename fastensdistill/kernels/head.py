@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, KernelLaunch, issue, kernel_launch, row_stride, tl, triton
 from fastensdistill.kernels.operands import accumulator, check_pair, check_precision, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.reference import pick
@@ -57,15 +57,15 @@ def head_reference(o: HeadOperands) -> tuple[Tensor, Tensor]:
     return logits, pooled
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def head_kernel(
-    p_z, p_weight, p_bias, p_weight_index, p_scale, p_shift, p_logits, p_pooled,
+@triton.jit
+def head_program(
+    i_g, p_z, p_weight, p_bias, p_weight_index, p_scale, p_shift, p_logits, p_pooled,
     N, s_scale,
     POSITIONS: tl.constexpr, C: tl.constexpr, CLASSES: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """The program of group ``i_g``, int64; the grid's first two axes say of which of its images and classes."""
     i_n = tl.program_id(1)
-    i_g = tl.program_id(2).to(tl.int64)
     i_slot = tl.load(p_weight_index + i_g).to(tl.int64)
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < N
@@ -104,6 +104,19 @@ def head_kernel(
     tl.store(p_logits + o_logits, acc, mask=m_b[:, None] & m_n[None, :])
 
 
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def head_kernel(
+    p_z, p_weight, p_bias, p_weight_index, p_scale, p_shift, p_logits, p_pooled,
+    N, s_scale,
+    POSITIONS: tl.constexpr, C: tl.constexpr, CLASSES: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head_program(
+        tl.program_id(2).to(tl.int64), p_z, p_weight, p_bias, p_weight_index, p_scale, p_shift, p_logits, p_pooled,
+        N, s_scale, POSITIONS, C, CLASSES, RELU, PRECISION, BLOCK_B, BLOCK_P, BLOCK_C, BLOCK_N,
+    )  # fmt: skip
+
+
 def head_sizes(o: Any) -> dict[str, int]:
     """Sizes and blocks as the kernels of ``head`` and ``head_backward`` take them."""
     _, images, height, width, channels = o.z.shape
@@ -116,17 +129,20 @@ def class_block(classes: int) -> int:
     return min(128, max(16, 1 << (classes - 1).bit_length()))
 
 
-def _empty(o):
+def head_empty(o: HeadOperands) -> tuple[Tensor, Tensor]:
+    """Logits and pooled features, unwritten."""
     groups, images, *_, channels = o.z.shape
     shapes = ((groups, images, o.weight.shape[2]), (groups, images, channels))
-    return tuple(o.z.new_empty(shape, dtype=accumulator(o.z.dtype)) for shape in shapes)
+    logits, pooled = (o.z.new_empty(shape, dtype=accumulator(o.z.dtype)) for shape in shapes)
+    return logits, pooled
 
 
-def _launch(o):
-    logits, pooled = _empty(o)
+def head_launch(o: HeadOperands) -> tuple[KernelLaunch, tuple[Tensor, Tensor]]:
+    """The kernel's launch, and the results that it writes."""
+    logits, pooled = head_empty(o)
     groups, images, classes = logits.shape
     columns = class_block(classes)
-    launch(
+    one = kernel_launch(
         head_kernel,
         (-(-images // IMAGES_BLOCK), -(-classes // columns), groups),
         HEAD_TILE,
@@ -137,10 +153,16 @@ def _launch(o):
         BLOCK_N=columns,
         **head_sizes(o),
     )
-    return logits, pooled
+    return one, (logits, pooled)
 
 
-_head = define("head", head_reference, _empty, _launch)
+def _launch(o: HeadOperands) -> tuple[Tensor, Tensor]:
+    one, results = head_launch(o)
+    issue(one)
+    return results
+
+
+_head = define("head", head_reference, head_empty, _launch)
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -164,7 +186,7 @@ def check_head(o: Any) -> None:
     check_pair("scale and shift", o.scale, o.shift, weight.shape[0], z.shape[4])
 
 
-def head(
+def head_operands(
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,7 +196,16 @@ def head(
     shift: Tensor | None = None,
     relu: bool = True,
     precision: str = "ieee",
-) -> HeadOutput:
+) -> HeadOperands:
+    """The operands of :func:`head`, checked."""
+    o = HeadOperands(z, weight, bias, weight_index, scale, shift, relu, precision)
+    check_head(o)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
+    return o
+
+
+def head(z: Tensor, weight: Tensor, bias: Tensor | None, weight_index: Tensor, **options: Any) -> HeadOutput:
     """Logits (G, N, classes) and the pooled features they come from (G, N, C), both float32.
 
     Args:
@@ -182,14 +213,10 @@ def head(
         weight: (S, C, classes), in the dtype that is multiplied in. bias: (S, classes) float32, or None.
         weight_index: int32 (G,), the slot of each group.
         scale, shift: (S or 1, C) float32, by slot, or None.
-        relu: False for a network whose last layer has its ReLU already.
+        relu: True; False for a network whose last layer has its ReLU already.
         precision: how float32 is multiplied, "ieee" or "tf32".
 
     Raises:
         InputError: shapes that disagree, another precision.
     """
-    o = HeadOperands(z, weight, bias, weight_index, scale, shift, relu, precision)
-    check_head(o)
-    if bias is not None:
-        check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
-    return HeadOutput(*_head(*o))
+    return HeadOutput(*_head(*head_operands(z, weight, bias, weight_index, **options)))

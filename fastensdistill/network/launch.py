@@ -99,6 +99,8 @@ def coefficients(norm: str) -> str:
 
 RULES = (
     "Groups of one architecture and one BatchNorm mode share their launches; another architecture forms its own.",
+    "Of one architecture in both modes a convolution and the head are one joint launch with two sides, each with its "
+    "own input, weights, prologue and epilogue.",
     "BatchNorm in evaluation mode goes into the weights of the convolution before it, if nothing else reads that.",
     "Else it is a scale-shift-ReLU, a second output of the launch before it, where a ReLU follows; else a launch.",
     "Normalisation of the image is a prologue of the stem: zero padding comes after it, so weights cannot carry it.",

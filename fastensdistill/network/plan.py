@@ -9,6 +9,7 @@ from fastensdistill.errors import InputError, unknown
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.network.backward import Backward
 from fastensdistill.network.forward import Forward
+from fastensdistill.network.join import running, turns
 from fastensdistill.network.launch import Group, Launch, Part
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.on_load import Fusions, nothing
@@ -16,14 +17,14 @@ from fastensdistill.network.on_load import Fusions, nothing
 
 @dataclass(frozen=True)
 class Plan:
-    """Parts are independent of one another; within a part the launches run in order."""
+    """Parts are independent of one another; within a part the launches run in order (``join`` says what they share)."""
 
     parts: tuple[Part, ...]
 
     @property
     def launches(self) -> list[Launch]:
-        """Of all parts."""
-        return [launch for part in self.parts for launch in part.launches]
+        """Of all parts, as they run: one for a layer of two parts that share it."""
+        return [turn.launch for parts in running(self.parts) for turn in turns(parts)]
 
     @property
     def flops(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastensdistill.errors import unknown
 from fastensdistill.models import create_model, image_size
 from fastensdistill.network.gpu import GPUS, Gpu
+from fastensdistill.network.join import running, turns
 from fastensdistill.network.launch import RULES, Launch, Part, Step, is_sums
 from fastensdistill.network.on_load import Fusions, nothing
 from fastensdistill.network.plan import Plan, plan_step
@@ -20,6 +21,7 @@ def line(op: str, node: str, shape: str, before: str, after: str, numbers: str) 
 
 NUMBERS = f"{'GFLOP':>8} {'MB':>8} {'us':>7}"
 HEADER = line("launch", "layer", "output", "fused before", "fused after", NUMBERS)
+SIDE = "training side"  # of a joint launch, whose first line is its evaluation side
 
 
 def describe(steps: tuple[Step, ...]) -> str:
@@ -32,14 +34,25 @@ def describe(steps: tuple[Step, ...]) -> str:
     return " ".join(text)
 
 
-def rows(part: Part, gpu: Gpu) -> Iterator[str]:
-    """One line per launch of ``part``."""
-    for launch in part.launches:
-        shapes = [part.buffers[name].shape for name in launch.writes if not is_sums(name)]
-        shape = "x".join(str(size) for size in max(shapes, key=len)[1:]) if shapes else ""
-        after = " ".join(filter(None, ["norm-in-weights" if launch.folded else "", describe(launch.epilogue)]))
-        before = describe(launch.prologue)
-        yield line(launch.op, launch.node, shape, before, after, numbers([launch], gpu))
+def row(op: str, launch: Launch, part: Part, cost: str) -> str:
+    """The line of one launch of ``part``."""
+    shapes = [part.buffers[name].shape for name in launch.writes if not is_sums(name)]
+    shape = "x".join(str(size) for size in max(shapes, key=len)[1:]) if shapes else ""
+    after = " ".join(filter(None, ["norm-in-weights" if launch.folded else "", describe(launch.epilogue)]))
+    return line(op, launch.node, shape, describe(launch.prologue), after, cost)
+
+
+def rows(parts: Sequence[Part], gpu: Gpu) -> Iterator[str]:
+    """A line per launch of ``parts``, which run alone or together; of a joint launch two, its numbers in the first."""
+    evaluation, training = parts[0], parts[-1]
+    for turn in turns(parts):
+        cost = numbers([turn.launch], gpu)
+        if turn.evaluation:
+            op = f"joint {turn.evaluation.op}" if turn.joint else turn.evaluation.op
+            yield row(op, turn.evaluation, evaluation, cost)
+        if turn.training:
+            op, cost = (f"  {SIDE}", "") if turn.joint else (turn.training.op, cost)
+            yield row(op, turn.training, training, cost)
 
 
 def numbers(launches: list[Launch], gpu: Gpu) -> str:
@@ -60,11 +73,15 @@ def step_table(
     different = plans != others
     for name, plan in plans.items():
         yield f"== {name}"
-        for part in plan.parts:
-            yield f"-- {part.name}: {' '.join(group.name for group in part.groups)}, {batch} images each"
+        for parts in running(plan.parts):
+            names = ("{}: {}".format(part.name, " ".join(group.name for group in part.groups)) for part in parts)
+            yield f"-- {'; '.join(names)}, {batch} images each"
             yield HEADER
-            yield from rows(part, gpu)
+            yield from rows(parts, gpu)
+        count, apart = len(plan.launches), sum(len(part.launches) for part in plan.parts)
         yield total("total of", plan.launches, "", gpu)
+        if apart > count:
+            yield f"without joint launches {apart}"
         if different:
             yield total("total of", others[name].launches, label, gpu)
         yield ""

@@ -112,30 +112,47 @@ def test_launches_and_bytes_are_the_plans(capsys):
         step.build((128, *step.image_shape))
     passes = {p.name: p for p in found.passes}
     parts = {name: part for one, names in step.passes() for name, part in zip(names, one.parts, strict=False)}
-    assert set(parts) == set(passes) - {"un-fold and update"}
-    assert sum(p.launches for p in found.passes) == 1 + sum(len(part.launches) for part in parts.values())
-    forward = step.trained.parts[0]
-    written = {n for launch in forward.launches for n in launch.writes}
-    training = passes["distillation, forward"]
-    assert training.buffers == len(written)
-    plain = sum(forward.buffers[n].nbytes for n in written if not is_sums(n))
-    assert plain < training.total < 1.05 * plain  # partial sums are the rest
-    live: dict[str, Any] = {}
+    assert set(parts) - {"distillation, teachers"} == set(passes) - {"un-fold and update"}
+    assert step.joint
+    joint, turns = sum(turn.joint for turn in step.joint.turns), step.joint.turns
+    assert joint == 28 + 1  # all convolutions and the head
+    assert sum(p.launches for p in found.passes) == 1 + sum(len(part.launches) for part in parts.values()) - joint
+    both = [parts["distillation, teachers"], parts["distillation, forward"]]
+    written = [{n for launch in part.launches for n in launch.writes} for part in both]
+    forward = passes["distillation, forward"]
+    assert forward.buffers == sum(len(names) for names in written)
+    plain = sum(
+        part.buffers[n].nbytes for part, names in zip(both, written, strict=True) for n in names if not is_sums(n)
+    )
+    assert plain < forward.total < 1.05 * plain  # partial sums are the rest
     elsewhere = set(step.trained.gradients)
-    for (name, part), dead in zip(list(parts.items())[-2:], step.trained.dead, strict=True):
-        for launch, gone, (op, layer, size) in zip(part.launches, dead, passes[name].rows, strict=True):
-            live |= {n: part.buffers[n].nbytes for n in launch.writes if n not in elsewhere}
-            assert (op, layer) == (launch.op, launch.node)
+    sides = list(zip(both, (step.joint.evaluation.dead[0], step.joint.training.dead[0]), strict=True))
+    backward = parts["distillation, backward"], step.trained.dead[1]
+    dead = {id(one): gone for part, names in (*sides, backward) for one, gone in zip(part.launches, names, strict=True)}
+    live: dict[Any, Any] = {}
+    runs: list[tuple[str, list[list[Any]]]] = [
+        ("distillation, forward", [list(zip(both, turn, strict=True)) for turn in turns]),
+        ("distillation, backward", [[(backward[0], launch)] for launch in backward[0].launches]),
+    ]
+    for name, order in runs:
+        for of_turn, (op, layer, size) in zip(order, passes[name].rows, strict=True):
+            there = [(part, launch) for part, launch in of_turn if launch]
+            live |= {
+                (part.training, n): part.buffers[n].nbytes
+                for part, launch in there for n in launch.writes if n not in elsewhere
+            }  # fmt: skip
+            assert {(op, layer)} == {(launch.op, launch.node) for _, launch in there}
             scratch = 2**25 if op == "weight gradient" else 2**22
             assert sum(live.values()) < size < 1.01 * sum(live.values()) + scratch, (op, layer)
-            for n in gone:
-                live.pop(n, None)
+            for part, launch in there:
+                for n in dead[id(launch)]:
+                    live.pop((part.training, n), None)
     layers = [m for m in step.teachers.networks[0].modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     packed_values = 4 * sum(layer.weight.numel() for layer in layers)
     assert 2 * 2 * packed_values < found.fixed["packed for training"] < 1.01 * 2 * 2 * packed_values
     main(["wrn28_4", "--batch", "128", "--launches"])
     printed = capsys.readouterr().out
-    assert "247 launches" in printed
+    assert "218 launches" in printed
     assert f"peak {found.peak / 2**30:.2f} GiB" in printed
     assert printed.count("conv gradient") > 40
 

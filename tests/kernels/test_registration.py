@@ -22,6 +22,8 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     grouped_conv,
     head,
     head_backward,
+    joint_conv,
+    joint_head,
     launch,
     ops,
     pack,
@@ -57,6 +59,11 @@ EVERYTHING = {"bias": ROW, "residual": Z, "relu": True, "next_scale": ROW, "next
               "mask": True, "second": X, "second_weight": values(2, 1, 6, 10), "second_bias": ROW}  # fmt: skip
 
 
+def _joint():
+    sides = (grouped_conv.ConvOperands(X, W, SLOTS, bias=ROW), grouped_conv.ConvOperands(X, W, SLOTS, center=ROW))
+    return (*sides[0], *sides[1], 3, 1, 1, "ieee")
+
+
 NO_EPILOGUE = elementwise_gradient.GradientEpilogue()
 CALLS = {
     "grouped_conv": _conv(),
@@ -81,6 +88,8 @@ CALLS = {
     "batch_norm_backward, on top": (Z, Z, PARTIALS, 60, ROW, ROW, ROW, Z, ROW.clone(), ROW.clone(), True),
     "batch_norm_coefficients": (PARTIALS, 60, ROW, ROW, ROW, ROW.clone(), ROW.clone(), True),
     "head": (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
+    "joint_conv": _joint(),
+    "joint_head": 2 * (Z, CLASSIFIER, None, SLOTS, ROW, ROW, True, "ieee"),
     "head_backward": (LOGITS, Z, CLASSIFIER, SLOTS, None, None, True, *NONE3, "ieee", None, None, False),
     "head_backward, everything": (LOGITS, Z, CLASSIFIER, SLOTS, ROW, ROW, True, ROW, ROW, values(2, 3, 10), "ieee",
                                   values(2, 10, 7), values(2, 7), True),

@@ -190,7 +190,14 @@ def test_printed_table(capsys):
     assert lines[0] == "wrn28_4, 4 teachers, 4 branches, batch 128, images 3x32x32"
     assert max(len(line) for line in lines) < 220
     rows = [line for line in lines if line.startswith("conv  ")]
-    assert len(rows) == 3 * 28  # 25 3x3 convolutions and 3 shortcuts; one perturbation part, two of the distillation
+    assert len(rows) == 28  # 25 3x3 convolutions and 3 shortcuts, of the perturbation
+    assert len([line for line in lines if line.startswith("joint conv  ")]) == 28  # of the distillation's two parts
+    sides = [line.split() for line in lines if line.startswith("  training side")]
+    assert len(sides) == 28 + 1
+    assert sides[0] == ["training", "side", "stem", "32x32x16", "normalise", "store", "sums"]
+    assert any(line.startswith("total of 78 launches ") for line in lines)
+    assert "without joint launches 107" in lines
+    assert any(line.startswith("step of 217 launches") for line in lines)
     (shortcut,) = [line.split() for line in rows if "groups.0.0.shortcut" in line][:1]
     assert shortcut[:3] == ["conv", "groups.0.0.shortcut", "32x32x64"]
     assert any("37.20 GFLOP = 22.00 F" in line for line in lines)
@@ -213,8 +220,8 @@ def test_printed_totals_with_and_without_what_is_taken_in_on_load(capsys):
     (plain, taken), on = tables, "BatchNorm and shortcuts on load"
     assert totals(plain, "") == totals(taken, "nothing on load")
     assert totals(plain, on) == totals(taken, "")
-    assert totals(plain, "")[0] == [29, 29, 107, 81, 246]
-    assert totals(taken, "")[0] == [26, 29, 77, 81, 213]
+    assert totals(plain, "")[0] == [29, 29, 78, 81, 217]
+    assert totals(taken, "")[0] == [26, 29, 51, 81, 187]
     rows = [line for line in taken if line.startswith("conv gradient      groups.0.1.conv1")]
     assert rows[-1].split()[4:8] == ["norm-gradient", "mask-from-input", "store", "sums"]
     assert any("shortcut/2" in line for line in taken)
