@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import cuda_report
+from fastensdistill.engine.joint import run_together
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
@@ -33,6 +34,7 @@ from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.models import create_model
 from fastensdistill.models.preresnet import PreResNet
+from fastensdistill.network.join import join, running
 from fastensdistill.network.launch import INPUT, grad
 from fastensdistill.network.plan import plan_step
 from fastensdistill.network.trace import trace
@@ -80,6 +82,11 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
                     buffers = {INPUT: torch.empty(1, batch, size, size, 3)}
                     left[part.training] = weights, buffers
                 run_part(PartRun(part, weights, torch.arange(count, dtype=torch.int32), buffers))
+            for parts in running(plan.parts):
+                if len(parts) == 2:  # with joint launches, too
+                    index = torch.arange(groups, dtype=torch.int32)
+                    one, other = (PartRun(p, left[p.training][0], index, dict(left[p.training][1])) for p in parts)
+                    run_together(join(*parts), one, other)
         shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)
         images, index = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
         augment(images, index, shifts, flips)
@@ -130,7 +137,9 @@ def describe(launch: KernelLaunch) -> str:
     elif "C" in a:
         words.append(f"{a['C']} channels")
     fused = ("p_in_scale", "p_bias", "p_residual", "p_mask", "p_scale", "p_next_scale", "p_center", "p_mean")
-    words += [name[2:] for name in fused if isinstance(a.get(name), Tensor)]
+    for side, before in (("", ""), ("_e", "evaluation:"), ("_t", "training:")):  # of a joint launch two
+        found = [name[2:] for name in fused if isinstance(a.get(name + side), Tensor)]
+        words += [before, *found] if before and f"p_z{side}" in a else found
     return " ".join(words)
 
 

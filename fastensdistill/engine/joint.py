@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastensdistill.engine.part_run import Op, PartRun
-from fastensdistill.engine.passes import Pass, done
+from fastensdistill.engine.passes import Dead, Pass, done
 from fastensdistill.engine.planned_ops import OPS, conv_arguments, head_arguments, write_conv, write_head
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
@@ -38,19 +38,27 @@ class JointPass:
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (G, N, classes) of ``images`` (1, N, H, W, C) of the evaluation pass, and of the training pass."""
         runs = self.evaluation.begin(images), self.training.begin(images)
-        dead = iter(self.evaluation.dead[0]), iter(self.training.dead[0])
-        for turn in self.turns:
-            if not (turn.joint and run_joint(turn, *runs)):
-                for run, launch in zip(runs, turn, strict=True):
-                    if launch:
-                        OPS[launch.op](run, launch)
+        run_together(self.turns, *runs, (self.evaluation.dead[0], self.training.dead[0]))
+        return self.evaluation.end(), self.training.end()
+
+
+def run_together(
+    turns: Iterable[Turn], evaluation: PartRun, training: PartRun, dead: tuple[Dead, Dead] | None = None
+) -> None:
+    """Run the ``turns`` of two parts; ``dead`` names the buffers to be freed after each launch of either, if given."""
+    runs = evaluation, training
+    names = [iter(of_part) for of_part in dead or ()]
+    for turn in turns:
+        if not (turn.joint and run_joint(turn, *runs)):
             for run, launch in zip(runs, turn, strict=True):
                 if launch:
-                    done(run, launch)
-            for run, launch, names in zip(runs, turn, dead, strict=True):
-                for name in next(names) if launch else ():
-                    run.buffers.pop(name, None)
-        return self.evaluation.end(), self.training.end()
+                    OPS[launch.op](run, launch)
+        for run, launch in zip(runs, turn, strict=True):
+            if launch:
+                done(run, launch)
+        for run, launch, gone in zip(runs, turn, names, strict=False):
+            for name in next(gone) if launch else ():
+                run.buffers.pop(name, None)
 
 
 def run_joint(turn: Turn, evaluation: PartRun, training: PartRun) -> bool:
