@@ -14,8 +14,8 @@ RESULTS = "results.jsonl"
 NO_DEVICE = 77  # exit status of the stage device without one
 # Processor seconds of ``python -m bench.gpu_run.warm`` (AMD EPYC, torch 2.11, Triton 3.6) per network, launchers
 # included, and seconds in which one process records its launches; "tiny" is the step of the proofs, in all its methods
-COMPILING = {"wrn28_4": 48.0, "resnet32": 26.0, "tiny": 20.0}
-RECORDING = {"wrn28_4": 7.0, "resnet32": 9.6, "tiny": 1.8}
+COMPILING = {"wrn28_4": 48.0, "resnet32": 26.0, "tiny": 20.0, "narrow": 31.0}
+RECORDING = {"wrn28_4": 7.0, "resnet32": 9.6, "tiny": 1.8, "narrow": 2.3}
 WORKERS = 14
 IMPORT = 5.0  # of torch and the package, with the CUDA context: once a stage
 
@@ -55,8 +55,8 @@ QUIET = ("launches-odd", "compile-peer")  # before anything is timed; what the f
 STAGES = (
     Stage("device", "AB", "device, driver, clocks, versions; a copy and a matrix product: the card's roof", 90, 12),
     Stage("extension", "AB", "loads the extension as carried; builds it where that fails", 90, 6),
-    Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny step, many at once", 75,
-          compiling("wrn28_4", "tiny")),
+    Stage("warm", "A", "compiles the kernels of WRN-28-4 and of the tiny steps, many at once", 75,
+          compiling("wrn28_4", "tiny", "narrow")),
     Stage("driver", "A", "the wgmma kernels without PyTorch, against a CPU: descriptors, layout, every kernel", 60, 20),
     Stage("prove", "A", "the wgmma kernels against references, as before every run", 60, 20),
     Stage("compile-peer", "A", "torch.compile of the peer, into its cache", 150, 90, background=True),
@@ -77,7 +77,7 @@ STAGES = (
     Stage("tuned", "A", "the step by the table of the fastest, beside the present one", 70, 35, after=QUIET,
           needs=("kernels",)),
     Stage("warm-other", "B", "compiles the kernels of both networks, or finds them carried", 75,
-          compiling("wrn28_4", "resnet32", "tiny")),
+          compiling("wrn28_4", "resnet32", "tiny", "narrow")),
     Stage("csrc", "B", "the extension's ops and the CUDA convolution against their references", 75, 30,
           background=True),
     Stage("sanitize", "B", "every CUDA launcher under compute-sanitizer's four tools", 75, 35, background=True),
