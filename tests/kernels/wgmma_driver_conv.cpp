@@ -87,6 +87,7 @@ struct Run {
     side.weight_index = slot;
     side.groups = G;
     if (second) {
+      side.has_second = true;
       tensors.second = {x2.device, H2, W2, C2, false};
       tensors.weight[1] = w2.device;
       if (!gradient) side.second_bias = rows(bias2, Co);
