@@ -37,6 +37,7 @@ from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.kernels.wgmma_conv import takes_norm
+from fastensdistill.kernels.wgmma_joint_conv import wgmma_joint_conv
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Activation, Conv, Layer, Network, Node, Norm, Pad
 from fastensdistill.network.on_load import NONE, Abilities, Fusions
@@ -50,10 +51,10 @@ CALLED: dict[str, Op] = {
     "weight gradient": conv_weight_gradient,
 }
 # Implementation → an op → its joint form: takes the arguments of the evaluation side and of the training side, each by
-# name as the op does, and gives the results of both, bit for bit those of the op by this implementation. It raises
-# InputError, before it launches anything, for two sides that it cannot run together. What computes an op in another way
-# and has such a form adds it here.
-JOINT: dict[str, dict[Op, JointOp]] = {"triton": part_run.JOINT}
+# name as the op does, and gives the results of both: bit for bit those of the op by this implementation, but for rows of
+# partial sums, of which there may be other ones with the same totals. It raises InputError, before it launches anything,
+# for two sides that it cannot run together.
+JOINT: dict[str, dict[Op, JointOp]] = {"triton": part_run.JOINT, "wgmma": {grouped_conv: wgmma_joint_conv}}
 COVERED = {"cuda": ("conv", "conv gradient"), "wgmma": tuple(CALLED)}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastensdistill.engine import dispatch
 from fastensdistill.engine.dispatch import Choice, Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.memory import estimate
@@ -18,6 +19,7 @@ from fastensdistill.engine.meta import meta_step
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.evaluate.validate import GroupedPredictor
 from fastensdistill.kernels import wgmma
+from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.network.launch import Group
 from fastensdistill.network.on_load import ALL, NONE, Abilities
@@ -138,6 +140,29 @@ def test_naming_wgmma_changes_the_plan():
     assert [launch for launch in evaluated_parts(predictor)[0].launches if launch.steps("second")]
 
 
+def test_teachers_and_branches_share_launches_of_the_wgmma_kernels(monkeypatch):
+    """One for each convolution but the stem and the shortcuts, which are second sources; sums in rows of their own."""
+    student, teachers, config = setting(
+        dtype=torch.float32, precision="bf16", teacher=wide, student=wide, perturbation="none"
+    )
+    calls, joint_form = [], dispatch.JOINT["wgmma"][grouped_conv]
+
+    def counted(evaluation, training):
+        calls.append("second" in evaluation or "second" in training)
+        return joint_form(evaluation, training)
+
+    monkeypatch.setitem(dispatch.JOINT, "wgmma", {grouped_conv: counted})
+    rows = [Choice(row.op, "triton", "three channels", layer="stem") for row in ROWS] + ROWS
+    losses = []
+    for joint in (True, False):
+        step = FusedStep(copy.deepcopy(student), teachers, config, implementations=Dispatch(rows, joint=joint))
+        losses.append(steps(step, 1, dtype=torch.float32)[0]["loss"])
+    check_close("loss", losses[0], losses[1], 1e-2)
+    convolutions = [x for part in trained_parts(step) for x in part.launches if x.op == "conv"]
+    assert len(calls) == len(convolutions) - 1
+    assert sum(calls) == sum(bool(x.steps("second")) for x in convolutions) > 0
+
+
 def asked(rows, arch=0, dtype=torch.bfloat16, model=wide, layer="groups.1.1.conv1") -> Abilities:
     (part,) = plan([trace(model(0), (3, 13, 13))], [Group("S", 0, "S", "parameters")], "forward", 2).parts
     return Dispatch(rows).fusions(arch, dtype)(part, untyped(part.network.by_name[layer]))
@@ -152,7 +177,8 @@ def test_what_the_table_says_that_convolutions_can(monkeypatch):
     assert asked([conv, Choice("conv gradient", "cuda", ""), weight]) == Abilities(second=True)
     assert asked([conv, Choice("conv gradient", "cudnn", ""), weight]) == Abilities(norm=True, second=True)
     assert asked([]) == asked(ROWS, layer="stem") == asked(ROWS, dtype=torch.float32) == NONE
-    assert asked(ROWS, arch=90) == NONE, "the extension that tests have holds none of these kernels"
+    monkeypatch.setattr(wgmma, "built", lambda op, arch: False)
+    assert asked(ROWS, arch=90) == NONE
     monkeypatch.setattr(wgmma, "built", lambda op, arch: True)
     assert asked(ROWS, arch=90) == ALL
     assert asked(ROWS, arch=100) == NONE

@@ -1,7 +1,7 @@
 """The wgmma convolutions, wide ones, with their kernels run on the CPU: values, sums, every part of both epilogues.
 
 Their own index arithmetic is executed, every role in a thread of its own, asynchronous work done as early and as late
-as it may be (host_wgmma.h). More of the same by chance: ``python -m tests.kernels.wgmma_sweep``.
+as it may be (host_wgmma.h).
 """
 
 from __future__ import annotations
