@@ -51,9 +51,9 @@ CALLED: dict[str, Op] = {
     "weight gradient": conv_weight_gradient,
 }
 # Implementation → an op → its joint form: takes the arguments of the evaluation side and of the training side, each by
-# name as the op does, and gives the results of both: bit for bit those of the op by this implementation, except that the
-# rows of partial sums may be others with the same totals. It raises InputError, before it launches anything, for two
-# sides that it cannot run together.
+# name as the op does, and gives the results of both: bit for bit those of the op by this implementation, except that
+# the rows of partial sums may be others with the same totals. It raises InputError, before it launches anything, for
+# two sides that it cannot run together.
 JOINT: dict[str, dict[Op, JointOp]] = {"triton": part_run.JOINT, "wgmma": {grouped_conv: wgmma_joint_conv}}
 COVERED = {"cuda": ("conv", "conv gradient"), "wgmma": tuple(CALLED)}
 
