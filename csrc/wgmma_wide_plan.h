@@ -26,7 +26,7 @@ struct WidePlan {
   int box_bytes, boxes, norm_boxes;
   int piece_bytes, pieces;
   bool resident;  // all weights
-  int source_pieces[2];  // of weights, of each source, for all phases of a result
+  int source_pieces[2];  // of weights, of each source, for all phases of a result that have positions
   int staging, masks, box, norm_box, piece, total;  // offsets; total is 0 where it does not fit
   BoxPositions positions;
 };
@@ -37,11 +37,15 @@ inline WidePlan wide_plan(const ConvGeometry& at, bool gradient, bool norm, int 
   WidePlan plan{};
   const int blocks = chunks_of(at.channels);
   int farthest = 0;
-  for (int i = 0; i < at.steps.first_step[at.steps.phases]; ++i) {
-    const ConvStep& step = at.steps.step[i];
-    plan.source_pieces[step.source] += step.taps * chunks_of(at.in_channels[step.source]);
-    for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap)
-      farthest = std::max(farthest, tap_position(at.steps, at.tile, at.steps.tap[tap]));
+  for (int phase = 0; phase < at.steps.phases; ++phase) {
+    // Of a phase without positions no weights come: one lap of those that stay is one result of every other phase.
+    const bool any = phase_height(at, phase) > 0 && phase_width(at, phase) > 0;
+    for (int i = at.steps.first_step[phase]; i < at.steps.first_step[phase + 1]; ++i) {
+      const ConvStep& step = at.steps.step[i];
+      if (any) plan.source_pieces[step.source] += step.taps * chunks_of(at.in_channels[step.source]);
+      for (int tap = step.first_tap; tap < step.first_tap + step.taps; ++tap)
+        farthest = std::max(farthest, tap_position(at.steps, at.tile, at.steps.tap[tap]));
+    }
   }
   const int taps = plan.source_pieces[0] + plan.source_pieces[1];
   // All 32 lines of the product are read, also those that a small tile lacks.
