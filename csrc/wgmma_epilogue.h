@@ -177,6 +177,7 @@ FED_UNROLL
           if (channel + 16 * i < at.channels) at_p[i] = uint16_t(bits[i]);
       }
     });
+    block.publish();  // a box may come where they were read
   }
 
   FED_HD void forward(Sum& sum, const Inside& here, int phase) {

@@ -152,6 +152,7 @@ class Memory {
         Touch reader = readers[size_t(role) * (bytes / 4) + word].load();
         reader.entry = uint16_t(entry(role, STEP));
         if (!ordered(time, thread, reader)) race(time, what, word * 4, reader, "reads");
+        if (unit_writes && !published(time, reader)) unpublished(time, what, word * 4, reader, "read");
       }
     }
     for (int piece = offset / 16; piece < (offset + size + 15) / 16; ++piece)
@@ -171,9 +172,10 @@ class Memory {
                       : (other.entry / KINDS == time.role ? "another thread of it" : name(other.entry / KINDS)) + " " +
                             does + " with no barrier between"));
   }
-  [[noreturn]] void unpublished(const Time& time, const char* what, int at, Touch writer) const {
+  [[noreturn]] void unpublished(
+      const Time& time, const char* what, int at, Touch other, const char* did = "wrote") const {
     throw Misuse(name(time.role) + " " + what + " bytes from " + std::to_string(at) + ", which " +
-                 name(writer.entry / KINDS) + " wrote and did not publish before the barrier");
+                 name(other.entry / KINDS) + " " + did + " and did not publish before the barrier");
   }
 
   int bytes, roles;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <exception>
 
 #include "host_blocks.h"
 #include "host_boxes.h"
@@ -293,7 +294,8 @@ struct HostWgmmaBlock {
 
   void leave_sum() {
     later.clear();
-    if (!meeting->stop) meeting->fail(name() + " leaves a sum before its group is complete");
+    if (!meeting->stop && std::uncaught_exceptions() == 0)  // else what was thrown says more
+      meeting->fail(name() + " leaves a sum before its group is complete");
   }
   // What a role may not leave behind.
   void end() {

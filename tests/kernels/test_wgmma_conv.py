@@ -27,6 +27,7 @@ from tests.untyped import present, untyped
 FORWARD = {
     "64, weights stay": (Case(2, 3, 8, 8, 64, 64, 3, 1), ["sums", "mask"]),
     "48 of 64, odd sizes": (Case(2, 3, 5, 7, 48, 48, 3, 1), ["bias", "relu", "mask", "shortcut"]),
+    "a residual where bits were read": (Case(1, 9, 9, 9, 64, 64, 3, 1), ["residual", "relu", "mask"]),
     "128, pairs": (Case(1, 5, 4, 9, 128, 128, 3, 1), ["bias", "residual", "relu", "next", "sums", "mask"]),
     "160, two tiles": (Case(1, 2, 9, 9, 80, 160, 3, 1), ["next-one-row", "mask", "second"]),
     "16 to 64, one input": (Case(3, 1, 33, 9, 16, 64, 3, 1), ["one-input", "prologue", "in-relu", "sums"]),
@@ -49,6 +50,7 @@ GRADIENT = {
     "stride 2, a second source": (Case(1, 2, 6, 9, 128, 64, 3, 2), ["second", "residual", "first", "mask-of-z"]),
     "1x1, stride 2": (Case(1, 2, 5, 8, 32, 160, 1, 2), ["narrow-shortcut", "scale", "mask"]),
     "one pixel": (Case(1, 11, 1, 1, 64, 128, 3, 2), ["mask-of-z", "second"]),
+    "phases without positions, weights stay": (Case(1, 12, 65, 1, 64, 64, 3, 2), ["second"]),
     "norm": (Case(2, 3, 9, 11, 64, 64, 3, 1), ["norm", "mask-of-z"]),
     "norm, stride 2": (Case(2, 3, 9, 11, 80, 128, 3, 2), ["norm", "second", "residual", "first", "sums"]),
 }
@@ -96,11 +98,23 @@ def test_rows_and_memory_are_those_of_the_kernels():
         window = conv.Window(kernel, stride, kernel // 2)
         for i, (height, width, images) in enumerate(itertools.product(sizes, (1, 9, 32), (1, 3, 512))):
             channels, groups = (64, 128, 160, 256, 640)[i % 5], (1, 4, 8)[i % 3]
-            out = (48, 64, 128, 192, 256, 640)[i % 6]
+            out, multiprocessors = (48, 64, 128, 192, 256, 640)[i % 6], (132, 114, 78)[i // 3 % 3]
             shape = (images, height, width)
-            given = (kernel, stride, gradient, copies, *shape, channels, 0, out, norm and gradient, groups, 132)
+            given = (
+                kernel,
+                stride,
+                gradient,
+                copies,
+                *shape,
+                channels,
+                0,
+                out,
+                norm and gradient,
+                groups,
+                multiprocessors,
+            )
             library().wide_plan_of((ctypes.c_int64 * len(given))(*given), found)
-            own = (stride if gradient else 1, bool(gradient), bool(norm and gradient), 132)
+            own = (stride if gradient else 1, bool(gradient), bool(norm and gradient), multiprocessors)
             rows = conv.statistics_rows(groups, shape, channels, out, *own)
             tile = rows.tile
             assert [rows.total, conv.box_bytes(window, tile, bool(copies))] == found[:2], given
