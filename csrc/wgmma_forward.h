@@ -30,6 +30,7 @@ inline void check_source(
   for (int64_t count : {x.size(4), weight.size(3)})
     if (count < 16 || count > 640 || count % 16 != 0)
       operands.refuse(weight_name, text_of(weight), "channels in multiples of 16 up to 640");
+  if (x.size(2) < 1 || x.size(3) < 1) operands.refuse(x_name, text_of(x), "positions");
   if (x.size(1) * x.size(2) * x.size(3) > INT_MAX / x.size(4))
     operands.refuse(x_name, text_of(x), "fewer than 2^31 values in a group");
 }

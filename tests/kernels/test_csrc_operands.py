@@ -265,6 +265,15 @@ def test_weight_gradient_refusals(case):
     )
 
 
+@pytest.mark.parametrize(("name", "operand"), [("wgmma_conv", "x"), ("wgmma_data_gradient", "d")])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_images_without_positions(name, operand, dim):
+    """Tiles are counted by dividing by them."""
+    good = arguments(name)
+    empty = good[operand].narrow(dim, 0, 0).contiguous()
+    refuses(name, good | {operand: empty}, f"{operand} is .*; expected positions")
+
+
 def test_offsets_of_32_bits():
     """One group of more values than its kernels can count; nothing is read before that."""
     good = arguments("halo_conv")
