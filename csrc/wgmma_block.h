@@ -77,8 +77,8 @@ struct Accumulator {
   float at[N / 2];
 };
 
-#ifndef FED_SPINS
-#define FED_SPINS 0  // of a wait, after which it traps; 0: it never does
+#ifndef FED_PATIENCE
+#define FED_PATIENCE 0  // cycles of a wait, after which it traps; 0: it never does
 #endif
 
 // One role's view of the block. `number` of a consumer: 0 for the first warpgroup after the producer's.
@@ -127,14 +127,16 @@ struct WgmmaBlock {
   FED_HD void wait(int barrier, int parity) const {
 #ifdef FED_WGMMA
     uint32_t done;
-    for (int spins = 0;; ++spins) {
+    const long long begin = FED_PATIENCE > 0 ? clock64() : 0;
+    while (true) {
       asm volatile(
           "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
           : "=r"(done)
           : "r"(address(barrier)), "r"(parity)
           : "memory");
       if (done) return;
-      if (FED_SPINS > 0 && spins >= FED_SPINS) __trap();
+      // A try may itself take any time
+      if (FED_PATIENCE > 0 && clock64() - begin > FED_PATIENCE) __trap();
     }
 #endif
   }
