@@ -42,8 +42,8 @@ def build(arch: str = "90a", binary: Path = BINARY) -> str:
         sources = [str(ROOT / name) for name in SOURCES if (ROOT / name).exists()]
         if len(sources) < len(SOURCES):
             return "its source is not part of this version"
-        # a wait that does not end traps, after two seconds or so
-        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-DFED_PATIENCE=3000000000", "-lineinfo", "-t0"]
+        # a wait that does not end traps, after a second or so
+        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-DFED_PATIENCE=2000000000", "-lineinfo", "-t0"]
         target += [f"-I{ROOT / folder}" for folder in ("csrc", "tests/kernels")] + ["-cudart=static"]
         done = subprocess.run([nvcc, "-std=c++17", "-O3", *target, *sources, "-o", str(binary)],
                               capture_output=True, text=True)  # fmt: skip

@@ -78,7 +78,7 @@ struct Accumulator {
 };
 
 #ifndef FED_PATIENCE
-#define FED_PATIENCE 0  // cycles of a wait, after which it traps; 0: it never does
+#define FED_PATIENCE 0  // cycles of a wait, below 2^32, after which it traps; 0: it never does
 #endif
 
 // One role's view of the block. `number` of a consumer: 0 for the first warpgroup after the producer's.
@@ -127,7 +127,7 @@ struct WgmmaBlock {
   FED_HD void wait(int barrier, int parity) const {
 #ifdef FED_WGMMA
     uint32_t done;
-    const long long begin = FED_PATIENCE > 0 ? clock64() : 0;
+    const uint32_t begin = FED_PATIENCE > 0 ? uint32_t(clock()) : 0;
     while (true) {
       asm volatile(
           "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -136,7 +136,7 @@ struct WgmmaBlock {
           : "memory");
       if (done) return;
       // A try may itself take any time
-      if (FED_PATIENCE > 0 && clock64() - begin > FED_PATIENCE) __trap();
+      if (FED_PATIENCE > 0 && uint32_t(clock()) - begin > FED_PATIENCE) __trap();
     }
 #endif
   }
