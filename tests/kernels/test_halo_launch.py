@@ -104,9 +104,10 @@ def test_an_architecture_without_the_kernels_has_no_support(monkeypatch, arch):
     assert halo.built()
     assert halo.built(90)
     assert not halo.built(arch)
-    table = Dispatch([Choice("conv", "cuda", "for the test")])
-    assert untyped(table).implementation(None, SimpleNamespace(op="conv", node="stem"), 90) == "cuda"
-    assert untyped(table).implementation(None, SimpleNamespace(op="conv", node="stem"), arch) == "triton"
+    table, stem = Dispatch([Choice("conv", "cuda", "for the test")]), SimpleNamespace(name="stem")
+    chosen = {at: untyped(table).choice("conv", stem, at) for at in (90, arch)}
+    assert chosen[90].implementation == "cuda"
+    assert chosen[arch] is None, "Triton's kernel"
     monkeypatch.setattr(halo.extension, "serves", lambda *names: False)
     assert table.missing(90)
     assert not table.missing(arch), "building it would not help"
