@@ -18,6 +18,7 @@ import torch
 from bench.recorded import L2, MULTIPROCESSORS, Assumption, Kernel
 from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.operands import Window
+from fastensdistill.kernels.wgmma_conv import takes_norm
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Conv, Node
 from fastensdistill.network.on_load import NONE, Abilities
@@ -130,7 +131,11 @@ class Wgmma:
         return wgmma.covers(channels, out_channels, Window(node.kernel, node.stride, node.padding), torch.bfloat16)
 
     def __call__(self, part: Part, node: Conv) -> Abilities:
-        return self.abilities if self.covers(node) else NONE
+        if not self.covers(node):
+            return NONE
+        window = Window(node.kernel, node.stride, node.padding)
+        fits = takes_norm(node.shape[0], node.in_channels, window, *node.in_shape[1:])
+        return replace(self.abilities, norm_gradient=self.abilities.norm_gradient and fits)
 
     def computes(self, part: Part, launch: Launch) -> bool:
         return launch.op in self.ops and self.covers(part.network.by_name[launch.node])
