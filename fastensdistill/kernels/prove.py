@@ -25,6 +25,7 @@ from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.operands import Window, out_size
+from fastensdistill.kernels.wgmma_joint_conv import wgmma_joint_conv
 
 ALLOWED = 0.01  # of the largest element: five times what rounding to bf16 leaves of it
 GROUPS, SLOTS = 2, 3
@@ -46,18 +47,29 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Case(NamedTuple):
-    """A launch: the op whose place is taken, its window, its shape as in ``SHAPES``, and what it fuses."""
+    """A launch: the op whose place is taken, its window, its shape as in ``SHAPES``, and what it fuses.
+
+    ``training`` is what the other side of a joint launch fuses, None where the launch has one side.
+    """
 
     op: Callable[..., Any]
     window: Window
     shape: tuple[int, int, int, int, int]
     fused: tuple[str, ...] = ()
+    training: tuple[str, ...] | None = None
 
     @property
     def title(self) -> str:
         Ci, Co, N, H, W = self.shape
         k, stride, _ = self.window
-        return " ".join([wgmma.KERNELS[self.op][1], f"{k}x{k} s{stride} {Ci}→{Co} @{H}x{W}x{N}", *self.fused])
+        name = wgmma.KERNELS[self.op][1] if self.training is None else wgmma_joint_conv.__name__
+        fused = self.fused if self.training is None else (*self.fused, "|", *self.training)
+        return " ".join([name, f"{k}x{k} s{stride} {Ci}→{Co} @{H}x{W}x{N}", *fused])
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], ...]:
+        """What each side fuses."""
+        return (self.fused,) if self.training is None else (self.fused, self.training)
 
 
 ON_LOAD = ("in_scale", "in_shift", "in_relu")
@@ -76,10 +88,23 @@ FUSIONS: dict[Callable[..., Any], list[tuple[str, ...]]] = {
     ],
     conv_weight_gradient: [(), ON_LOAD, NORM, (*ON_LOAD, *NORM), ("in_scale", "in_shift")],
 }  # fmt: skip
+# The same for the evaluation side and the training side of a joint launch
+JOINT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("bias", "residual", "next_scale", "next_shift", "mask"), (*ON_LOAD, "residual", "center")),
+    (("bias", "relu"), ("center",)), ((*SECOND, "second_bias", "bias"), (*ON_LOAD, "center")),
+    ((*SECOND, "second_bias", "bias"), (*ON_LOAD, *SECOND, "center")),
+]  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
-    """All windows on the first shapes, everything fused on the first, and every other shape with its statistics."""
+    """All windows on the first shapes, everything fused on the first, and every other shape with its statistics.
+
+    Joint launches of every window on the first shape, and of the kernel for few channels on another.
+    """
+    for shape in (SHAPES[0], SHAPES[5]):
+        for window in wgmma.WINDOWS if shape is SHAPES[0] else wgmma.WINDOWS[:2]:
+            for evaluation, training in JOINT:
+                yield Case(grouped_conv, window, shape, evaluation, training)
     for op in wgmma.KERNELS:
         every = FUSIONS[op]
         for i, shape in enumerate(SHAPES):
@@ -90,12 +115,12 @@ def cases() -> Iterator[Case]:
                 yield Case(op, wgmma.WINDOWS[0], shape, fused)
 
 
-def operands(case: Case) -> Arguments:
-    """Random operands of the op, on the CPU: activations and weights in bf16, rows in float32."""
+def operands(case: Case, side: int = 0) -> Arguments:
+    """Random operands of one side of the op, on the CPU: activations and weights in bf16, rows in float32."""
     Ci, Co, N, H, W = case.shape
     k, stride, padding = case.window
     Ho, Wo = (out_size(size, *case.window) for size in (H, W))
-    generator = torch.Generator().manual_seed(0)
+    generator, fused = torch.Generator().manual_seed(side), case.sides[side]
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=generator)
@@ -108,7 +133,7 @@ def operands(case: Case) -> Arguments:
     made: dict[str, Any] = {"norm_z": half(*d.shape), **{name: draw(GROUPS, Co) for name in NORM[1:]}}
     if case.op is conv_weight_gradient:
         made |= {"in_scale": draw(GROUPS, Ci), "in_shift": draw(GROUPS, Ci), "in_relu": True}
-        return (x, d), options | {name: made[name] for name in case.fused}
+        return (x, d), options | {name: made[name] for name in fused}
     index = torch.tensor(INDEX, dtype=torch.int32)
     forward = case.op is grouped_conv
     size, channels = ((Ho, Wo), Co) if forward else ((H, W), Ci)
@@ -127,7 +152,7 @@ def operands(case: Case) -> Arguments:
         "second_weight": half(SLOTS, 1, 32, channels, scale=0.2), "second_bias": draw(SLOTS, channels),
         "second_stride": 2,
     }  # fmt: skip
-    options |= {name: made[name] for name in case.fused}
+    options |= {name: made[name] for name in fused}
     # as the packings have it: (taps, Ci, Co), and for the gradient (taps reversed, Co, Ci)
     weight = half(SLOTS, k * k, *((Ci, Co) if forward else (Co, Ci)), scale=(k * k * Ci) ** -0.5)
     if forward:
@@ -187,19 +212,32 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Worst:
     return found
 
 
-def check(case: Case, device: torch.device) -> str:
-    """What is wrong with the kernel's results, "" where nothing is. Raises InputError where it does not cover them."""
+def launched(case: Case, sides: Sequence[Arguments]) -> list[dict[str, Tensor]]:
+    """The results of every side by the kernel."""
+    if case.training is not None:
+        names = "x", "weight", "weight_index"
+        both = (dict(zip(names, arguments, strict=True)) | options for arguments, options in sides)
+        return [results(found) for found in wgmma_joint_conv(*both)]
     kernel = wgmma.kernel(case.op)
     assert kernel is not None
-    arguments, options = operands(case)
-    expected = results(case.op(*moved(arguments, torch.float64), **moved(options, torch.float64)))
-    there, with_these = moved(arguments, device), moved(options, device)
-    first, second = (results(kernel(*there, **with_these)) for _ in range(2))
-    off = worst(first, expected)
-    if off.error > ALLOWED:
-        return f"{off.name}{list(off.place)} is {off.actual:.6g}, expected {off.expected:.6g}"
-    moving = [name for name, value in first.items() if not torch.equal(value, second[name])]
-    return f"{moving[0]} is not the same twice" if moving else ""
+    return [results(kernel(*arguments, **options)) for arguments, options in sides]
+
+
+def check(case: Case, device: torch.device) -> str:
+    """What is wrong with the kernel's results, "" where nothing is. Raises InputError where it does not cover them."""
+    sides = [operands(case, side) for side in range(len(case.sides))]
+    there = [(moved(arguments, device), moved(options, device)) for arguments, options in sides]
+    first, second = (launched(case, there) for _ in range(2))
+    for side, (arguments, options) in enumerate(sides):
+        whose = f"side {side}: " if side else ""
+        expected = results(case.op(*moved(arguments, torch.float64), **moved(options, torch.float64)))
+        off = worst(first[side], expected)
+        if off.error > ALLOWED:
+            return f"{whose}{off.name}{list(off.place)} is {off.actual:.6g}, expected {off.expected:.6g}"
+        moving = [name for name, value in first[side].items() if not torch.equal(value, second[side][name])]
+        if moving:
+            return f"{whose}{moving[0]} is not the same twice"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,6 +97,28 @@ def test_one_wrong_element_is_named(monkeypatch, capsys, few, number, value):
     assert f"is {value:.6g}, expected " in lines[0]
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_joint_launches_are_proven_on_both_sides(monkeypatch, capsys, side):
+    """Every window, and a kernel of few channels; a fault of either side is named."""
+    joint = [case for case in prove.cases() if case.training is not None]
+    assert {case.window for case in joint} == set(wgmma.WINDOWS)
+    assert {case.shape[:2] for case in joint} == {(64, 64), (16, 16)}
+    right, case = prove.wgmma_joint_conv, joint[-3]
+
+    def wrong(*sides):
+        found = [*right(*sides)]
+        found[side] = found[side]._replace(z=at((-1,) * 5, 50.0)(found[side].z))
+        return found
+
+    monkeypatch.setattr(prove, "cases", lambda: iter([case]))
+    assert outcome(monkeypatch, capsys, itself) == (0, [f"right  {case.title}", "all right"])
+    monkeypatch.setattr(prove, "wgmma_joint_conv", wrong)
+    wrong.__name__ = right.__name__
+    status, lines = outcome(monkeypatch, capsys, itself)
+    assert status == 1
+    assert lines[0].startswith(f"WRONG  {case.title}: {'side 1: ' if side else ''}z[1, 1, 15, 15, 15] is 50, expected ")
+
+
 def test_bits_and_sums_are_looked_at(monkeypatch, capsys, few):
     def flipped(op):
         def kernel(*arguments, **options):
