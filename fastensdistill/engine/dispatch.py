@@ -39,7 +39,7 @@ from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.kernels.wgmma_conv import takes_norm
 from fastensdistill.kernels.wgmma_joint_conv import wgmma_joint_conv
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.nodes import Activation, Conv, Layer, Network, Node, Norm, Pad
+from fastensdistill.network.nodes import Activation, Affine, Conv, Input, Layer, Network, Node, Norm, Pad
 from fastensdistill.network.on_load import NONE, Abilities, Fusions
 
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda", "wgmma")
@@ -207,14 +207,18 @@ class Dispatch:
         """
 
         def abilities(part: Part, node: Conv) -> Abilities:
-            if not takes_residuals(part.network, node):
+            network, source = part.network, node.inputs[0]
+            image = isinstance(network.by_name[source], Input | Affine)  # is float32
+            if image or not takes_residuals(part, node):
                 return NONE
             rows = [self.choice(op, node, arch, dtype) for op in CALLED]
             names = [row.implementation if row and covered(row, node, arch, dtype) else "triton" for row in rows]
             forward, data, weight = (name == "wgmma" for name in names)
             masks = names[1] != "cuda"  # the data gradient takes the ReLU's mask from what BatchNorm read
             window = Window(node.kernel, node.stride, node.padding)
-            normed = takes_norm(node.shape[0], node.in_channels, window, *node.in_shape[1:])
+            # a shortcut of the same input may become a second source of the data gradient
+            channels = max(user.shape[0] for user in network.consumers[source] if isinstance(user, Conv))
+            normed = takes_norm(channels, node.in_channels, window, *node.in_shape[1:])
             return Abilities(forward and weight and masks, data and weight and normed, forward, data)
 
         return abilities
@@ -287,19 +291,23 @@ def covered(row: Choice, node: Node, arch: int, dtype: torch.dtype) -> bool:
     return not kernels.unsupported(node.in_channels, node.shape[0], window, dtype, arch)
 
 
-def takes_residuals(network: Network, node: Conv) -> bool:
+def takes_residuals(part: Part, node: Conv) -> bool:
     """Whether the wgmma kernels take every residual that may be added in a launch of this convolution.
 
-    Its channels are to be multiples of 8, and zero-padded shortcuts of what it reads to have its stride or none.
+    Its channels are to be multiples of 8, and shortcuts of what it reads to have its stride or none: zero-padded ones
+    and, in evaluation mode, 1x1 convolutions, whose gradient may be stored at their stride (``Backward.grid``).
     """
-    sources, inputs = [node.inputs[0]], []
+    network, sources = part.network, [node.inputs[0]]
+    inputs: list[str] = []
     while sources:
         inputs.append(sources.pop())
         source = network.by_name[inputs[-1]]
         sources += source.inputs if isinstance(source, Norm | Activation) else ()
-    pads = [user for name in inputs for user in network.consumers[name] if isinstance(user, Pad)]
+    kinds = Pad if part.training else Pad | Conv
+    users = (user for name in inputs for user in network.consumers[name] if isinstance(user, kinds))
+    shortcuts = [user for user in users if isinstance(user, Pad) or user.kernel == 1]
     eights = all(other.shape[0] % 8 == 0 for other in network.nodes if isinstance(other, Conv))
-    return eights and all(pad.stride in (1, node.stride) for pad in pads)
+    return eights and all(user.stride in (1, node.stride) for user in shortcuts)
 
 
 def decisions(parts: Iterable[Part], arch: int) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastensdistill.engine import dispatch
 from fastensdistill.engine.dispatch import Choice, Dispatch
@@ -163,8 +165,11 @@ def test_teachers_and_branches_share_launches_of_the_wgmma_kernels(monkeypatch):
     assert sum(calls) == sum(bool(x.steps("second")) for x in convolutions) > 0
 
 
-def asked(rows, arch=0, dtype=torch.bfloat16, model=wide, layer="groups.1.1.conv1") -> Abilities:
-    (part,) = plan([trace(model(0), (3, 13, 13))], [Group("S", 0, "S", "parameters")], "forward", 2).parts
+def asked(
+    rows, arch=0, dtype=torch.bfloat16, model=wide, layer="groups.1.1.conv1", image=(3, 13, 13), training=True
+) -> Abilities:
+    group = Group("S", 0, "S", "parameters") if training else Group("T")
+    (part,) = plan([trace(model(0), image)], [group], "forward", 2).parts
     return Dispatch(rows).fusions(arch, dtype)(part, untyped(part.network.by_name[layer]))
 
 
@@ -188,6 +193,56 @@ def test_a_residual_that_the_kernels_refuse_leaves_the_plan_as_it_is():
     """Widths of 4 and 6 channels, and zero-padded shortcuts of another stride than the convolution's beside them."""
     assert asked(ROWS, model=network, layer="groups.0.0.conv1") == NONE
     assert asked(ROWS, model=models.padded, layer="shortcut") == NONE
+
+
+def test_the_image_is_in_float32():
+    """Of as many channels as the kernels take it is none of theirs: the stem's weight gradient is the op's."""
+
+    def many(seed: int):
+        return PreResNet(CLASSES, blocks=(1, 1), in_planes=16, mean=16 * [0.5], std=16 * [0.25])
+
+    assert asked(ROWS, model=many, image=(16, 8, 8), layer="groups.0.0.conv1") == ALL
+    assert asked(ROWS, model=many, image=(16, 8, 8), layer="stem") == NONE
+
+
+class Branching(nn.Module):
+    """A block of few channels whose shortcut of ``wide`` ones reads what its first convolution does, activated.
+
+    A strided shortcut reads the same before the ReLU.
+    """
+
+    def __init__(self, wide: int):
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn2 = nn.Conv2d(16, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.shortcut, self.strided, self.pool = nn.Conv2d(16, wide, 1), nn.Conv2d(16, wide, 1, 2), nn.AvgPool2d(2)
+        self.conv2, self.classifier = nn.Conv2d(64, wide, 3, padding=1), nn.Linear(wide, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x))
+        y = F.relu(x)
+        y = self.conv2(F.relu(self.bn2(self.conv1(y)))) + self.shortcut(y)
+        return self.classifier((self.pool(y) + self.strided(x)).mean((2, 3)))
+
+
+def test_a_second_source_of_many_channels_takes_the_launch_to_the_other_kernel():
+    """Which has no room for z's tile at 8 x 8; the one for few channels, of up to 128 on the other side, has."""
+    options = {"layer": "conv1", "image": (3, 8, 8)}
+    assert untyped(asked)(ROWS, model=lambda seed: Branching(128), **options) == ALL
+    assert not untyped(asked)(ROWS, model=lambda seed: Branching(160), **options).norm_gradient
+
+
+def test_a_strided_gradient_of_a_shortcut_is_refused_at_another_stride():
+    """In evaluation mode, where it is stored at that stride."""
+    options = {"layer": "conv1", "image": (3, 16, 16), "model": lambda seed: Branching(64)}
+    assert untyped(asked)(ROWS, training=True, **options) == ALL
+    assert untyped(asked)(ROWS, training=False, **options) == NONE
+    network = trace(Branching(64), (3, 16, 16))
+    (part,) = plan([network], [Group("T", gradient="input")], "backward", 2, lambda part, node: ALL).parts
+    launch = next(x for x in part.launches if x.op == "conv gradient" and x.node == "conv1")
+    assert [(step.kind, step.stride) for step in launch.epilogue if step.kind in ("second", "add")] == [
+        ("second", 1), ("add", 2),
+    ]  # fmt: skip
 
 
 def test_memory(monkeypatch):
