@@ -246,7 +246,7 @@ def test_a_strided_gradient_of_a_shortcut_is_refused_at_another_stride():
 
 
 def test_memory(monkeypatch):
-    """z stays until the backward pass instead of z, the activated value and its bits."""
+    """z stays until the backward pass instead of it, what is activated and its bits; the teachers' part stays."""
     monkeypatch.setattr(wgmma, "built", lambda op, arch: True)
     step = meta_step("wrn28_1", 2, 2)
     plain = estimate(step, 64)
@@ -254,5 +254,5 @@ def test_memory(monkeypatch):
     on_load = estimate(step, 64)
     before, after = ({p.name: p for p in found.passes} for found in (plain, on_load))
     assert after["distillation, forward"].launches < before["distillation, forward"].launches
-    assert after["distillation, forward"].total < 0.62 * before["distillation, forward"].total
-    assert after["distillation, forward"].peak < 0.7 * before["distillation, forward"].peak
+    assert after["distillation, forward"].total < 0.7 * before["distillation, forward"].total
+    assert after["distillation, forward"].peak < 0.55 * before["distillation, forward"].peak
