@@ -255,7 +255,7 @@ def test_wrn28_4_in_numbers():
     assert count == {
         "perturbation, forward": (29, 26),
         "perturbation, input gradient": (29, 29),
-        "distillation, forward": (107, 77),
+        "distillation, forward": (78, 51),  # 107 and 77 without joint launches
         "distillation, backward": (81, 81),  # 12 gradients of a BatchNorm are small launches now
     }
     backward = untyped(other)["distillation, backward"].parts[0]
