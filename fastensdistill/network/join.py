@@ -43,8 +43,8 @@ class Turn(NamedTuple):
 def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
     """The launches of both parts, each part's in its own order.
 
-    Those of the same op and node are one turn, where the parts are of one network and the op is among ``JOINT``.
-    Before it run what either part has before it, the evaluation part's first.
+    Those of the same op and node are one turn, where the parts are of one network, the op is among ``JOINT`` and they
+    are :func:`alike`. Before it run what either part has before it, the evaluation part's first.
     """
     one, other = list(evaluation.launches), list(training.launches)
     turns: list[Turn] = []
@@ -56,7 +56,8 @@ def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
     while evaluation.network == training.network:
         places = {(launch.op, launch.node): j for j, launch in enumerate(other)}
         pairs = ((i, places.get((launch.op, launch.node))) for i, launch in enumerate(one) if launch.op in JOINT)
-        i, j = next(((i, j) for i, j in pairs if j is not None), (None, None))
+        found = ((i, j) for i, j in pairs if j is not None and alike(one[i], other[j]))
+        i, j = next(found, (None, None))
         if i is None or j is None:
             break
         both_until(i, j)
@@ -64,6 +65,16 @@ def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
         del one[: i + 1], other[: j + 1]
     both_until(len(one), len(other))
     return tuple(turns)
+
+
+def alike(evaluation: Launch, training: Launch) -> bool:
+    """Whether one launch can serve both: of heads, whether both take in the BatchNorm and the ReLU before them.
+
+    A convolution's sides may differ in all that is fused. A head has no BatchNorm in evaluation mode where that is in a
+    convolution's weights.
+    """
+    relus = [[step.kind == "relu" for step in launch.prologue] for launch in (evaluation, training)]
+    return evaluation.op == "conv" or relus[0] == relus[1]
 
 
 def running(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
