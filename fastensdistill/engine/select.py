@@ -11,6 +11,7 @@ from torch import nn
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine import proof
 from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.dispatch import PREDICTED, Dispatch
 from fastensdistill.engine.fused import FusedStep, check_networks
 from fastensdistill.engine.memory import estimate
 from fastensdistill.engine.parallel import alone, anyone, processes
@@ -150,7 +151,8 @@ def fused_step(
         if config.engine == "fused" or processes() > 1:
             raise
         return None, EngineChoice("reference", in_a_line(error))
-    advice = proof.advice(device) or (SLOWER if step.implementations.missing(device_arch(step.rate)) else "")
+    wanted = Dispatch(step.implementations.table, PREDICTED)
+    advice = proof.advice(device) or (SLOWER if wanted.missing(device_arch(step.rate)) else "")
     dtype, peak = str(step.dtype).removeprefix("torch."), expected_peak(step, config.batch_size // processes())
     return step, choice._replace(dtype=dtype, peak=peak, advice=advice)
 
