@@ -88,9 +88,11 @@ def _of_one(device: torch.device, own: dict[str, str], switch: str) -> tuple[str
     major, minor = torch.cuda.get_device_capability(device)
     if not _any_built(10 * major + minor):
         return NOTHING, False
-    if switch:
-        return None if switch == "trusted" else f"{SWITCH}=off", False
+    if switch == "off":
+        return f"{SWITCH}=off", False
     found = remembered(own)
+    if switch == "trusted":
+        return None, found is not None and found.copies
     if found is None:
         found = settle(device)
         remember(own, found)
@@ -188,7 +190,11 @@ def prove(device: torch.device, command: Sequence[str], limit: float = LIMIT, ec
     """
     root = str(Path(fastensdistill.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    try:
+        temporary = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+    except OSError as error:
+        return one_line(f"nowhere to write to: {error.strerror or error}")
+    with temporary as output:
         try:
             process = subprocess.Popen(
                 [*command, "--device", str(device)], env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},

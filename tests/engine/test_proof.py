@@ -67,6 +67,14 @@ def test_whatever_the_other_process_does_comes_down_to_a_line(code, found):
     assert proof.prove(CUDA, ["/no/such/python"]) == "/no/such/python could not be started: No such file or directory"
 
 
+def test_where_there_is_no_folder_for_temporary_files_there_is_no_proof(monkeypatch):
+    def none(*_, **__):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(proof.tempfile, "TemporaryFile", none)
+    assert proof.prove(CUDA, command("")) == "nowhere to write to: No usable temporary directory found"
+
+
 def test_the_command_is_the_one_of_the_kernels(monkeypatch, tmp_path):
     """It is found wherever this process was started."""
     assert proof.COMMAND[1:] == ("-m", prove.__name__)
@@ -117,6 +125,11 @@ def test_where_the_first_layout_is_wrong_the_other_is_kept(monkeypatch, device):
     proof._known.clear()
     assert proof.trouble(device) is None
     assert wgmma.copies(), "it is remembered"
+    wgmma.keep_copies(False)
+    proof._known.clear()
+    monkeypatch.setenv(proof.SWITCH, "trusted")
+    assert proof.trouble(device) is None
+    assert wgmma.copies(), "without a proof, too, where one is known"
 
 
 def test_what_does_not_end_is_not_tried_again(monkeypatch, device):
@@ -223,6 +236,22 @@ def test_engines_are_told(monkeypatch, device):
     assert order == ["prove", "prove", "verify"], "twice, the second time with copies"
     assert "not proven on this device (killed by SIGABRT; again: " in str(made)
     assert "\n" not in str(made)
+
+
+def test_who_has_no_such_kernels_on_a_device_that_could_is_told(monkeypatch, device):
+    monkeypatch.setattr(extension, "serves", lambda name, device: False)
+
+    class Step:
+        implementations, rate, dtype = Dispatch.on(device), torch.zeros(()), torch.bfloat16
+
+    class Config:
+        engine, batch_size = "auto", 8
+
+    choice = EngineChoice("fused", "every layer has a kernel")
+    for arch, advised in ((90, True), (80, False), (0, False)):
+        monkeypatch.setattr(select, "device_arch", lambda x, arch=arch: arch)
+        _, made = untyped(select.fused_step)(Config, choice, device, lambda: {"update": 0.0}, Step)
+        assert str(made).endswith(select.SLOWER) == advised
 
 
 @pytest.fixture(scope="module")
