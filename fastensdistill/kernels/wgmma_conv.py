@@ -197,13 +197,17 @@ def gradient_rows(o: WgmmaGradientOperands, window: Window, multiprocessors: int
     return statistics_rows(len(o.weight_index), shape, sources, channels, window.stride, True, norm, multiprocessors)
 
 
-def wgmma_conv_reference(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
+def reference_in_rows(o: ConvOperands, window: Window, rows: Rows) -> Results:
+    """What ``grouped_conv_reference`` gives, its sums in these rows."""
     z, activated, bits, statistics = grouped_conv_reference(o._replace(center=None), window, "ieee")
     if o.center is not None:
-        rows = conv_rows(o, window, multiprocessors)
         rest = z.to(statistics.dtype) - pick(o.center, o.weight_index)
         statistics = torch.stack([rows.sums(rest), rows.sums(rest.square())], 2)
     return z, activated, bits, statistics
+
+
+def wgmma_conv_reference(o: ConvOperands, window: Window, multiprocessors: int, copies: bool) -> Results:
+    return reference_in_rows(o, window, conv_rows(o, window, multiprocessors))
 
 
 def wgmma_data_gradient_reference(

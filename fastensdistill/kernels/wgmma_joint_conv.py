@@ -9,7 +9,6 @@ launch of as many groups.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
@@ -17,16 +16,20 @@ from fastensdistill.kernels import wgmma
 from fastensdistill.kernels.grouped_conv import (
     ConvOperands,
     ConvOutput,
-    Results,
     conv_operands,
     conv_output,
     conv_results,
-    grouped_conv_reference,
 )
 from fastensdistill.kernels.operands import Window
 from fastensdistill.kernels.ops import define
-from fastensdistill.kernels.reference import pick
-from fastensdistill.kernels.wgmma_conv import Rows, is_narrow, most_channels, statistics_rows, unsupported_conv
+from fastensdistill.kernels.wgmma_conv import (
+    Rows,
+    is_narrow,
+    most_channels,
+    reference_in_rows,
+    statistics_rows,
+    unsupported_conv,
+)
 
 Both = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # results of the evaluation side first
 
@@ -39,19 +42,11 @@ def joint_rows(evaluation: ConvOperands, training: ConvOperands, window: Window,
     return statistics_rows(groups, shape, channels, training.weight.shape[3], 1, False, False, multiprocessors)
 
 
-def _side(o: ConvOperands, window: Window, rows: Rows) -> Results:
-    z, activated, bits, statistics = grouped_conv_reference(o._replace(center=None), window, "ieee")
-    if o.center is not None:
-        rest = z.to(statistics.dtype) - pick(o.center, o.weight_index)
-        statistics = torch.stack([rows.sums(rest), rows.sums(rest.square())], 2)
-    return z, activated, bits, statistics
-
-
 def wgmma_joint_conv_reference(
     evaluation: ConvOperands, training: ConvOperands, window: Window, multiprocessors: int, copies: bool
 ) -> Both:
     rows = joint_rows(evaluation, training, window, multiprocessors)
-    return *_side(evaluation, window, rows), *_side(training, window, rows)
+    return *reference_in_rows(evaluation, window, rows), *reference_in_rows(training, window, rows)
 
 
 def _empty(
