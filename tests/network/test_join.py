@@ -65,13 +65,13 @@ def test_other_architectures_share_nothing():
 
 
 def test_heads_that_take_in_different_things_are_launched_apart():
-    """In evaluation mode BatchNorm is in the convolution's weights, and the ReLU in its launch."""
+    """In evaluation mode BatchNorm is in the weights of the convolution."""
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     net = trace(nn.Sequential(*layers, nn.Linear(8, 10)), (3, 8, 8))
     groups = [*drawn_groups(["T1"], [], lambda name: 0), *branch_groups(2)]
     ((evaluation, training),) = running(plan([net], groups, "forward", 4).parts)
     heads = [next(one for one in part.launches if one.op == "head") for part in (evaluation, training)]
-    assert [len(head.prologue) for head in heads] == [0, 2]
+    assert [len(head.prologue) for head in heads] == [1, 2]
     assert [turn.launch.op for turn in join(evaluation, training) if turn.joint] == ["conv"]
 
 
