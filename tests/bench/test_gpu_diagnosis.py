@@ -16,7 +16,7 @@ from bench.gpu_run.faults import CULPRIT, StandIn, planted
 from bench.gpu_run.launches import check_launches
 from bench.gpu_run.record import Record
 from bench.gpu_run.remedies import NAME, Capture, Halved, Keeper, Remedies, Varied
-from bench.gpu_run.steps import METHODS, check_step
+from bench.gpu_run.steps import COVERED, METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
@@ -350,7 +350,8 @@ def test_remedies_of_the_capture_end_with_their_context():
 
 def test_right_steps_are_right_captured_and_launched(here):
     assert check_step(here)
-    assert [(row["method"], row["ok"]) for row in rows(here, "step")] == [(method, True) for method in METHODS]
+    done = [(row["network"], row["method"], row["ok"]) for row in rows(here, "step")]
+    assert done == [*(("tiny", method, True) for method in METHODS), (COVERED, METHODS[0], True)]
     for row in rows(here, "replay"):
         assert (row["same"], row["twice_same"], row["captured"], row["differs_in"]) == (True, True, True, [])
     count = len(here.record.earlier())
@@ -366,10 +367,12 @@ def test_a_wrong_step_is_seen(here, monkeypatch, fault, wrong, captured):
     monkeypatch.setattr(steps, "METHODS", ("tdiv-sdiv",))
     with planted([fault]):
         assert check_step(here) == (wrong == [])
-    step, replay = rows(here, "step", "replay")
-    assert [row["kind"] for row in (step, replay) if not (row["ok"] if row is step else row["same"])] == wrong
-    assert replay["captured"] == captured
-    assert ("not permitted" in replay["capture_error"]) == (not captured)
+    found = rows(here, "step", "replay")
+    assert [row["network"] for row in found] == ["tiny", "tiny", COVERED, COVERED]
+    for step, replay in (found[:2], found[2:]):
+        assert [row["kind"] for row in (step, replay) if not (row["ok"] if row is step else row["same"])] == wrong
+        assert replay["captured"] == captured
+        assert ("not permitted" in replay["capture_error"]) == (not captured)
 
 
 @pytest.mark.parametrize("check", ["launches", "step", "walk", "captures"])
