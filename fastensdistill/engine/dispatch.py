@@ -39,7 +39,7 @@ from fastensdistill.kernels.vendor_conv import VENDOR
 from fastensdistill.kernels.wgmma_conv import takes_norm
 from fastensdistill.kernels.wgmma_joint_conv import wgmma_joint_conv
 from fastensdistill.network.launch import Launch, Part
-from fastensdistill.network.nodes import Activation, Affine, Conv, Input, Layer, Network, Node, Norm, Pad
+from fastensdistill.network.nodes import Affine, Conv, Input, Layer, Network, Node, Norm, Pad, ReLU
 from fastensdistill.network.on_load import NONE, Abilities, Fusions
 
 IMPLEMENTATIONS = ("triton", "cudnn", "cuda", "wgmma")
@@ -302,7 +302,7 @@ def takes_residuals(part: Part, node: Conv) -> bool:
     while sources:
         inputs.append(sources.pop())
         source = network.by_name[inputs[-1]]
-        sources += source.inputs if isinstance(source, Norm | Activation) else ()
+        sources += source.inputs if isinstance(source, Norm | ReLU) else ()
     kinds = Pad if part.training else Pad | Conv
     users = (user for name in inputs for user in network.consumers[name] if isinstance(user, kinds))
     shortcuts = [user for user in users if isinstance(user, Pad) or user.kernel == 1]

@@ -24,7 +24,7 @@ from fastensdistill.network.launch import (
     statistics,
     waiting,
 )
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Layer, Linear, Node, Norm, Pad, Pool
+from fastensdistill.network.nodes import Add, Affine, Conv, Layer, Linear, Node, Norm, Pad, Pool, ReLU
 from fastensdistill.network.on_load import Fusions, nothing
 
 # What follows an op inside its own launch, in this order; of two "add" one can be used.
@@ -73,7 +73,7 @@ class Backward(Builder):
             self.norm(node, gradient)
         elif isinstance(node, Norm) and self.folded(node):
             self.pass_on(source, Step("add", gradient))
-        elif isinstance(node, Activation):
+        elif isinstance(node, ReLU):
             self.deliver("elementwise gradient", node, source, [gradient], [self.mask(node.name)])
         elif isinstance(node, Norm | Affine):
             self.deliver("elementwise gradient", node, source, [gradient], [Step("scale", node.name)])
@@ -199,7 +199,7 @@ class Backward(Builder):
                     self.unfinished.append(value)
                 break
             producer = self.network.by_name[value]
-            if isinstance(producer, Activation) and "mask" in fusions:
+            if isinstance(producer, ReLU) and "mask" in fusions:
                 steps.append(self.mask(value))
                 fusions = after(fusions, "mask")
             elif isinstance(producer, Affine) or (isinstance(producer, Norm) and not self.part.training):

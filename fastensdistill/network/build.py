@@ -7,7 +7,7 @@ from math import prod
 
 from fastensdistill.errors import InputError
 from fastensdistill.network.launch import Buffer, Launch, Part, Step, grad, statistics
-from fastensdistill.network.nodes import Activation, Affine, Conv, Layer, Linear, Node, Norm, Pool
+from fastensdistill.network.nodes import Affine, Conv, Layer, Linear, Node, Norm, Pool, ReLU
 from fastensdistill.network.on_load import Fusions, find_on_load, nothing
 
 ACTIVATION, FLOAT, BIT, INDEX = 16, 32, 1, 8  # bits per element
@@ -19,7 +19,7 @@ class Head:
 
     linear: Linear
     pool: Pool | None
-    relu: Activation | None
+    relu: ReLU | None
     norm: Norm | None
     source: str
 
@@ -39,7 +39,7 @@ def find_head(part: Part) -> Head:
     node = by_name[linear.inputs[0]]
     if isinstance(node, Pool) and node.is_global and network.sole(node.name):
         pool, node = node, by_name[node.inputs[0]]
-    if isinstance(node, Activation) and network.sole(node.name):
+    if isinstance(node, ReLU) and network.sole(node.name):
         relu, node = node, by_name[node.inputs[0]]
         per_channel = pool is not None or node.shape[1:] == (1, 1)
         if isinstance(node, Norm) and network.sole(node.name) and per_channel and not part.folded(node):

@@ -14,7 +14,7 @@ from fastensdistill.network.launch import (
     statistics,
     sums,
 )
-from fastensdistill.network.nodes import Activation, Add, Layer, Node, Norm, Pad, Pool
+from fastensdistill.network.nodes import Add, Layer, Node, Norm, Pad, Pool, ReLU
 from fastensdistill.network.on_load import Fusions, nothing
 
 # What follows an op inside its own launch, in this order. "next" is a second output, relu(scale_shift(value)), for the
@@ -54,7 +54,7 @@ class Forward(Builder):
                 self.follow("norm", node, reads, [Step("batch_norm", node.name)])
         elif isinstance(node, Norm):
             self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
-        elif isinstance(node, Activation):
+        elif isinstance(node, ReLU):
             self.follow("elementwise", node, [node.inputs[0]], [Step("relu"), *self.bits(node)])
         elif isinstance(node, Add):
             first, second = node.inputs
@@ -131,7 +131,7 @@ class Forward(Builder):
             if residual and "add" in fusions:
                 steps.append(residual)
                 fusions = after(fusions, "add")
-            elif isinstance(user, Activation) and user.name not in self.head.absorbed and "relu" in fusions:
+            elif isinstance(user, ReLU) and user.name not in self.head.absorbed and "relu" in fusions:
                 steps += [Step("relu"), *self.bits(user)]
                 fusions = after(fusions, "relu")
             else:
@@ -150,7 +150,7 @@ class Forward(Builder):
             steps.append(Step("sums", norm.name))
         if self.part.training or masked or "next" not in fusions:
             return steps
-        if isinstance(relu, Activation) and relu.name not in self.head.absorbed:
+        if isinstance(relu, ReLU) and relu.name not in self.head.absorbed:
             self.done.update((norm.name, relu.name))
             steps += [Step("scale_shift", norm.name), Step("relu"), *self.bits(relu)]
             steps.append(Step("store", self.image_buffer(relu.name, relu.name)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 Shape = tuple[int, int, int]
 
@@ -85,6 +86,48 @@ class Conv(Layer):
 
 
 @dataclass(frozen=True)
+class PointConv(Conv):
+    """A linear layer over the channels at every position: a 1x1 convolution with weight (Co, Ci)."""
+
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(Co, Ci)."""
+        return self.shape[0], self.in_shape[0]
+
+
+Pair = tuple[int, int]
+"""Of rows and of columns."""
+
+
+@dataclass(frozen=True)
+class GeneralConv(Layer):
+    """A zero-padded convolution with channel groups, dilation or a rectangular window, (Co, Ci / groups, *kernel).
+
+    Output channel o multiplies the input channels of its group, o // (Co / groups).
+    """
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(Co, Ci / groups, *kernel)."""
+        return self.shape[0], self.in_shape[0] // self.groups, *self.kernel
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is a group of its own."""
+        return self.groups == self.in_shape[0] == self.shape[0]
+
+
+@dataclass(frozen=True)
 class Linear(Layer):
     """Linear layer over all C·H·W values of its input, weight (Co, C·H·W)."""
 
@@ -104,8 +147,59 @@ class Norm(Node):
 
 
 @dataclass(frozen=True)
+class ReLU(Node):
+    """ReLU, whose gradient needs one bit per value."""
+
+
+@dataclass(frozen=True)
 class Activation(Node):
-    """ReLU."""
+    """Another function of each value, whose gradient needs its input: ``kind`` of ``kernels.activation``."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Gate(Node):
+    """An image times one value per channel: inputs are (C, H, W) and (C, 1, 1)."""
+
+
+@dataclass(frozen=True)
+class Dropout(Node):
+    """In training, 0 with probability ``p`` and else divided by 1 − p (unless it is not ``scaled``).
+
+    Drawn for every "value", every "channel" of an image, or every "image" (stochastic depth): ``over``.
+    """
+
+    p: float
+    over: str
+    scaled: bool = True
+
+
+@dataclass(frozen=True)
+class Function(Node):
+    """What PyTorch computes: an ``expression`` over the inputs and over tensors of the module.
+
+    ``layouts`` say what the expression takes each input as, ``layout`` what it returns (``network.expression``).
+    ``trained`` and ``constants`` are the module's parameters and buffers that occur in it, by name, and ``tensors``
+    their shapes, in that order.
+    """
+
+    expression: Any
+    layouts: tuple[str, ...]
+    layout: str
+    trained: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    tensors: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The trained tensors."""
+        return self.trained
+
+
+@dataclass(frozen=True)
+class Logits(Node):
+    """The end of a network that does not end in a linear layer: its (C, 1, 1) input is the logits."""
 
 
 @dataclass(frozen=True)

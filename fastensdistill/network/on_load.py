@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fastensdistill.network.launch import Part
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Input, Network, Norm
+from fastensdistill.network.nodes import Add, Affine, Conv, Input, Network, Norm, ReLU
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def find_on_load(part: Part, fusions: Fusions, absorbed: set[str]) -> OnLoad:
     if part.training:
         for norm in network.norms:
             relu, source = network.sole(norm.name), network.by_name[norm.inputs[0]]
-            if isinstance(relu, Activation) and relu.name not in absorbed and not isinstance(source, Input | Affine):
+            if isinstance(relu, ReLU) and relu.name not in absorbed and not isinstance(source, Input | Affine):
                 readers = network.consumers[relu.name]
                 if readers and all(isinstance(node, Conv) and can[node.name].norm for node in readers):
                     found.norms[relu.name] = norm

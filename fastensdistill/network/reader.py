@@ -15,7 +15,6 @@ from fastensdistill.errors import InputError
 from fastensdistill.models.layers import BatchNorm2d, Normalize, PadShortcut
 from fastensdistill.network.launch import INPUT
 from fastensdistill.network.nodes import (
-    Activation,
     Add,
     Affine,
     Conv,
@@ -26,6 +25,7 @@ from fastensdistill.network.nodes import (
     Norm,
     Pad,
     Pool,
+    ReLU,
     Shape,
 )
 
@@ -216,7 +216,7 @@ class Reader:
     def relu(self, op: fx.Node, name: str, in_place: bool) -> None:
         """A ReLU of whatever shape."""
         source, value, shape = self.source(op)
-        self.put(op, Activation(name, (value,), shape), flat=source in self.flat)
+        self.put(op, ReLU(name, (value,), shape), flat=source in self.flat)
         if in_place:
             self.in_place.append(name)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastensdistill.errors import InputError
 from fastensdistill.models import create_model
 from fastensdistill.models.layers import Normalize
-from fastensdistill.network.nodes import Activation, Add, Affine, Conv, Linear, Norm, Pad, Pool
+from fastensdistill.network.nodes import Add, Affine, Conv, Linear, Norm, Pad, Pool, ReLU
 from fastensdistill.network.trace import trace
 from tests.network import models
 
@@ -48,7 +48,7 @@ def test_multiply_accumulates_of_the_papers_networks(name, million):
 )
 def test_torchvision(name, size, counts):
     network = trace(getattr(torchvision.models, name)(num_classes=10), (3, size, size))
-    kinds = (Conv, Norm, Activation, Add, Pool, Linear)
+    kinds = (Conv, Norm, ReLU, Add, Pool, Linear)
     assert tuple(sum(isinstance(node, kind) for node in network.nodes) for kind in kinds) == counts
     assert network.dropout == (("classifier.2", "classifier.5") if name == "vgg11_bn" else ())
     assert all(node.unbiased for node in network.nodes if isinstance(node, Norm))
@@ -63,20 +63,20 @@ def test_nodes_of_a_network_with_everything():
         (Norm, "bn1", ("a",), (6, 9, 9)),
         (Norm, "bn2", ("a",), (6, 9, 9)),
         (Add, "add", ("bn1", "bn2"), (6, 9, 9)),
-        (Activation, "relu", ("add",), (6, 9, 9)),
+        (ReLU, "relu", ("add",), (6, 9, 9)),
         (Conv, "b", ("relu",), (6, 9, 9)),
         (Add, "add#2", ("b", "add"), (6, 9, 9)),
-        (Activation, "relu#2", ("add#2",), (6, 9, 9)),
+        (ReLU, "relu#2", ("add#2",), (6, 9, 9)),
         (Add, "add#3", ("relu#2", "a"), (6, 9, 9)),
         (Pool, "max_pool2d", ("add#3",), (6, 9, 9)),
         (Norm, "bn3", ("max_pool2d",), (6, 9, 9)),
         (Conv, "c", ("bn3",), (10, 5, 5)),
         (Norm, "bn4", ("c",), (10, 5, 5)),
         (Pool, "avg_pool2d", ("bn4",), (10, 2, 2)),
-        (Activation, "relu#3", ("avg_pool2d",), (10, 2, 2)),
+        (ReLU, "relu#3", ("avg_pool2d",), (10, 2, 2)),
         (Pool, "adaptive_avg_pool2d", ("relu#3",), (10, 3, 3)),
         (Linear, "hidden", ("adaptive_avg_pool2d",), (12, 1, 1)),
-        (Activation, "relu#4", ("hidden",), (12, 1, 1)),
+        (ReLU, "relu#4", ("hidden",), (12, 1, 1)),
         (Linear, "classifier", ("relu#4",), (5, 1, 1)),
     ]
     assert [node.unbiased for node in network.nodes if isinstance(node, Norm)] == [False, True, False, True]
@@ -142,7 +142,7 @@ REFUSED = [
     (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 2)), "a linear layer needs a flattened input"),
     (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm2d(4)), "takes an image, but its input is flattened"),
     (nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(4, 2)), "takes 5 channels, but its input has 3"),
-    (Overwriting(), "module 'relu', operation 'Activation': overwrites in place what 'add' reads afterwards"),
+    (Overwriting(), "module 'relu', operation 'ReLU': overwrites in place what 'add' reads afterwards"),
 ]
 
 
