@@ -6,7 +6,7 @@ Shapes are (C, H, W) of one image; a flattened value keeps the shape it had befo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -167,12 +167,14 @@ class Gate(Node):
 class Dropout(Node):
     """In training, 0 with probability ``p`` and else divided by 1 − p (unless it is not ``scaled``).
 
-    Drawn for every "value", every "channel" of an image, or every "image" (stochastic depth): ``over``.
+    Drawn for every "value", every "channel" of an image, or every "image" (stochastic depth): ``over``. PyTorch draws
+    it in the order of the value's ``layout`` (``network.expression``).
     """
 
     p: float
     over: str
     scaled: bool = True
+    layout: str = "image"
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,19 @@ class Network:
         """The one node that reads ``value``, if there is exactly one."""
         users = self.consumers[value]
         return users[0] if len(users) == 1 and value != self.output else None
+
+    @cached_property
+    def evaluated(self) -> Network:
+        """As in evaluation mode, without Dropout nodes: what read one reads its input. Itself, where there are none."""
+        instead: dict[str, str] = {}
+        nodes = []
+        for node in self.nodes:
+            inputs = tuple(instead.get(name, name) for name in node.inputs)
+            if isinstance(node, Dropout):
+                instead[node.name] = inputs[0]
+            else:
+                nodes.append(node if inputs == node.inputs else replace(node, inputs=inputs))
+        return Network(tuple(nodes), instead.get(self.output, self.output)) if instead else self
 
     @property
     def macs(self) -> int:
