@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # without a GPU the Triton kernels run in Tri
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist asks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a fixture of their module run in one process (``--dist loadgroup``), so that it is made once."""
     for item in items:
