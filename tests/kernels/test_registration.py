@@ -12,6 +12,8 @@ from torch.library import opcheck
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops)
+    activation,
+    activation_gradient,
     augment,
     batch_norm,
     batch_norm_backward,
@@ -78,6 +80,10 @@ CALLS = {
                              values(2, 9, 6, 10), False),
     "conv_weight_gradient, on top": (X, Z, None, None, False, Z, ROW, ROW, ROW, 3, 1, 1, "ieee", values(2, 9, 6, 10),
                                      True),
+    "activation": (Z, "silu", None, None, None),
+    "activation, everything": (Z, "leaky_relu(0.2)", ROW, ROW, Z),
+    "activation_gradient": (Z, Z, "relu6", *NONE3, None, None),
+    "activation_gradient, everything": (Z, Z, "gelu_tanh", ROW, ROW, Z, ROW, ROW),
     "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5, 1.5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
