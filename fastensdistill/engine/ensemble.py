@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.module_pass import ModuleWeights
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
@@ -16,6 +17,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Affine, Network, Norm
 from fastensdistill.network.plan import plan
+from fastensdistill.network.unplanned import Unplanned
 
 State = Mapping[str, Tensor]
 
@@ -80,7 +82,8 @@ class Ensemble:
         for part in plan(networks, self.groups, "forward", 1).parts:
             self.members[part.network] = [int(group.name) for group in part.groups]
             shared = branches if branches and branches.part.network == part.network else None
-            self.weights[part.network] = shared or PackedWeights(part, len(part.groups), dtype, device)
+            kind = ModuleWeights if isinstance(part.network, Unplanned) else PackedWeights
+            self.weights[part.network] = shared or kind(part, len(part.groups), dtype, device)
         # Networks of one architecture run together; put them back into the order they were given in
         order = [i for members in self.members.values() for i in members]
         self.order = torch.tensor(order, device=device).argsort() if order != sorted(order) else None
@@ -89,9 +92,13 @@ class Ensemble:
         """Where network ``number`` is in the packed weights of its architecture."""
         return self.members[self.networks[number]].index(number)
 
-    def write(self, number: int, state: State) -> None:
-        """Pack the weights of network ``number`` from its state dict."""
-        self.weights[self.networks[number]].write(self.slot(number), state)
+    def write(self, number: int, source: nn.Module | State) -> None:
+        """Pack the weights of network ``number``, of its module or state dict; one without a plan needs the module."""
+        weights, slot = self.weights[self.networks[number]], self.slot(number)
+        if isinstance(weights, ModuleWeights):
+            weights.fill(slot, source)
+        else:
+            weights.write(slot, source.state_dict() if isinstance(source, nn.Module) else source)
 
     def plan(self, batch: int) -> None:
         """Take ``batch`` images at a time from now on."""

@@ -40,6 +40,7 @@ from fastensdistill.engine.common import (
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.joint import joint_pass
+from fastensdistill.engine.module_check import check_hooks, planned_or_module
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
@@ -55,6 +56,7 @@ from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import plan
+from fastensdistill.network.unplanned import modules_of
 from fastensdistill.network.unseen import check_unseen, refusing
 
 if TYPE_CHECKING:
@@ -67,23 +69,26 @@ def check_networks(
 ) -> list[Network]:
     """Traced networks of the teachers, in order, and of the student last.
 
-    Of the teachers a gradient with respect to the images is asked only where the ``perturbation`` needs one.
+    A teacher that cannot be planned runs as its own module; ``network.unplanned.modules_of`` says which, and why. Of
+    the teachers a gradient with respect to the images is asked only where the ``perturbation`` needs one.
 
-    Raises InputError for what the engine cannot run, or would run as something else: an operation that cannot be traced
-    or planned, hooks, dropout in the student, a teacher that the student shares weights with.
+    Raises InputError for what the engine cannot run, or would run as something else: an operation of the student that
+    cannot be traced or planned, hooks, dropout in the student, a teacher that can neither be planned nor captured
+    (``engine.module_check``) or that the student shares weights with.
     """
     check_unseen(student)
-    check_unseen(teachers)
+    check_hooks(teachers)
     plain, gradient = plain_student(student), PERTURBATIONS[perturbation].needs_gradient("T")
-    networks = [compared(teacher, shape, gradient=gradient) for teacher in teachers.networks]
+    dtype = next(student.parameters()).dtype
+    networks = [
+        planned_or_module(teacher, shape, f"teacher {m}", gradient=gradient, dtype=dtype)
+        for m, teacher in enumerate(teachers.networks)
+    ]
     networks.append(compared(plain.architecture(), shape, trains=True))
     plan([networks[-1]], plain.training_groups(), "backward", 1)
     FlatParameters.check(plain.trained, networks[-1], plain.ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}
-    dtype = next(student.parameters()).dtype
     for m, teacher in enumerate(teachers.networks):
-        if (found := next(teacher.parameters()).dtype) != dtype:
-            raise InputError(f"teacher {m} is {found}; the fused engine expects {dtype}, as the student is")
         shared = next((trained[p.data_ptr()] for p in teacher.parameters() if p.data_ptr() in trained), None)
         if shared:
             raise InputError(f"the student's parameter {shared!r} is teacher {m}'s too; expected networks of their own")
@@ -134,6 +139,11 @@ class FusedStep(CapturedStep):
         """(channels, H, W) of the images that the networks were traced with."""
         return self.networks[-1].nodes[0].shape
 
+    @property
+    def modules(self) -> dict[int, str]:
+        """Which teachers run as their own modules, and why they are not planned."""
+        return modules_of(self.networks)
+
     @refusing("the fused engine")
     def train_as(self, networks: list[Network]) -> None:
         """Take over the student's parameters; ``networks`` are its teachers' architectures and, last, its own."""
@@ -155,7 +165,7 @@ class FusedStep(CapturedStep):
         self.targets = Ensemble(frozen, self.dtype, self.device, self.execution, branches)
         self.targets.plan(images)
         for m, teacher in enumerate(self.teachers.networks):
-            self.targets.write(m, teacher.state_dict())
+            self.targets.write(m, teacher)
         self.joint = joint_pass(self.targets.passes, self.trained) if self.implementations.joint else None
         lists, self.places = by_architecture(self.perturbation, frozen)
         self.perturbers = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.engine.common import micro_batch_momentum
+from fastensdistill.engine.module_pass import module, module_gradient
 from fastensdistill.engine.op_arguments import (
     find,
     flat,
@@ -304,5 +305,7 @@ OPS: dict[str, Callable[[PartRun, Launch], None]] = {
     "pad gradient": pad_gradient,
     "head": classify,
     "head gradient": classify_gradient,
+    "module": module,
+    "module gradient": module_gradient,
 }
 """By a launch's op."""

@@ -20,28 +20,35 @@ DEPTH = 6  # of containers in one another; deeper ones are not looked into
 PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 
 
-def kept(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+def kept(module: nn.Module, *, plain: bool = False) -> Iterator[tuple[str, Any, bool]]:
     """(path, value, whether a function holds it) of all that ``module`` and its submodules keep in plain attributes.
 
-    A function's own values are those of its closure and its defaults: copying the network does not copy them.
+    A function's own values are those of its closure and its defaults: copying the network does not copy them. Numbers,
+    text and the like are among them only with ``plain``.
     """
     for prefix, owner in module.named_modules():
         start = f"{prefix}." if prefix else ""
         seen: set[int] = set()
         for name, value in list(owner.__dict__.items()):
             if name not in REGISTERED:
-                yield from _inside(f"{start}{name}", value, False, seen, DEPTH)
+                yield from _inside(f"{start}{name}", value, False, seen, DEPTH, plain)
 
 
-def _inside(path: str, value: Any, held: bool, seen: set[int], depth: int) -> Iterator[tuple[str, Any, bool]]:
-    if isinstance(value, PLAIN) or id(value) in seen:
+def _inside(
+    path: str, value: Any, held: bool, seen: set[int], depth: int, plain: bool = False
+) -> Iterator[tuple[str, Any, bool]]:
+    if isinstance(value, PLAIN):
+        if plain:
+            yield path, value, held
+        return
+    if id(value) in seen:
         return
     seen.add(id(value))
     yield path, value, held
     if depth == 0 or isinstance(value, Tensor | nn.Module):
         return
     for name, inner, function in _parts(value):
-        yield from _inside(f"{path}{name}", inner, held or function, seen, depth - 1)
+        yield from _inside(f"{path}{name}", inner, held or function, seen, depth - 1, plain)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:

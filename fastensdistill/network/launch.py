@@ -30,6 +30,7 @@ Their names are made by the functions below and nowhere else:
     mask(RELU)        a bit per value        where the ReLU was open
     index(POOL)       as the value           which value of its window each maximum was
     pooled(LINEAR)    (N, features)          what the last layer multiplies, float32
+    recorded(NODE)    -                      what autograd keeps of a module that is no plan's, per group
     sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
     grad_sums(NORM)   (rows, 2, C)           partial sums of a gradient and of its product with the normalised input
     statistics(NORM)  per set                the batch's mean and 1/std, scale and shift, float32
@@ -70,6 +71,11 @@ def index(pool: str) -> str:
 def pooled(linear: str) -> str:
     """The input of the last layer, after pooling."""
     return f"{linear}.pooled"
+
+
+def recorded(node: str) -> str:
+    """What autograd keeps of a network that runs as its own module."""
+    return f"{node}.recorded"
 
 
 def sums(norm: str) -> str:

@@ -13,6 +13,7 @@ from fastensdistill.network.join import running, turns
 from fastensdistill.network.launch import Group, Launch, Part
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.on_load import Fusions, nothing
+from fastensdistill.network.unplanned import Unplanned, launch_module
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,17 @@ def plan(
         part = Part(name, networks[index], ordered, batch)
         check(part)
         if direction == "forward":
-            Forward(part, fusions)
+            if isinstance(part.network, Unplanned):
+                launch_module(part, direction)
+            else:
+                Forward(part, fusions)
             parts.append(part)
         elif part.gradient:
             backward = replace(part, groups=tuple(g for g in ordered if g.gradient), launches=[], buffers={})
-            Backward(backward, part, fusions)
+            if isinstance(part.network, Unplanned):
+                launch_module(backward, direction)
+            else:
+                Backward(backward, part, fusions)
             parts.append(backward)
     return Plan(tuple(parts))
 
