@@ -28,6 +28,11 @@ def precision_on(config: TrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
+def state_of(module: nn.Module) -> State:
+    """The state dict of ``module``, and its buffers that are not saved in it."""
+    return dict(module.named_buffers(remove_duplicate=False)) | module.state_dict()
+
+
 @contextmanager
 def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""

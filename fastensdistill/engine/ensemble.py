@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.common import ImageShape, state_of
 from fastensdistill.engine.module_pass import ModuleWeights
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution
@@ -98,7 +98,7 @@ class Ensemble:
         if isinstance(weights, ModuleWeights):
             weights.fill(slot, source)
         else:
-            weights.write(slot, source.state_dict() if isinstance(source, nn.Module) else source)
+            weights.write(slot, state_of(source) if isinstance(source, nn.Module) else source)
 
     def plan(self, batch: int) -> None:
         """Take ``batch`` images at a time from now on."""

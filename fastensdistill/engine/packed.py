@@ -1,8 +1,9 @@
 """Weights of one part of a plan as the kernels read them: a slot per network, in the dtype that is multiplied in.
 
-    forward packing      (S, taps, Ci, Co)
+    forward packing      (S, taps, Ci, Co), Ci those of a channel group
     gradient packing     (S, taps reversed, Co, Ci)
     biases, scales …     (S, C), float32
+    tensors              (S, *shape), float32: what PyTorch computes with; integers as they are
 
 In evaluation mode a BatchNorm right behind a convolution is in the convolution's weights already. Slots are written in
 place, so a captured graph that reads them sees the new values. What fills them:
@@ -23,20 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.parameters import FlatParameters, NormWeights, flat_layout
+from fastensdistill.engine.parameters import FlatParameters, NormWeights, flat_layout, function_tensors
 from fastensdistill.kernels.branch_rows import branch_rows
 from fastensdistill.kernels.conv_data_gradient import flip_weight
 from fastensdistill.kernels.operands import accumulator
 from fastensdistill.kernels.pack import pack_weights
 from fastensdistill.network.fold import Parameters, image_scale_shift, layer_weights, norm_scale_shift
 from fastensdistill.network.launch import Part
-from fastensdistill.network.nodes import Affine, Conv, Layer, Node, Norm, Shape
+from fastensdistill.network.nodes import Affine, Layer, Linear, Node, Norm
 
 
 @dataclass
@@ -48,18 +50,20 @@ class LayerWeights:
     bias: Tensor | None  # (S, Co)
 
 
-def pack_layer(weight: Tensor, in_shape: Shape) -> Tensor:
-    """(Co, Ci, k, k) → (taps, Ci, Co); a linear layer's (Co, C·H·W) → (1, H·W·C, Co): channels are innermost here."""
+def pack_layer(weight: Tensor, layer: Layer) -> Tensor:
+    """(Co, Ci, kh, kw) → (taps, Ci, Co); a linear layer's (Co, C·H·W) → (1, H·W·C, Co): channels are innermost here."""
     if weight.dim() == 4:
         return weight.permute(2, 3, 1, 0).flatten(0, 1)
-    return weight.unflatten(1, in_shape).permute(2, 3, 1, 0).reshape(1, -1, len(weight))
+    shape = layer.in_shape if isinstance(layer, Linear) else (layer.in_channels, 1, 1)
+    return weight.unflatten(1, shape).permute(2, 3, 1, 0).reshape(1, -1, len(weight))
 
 
 def unpack_gradient(gradient: Tensor, layer: Layer) -> Tensor:
-    """(G, taps, Ci, Co) → (G, Co, Ci, k, k), or (G, 1, H·W·C, Co) → (G, Co, C·H·W)."""
-    if isinstance(layer, Conv):
-        return gradient.unflatten(1, (layer.kernel, layer.kernel)).permute(0, 4, 3, 1, 2)
-    C, H, W = layer.in_shape
+    """(G, taps, Ci, Co) → (G, Co, Ci, kh, kw), or (G, 1, H·W·C, Co) → (G, Co, C·H·W)."""
+    kernel = layer.weight_shape[2:]
+    if kernel:
+        return gradient.unflatten(1, kernel).permute(0, 4, 3, 1, 2)
+    C, H, W = layer.in_shape if isinstance(layer, Linear) else (layer.in_channels, 1, 1)
     return gradient.view(len(gradient), H, W, C, -1).permute(0, 4, 3, 1, 2).flatten(2)
 
 
@@ -88,7 +92,8 @@ class PackedWeights:
         layers: packings and bias of every convolution and linear layer, by name.
         scale_shift: scale and shift (S, C) of the image's normalisation and, in evaluation mode, of every BatchNorm
             that no convolution's weights contain.
-        values: the memory of all biases, scales and shifts.
+        tensors: the parameters and buffers (S, *shape) that ``Function`` nodes compute with, by name.
+        values: the memory of all biases, scales and shifts, and of these tensors where they are no integers.
         norms: what a BatchNorm in training mode reads and moves.
     """
 
@@ -100,13 +105,18 @@ class PackedWeights:
         scaled += [norm for norm in norms if not (part.training or part.folded(norm))]
         channels = {f"{layer.name}.bias": layer.shape[0] for layer in layers if layer.bias or self.carried[layer.name]}
         channels |= {f"{node.name}.{kind}": node.shape[0] for node in scaled for kind in ("scale", "shift")}
-        sizes = [-(-slots * C // ALIGNMENT) * ALIGNMENT for C in channels.values()]
+        shapes, self.constants = function_tensors(part.network)
+        counts = [*channels.values(), *map(prod, shapes.values())]
+        sizes = [-(-slots * count // ALIGNMENT) * ALIGNMENT for count in counts]
         wide: dict[str, Any] = {"dtype": accumulator(dtype), "device": device}
         self.values = torch.zeros(sum(sizes) + more_values, **wide)
         pieces = self.values.split([*sizes, more_values])[:-1]
-        rows = {
-            name: piece[: slots * C].view(slots, C) for (name, C), piece in zip(channels.items(), pieces, strict=True)
-        }
+        every = [piece[: slots * count].view(slots, count) for count, piece in zip(counts, pieces, strict=True)]
+        rows = dict(zip(channels, every, strict=False))
+        own = zip(shapes.items(), every[len(channels) :], strict=True)
+        self.trained = tuple(shapes)
+        self.tensors: dict[str, Tensor] = {name: row.view(slots, *shape) for (name, shape), row in own}
+        self.slots, self.filled = slots, set[tuple[str, int]]()  # which of the constants have been written
         self.layers: dict[str, LayerWeights] = {}
         for layer in layers:
             forward, gradient = (torch.zeros(slots, *s, dtype=dtype, device=device) for s in packed_shapes(layer))
@@ -123,12 +133,15 @@ class PackedWeights:
             node = self.part.network.by_name[name]
             assert isinstance(node, Layer)
             weight, bias = layer_weights(state, node, self.carried[name])
-            packed = pack_layer(weight, node.in_shape)
+            packed = pack_layer(weight, node)
             layer.forward[slot].copy_(packed)
             layer.gradient[slot].copy_(flip_weight(packed[None])[0])
             if layer.bias is not None and bias is not None:
                 layer.bias[slot].copy_(bias)
         self.write_scale_shift(slot, state)
+        for name in self.trained:
+            self.tensors[name][slot].copy_(state[name])
+        self.write_constants(slot, state)
         for name, norm in self.norms.items():
             for key in ("weight", "bias", "running_mean", "running_var"):
                 getattr(norm, key)[slot % self.part.sets].copy_(state[f"{name}.{key}"])
@@ -142,6 +155,23 @@ class PackedWeights:
                 fold = norm_scale_shift(state, node) if isinstance(node, Norm) else image_scale_shift(state, name)
                 for row, value in zip(rows, fold, strict=True):
                     row[slot].copy_(value)
+
+    @torch.no_grad()
+    def write_constants(self, slot: int, state: Parameters) -> None:
+        """Fill ``slot`` with the buffers that ``Function`` nodes compute with, whose dtypes the first ones decide.
+
+        What ``state`` lacks stays as it is: a state dict is without buffers that are not saved in it, which the first
+        state of a slot has (``common.state_of``).
+        """
+        for name, shape in self.constants.items():
+            if name not in state and (name, slot) in self.filled:
+                continue
+            value = state[name]
+            self.filled.add((name, slot))
+            if name not in self.tensors:
+                dtype = self.values.dtype if value.is_floating_point() else value.dtype
+                self.tensors[name] = torch.zeros(self.slots, *shape, dtype=dtype, device=self.values.device)
+            self.tensors[name][slot].copy_(value)
 
 
 def pack(part: Part, states: Sequence[Parameters], dtype: torch.dtype, device: torch.device | str) -> PackedWeights:
@@ -163,7 +193,8 @@ class TrainedWeights(PackedWeights):
     They are the K branches of a student whose layers have factors, or the copies of a network without. In evaluation
     mode, where factors are what a BatchNorm goes into the weights by, a network without has one branch, of zero
     deviations. Slots before ``first`` are for networks that do not change. What training mode need not pack is the
-    memory of ``parameters`` itself.
+    memory of ``parameters`` itself: ``tensors`` of parameters are (copies, *shape) there, which is one set for all the
+    branches of a student.
     """
 
     def __init__(self, part: Part, parameters: FlatParameters, dtype: torch.dtype, first: int = 0):
@@ -187,8 +218,12 @@ class TrainedWeights(PackedWeights):
                 layer.bias = parameters.view(parameters.values, f"{offsets.name}.bias")
         for norm in parameters.network.norms if part.training else []:
             self.norms[norm.name] = parameters.norm_weights(norm)
+        for name in self.trained if part.training else ():
+            self.tensors[name] = parameters.view(parameters.values, name)
         for slot in range(first, slots):
-            self.write_scale_shift(slot, parameters.buffers[(slot - first) % parameters.copies], Affine)
+            buffers = parameters.buffers[(slot - first) % parameters.copies]
+            self.write_scale_shift(slot, buffers, Affine)
+            self.write_constants(slot, buffers)
         self.deviations = self.packed_deviations = deviations
         self.table: Tensor | None = None
         if deviations is not None:
@@ -225,6 +260,9 @@ class TrainedWeights(PackedWeights):
                 (scale, shift), channels = self.scale_shift[norm.name], parameters.channels(norm)
                 add(scale[first:], scale=channels, parameter=ONE)
                 add(shift[first:], shift=channels)
+        for name in () if self.part.training else self.trained:
+            rows = self.tensors[name][first:].flatten().view(len(deviations), -1)
+            add(rows, parameter=parameters.offsets[name] + torch.arange(rows.shape[1]))
         if packed_deviations is not deviations:  # s'_k − 1 = s_k·scale − 1, and r_k as it is
             add(packed_deviations, deviation=index, scale=scales, parameter=ONE, shift=MINUS_ONE)
         return torch.cat(columns, 1)

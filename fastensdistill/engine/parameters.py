@@ -3,7 +3,8 @@
 The modules' own parameters and running statistics become views of these tensors, so that validation, checkpoints and
 averaging always see the current weights, nothing is ever copied back, and an update is a few launches in all.
 Several copies of one architecture lie side by side, [copies, *shape] per parameter, which is how a launch over groups
-reads them. Order: weight and bias of every layer (that of ``Layout``), BatchNorm scales, BatchNorm shifts.
+reads them. Order: weight and bias of every layer (that of ``Layout``), BatchNorm scales, BatchNorm shifts, then what
+PyTorch computes with (the parameters of ``Function`` nodes), each once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.layout import Layout
-from fastensdistill.network.nodes import Linear, Network, Norm
+from fastensdistill.network.nodes import Function, GeneralConv, Layer, Linear, Network, Norm
 from fastensdistill.network.overlap import common_memory, trained_tensors
 
 View = Callable[[Tensor], Tensor]
@@ -39,22 +40,36 @@ class NormWeights:
 
 def flat_layout(network: Network, slots: int = 1) -> Layout:
     """Where the layers of ``network`` lie, and the packed weights of so many ``slots``."""
+    norms = 2 * sum(norm.shape[0] for norm in network.norms)
     return Layout.build(
         [(layer.name, layer.weight_shape, layer.bias) for layer in network.layers],
-        plain=2 * sum(norm.shape[0] for norm in network.norms),
+        plain=norms + sum(prod(shape) for shape in function_tensors(network)[0].values()),
         slots=slots,
         positions={layer.name: prod(layer.in_shape[1:]) for layer in network.layers if isinstance(layer, Linear)},
+        channel_groups={layer.name: layer.groups for layer in network.layers if isinstance(layer, GeneralConv)},
     )
 
 
+def function_tensors(network: Network) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of the parameters and of the buffers that ``Function`` nodes compute with, by name, each once."""
+    parameters: dict[str, tuple[int, ...]] = {}
+    constants: dict[str, tuple[int, ...]] = {}
+    for node in network.nodes:
+        if isinstance(node, Function):
+            count = len(node.trained)
+            parameters |= zip(node.trained, node.tensors[:count], strict=True)
+            constants |= zip(node.constants, node.tensors[count:], strict=True)
+    return parameters, constants
+
+
 def paths(network: Network, ranked: bool) -> dict[str, str]:
-    """A plain network's parameter names, layers first → the names in the module that is trained."""
+    """A plain network's parameter names, layers first, in the flat order → the names in the module that is trained."""
     inner = ".layer" if ranked else ""
     named = {
         name: f"{layer.name}{inner}.{name.rpartition('.')[2]}" for layer in network.layers for name in layer.parameters
     }
-    names = (f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in network.norms)
-    return named | {name: name for name in names}
+    names = [f"{norm.name}.{kind}" for kind in ("weight", "bias") for norm in network.norms]
+    return named | {name: name for name in (*names, *function_tensors(network)[0])}
 
 
 class FlatParameters:
@@ -86,7 +101,7 @@ class FlatParameters:
         eps = [torch.full((norm.shape[0],), norm.eps, dtype=self.dtype) for norm in network.norms]
         self.eps = torch.cat([*eps, torch.zeros(0, dtype=self.dtype)]).to(self.device)  # per channel
         self.batches = torch.zeros(len(norms), self.copies, dtype=torch.int64, device=self.device)
-        self.buffers = [dict(module.named_buffers()) for module in modules]
+        self.buffers = [dict(module.named_buffers(remove_duplicate=False)) for module in modules]
         for i, module in enumerate(modules):
             self._adopt(i, module)
         # Every parameter, and how to find it in a tensor like ``values`` or like ``deviations``
@@ -116,6 +131,10 @@ class FlatParameters:
         for name in paths(network, ranked).values():
             if name not in parameters:
                 raise InputError(f"{name!r} is no parameter, so it cannot be trained; expected an nn.Parameter")
+        for name in function_tensors(network)[0]:
+            owner = name.rpartition(".")[0]
+            if owner in network.by_name and isinstance(network.by_name[owner], Layer | Norm):
+                raise InputError(f"{name!r} is a layer's and is computed with elsewhere too; expected one of these")
         for norm in (node.name for node in network.nodes if isinstance(node, Norm)):
             if getattr(module.get_submodule(norm), "num_batches_tracked", None) is None:
                 raise InputError(f"BatchNorm {norm!r} counts no batches; expected num_batches_tracked")
@@ -173,7 +192,7 @@ class FlatParameters:
             torch.zeros(K, self.layout.factors, dtype=self.dtype, device=self.device) for _ in range(2)
         )
         for layer in self.layout.layers:
-            for kind, start, n in (("r", layer.r, layer.in_channels), ("s", layer.s, layer.out_channels)):
+            for kind, start, n in (("r", layer.r, layer.inputs), ("s", layer.s, layer.out_channels)):
                 factor = module.get_parameter(f"{layer.name}.delta_{kind}")
                 self.factors[f"{layer.name}.delta_{kind}"] = (start, n)
                 self.factor_views.append((factor, partial(torch.narrow, dim=1, start=start, length=n)))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.engine.common import State
+from fastensdistill.engine.common import State, state_of
 from fastensdistill.engine.parameters import FlatParameters, View
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import BatchEnsemble, Hydra, LatentBE, MultiHead, Single, Student
@@ -81,7 +81,7 @@ class PlainStudent:
 
         Raises InputError for a student that is not made of plain networks which share an architecture.
         """
-        return [self.student.module.state_dict()]
+        return [state_of(self.student.module)]
 
 
 class PlainBranches(PlainStudent):
@@ -98,7 +98,7 @@ class PlainBranches(PlainStudent):
         return average
 
     def states(self) -> list[State]:
-        return list(fold_branches(self.student.module.state_dict(), self.branches))
+        return list(fold_branches(state_of(self.student.module), self.branches))
 
 
 class PlainAverage(PlainBranches):
@@ -109,7 +109,7 @@ class PlainAverage(PlainBranches):
         self.deployed = 1
 
     def states(self) -> list[State]:
-        state = self.student.module.state_dict()
+        state = state_of(self.student.module)
         if self.branches == 1:  # it is its own average
             return super().states()
         for name, value in state.items():

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.common import state_of
 from fastensdistill.engine.packed import pack
 from fastensdistill.engine.parameters import NormWeights
 from fastensdistill.engine.part_run import PartRun
@@ -132,7 +133,7 @@ class _Probe:
 
     def forward(self, images: Tensor, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
         """The copy's logits and what its state was before; refuses random numbers and what is counted in Python."""
-        before = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        before = {name: value.detach().clone() for name, value in state_of(self.module).items()}
         counts, drawn = self._counts(), _drawn(self.device)
         logits = self.module(images)
         for name, value in self._counts().items():

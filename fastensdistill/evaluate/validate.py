@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
-from fastensdistill.engine.common import ImageShape, arithmetic
+from fastensdistill.engine.common import ImageShape, arithmetic, state_of
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble, State, architectures, tensors_read
 from fastensdistill.engine.graph import Captured, Capturing
@@ -54,7 +54,7 @@ class GroupedPredictor(Capturing):
                  capture: bool = True, implementations: Dispatch | None = None):  # fmt: skip
         self.image_shape = tuple(image_shape)
         traced = architectures(networks, image_shape)
-        states = [module.state_dict() for module in networks]
+        states = [state_of(module) for module in networks]
         self.shapes = [
             {name: tuple(state[name].shape) for name in tensors_read(network)}
             for network, state in zip(traced, states, strict=True)
@@ -94,7 +94,7 @@ class GroupedPredictor(Capturing):
         if len(networks) != len(self.shapes):
             raise InputError(f"{len(networks)} networks for a predictor of {len(self.shapes)}: expected as many")
         changed = {i: network for i, network in enumerate(networks) if network is not None}
-        states = {i: net.state_dict() if isinstance(net, nn.Module) else net for i, net in changed.items()}
+        states = {i: state_of(net) if isinstance(net, nn.Module) else net for i, net in changed.items()}
         for i, state in states.items():
             for name, shape in self.shapes[i].items():
                 actual = tuple(state[name].shape) if name in state else "missing"

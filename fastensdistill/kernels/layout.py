@@ -28,20 +28,32 @@ class LayerOffsets(NamedTuple):
     name: str
     weight: int  # offset of W [Co, Ci, taps] in the parameters
     bias: int  # offset of b [Co] in the parameters, or −1
-    r: int  # offset of r [Ci] in a row of the deviations
+    r: int  # offset of r [channel_groups · Ci] in a row of the deviations
     s: int  # offset of s [Co] in a row of the deviations
     packed: int  # offset of the layer's slots in either packing
     out_channels: int  # Co
-    in_channels: int  # Ci, of a linear layer C·H·W
+    in_channels: int  # Ci, of a linear layer C·H·W, of a layer with channel groups those of one
     taps: int  # kh·kw
     positions: int = 1  # H·W of a linear layer over [C, H, W], whose packing has the channels innermost
+    channel_groups: int = 1  # output channel o multiplies the Ci inputs of group o // (Co / channel_groups)
 
     @property
     def weight_size(self) -> int:
         return self.out_channels * self.in_channels * self.taps
 
+    @property
+    def inputs(self) -> int:
+        """Input channels of all groups: how many values r has."""
+        return self.channel_groups * self.in_channels
+
+    @property
+    def group_outputs(self) -> int:
+        """Output channels of one channel group."""
+        return self.out_channels // self.channel_groups
+
 
 FIELDS = len(LayerOffsets._fields) - 1  # integers of a layer, all but its name
+DENSE_FIELDS = FIELDS - 1  # the same but for the channel groups, the last: what the extension's packing knows
 
 
 @dataclass(frozen=True)
@@ -70,21 +82,28 @@ class Layout:
         """The table as the ops take it: ``FIELDS`` integers per layer."""
         return [value for layer in self.layers for value in layer[1:]]
 
+    @cached_property
+    def dense_fields(self) -> list[int]:
+        """``DENSE_FIELDS`` integers per layer, of a layout without channel groups."""
+        return [value for layer in self.layers for value in layer[1:-1]]
+
     @staticmethod
     def build(
         weights: Iterable[tuple[str, Sequence[int], bool]],
         plain: int = 0,
         slots: int = 1,
         positions: Mapping[str, int] | None = None,
+        channel_groups: Mapping[str, int] | None = None,
     ) -> "Layout":
         """Lays the layers out one after the other.
 
         Args:
             weights: per layer its name, the shape of its weight ([Co, Ci, kh, kw], or [Co, Ci] for a linear layer), and
-                whether it has a bias.
+                whether it has a bias. With channel groups, Ci are the input channels of one.
             plain: number of parameters without factors, which follow the layers.
             slots: weights per layer in the packed buffers; K, or more where frozen networks share them.
             positions: H·W of every linear layer over [C, H, W], by name.
+            channel_groups: of every convolution that has several, by name.
 
         Raises:
             InputError: a shape that is not a layer's, or no layers.
@@ -103,12 +122,19 @@ class Layout:
                     f"layer {name!r} of shape {tuple(shape)} is over {P} positions; expected a linear layer "
                     "whose inputs they divide"
                 )
+            n = (channel_groups or {}).get(name, 1)
+            if n < 1 or Co % n or (n > 1 and not kernel):
+                raise InputError(
+                    f"layer {name!r} of shape {tuple(shape)} has {n} channel groups; expected a convolution whose "
+                    "outputs they divide"
+                )
             if slots * count >= OFFSETS:
                 raise InputError(f"layer {name!r} has {slots} x {count} weights; expected less than {OFFSETS}")
             bias = ranked + count if has_bias else -1
-            layers.append(LayerOffsets(name, ranked, bias, factors, factors + Ci, packed, Co, Ci, prod(kernel), P))
+            layer = LayerOffsets(name, ranked, bias, factors, factors + n * Ci, packed, Co, Ci, prod(kernel), P, n)
+            layers.append(layer)
             ranked += count + Co * has_bias
-            factors += Ci + Co
+            factors += layer.inputs + Co
             packed += -(-slots * count // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
         if not layers:
             raise InputError("the layout has no layers; expected at least one")
@@ -139,9 +165,9 @@ class Layout:
         return GradientLayout(tuple(places), at, networks)
 
 
-def layers_of(fields: Sequence[int]) -> list[LayerOffsets]:
-    """The layers behind an op's integers."""
-    return [LayerOffsets("", *fields[at : at + FIELDS]) for at in range(0, len(fields), FIELDS)]
+def layers_of(fields: Sequence[int], width: int = FIELDS) -> list[LayerOffsets]:
+    """The layers behind an op's integers, ``width`` of them each."""
+    return [LayerOffsets("", *fields[at : at + width]) for at in range(0, len(fields), width)]
 
 
 def layer_weight(flat: Tensor, layer: LayerOffsets, copies: int = 1) -> Tensor:
@@ -157,10 +183,12 @@ def layer_bias(flat: Tensor, layer: LayerOffsets, copies: int = 1) -> Tensor:
 
 
 def layer_factors(deviations: Tensor, layer: LayerOffsets) -> tuple[Tensor, Tensor]:
-    """r [K, 1, Ci, 1] and s [K, Co, 1, 1]."""
-    r = 1 + deviations[:, layer.r : layer.r + layer.in_channels]
+    """r [K, 1, Ci, 1], or [K, Co, Ci, 1] with channel groups, and s [K, Co, 1, 1]."""
+    r = 1 + deviations[:, layer.r : layer.r + layer.inputs].unflatten(1, (layer.channel_groups, -1))
     s = 1 + deviations[:, layer.s : layer.s + layer.out_channels]
-    return r[:, None, :, None], s[:, :, None, None]
+    if layer.channel_groups > 1:
+        r = r.repeat_interleave(layer.group_outputs, 1)
+    return r[..., None], s[:, :, None, None]
 
 
 class Order(NamedTuple):

@@ -43,6 +43,7 @@ from fastensdistill.kernels.ops import absent, define
 from fastensdistill.kernels.unfold_tables import (
     FACTOR_COLUMNS,
     FACTOR_TILE,
+    GROUPED_COLUMNS,
     UNFOLD_COLUMNS,
     UNFOLD_TILE,
     partial_count,
@@ -89,12 +90,13 @@ def unfold_gradients_reference(o: UnfoldOperands) -> Tensor:
         r, s = layer_factors(o.deviations, layer)
         layer_weight(o.gradient, layer)[0] = (s * dW_k * r).sum(0)
         product = layer_weight(o.parameters, layer) * dW_k
-        dr, ds = (s * product).sum((1, 3)), (r * product).sum((2, 3))
+        dr = (s * product).unflatten(1, (layer.channel_groups, -1)).sum((2, 4)).flatten(1)
+        ds = (r * product).sum((2, 3))
         if layer.bias >= 0:
             db_k = o.gradients[place.bias : place.bias + K * layer.out_channels].view(K, -1)
             layer_bias(o.gradient, layer)[0] = (s.flatten(1) * db_k).sum(0)
             ds = ds + layer_bias(o.parameters, layer) * db_k
-        factor_gradients[:, layer.r : layer.r + layer.in_channels] = dr
+        factor_gradients[:, layer.r : layer.r + layer.inputs] = dr
         factor_gradients[:, layer.s : layer.s + layer.out_channels] = ds
     return factor_gradients
 
@@ -128,7 +130,7 @@ def sum_tile(p, o_in, o_out, m_in, m_out, in_innermost, splits, s_split, TERMS: 
 def unfold_kernel(
     p_gradients, p_parameters, p_deviations, p_gradient, p_partials, p_table,
     K, factors, partials,
-    COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+    COLUMNS: tl.constexpr, TERMS: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     p_row = p_table + tl.program_id(0) * COLUMNS
@@ -162,6 +164,11 @@ def unfold_kernel(
         tl.store(p_gradient + (K * weight + i_k * size) + o_w, tl.trans(b_d), mask=m_w)
     else:
         o_r = o_j // tl.load(p_row + 9).to(tl.int32)
+        m_r = m_j
+        if GROUPED:  # an output's r are those of its channel group
+            i_group = o_o // tl.load(p_row + 22).to(tl.int32)
+            o_r = o_r[:, None] + (i_group * tl.load(p_row + 23).to(tl.int32))[None, :]
+            m_r = m_j[:, None] & m_o[None, :]
         p_r = p_deviations + tl.load(p_row + 6)
         p_s = p_deviations + tl.load(p_row + 7)
         p_rows = p_partials + tl.load(p_row + 20)
@@ -169,13 +176,18 @@ def unfold_kernel(
         b_w = tl.trans(tl.load(p_parameters + weight + o_w, mask=m_w, other=0.0))
         b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(K):
-            b_r = 1.0 + tl.load(p_r + o_r, mask=m_j, other=0.0)
+            b_r = 1.0 + tl.load(p_r + o_r, mask=m_r, other=0.0)
+            if not GROUPED:
+                b_r = b_r[:, None]
             b_s = 1.0 + tl.load(p_s + o_o, mask=m_o, other=0.0)
             b_d = sum_tile(p_d, o_in, o_out, m_j, m_o, in_innermost, splits, K * share, TERMS)
-            b_sum += b_s[None, :] * b_d * b_r[:, None]
+            b_sum += b_s[None, :] * b_d * b_r
             b_product = b_w * b_d
-            tl.store(p_rows + o_j, tl.sum(b_s[None, :] * b_product, 1), mask=m_j)
-            tl.store(p_columns + o_o, tl.sum(b_r[:, None] * b_product, 0), mask=m_o)
+            if GROUPED:
+                tl.store(p_rows + o_w, tl.trans(b_s[None, :] * b_product), mask=m_w)
+            else:
+                tl.store(p_rows + o_j, tl.sum(b_s[None, :] * b_product, 1), mask=m_j)
+            tl.store(p_columns + o_o, tl.sum(b_r * b_product, 0), mask=m_o)
             p_r += factors
             p_s += factors
             p_d += share
@@ -228,7 +240,7 @@ def _empty(o):
 
 
 def _launch(o):
-    tiles, factors = device_tables(tables, [*o.fields, *o.places], o.parameters.device)
+    tiles, grouped, factors = device_tables(tables, [*o.fields, *o.places], o.parameters.device)
     factor_gradients, K = _empty(o), o.networks
     partials = 0 if o.deviations is None else partial_count(o.fields, o.places)
     shared = {
@@ -239,8 +251,18 @@ def _launch(o):
     }
     several = any(splits > 1 for splits in o.places[Place._fields.index("splits") :: len(Place._fields)])
     terms = TERMS if several else 1  # not by how many there are, which follows from the batch size (``BATCH_SIZES``)
-    grid = (len(tiles), K) if o.deviations is None else (len(tiles),)
-    launch(unfold_kernel, grid, UNFOLD_TILE, o, p_table=tiles, COLUMNS=UNFOLD_COLUMNS, TERMS=terms, **shared)
+    for table, columns in ((tiles, UNFOLD_COLUMNS), (grouped, GROUPED_COLUMNS)):
+        launch(
+            unfold_kernel,
+            (len(table), K) if o.deviations is None else (len(table),),
+            UNFOLD_TILE,
+            o,
+            p_table=table,
+            COLUMNS=columns,
+            TERMS=terms,
+            GROUPED=table is grouped,
+            **shared,
+        )
     if o.deviations is not None:
         launch(
             unfold_factors_kernel,

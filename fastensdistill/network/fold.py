@@ -3,6 +3,8 @@
     conv then BatchNorm:  W' = scale ⊗ W,  b' = scale·b + shift,   scale = γ/√(var + ε),  shift = β − scale·mean
     branch k:             W_k = s_k ⊗ W ⊗ r_k,  b_k = s_k·b                    (docs/method.md, Student)
 
+With channel groups, an output's row of W is multiplied by the r of the inputs of its group.
+
 Parameters are given as in a state dict, name → tensor. A student's rank-one layer at ``path`` holds
 ``path.layer.weight`` (and bias) and the deviations ``path.delta_r`` (K, Ci) and ``path.delta_s`` (K, Co); in a plain
 network it is ``path.weight``.
@@ -47,8 +49,10 @@ def _rows(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _columns(values: Tensor, weight: Tensor) -> Tensor:
-    """(…, Ci) shaped to multiply the input channels of ``weight`` (Co, Ci, …)."""
-    return values[(..., None, slice(None), *[None] * (weight.dim() - 2))]
+    """(Ci,) shaped to multiply the input channels of ``weight`` (Co, Ci, …), or (Co, Ci / groups, …) group by group."""
+    groups = len(values) // weight.shape[1]
+    rows = values.view(groups, -1).repeat_interleave(len(weight) // groups, 0) if groups > 1 else values[None]
+    return rows[(..., *[None] * (weight.dim() - 2))]
 
 
 def _wrapped(name: str, parameters: Parameters) -> tuple[str, str]:

@@ -18,11 +18,20 @@ CASES = {
     "many-layers": (2, 7, [(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), i % 4 == 0) for i in range(12)]),
     "two-tables": (2, 7, [(f"conv{i}", (4, 3, 1, 1), i % 4 == 0) for i in range(70)]),  # of the CUDA packing
 }
+# The same, with channel groups: (…, {name: groups}); Ci of a weight is that of a group
+GROUPED = {
+    "depthwise": (2, 3, [("a", (70, 1, 3, 3), True), ("b", (33, 1, 5, 7), False)], {"a": 70, "b": 33}),  # above 32 taps
+    "multiplier": (3, 0, [("a", (70, 1, 3, 3), True)], {"a": 35}),  # two outputs per input
+    "small-groups": (2, 5, [("a", (48, 4, 3, 3), True), ("b", (45, 3, 1, 1), False)], {"a": 12, "b": 3}),
+    "large-groups": (2, 0, [("a", (80, 35, 3, 1), True), ("b", (132, 40, 1, 1), False)], {"a": 2, "b": 3}),
+    "both": (2, 4, [("stem", (40, 3, 3, 3), False), ("a", (40, 1, 3, 3), True), ("b", (80, 20, 3, 3), False),
+                    ("fc", (5, 80), True)], {"a": 40, "b": 2}),
+}  # fmt: skip
 
 
 def problem(case: str, dtype: torch.dtype, slots: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
-    K, plain, weights = untyped(CASES[case])
-    layout = Layout.build(weights, plain, slots or K)
+    K, plain, weights, *groups = untyped((CASES | GROUPED)[case])
+    layout = Layout.build(weights, plain, slots or K, None, *groups)
     g = torch.Generator().manual_seed(K + plain + layout.size)
 
     def normal(*shape: int) -> Tensor:
@@ -41,10 +50,12 @@ def folded_by_layer(layout: Layout, parameters: Tensor, deviations: Tensor) -> l
     for layer in layout.layers:
         W = parameters[layer.weight : layer.weight + layer.weight_size]
         W = W.view(layer.out_channels, layer.in_channels, layer.taps)
-        r = 1 + deviations[:, layer.r : layer.r + layer.in_channels]
+        n, Ci = layer.channel_groups, layer.in_channels
+        r = 1 + deviations[:, layer.r : layer.r + n * Ci]
+        r = torch.cat([r[:, None, g * Ci : (g + 1) * Ci].expand(-1, layer.out_channels // n, -1) for g in range(n)], 1)
         s = 1 + deviations[:, layer.s : layer.s + layer.out_channels]
         b = None if layer.bias < 0 else s * parameters[layer.bias : layer.bias + layer.out_channels]
-        result.append((s[:, :, None, None] * W * r[:, None, :, None], b))
+        result.append((s[:, :, None, None] * W * r[..., None], b))
     return result
 
 

@@ -85,5 +85,5 @@ def operands(name: str, dtype: torch.dtype, grad: bool) -> tuple:
             0.0,
             1.0,
         ),
-        "pack_rank_one": (parameters, deviations, *packed, LAYOUT.fields, 1),
+        "pack_rank_one": (parameters, deviations, *packed, LAYOUT.dense_fields, 1),
     }[name]

@@ -24,7 +24,7 @@ def test_packing(case, dtype, strided):
     if strided:
         operands = [torch.stack([x, x], -1)[..., 0] for x in operands]
     packed = torch.full_like(expected, torch.nan)
-    actual = emulation.both_ways("pack_rank_one", *operands, packed[0], packed[1], layout.fields, 1)
+    actual = emulation.both_ways("pack_rank_one", *operands, packed[0], packed[1], layout.dense_fields, 1)
     assert torch.equal(torch.stack(actual).view(torch.int16), expected.view(torch.int16))
 
 
@@ -42,7 +42,7 @@ def test_more_taps_than_a_tile_holds_are_not_the_extensions(taps, monkeypatch):
         emulation.call("pack_rank_one", *served[0])
     else:
         with pytest.raises(RuntimeError, match=rf"taps \(at most {pack.EXTENSION_TAPS}\)"):
-            emulation.call("pack_rank_one", *operands, *packed, layout.fields, 0)
+            emulation.call("pack_rank_one", *operands, *packed, layout.dense_fields, 0)
 
 
 def test_a_race_is_seen(monkeypatch):

@@ -18,7 +18,7 @@ from tests.compare import check_close
 from tests.kernels.both import DEVICE, run_kernel, values
 from tests.untyped import untyped
 
-# id: ([(name, weight shape, bias)], {name: positions}) — why
+# id: ([(name, weight shape, bias)], {name: positions}, {name: channel groups}) — why
 NETWORKS = {
     "stem": ([("stem", (16, 3, 3, 3), False)], {}),  # three input channels
     "odd": ([("a", (17, 3, 3, 3), True), ("b", (5, 17, 1, 1), False), ("fc", (7, 5), True)], {}),
@@ -27,6 +27,9 @@ NETWORKS = {
     "even-kernel": ([("patch", (5, 3, 4, 4), True)], {}),
     "flat": ([("conv", (6, 3, 3, 3), False), ("hidden", (10, 6 * 9), True), ("fc", (3, 10), True)],
              {"hidden": 9}),  # a linear layer over 3x3 positions
+    "depthwise": ([("a", (70, 1, 3, 3), True), ("b", (33, 1, 5, 7), False)], {}, {"a": 70, "b": 33}),  # above 32 taps
+    "groups": ([("stem", (6, 3, 3, 3), False), ("a", (70, 3, 3, 2), True), ("b", (66, 17, 1, 1), False),
+                ("double", (8, 1, 3, 3), False)], {}, {"a": 2, "b": 3, "double": 4}),
     "many": ([(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), i % 4 == 0) for i in range(12)], {}),
 }  # fmt: skip
 # id: (networks, spare slots before, spare slots after)
@@ -37,8 +40,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def problem(case: str, K: int, ranked: bool, slots: int, dtype=torch.float32) -> tuple[Layout, Tensor, Any]:
-    weights, positions = untyped(NETWORKS[case])
-    layout = Layout.build(weights, plain=3, slots=slots, positions=positions)
+    weights, *other = untyped(NETWORKS[case])
+    layout = Layout.build(weights, 3, slots, *other)
     copies = 1 if ranked else K
     parameters = values(copies * layout.size).to(dtype)
     return layout, parameters, 0.3 * values(K, layout.factors, seed=1).to(dtype) if ranked else None
@@ -54,8 +57,10 @@ def expected(layout: Layout, parameters: Tensor, deviations: Tensor | None, K: i
             at = copies * layer.weight + (k * layer.weight_size if copies > 1 else 0)
             W = parameters[at : at + layer.weight_size].view(Co, J, layer.taps)
             if deviations is not None:
-                r, s = 1 + deviations[k, layer.r : layer.r + J], 1 + deviations[k, layer.s : layer.s + Co]
-                W = s[:, None, None] * W * r[:, None]
+                n = layer.channel_groups
+                r, s = 1 + deviations[k, layer.r : layer.r + n * J], 1 + deviations[k, layer.s : layer.s + Co]
+                r = torch.stack([r[o * n // Co * J : (o * n // Co + 1) * J] for o in range(Co)])
+                W = s[:, None, None] * W * r[:, :, None]
             W = W.to(dtype)
             start = layer.packed + (first + k) * layer.weight_size
             slot = slice(start, start + layer.weight_size)
@@ -142,7 +147,7 @@ def test_branches_of_a_student_as_their_own_op():
     layout, parameters, deviations = problem("tiles", 3, True, 4)
     one, other = ([torch.zeros(layout.packed_size, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
     untyped(pack_weights)(parameters, deviations, layout, *one, first_slot=1)
-    torch.ops.fastensdistill.pack_rank_one(parameters, deviations, *other, layout.fields, 1)
+    torch.ops.fastensdistill.pack_rank_one(parameters, deviations, *other, layout.dense_fields, 1)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
 

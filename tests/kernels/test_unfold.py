@@ -20,7 +20,7 @@ from tests.kernels.both import DEVICE, run_kernel
 from tests.untyped import present, untyped
 
 POSITIONS = {"fc": 6}  # of the linear layer of the one case that these lack
-CASES = [*(case for case in layouts.CASES if case != "two-tables"), "positions"]
+CASES = [*(case for case in layouts.CASES if case != "two-tables"), "positions", *layouts.GROUPED]
 
 
 def problem(case: str, dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor]]:
