@@ -45,8 +45,12 @@ def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """For a forward pass in plain PyTorch: products in bfloat16 where ``config.precision`` says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(config, device) == "bf16")
+    """For a forward pass in plain PyTorch: products in bfloat16 where ``config.precision`` says so.
+
+    Without autocast's cache of weights: inside of a caller's own autocast it would outlive an update.
+    """
+    enabled = precision_on(config, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def arithmetic(config: TrainConfig, network: nn.Module) -> tuple[torch.dtype, str]:

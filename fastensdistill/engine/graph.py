@@ -25,6 +25,8 @@ _abandoned: list[torch.cuda.CUDAGraph] = []
 
 def gathered(results: Results) -> Tensor:
     """A step's scalars, or its rows of them, in one tensor, which a replay hands out as one copy."""
+    if not results:
+        return torch.empty(0)
     return torch.stack([value.float() for value in results.values()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig
 from fastensdistill.engine.common import State
@@ -37,7 +37,18 @@ def sgd(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of every group: ``rate`` times the group's ``lr_scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        value = rate * group["lr_scale"]
+        group["lr"] = group["lr"].fill_(value) if isinstance(group["lr"], Tensor) else value
+
+
+def rates_on_device(optimizer: torch.optim.SGD, device: torch.device) -> None:
+    """From now on groups read their rates from tensors that stay: the fused update does, without a host.
+
+    On a GPU it takes them in float32, which is how it multiplies.
+    """
+    for group in optimizer.param_groups:
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        group["lr"] = torch.tensor(group["lr"], dtype=dtype, device=device)
 
 
 def momentum_state(optimizer: torch.optim.SGD) -> State:
@@ -55,6 +66,25 @@ def load_momentum_state(optimizer: torch.optim.SGD, state: State) -> None:
         if f"momentum.{i}" in state:
             # In the parameter's own memory layout: the fused optimiser walks both as they lie in memory.
             optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
+
+
+def complete_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every parameter that may be stepped its momentum, zero, which is what the first step takes it to be."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and "momentum_buffer" not in optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def copy_momentum(optimizer: torch.optim.SGD, state: State, prefix: str = "") -> None:
+    """As :func:`load_momentum_state`, into the memory where the momentum lies, zero where ``state`` has none."""
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        name = f"{prefix}momentum.{i}"
+        if name in state and "momentum_buffer" not in optimizer.state[p]:  # frozen meanwhile
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p)
+        if "momentum_buffer" in optimizer.state[p]:
+            buffer = optimizer.state[p]["momentum_buffer"]
+            buffer.copy_(state[name]) if name in state else buffer.zero_()
 
 
 def average_gradients(network: nn.Module) -> None:

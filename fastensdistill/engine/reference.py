@@ -147,19 +147,34 @@ class TeachStep:
         return self([loader.next() for loader in loaders])
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Scalars:
-        if len(batches) != len(self.networks):
-            raise InputError(f"{len(batches)} batches for {len(self.networks)} networks: expected as many")
+        self.check(batches)
+        losses = self.updated(batches)
+        self.first.over = True
+        return {"loss": losses}
+
+    def check(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Raise InputError for other than a batch for each network."""
+        self.check_count(batches, "batches")
         for images, labels in batches:
             check_images(images, self.dtype)
             check_labels(labels, len(images))
             check_micro_batches(len(images), self.config.micro_batches)
             self.first.see(images)
-        losses = [
-            update(network, optimizer, batch, self.config, partial(self.losses, m))[0]
-            for m, (network, optimizer, batch) in enumerate(zip(self.networks, self.optimizers, batches, strict=True))
-        ]
-        self.first.over = True
-        return {"loss": torch.stack(losses)}
+
+    def check_count(self, sources: Sequence[object], kind: str) -> None:
+        """Raise InputError for other than one of ``sources`` for each network."""
+        if len(sources) != len(self.networks):
+            raise InputError(f"{len(sources)} {kind} for {len(self.networks)} networks: expected as many")
+
+    def updated(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Every network's update on its own batch; the losses (M,)."""
+        every = zip(self.networks, self.optimizers, batches, strict=True)
+        return torch.stack(
+            [
+                update(network, optimizer, batch, self.config, partial(self.losses, m))[0]
+                for m, (network, optimizer, batch) in enumerate(every)
+            ]
+        )
 
     def losses(self, m: int, images: Tensor, labels: Tensor) -> list[Tensor]:
         """The loss of network m on a micro-batch."""

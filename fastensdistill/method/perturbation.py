@@ -160,7 +160,12 @@ class Perturbation:
 
     def __call__(self, x: Tensor, teachers: Members, student: nn.Module, micro_batches: int = 1) -> Perturbed:
         """``x`` perturbed as one batch: one choice for all images, taken in slices after one another."""
-        number = self.choose()
+        return self.by_choice(self.choose(), x, teachers, student, micro_batches)
+
+    def by_choice(
+        self, number: int, x: Tensor, teachers: Members, student: nn.Module, micro_batches: int = 1
+    ) -> Perturbed:
+        """The same for the choice that :meth:`choose` gave."""
         pair = self.pairs[number] if self.pairs else None
         found = [self.perturb(images, teachers, student, pair) for images in x.chunk(micro_batches)]
         return found[0] if len(found) == 1 else joined(found)
