@@ -27,6 +27,10 @@ except ImportError:  # a platform without Triton: the kernels stay plain functio
         def jit(function: Any = None, **options: Any) -> Any:
             return function or (lambda function: function)
 
+        @staticmethod
+        def constexpr_function(function: Any) -> Any:
+            return function
+
     triton = tl = _Absent()
 
 HAS_TRITON = hasattr(triton, "__version__")

@@ -175,9 +175,9 @@ def check_positive(name: str, value: float) -> None:
         raise InputError(f"{name} is {value}; expected a number above 0")
 
 
-def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     """Positions along one side after a convolution or pooling."""
-    return (size + 2 * padding - kernel) // stride + 1
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 class Window(NamedTuple):
@@ -190,3 +190,62 @@ class Window(NamedTuple):
     def sizes(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the result of an input (G, N, H, W, C)."""
         return out_size(x.shape[2], *self), out_size(x.shape[3], *self)
+
+
+class Rectangle(NamedTuple):
+    """A window with sides, strides, padding and dilation of its own for rows and for columns.
+
+    Position p of the result reads positions p · stride − padding + tap · dilation of the input.
+    """
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+
+    @property
+    def taps(self) -> int:
+        """Positions of the input that one of the result is made of."""
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Rows and columns of taps; stride, padding and dilation alike."""
+        return self.kernel_h, self.kernel_w
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return self.stride_h, self.stride_w
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return self.padding_h, self.padding_w
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return self.dilation_h, self.dilation_w
+
+    def sizes(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the result of an input of that size."""
+        return out_size(height, *self[::2]), out_size(width, *self[1::2])
+
+
+def rectangle(
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Rectangle:
+    """The window of these pairs, of rows and of columns. Raises InputError for what is no window."""
+    least = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
+    for (name, low), pair in zip(least.items(), (kernel, stride, padding, dilation), strict=True):
+        if not (len(pair) == 2 and min(pair) >= low):
+            raise InputError(f"{name} is {tuple(pair)}, expected a pair of at least {low}")
+    return Rectangle(*kernel, *stride, *padding, *dilation)

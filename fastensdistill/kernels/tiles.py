@@ -233,3 +233,36 @@ def rows_tile(channels: int) -> Tile:
     """Tile of an elementwise pass over (positions, channels): 16-byte accesses along the channels."""
     width = min(64, max(8, _power(channels)))
     return Tile(4096 // width, width, 0, 4, 1, "32 values a thread")
+
+
+# Channels of a depthwise program → what its position arithmetic adds to its work, beside 64 channels: the addresses
+# and masks of a position serve 8, 4 or 2 threads of 8 channels
+_DEPTHWISE_WIDTHS = {64: 1.0, 32: 1.05, 16: 1.15}
+_STRIP_VALUES = 1024  # columns x channels of a strip: 8 channels a thread, 16 bytes a load, times up to 8 rows of sums
+
+
+def depthwise_width(channels: int) -> int:
+    """Channels of a program: of 64, 32 and 16 what wastes least of its lanes and addresses; 72 channels are 5 x 16."""
+    return min(_DEPTHWISE_WIDTHS, key=lambda width: -(-channels // width) * width * _DEPTHWISE_WIDTHS[width])
+
+
+def strip_height(height: int, step: int, halo: int, most: int = 8) -> int:
+    """Rows of results that one program computes of a column: with so many, the fewest rows are read in all.
+
+    A strip reads ``step`` rows for each of its own and ``halo`` more: a 3x3 window 10 rows for 8 instead of 24.
+    """
+    powers = [rows for rows in (8, 4, 2, 1) if rows <= most]
+    return min(powers, key=lambda rows: -(-height // rows) * (rows * step + max(0, halo)))
+
+
+def depthwise_tile(arch: int, channels: int, height: int, step: int, halo: int, itemsize: int = 2) -> Tile:
+    """Tile of a depthwise convolution or its data gradient: columns x channels x rows (BLOCK_K) of a strip."""
+    channels, height = int(channels), int(height)
+    if arch == 0:
+        rows = strip_height(height, step, halo, 4)
+        tile = Tile(32, 16, rows, 4, 1, "interpreter: small, so that tests cross tile borders")
+    else:
+        width = depthwise_width(channels)
+        reason = "8 values a thread of a row, 64 sums at most: neighbouring taps come out of registers and L1"
+        tile = Tile(_STRIP_VALUES // width, width, strip_height(height, step, halo), 4, 1, reason)
+    return _chosen("depthwise", arch, (channels, height, step, halo, itemsize), tile)

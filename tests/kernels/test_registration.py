@@ -20,6 +20,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     branch_rows,
     conv_data_gradient,
     conv_weight_gradient,
+    depthwise_conv,
     elementwise_gradient,
     grouped_conv,
     head,
@@ -66,6 +67,7 @@ def _joint():
     return (*sides[0], *sides[1], 3, 1, 1, "ieee")
 
 
+SQUARE, X6 = (3, 3, 1, 1, 1, 1, 1, 1), torch.ones(1, 6)
 NO_EPILOGUE = elementwise_gradient.GradientEpilogue()
 CALLS = {
     "grouped_conv": _conv(),
@@ -84,6 +86,8 @@ CALLS = {
     "activation, everything": (Z, "leaky_relu(0.2)", ROW, ROW, Z),
     "activation_gradient": (Z, Z, "relu6", *NONE3, None, None),
     "activation_gradient, everything": (Z, Z, "gelu_tanh", ROW, ROW, Z, ROW, ROW),
+    "depthwise_conv": (*depthwise_conv.DepthwiseOperands(X, W[..., :1, :6].contiguous(), SLOTS), *SQUARE),
+    "depthwise_conv, everything": (X[:1], W[..., :1, :6].contiguous(), SLOTS, X6, X6, 3, 3, 2, 1, 1, 2, 1, 2),
     "batch_norm_statistics": (PARTIALS, 60, ROW, ROW.clone(), ROW.clone(), ROW.clone(), 0.1, 1e-5, 1.5),
     "batch_norm_apply": (Z, ROW, ROW, None, 1, True, False),
     "batch_norm_apply, everything": (Z, ROW, ROW, X, 1, True, True),
