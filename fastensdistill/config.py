@@ -20,12 +20,21 @@ from fastensdistill.settings import Settings, setting
 
 ENGINES = ("auto", "reference", "fused")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+FLOAT16 = ("fp16", "float16", "half", "f16", "16", "fp16-mixed", "16-mixed", "amp")  # what others call it
 
 
 def check_device_name(name: str) -> None:
     """Raise InputError for what is no name of a device that a run can be on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"device {name!r}: expected auto, cpu, or cuda, which may have a number (cuda:1)")
+
+
+def check_precision(name: str) -> None:
+    """Raise InputError, with the reason, for a name of float16."""
+    if name.lower() in FLOAT16:
+        raise InputError(f"precision {name!r}: float16 gradients of the loss underflow unless they are scaled, which "
+                         "bf16 (on GPUs of compute capability 8.0 and up) does without; expected auto, fp32, tf32 or "
+                         "bf16")  # fmt: skip
 
 
 @dataclass
@@ -54,7 +63,7 @@ class TrainConfig(Settings):
     """Pixels by which training images are moved at random, zeros behind them. Unset: an eighth of their size."""
     device: str = setting("auto", check=check_device_name)
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
-    precision: str = setting("auto", choices=PRECISIONS)
+    precision: str = setting("auto", choices=PRECISIONS, check=check_precision)
     """fp32, tf32 (float32 multiplied on tensor cores; the fused engine's, as PyTorch sets its own), or bf16: bfloat16
     activations and products with float32 weights and statistics. auto is bf16 on GPUs that multiply it, else fp32."""
     micro_batches: int = setting(1, least=1)

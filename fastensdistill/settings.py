@@ -130,10 +130,10 @@ class Setting:
             value = _CONVERTERS[self.kind](item, where is not None)
             if value is None or not self._in_range(value):
                 raise self.refusal(item if where else whole, where)
-            if self.choices is not None and value not in self.choices:
-                raise unknown("value" if where else self.name.replace("_", " "), value, self.choices)
             if self.check is not None:
                 self.check(value)
+            if self.choices is not None and value not in self.choices:
+                raise unknown("value" if where else self.name.replace("_", " "), value, self.choices)
         except (TypeError, ValueError, ArithmeticError):
             raise self.refusal(item if where else whole, where) from None
         except InputError as error:

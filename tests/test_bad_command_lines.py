@@ -19,6 +19,7 @@ from fastensdistill.cli import main
 # What stands in the folder that they run in. DATA is an .npz file without faults.
 FILES = {
     "fraction.yaml": "epochs: 2.7",
+    "half.yaml": "precision: fp16",
     "twice.yaml": "epochs: 1\nseed: 3\nepochs: 2",
     "twice_in_a_line.yaml": "{epochs: 1, epochs: 2}",
     "nothing.yaml": "epochs:",
@@ -117,7 +118,9 @@ BAD = [
     ("teach --members 1000000", "--members: expected a whole number from 1 to 1,000"),
     ("teach --micro-batches 3", "batch_size=128 in micro_batches=3"),
     ("teach --engine fuse", "--engine: unknown value 'fuse'; did you mean 'fused'"),
-    ("teach --precision fp16", "--precision: unknown value 'fp16'"),
+    ("teach --precision fp16", "--precision: precision 'fp16': float16 gradients of the loss underflow"),
+    ("distill --precision Half", "expected auto, fp32, tf32 or bf16"),
+    ("teach --precision float32", "--precision: unknown value 'float32'"),
     ("teach --precision tf32 --device cpu", "precision='tf32'"),
     ("teach --device gpu", "device 'gpu'"),
     ("teach --device mps", "device 'mps'"),
@@ -215,6 +218,7 @@ BAD = [
     ("teach --config DATA", "DATA: is not YAML"),
     ("teach --config twice.yaml --config null.yaml", "--config: given twice"),
     ("teach --config fraction.yaml", "fraction.yaml: epochs: expected a whole number from 1 to 1,000,000, got 2.7"),
+    ("teach --config half.yaml", "half.yaml: precision: precision 'fp16': float16 gradients of the loss underflow"),
     ("teach --config=fraction.yaml", "fraction.yaml: epochs"),
     ("teach --config twice.yaml", "twice.yaml: 'epochs' stands twice, in lines 1 and 3"),
     ("teach --config twice_in_a_line.yaml", "'epochs' stands twice"),
