@@ -16,6 +16,8 @@ from fastensdistill.method.modes import set_mode, without_weight_gradients
 from fastensdistill.method.student import Single, Student
 from fastensdistill.models.wrappers import unwrap
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class Teachers(nn.Module):
     """M frozen networks, in evaluation mode for good. ``teachers(x, members=[a, b])`` evaluates only those.
@@ -26,6 +28,8 @@ class Teachers(nn.Module):
     may be trained on, and stay in their mode and on their device. The copies keep ``requires_grad`` too, so that a
     student can be made of one, but no gradient reaches their parameters, and ``train()`` leaves them in evaluation
     mode. ``copy=False`` takes the networks themselves, which nobody else uses then.
+    What is held is float32 where float16 or bfloat16 was given, value for value; ``notes`` has a line for each such
+    network.
 
     Raises InputError for what is no such sequence, and for a network or its equal twice: equal teachers do not
     disagree, and there is nothing to learn from them that one does not teach.
@@ -40,6 +44,7 @@ class Teachers(nn.Module):
             raise InputError("no teachers given: expected at least one network")
         check_distinct(given, "teachers", equal=True)
         held = [copy_network(network, name=f"teacher {i}") for i, network in enumerate(given)] if copy else given
+        self.notes = [note for i, network in enumerate(held) for note in _widened(network, f"teacher {i}")]
         for network in held:
             set_mode(network, False)
         self.networks = nn.ModuleList(held)
@@ -121,6 +126,16 @@ def _network(index: int, network: Any) -> nn.Module:
     if isinstance(network, Teachers | nn.ModuleList | nn.ModuleDict):
         raise InputError(f"teacher {index} is a {type(network).__name__}: expected one network")
     return network
+
+
+def _widened(network: nn.Module, name: str) -> list[str]:
+    """Make parameters and buffers of half precision float32, in place; what to say of that, a line or none."""
+    tensors = [t for own in (network.parameters(), network.buffers()) for t in own if t.is_floating_point()]
+    dtypes = dict.fromkeys(str(t.dtype) for t in tensors)
+    if not any(t.dtype in HALF for t in tensors):
+        return []
+    network._apply(lambda t: t.float() if t.dtype in HALF else t)  # one way to do it: .to() would narrow float64
+    return [f"{name} ({type(network).__name__}) is of {' and '.join(dtypes)}: a copy of it in torch.float32 is used"]
 
 
 def _same_parameters(one: nn.Module, other: nn.Module) -> bool:

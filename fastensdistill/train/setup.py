@@ -67,7 +67,9 @@ def ready_teachers(
     teachers: Any, config: DistillConfig, device: torch.device, shape: ImageShape, classes: int
 ) -> tuple[Teachers, list[str]]:
     """Copies of the teachers in float32 on the device, and what to say of them. InputError for any that do not fit."""
-    own, notes = Teachers(teachers.networks) if isinstance(teachers, Teachers) else checked_teachers(teachers), []
+    given = checked_teachers(teachers)
+    own = Teachers(given.networks) if given is teachers else given
+    notes = list(given.notes)
     ascended = config.perturbation if PERTURBATIONS[config.perturbation].needs_gradient("T") else ""
     for i, network in enumerate(own.networks):
         name = f"teacher {i}"
