@@ -8,49 +8,54 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.engine.common import ImageShape, state_of
+from fastensdistill.engine.module_check import planned_or_module
 from fastensdistill.engine.module_pass import ModuleWeights
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.passes import Pass
-from fastensdistill.engine.probe import compared
 from fastensdistill.errors import InputError
+from fastensdistill.method.calls import device_of, dtype_of
 from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Affine, Network, Norm
 from fastensdistill.network.plan import plan
-from fastensdistill.network.unplanned import Unplanned
+from fastensdistill.network.unplanned import Unplanned, modules_of
 
 State = Mapping[str, Tensor]
 
 
 def architectures(networks: Sequence[nn.Module], shape: ImageShape) -> list[Network]:
-    """The traced architecture of each network, as it is in evaluation mode.
+    """The traced architecture of each network, as it is in evaluation mode; of one that has no plan, its module's.
 
-    Raises InputError, naming the network, for one that cannot be traced or planned, or that has another device or
-    number of classes than the first.
+    Raises InputError, naming the network, where none can be planned, for one that can neither be planned nor captured
+    as a module, and for one that has another device or number of classes than the first.
     """
     if not networks:
         raise InputError("no networks given: expected at least one")
     found: dict[int, Network] = {}
     for i, network in enumerate(networks):
-        if id(network) in found:
-            continue
-        try:
-            found[id(network)] = compared(network, shape, gradient=False)
-            plan([found[id(network)]], [Group("")], "forward", 1)
-        except InputError as error:
-            raise InputError(f"network {i}: {error}") from error
-        pair = network, networks[0]
-        classes, expected = (net.by_name[net.output].shape[0] for net in (found[id(module)] for module in pair))
+        if id(network) not in found:
+            found[id(network)] = planned_or_module(network, shape, f"network {i}", gradient=False, apart=True)
+    traced = [found[id(network)] for network in networks]
+    modules = modules_of(traced)
+    if len(modules) == len(traced):
+        raise InputError(f"network 0: {modules[0]}")
+    first = next(i for i in range(len(traced)) if i not in modules)
+    for i, own in enumerate(traced):
+        classes, expected = (net.by_name[net.output].shape[0] for net in (own, traced[first]))
         if classes != expected:
-            raise InputError(f"network {i} gives {classes} classes; expected {expected}, as network 0 does")
-        (device, dtype), first = ((p.device, p.dtype) for p in (next(module.parameters()) for module in pair))
-        if (device, dtype) != first:
-            raise InputError(f"network {i} is {dtype} on {device}; expected {first[1]} on {first[0]}, as network 0 is")
-    return [found[id(network)] for network in networks]
+            raise InputError(f"network {i} gives {classes} classes; expected {expected}, as network {first} does")
+        (device, dtype), like = ((device_of(m), dtype_of(m)) for m in (networks[i], networks[first]))
+        if device != like[0] or (dtype != like[1] and i not in modules):
+            raise InputError(
+                f"network {i} is {dtype} on {device}; expected {like[1]} on {like[0]}, as network {first} is"
+            )
+    return traced
 
 
-def tensors_read(network: Network) -> list[str]:
-    """The names of the tensors in a state dict that an evaluation of ``network`` reads."""
+def tensors_read(network: Network, state: State) -> list[str]:
+    """The names of the tensors in ``state``, a state dict, that an evaluation of ``network`` reads."""
+    if isinstance(network, Unplanned):
+        return [name for name, value in state.items() if isinstance(value, Tensor)]
     names = [name for node in network.nodes for name in node.parameters]
     kinds = {Norm: ("running_mean", "running_var"), Affine: ("mean", "std")}
     return names + [f"{node.name}.{kind}" for node in network.nodes for kind in kinds.get(type(node), ())]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fastensdistill.engine.common import precision_on
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.meta import AsOnGPU, meta_step
+from fastensdistill.engine.module_pass import ModuleWeights
 from fastensdistill.engine.parallel import alone
 from fastensdistill.engine.part_run import Buffers
 from fastensdistill.engine.teach import FusedTeachStep
@@ -53,10 +54,14 @@ class PassMemory:
 
 @dataclass
 class Estimate:
-    """Bytes that stay for the whole run, by what they are, and the passes of a step."""
+    """Bytes that stay for the whole run, by what they are, and the passes of a step.
+
+    ``uncounted`` says of which modules only the logits count: they do not run on the meta device, and why.
+    """
 
     fixed: dict[str, int]
     passes: list[PassMemory]
+    uncounted: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -149,7 +154,13 @@ def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
                 twin.body()
     last = PassMemory("un-fold and update", launches=1)
     last.note("un-fold", "", live.take_peak())
-    return Estimate(stays(twin), [*found.values(), last])
+    return Estimate(stays(twin), [*found.values(), last], uncounted(twin))
+
+
+def uncounted(step: FusedStep | FusedTeachStep) -> list[str]:
+    """What modules of ``step``, which has run on the meta device, have raised there."""
+    weights = step.targets.weights.values() if isinstance(step, FusedStep) else ()
+    return [one.uncounted for one in weights if isinstance(one, ModuleWeights) and one.uncounted]
 
 
 def stays(step: FusedStep | FusedTeachStep) -> dict[str, int]:
@@ -191,6 +202,7 @@ def report(title: str, found: Estimate, launches: bool = False) -> list[str]:
         one = f"  {p.name:30} {p.launches:8} {p.buffers:8} {p.total / 2**20:9.1f} {p.peak / 2**20:9.1f}  {p.at}"
         lines.append(one)
         lines += [f"    {op:22} {layer:30} {live / 2**20:9.1f} MiB live" for op, layer, live in p.rows if launches]
+    lines += [f"  not counted but for its logits: {why}" for why in found.uncounted]
     stay, most = sum(found.fixed.values()), max(p.peak for p in found.passes)
     count = sum(p.launches for p in found.passes)
     lines.append(f"  {count} launches; {stay / 2**20:.0f} MiB stay + {most / 2**20:.0f} MiB at most = "

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.host_reads import HostReads
 from fastensdistill.engine.module_pass import frozen_copy
 from fastensdistill.engine.probe import compared
 from fastensdistill.errors import InputError
 from fastensdistill.method.calls import call, device_of, dtype_of, remember
 from fastensdistill.method.computed_weights import HOOKS as COMPUTING
 from fastensdistill.method.references import PLAIN, kept
+from fastensdistill.network.launch import Group
 from fastensdistill.network.nodes import Network
+from fastensdistill.network.plan import plan
 from fastensdistill.network.unplanned import unplanned
 from fastensdistill.network.unseen import HOOKS, generators_kept, refusing
 
@@ -39,40 +42,43 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 
 
 def planned_or_module(
-    module: nn.Module, shape: ImageShape, name: str, *, gradient: bool, dtype: torch.dtype
-) -> Network:
+    module: nn.Module, shape: ImageShape, name: str, *, gradient: bool, dtype: torch.dtype | None = None,
+    apart: bool = False,
+) -> Network:  # fmt: skip
     """``module`` as it is planned or, where it cannot be, as a module; it is only evaluated.
 
     Args:
         shape: of an image, (C, H, W).
         name: what errors call it.
         gradient: whether the gradient of the image is needed.
-        dtype: of the weights that are packed with its own.
+        dtype: of the weights that are packed with its own, if that is known.
+        apart: whether an image's logits have to be the same whatever other images it comes with.
 
     Raises InputError where neither is possible, with both reasons.
     """
     try:
         network = compared(module, shape, gradient=gradient)
-        if (found := dtype_of(module, dtype)) != dtype:
+        plan([network], [Group("")], "forward", 1)
+        if dtype and (found := dtype_of(module, dtype)) != dtype:
             raise InputError(f"{type(module).__name__}: is {found}, not {dtype}, as the student is")
         return network
     except InputError as error:
         reason = str(error)
     try:
-        classes = check_module(module, shape, name, gradient=gradient)
+        classes = check_module(module, shape, name, gradient=gradient, apart=apart)
     except InputError as error:
         raise InputError(f"{name}: {reason}; nor can it be captured as a module: {error}") from error
     return unplanned(shape, classes, name, reason)
 
 
-def check_module(module: nn.Module, shape: ImageShape, name: str, *, gradient: bool) -> int:
+def check_module(module: nn.Module, shape: ImageShape, name: str, *, gradient: bool, apart: bool = False) -> int:
     """How many classes ``module`` has. Raises InputError for what does not survive the capture of a step."""
     check_hooks(module)
     for path, value, _ in kept(module):
         if isinstance(value, GENERATORS):
             raise InputError(f"its {path!r} is a generator, which no graph draws from")
     with refusing("it cannot be tried"), generators_kept(module), torch.inference_mode(False), torch.no_grad():
-        return _Trial(module, shape, name).run(gradient)
+        return _Trial(module, shape, name).run(gradient, apart)
 
 
 def check_hooks(module: nn.Module) -> None:
@@ -105,7 +111,7 @@ class _Trial:
             raise InputError("it draws random numbers from a generator that no graph draws from")
         return logits
 
-    def run(self, gradient: bool) -> int:
+    def run(self, gradient: bool, apart: bool) -> int:
         registered = _tensors(self.own)
         first = self.logits(self.own, self.images)  # what it sets up at its first call, it may
         if first.dim() != 2 or len(first) != IMAGES:
@@ -120,21 +126,31 @@ class _Trial:
         other = frozen_copy(self.module)
         self.logits(other, self.others)
         for logits in (second, self.logits(other, self.images)):
-            if not torch.allclose(first, logits, 0, TOLERANCE * float(first.abs().max()), equal_nan=True):
+            if not self.close(first, logits):
                 raise InputError("its logits depend on what it was called with before")
-        with torch.set_grad_enabled(gradient):
-            self.watched(gradient)
+        if apart and not self.close(first[:2], self.logits(self.own, self.images[:2])):
+            raise InputError("an image's logits depend on the images that it comes with")
+        reads = HostReads({type(self.module).__name__: self.own}, self.device)
+        with torch.set_grad_enabled(gradient), torch.autograd.set_multithreading_enabled(False), reads:
+            self.once_more(gradient)
+        if reads.found:
+            raise InputError(reads.found[0])
         return first.shape[1]
 
-    def watched(self, gradient: bool) -> None:
-        """Once more, looking at every operation and, with ``gradient``, through autograd to the images."""
+    def once_more(self, gradient: bool) -> None:
+        """Forward and, with ``gradient``, back to the images."""
         x = self.images.clone().requires_grad_(gradient)
-        logits = self.logits(self.own, x)
+        logits = call(self.own, x, self.name)
         if not gradient:
             return
         found = torch.autograd.grad(logits.sum(), [x], allow_unused=True)[0] if logits.requires_grad else None
         if found is None:
             raise InputError("it gives no gradient of the images (no_grad, detach or argmax in its forward)")
+
+    @staticmethod
+    def close(one: Tensor, other: Tensor) -> bool:
+        """But for rounding."""
+        return torch.allclose(one, other, 0, TOLERANCE * float(one.abs().max()), equal_nan=True)
 
     def same(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         for path in dict.fromkeys([*before, *after]):

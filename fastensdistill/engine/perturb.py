@@ -64,6 +64,8 @@ class FusedPerturbation:
         fusions = teachers.execution.fusions
         forward, backward = (plan(networks, groups, way, batch, fusions).parts for way in ("forward", "backward"))
         gradient = {part.network: part for part in backward}
+        # Those without one first, as the reference engine draws, and before what the others keep for their gradient
+        forward = tuple(sorted(forward, key=lambda part: part.network in gradient))
         self.passes: list[tuple[Pass, Tensor]] = []  # with the slots of their groups (choices, G)
         for part in forward:
             weights = teachers.weights.get(part.network) or branches  # those of a teacher's architecture hold both

@@ -26,6 +26,7 @@ from fastensdistill.evaluate.predict import predict
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.unplanned import Unplanned
 
 Networks = Callable[[], Sequence[nn.Module]]
 MOST_IMAGES = 500  # of a batch, unless told otherwise
@@ -40,7 +41,7 @@ class GroupedPredictor(Capturing):
 
     Args:
         image_shape: (channels, H, W).
-        precision: as in ``TrainConfig``; all but bf16 compute in the dtype of the first network.
+        precision: as in ``TrainConfig``; all but bf16 compute in the dtype of the first network that is planned.
         capture: a batch is one CUDA graph on a CUDA device; its memory is held as long as this object lives.
             ``captured`` and ``capture_error`` as of a ``FusedStep``.
         implementations: what computes each convolution (``engine.dispatch``).
@@ -56,12 +57,13 @@ class GroupedPredictor(Capturing):
         traced = architectures(networks, image_shape)
         states = [state_of(module) for module in networks]
         self.shapes = [
-            {name: tuple(state[name].shape) for name in tensors_read(network)}
+            {name: tuple(state[name].shape) for name in tensors_read(network, state)}
             for network, state in zip(traced, states, strict=True)
         ]
-        like = next(networks[0].parameters())
+        planned = next(i for i, network in enumerate(traced) if not isinstance(network, Unplanned))
+        like = next(networks[planned].parameters())
         self.device, self.image_dtype = like.device, like.dtype
-        dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[0])
+        dtype, multiplied = arithmetic(TrainConfig(precision=precision), networks[planned])
         chosen = implementations or Dispatch.on(self.device)
         fusions = chosen.fusions(device_arch(like), dtype)
         execution = Execution(multiplied, chosen, fusions=fusions)
@@ -100,8 +102,8 @@ class GroupedPredictor(Capturing):
                 actual = tuple(state[name].shape) if name in state else "missing"
                 if actual != shape:
                     raise InputError(f"network {i}: {name!r} is {actual}; expected {shape}, as at first")
-        for i, state in states.items():
-            self.ensemble.write(i, state)
+        for i, network in changed.items():
+            self.ensemble.write(i, network)
 
     @torch.no_grad()
     def __call__(self, images: EvaluationSet, batch_size: int | None = None) -> Tensor:

@@ -198,8 +198,8 @@ class Gated(nn.Module):
 
 
 def test_what_cannot_be_planned_goes_through_pytorch():
-    networks, split = [network(0), Gated().double()], images()
-    with pytest.raises(InputError, match=r"network 1: .*sigmoid"):
+    networks, split = [Gated().double(), Gated().double()], images()
+    with pytest.raises(InputError, match=r"network 0: .*sigmoid"):
         GroupedPredictor(networks, SHAPE)
     evaluator = Evaluator("fused", SHAPE)
     assert torch.equal(evaluator.networks(networks, split), one_by_one(networks, split))
