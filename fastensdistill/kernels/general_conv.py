@@ -42,7 +42,9 @@ class GeneralWindow(NamedTuple):
         return self.kernel[0] * self.kernel[1]
 
     def sizes(self, height: int, width: int) -> Pair:
-        """Rows and columns of the result of an input of so many."""
+        """Rows and columns of the result of an input of so many. Raises InputError for sizes that no window has."""
+        if min(*self.kernel, *self.stride, *self.dilation, self.channel_groups) < 1 or min(self.padding) < 0:
+            raise InputError(f"{self} has a size below 1 or a padding below 0")
         rows, columns = (
             out_size(size, dilation * (kernel - 1) + 1, stride, padding)
             for size, kernel, stride, padding, dilation in zip((height, width), *self[:4], strict=True)
@@ -51,13 +53,12 @@ class GeneralWindow(NamedTuple):
 
     def check(self, x: tuple[int, ...], d: tuple[int, ...], taps: int, in_channels: int) -> None:
         """Raise InputError unless images of shape ``x`` give some of ``d``, by weights of so many channels a group."""
-        if min(*self.kernel, *self.stride, *self.dilation, self.channel_groups) < 1 or min(self.padding) < 0:
-            raise InputError(f"{self} has a size below 1 or a padding below 0")
+        size = self.sizes(*x[1:3])
         if taps != self.taps or x[3] != self.channel_groups * in_channels or d[3] % self.channel_groups:
             raise InputError(
                 f"weights of {taps} taps from {in_channels} to {d[3]} channels do not fit {x[3]} channels and {self}"
             )
-        if d[0] != x[0] or d[1:3] != self.sizes(*x[1:3]):
+        if d[0] != x[0] or d[1:3] != size:
             raise InputError(f"images {x[:3]} do not give {d[:3]} by {self}")
 
 

@@ -1,4 +1,4 @@
-"""Un-fold: from the gradients of K branches' ordinary layers to those of W, b, r and s, all layers in two launches.
+"""Un-fold: from the gradients of K branches' ordinary layers to those of W, b, r and s, all dense layers in two launches.
 
     dW = Σ_k s_k ⊗ dW_k ⊗ r_k       dr_k[i] = Σ_{o,t} s_k[o] · W · dW_k
     db = Σ_k s_k · db_k             ds_k[o] = Σ_{i,t} r_k[i] · W · dW_k + b[o] · db_k[o]
@@ -7,6 +7,8 @@ The gradients dW_k come as the kernels of the weight gradients leave them: parti
 that ``layout.Order`` defines, and db_k as [K, Co]. A linear layer over [C, H, W] has its inputs position by position,
 channels innermost. dW leaves in the order of the parameters, [Co, Ci, taps]. Plain networks, K copies without factors,
 have their gradients summed and reordered alone.
+With channel groups, r_k[i] stands for the r of the i-th input of the group that output o is in, and dr_k is summed over
+the outputs of one group.
 
 The first launch reads every gradient once: a program owns 32 output channels by 32 values of a row of W, which are
 neighbours there or, where Ci is innermost, input channels at one tap. It reads 32 runs of 32 channels, 128 bytes, of
@@ -14,6 +16,7 @@ each partial result, 8 of these at once, and adds them one after the other, ((p�
 the branches, turns the tile and writes 32 runs along W. (Input channels at one tap lie 36 bytes apart there. The
 programs of the 9 taps are neighbours, so that L2 makes whole lines of what they write, once for all that they read.) It
 leaves its sums over rows and over columns; the second launch adds those up, in a fixed order, and does the biases.
+Tiles of small channel groups have a launch of their own between these two (``unfold_tables``).
 Nothing is added atomically, so two runs agree bit for bit. WRN-28-4 with K = 4: 94 MB of gradients a split and 23 MB of
 weights read, 23 MB written, in runs of 128 bytes each, and 12 MB of partial sums.
 """
@@ -46,6 +49,7 @@ from fastensdistill.kernels.unfold_tables import (
     GROUPED_COLUMNS,
     UNFOLD_COLUMNS,
     UNFOLD_TILE,
+    across_groups,
     partial_count,
     places_of,
     tables,
@@ -249,9 +253,12 @@ def _launch(o):
         "factors": 0 if o.deviations is None else o.deviations.shape[1],
         "partials": partials,
     }
-    several = any(splits > 1 for splits in o.places[Place._fields.index("splits") :: len(Place._fields)])
-    terms = TERMS if several else 1  # not by how many there are, which follows from the batch size (``BATCH_SIZES``)
+    splits = {False: 1, True: 1}  # at most: of the layers of the one launch and of the other
+    for layer, place in zip(layers_of(o.fields), places_of(o.places), strict=True):
+        splits[across_groups(layer)] = max(splits[across_groups(layer)], place.splits)
     for table, columns in ((tiles, UNFOLD_COLUMNS), (grouped, GROUPED_COLUMNS)):
+        # not by how many there are, which follows from the batch size (``BATCH_SIZES``)
+        terms = TERMS if splits[table is grouped] > 1 else 1
         launch(
             unfold_kernel,
             (len(table), K) if o.deviations is None else (len(table),),
