@@ -1,4 +1,4 @@
-"""Un-fold: from the gradients of K branches' ordinary layers to those of W, b, r and s, all dense layers in two launches.
+"""Un-fold: from the gradients of K branches' ordinary layers to W, b, r and s, all dense layers in two launches.
 
     dW = Σ_k s_k ⊗ dW_k ⊗ r_k       dr_k[i] = Σ_{o,t} s_k[o] · W · dW_k
     db = Σ_k s_k · db_k             ds_k[o] = Σ_{i,t} r_k[i] · W · dW_k + b[o] · db_k[o]

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from fastensdistill.errors import InputError, unknown
-from fastensdistill.network.nodes import Conv, Network, Node, Norm
+from fastensdistill.network.nodes import Conv, GeneralConv, Network, Node, Norm
 
 INPUT = "input"  # the image: a node and a buffer
 
@@ -238,7 +238,7 @@ class Part:
         if not isinstance(node, Norm) or self.training:
             return False
         source = node.inputs[0]
-        return isinstance(self.network.by_name[source], Conv) and self.network.sole(source) is node
+        return isinstance(self.network.by_name[source], Conv | GeneralConv) and self.network.sole(source) is node
 
 
 def after(fusions: tuple[str, ...], kind: str) -> tuple[str, ...]:

@@ -6,14 +6,12 @@ from math import prod
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import TrainedWeights, pack
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.kernels.branch_rows import branch_rows_kernel
-from fastensdistill.kernels.launch import record_launches
 from fastensdistill.kernels.pack import pack_kernel
 from fastensdistill.kernels.sgd import sgd_kernel
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_kernel
@@ -22,6 +20,7 @@ from fastensdistill.network.plan import plan, teach_groups
 from fastensdistill.network.trace import trace
 from tests.compare import check_close
 from tests.engine.cases import batch, packed, packed_for_evaluation, setting, teach_setting, update
+from tests.engine.launched import launched
 from tests.kernels import layouts
 from tests.network.models import Odd, moved
 from tests.untyped import present
@@ -119,29 +118,6 @@ def test_copies_are_packed_as_frozen_networks_are():
         for key in ("forward", "gradient", "bias"):
             if getattr(layer, key) is not None:
                 assert torch.equal(getattr(mine, key), getattr(layer, key)), (name, key)
-
-
-class Kernels(TorchDispatchMode):
-    """Names of what would be launched beside the recorded kernels: everything but views and empty memory."""
-
-    FREE = ("view", "detach", "slice", "select", "unbind", "empty", "expand", "split", "as_strided", "new_empty")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and name not in self.FREE:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def launched(body) -> tuple[list[object], list[str]]:
-    body()  # tables are built by the first call
-    with torch.no_grad(), record_launches() as launches, Kernels() as kernels:
-        body()
-    return [launch.kernel for launch in launches], kernels.seen
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

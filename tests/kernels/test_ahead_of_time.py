@@ -73,6 +73,12 @@ with launch.record_launches() as launches:
     norm = [torch.empty(3) for _ in range(3)]
     rows = torch.zeros(5, 300, dtype=torch.int64)
     branch_rows.branch_rows(torch.empty(300), rows, flat, factors, *norm, table.ranked)
+    table = layout.Layout.build([("conv", (70, 1, 5, 5), True)], slots=4, channel_groups={"conv": 70})
+    flat, factors = torch.empty(table.size), torch.empty(K, table.factors)
+    pack.pack_weights(flat, factors, table, *torch.empty(2, table.packed_size, dtype=torch.bfloat16))
+    memory = table.gradients(K)
+    unfold.unfold_gradients(torch.empty(memory.size), memory, flat, factors, table, flat.clone())
+    del launches[-1]  # of the factors, as above
 print(json.dumps([compile_launch(launch, arch) for arch in (80, 90, 100) for launch in launches]))
 """
 
@@ -82,7 +88,7 @@ def test_kernels_over_all_parameters():
     done = _python("-c", PARAMETERS)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 3 * 11
+    assert len(rows) == 3 * 13
     assert {row["arch"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert failures(row, 0) == [], row

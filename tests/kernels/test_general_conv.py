@@ -1,4 +1,4 @@
-"""Convolutions with channel groups, dilation and rectangular windows against autograd of PyTorch's, network by network."""
+"""Convolutions with channel groups, dilation and rectangular windows against autograd, network by network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.conv_data_gradient import flip_weight
@@ -50,8 +49,7 @@ def test_all_three_are_pytorchs_own(case, monkeypatch):
     shared = CASES[case][7]
     images = torch.randn(1 if shared else 2, N, weight.shape[2] * layer.groups, H, W, dtype=torch.float64)
     leaves = [images.expand(2, -1, -1, -1, -1).clone().requires_grad_(), weight[INDEX].requires_grad_()]
-    window = layer.layer.stride, layer.layer.padding, layer.layer.dilation, layer.groups
-    y = torch.stack([F.conv2d(*pair, b, *window) for *pair, b in zip(*leaves, present(bias)[INDEX], strict=True)])
+    y = torch.stack([layer.apply_weight(w, b, x) for x, w, b in zip(*leaves, present(bias)[INDEX], strict=True)])
     grad_y = torch.randn_like(y)
     dx, dw = torch.autograd.grad(y, leaves, grad_y)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -68,7 +66,8 @@ def test_all_three_are_pytorchs_own(case, monkeypatch):
         finally:
             torch.use_deterministic_algorithms(False)
         assert (z.dtype, back.dtype, gradient.dtype) == (dtype, dtype, wide)
-        assert z.is_contiguous() and back.is_contiguous()
+        assert z.is_contiguous()
+        assert back.is_contiguous()
         check_close("z", z.permute(0, 1, 4, 2, 3), y, tolerance)
         check_close("d", back.permute(0, 1, 4, 2, 3), dx, tolerance)
         wanted = dw.permute(0, 3, 4, 2, 1).flatten(1, 2)
@@ -101,7 +100,7 @@ def test_an_image_in_float32_and_its_gradient():
 
 
 def test_shapes_without_memory():
-    layer, options = branches("three groups")
+    _, options = branches("three groups")
     x, d, index = (torch.empty(shape, device="meta") for shape in ((2, N, H, W, 9), (2, N, 4, 11, 6), (2,)))
     weight, index = torch.empty(3, 6, 3, 6, device="meta"), index.int()
     assert general_conv(x, weight, index, bias=torch.empty(3, 6, device="meta"), **options).z.shape == d.shape
@@ -110,7 +109,12 @@ def test_shapes_without_memory():
     assert general_weight_gradient(x, d, **options).shape == (2, 6, 3, 6)
 
 
-X, D, V, INDICES = torch.zeros(2, N, H, W, 6), torch.zeros(2, N, 5, 7, 4), torch.zeros(3, 9, 3, 4), torch.arange(2).int()
+X, D, V, INDICES = (
+    torch.zeros(2, N, H, W, 6),
+    torch.zeros(2, N, 5, 7, 4),
+    torch.zeros(3, 9, 3, 4),
+    torch.arange(2).int(),
+)
 OPTIONS: Any = {"kernel": (3, 3), "channel_groups": 2}
 FLIPPED = V.transpose(2, 3).contiguous()
 
