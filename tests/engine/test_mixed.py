@@ -10,12 +10,14 @@ from torch.nn.utils import parametrizations
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.memory import estimate, report
+from fastensdistill.engine.graph_nodes import GraphNodes
+from fastensdistill.engine.memory import estimate, on_meta, report
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.verify import verify_distillation
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor
+from fastensdistill.kernels.tiles import assume_arch
 from tests.compare import check_close
 from tests.engine import unplanned
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps
@@ -219,6 +221,19 @@ def test_memory_counts_modules_or_says_that_it_does_not():
     of_no_module = next(p for p in not_counted.passes if p.name == perturbing.name)
     assert max(size for op, _, size in of_no_module.rows if op == "module") < of_module
     assert any("not counted but for its logits: teacher 2: no values" in line for line in report("", not_counted))
+
+
+def test_nodes_of_modules_count():
+    """In every graph the target's forward pass; and in those of pairs that it is drawn in, one more, or both ways."""
+    student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=mixed(0))
+    twin, found = on_meta(FusedStep(student, teachers, config, image_shape=SHAPE)), []
+    with torch.no_grad(), assume_arch(90):
+        twin.build((4, *SHAPE))
+        for _ in twin.variants():
+            with GraphNodes() as nodes:
+                twin.body()
+            found.append((nodes.pytorch["sin"], nodes.pytorch["cos"]))
+    assert sorted(found) == [(1, 0), (2, 0), (2, 1)]
 
 
 def evaluated(count: int = 7) -> EvaluationSet:

@@ -14,6 +14,7 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, Everything, batch, setting, teach_setting
+from tests.engine.unplanned import some_unplanned
 from tests.network import models
 
 STEPS, RATE = 2, 0.05
@@ -28,7 +29,7 @@ TABLES = {"BatchNorm as convolutions load": Everything()}
 def process(index, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
-    student, teachers, config = setting(K=3, M=3)
+    student, teachers, config = setting(K=3, M=3, teacher=some_unplanned)
     if index == 1:  # somewhere else: process 0's start counts
         with torch.no_grad():
             student.module.stem.layer.weight.add_(1)
@@ -67,7 +68,7 @@ def results(tmp_path_factory):
 
 
 def test_students_take_the_mean_gradient_with_their_own_pair_and_statistics(results):
-    student, teachers, config = setting(K=3, M=3)
+    student, teachers, config = setting(K=3, M=3, teacher=some_unplanned)
     students = [copy.deepcopy(student) for _ in range(2)]
     steps = [
         ReferenceStep(s, teachers, dataclasses.replace(config, seed=config.seed + 2 * r), num_classes=CLASSES)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
+from tests.engine.cases import network
 from tests.network.models import moved
 
 
@@ -53,6 +54,11 @@ class Then(nn.Module):
 def odd(seed: int, then=None, **options) -> nn.Module:
     torch.manual_seed(seed)
     return moved(Odd(then, **options), seed)
+
+
+def some_unplanned(seed: int) -> nn.Module:
+    """Teacher 1 is no plan's, the others are of the student's architecture."""
+    return odd(seed) if seed == 11 else network(seed)
 
 
 def in_order(self, x):
