@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,19 @@ def state_of(module: nn.Module) -> State:
 
 
 @contextmanager
-def float32_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """cuDNN multiplies float32 in TF32 unless told otherwise: here only with ``precision="tf32"``."""
+def cudnn_tf32(allowed: bool) -> Iterator[None]:
+    """cuDNN multiplies float32 in TF32 unless told otherwise: inside, only where that is ``allowed``."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision_on(config, device) == "tf32"
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def float32_products(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """:func:`cudnn_tf32` with ``precision="tf32"`` alone."""
+    return cudnn_tf32(precision_on(config, device) == "tf32")
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

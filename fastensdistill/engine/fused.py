@@ -40,7 +40,7 @@ from fastensdistill.engine.common import (
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
 from fastensdistill.engine.joint import joint_pass
-from fastensdistill.engine.module_check import check_hooks, planned_or_module
+from fastensdistill.engine.module_check import planned_or_module
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.passes import Pass
 from fastensdistill.engine.perturb import FusedPerturbation, by_architecture, evaluated_branches
@@ -77,7 +77,8 @@ def check_networks(
     (``engine.module_check``) or that the student shares weights with.
     """
     check_unseen(student)
-    check_hooks(teachers)
+    for container in (teachers, teachers.networks):
+        check_unseen(container, within=False)
     plain, gradient = plain_student(student), PERTURBATIONS[perturbation].needs_gradient("T")
     dtype = next(student.parameters()).dtype
     networks = [

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.engine.common import cudnn_tf32
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.kernels.operands import accumulator
@@ -81,16 +82,10 @@ class ModuleWeights(PackedWeights):
 @contextmanager
 def as_reference(dtype: torch.dtype, precision: str, device: torch.device) -> Iterator[None]:
     """Plain PyTorch inside multiplies as in the reference engine: bfloat16 by autocast, float32 as configured."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        if device.type == "meta":
-            yield
-        else:
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    on = "cpu" if device.type == "meta" else device.type
+    enabled = dtype == torch.bfloat16 and device.type != "meta"
+    with cudnn_tf32(precision == "tf32"), torch.autocast(on, torch.bfloat16, enabled, cache_enabled=False):
+        yield
 
 
 def module(run: PartRun, launch: Launch) -> None:

@@ -52,17 +52,21 @@ def generators_kept(module: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def check_unseen(module: nn.Module) -> None:
-    """Raise ``InputError`` naming the layer of ``module`` that does something besides its recorded operations."""
+def check_unseen(module: nn.Module, *, within: bool = True) -> None:
+    """Raise ``InputError`` naming the layer of ``module`` that does something besides its recorded operations.
+
+    Without ``within``, of a container, only for ``module`` itself.
+    """
     for attribute, name in HOOKS.items():
         if getattr(every_module, f"_global{attribute}", None):
             raise InputError(f"{name} is registered for every module; the fused engine would not call it")
-    for path, layer in module.named_modules():
+    for path, layer in module.named_modules() if within else [("", module)]:
         why = _peculiar(layer)
         if why:
             place = f"module {path!r}" if path else "the outermost module"
             raise InputError(f"{type(module).__name__}: {place}: {why}")
-    _check_tensors(module)
+    if within:
+        _check_tensors(module)
 
 
 def _peculiar(layer: nn.Module) -> str:

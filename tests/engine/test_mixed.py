@@ -186,8 +186,16 @@ def test_what_a_graph_would_freeze_is_refused(case):
 def test_hooks_are_refused(register):
     student, teachers, config = setting(M=2, teacher=mixed(0))
     getattr(untyped(teachers.networks[1]).stem, register)(lambda *a: None)
-    with pytest.raises(InputError, match=r"module 'networks.1.stem' has a forward (pre-)?hook, which would"):
+    with pytest.raises(InputError, match=r"^teacher 1: .*module: module 'stem' has a forward (pre-)?hook, which would"):
         FusedStep(student, teachers, config, image_shape=SHAPE)
+
+
+def test_a_container_that_does_something_is_refused():
+    for change in (lambda t: t.register_forward_hook(print), lambda t: setattr(t, "forward", lambda x: x)):
+        student, teachers, config = setting(M=2, teacher=mixed(0))
+        change(teachers)
+        with pytest.raises(InputError, match="Teachers: the outermost module"):
+            FusedStep(student, teachers, config, image_shape=SHAPE)
 
 
 def test_a_student_without_a_plan_and_one_that_shares_weights_are_refused():
