@@ -11,6 +11,7 @@ from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph_nodes import GraphNodes
+from fastensdistill.engine.host_reads import HostReads
 from fastensdistill.engine.memory import estimate, on_meta, report
 from fastensdistill.engine.reference import ReferenceStep
 from fastensdistill.engine.verify import verify_distillation
@@ -21,6 +22,7 @@ from fastensdistill.kernels.tiles import assume_arch
 from tests.compare import check_close
 from tests.engine import unplanned
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps
+from tests.engine.recorded_graph import RecordedGraphs
 from tests.engine.unplanned import odd
 from tests.untyped import present, untyped
 
@@ -156,6 +158,28 @@ def test_resumed_is_bit_equal():
     three(*batch(1))
     for name, value in (whole.state_dict() | one.state_dict()).items():
         assert torch.equal(value, (rest.state_dict() | three.state_dict())[name]), name
+
+
+@pytest.mark.parametrize("perturbation", ["tdiv-sdiv", "ods"])
+def test_what_is_captured_is_what_is_launched(perturbation):
+    """Recorded and replayed without Python, where nothing may be read on the host, for every pair that was drawn."""
+
+    def make():
+        student, teachers, config = setting(M=3, K=3, teacher=mixed(0, 1), perturbation=perturbation)
+        step = FusedStep(student, teachers, config, image_shape=SHAPE)
+        step.build((3, *SHAPE))
+        return student, step
+
+    (student, launched), (other, captured) = make(), make()
+    named = {f"teacher {m}": own for m, own in enumerate(captured.teachers.networks)}
+    graphs = RecordedGraphs(captured.parameters.state, lambda: HostReads(named, torch.device("cpu"), refuse=True))
+    untyped(captured).graphs = graphs
+    for expected, actual in zip(steps(launched, 4), steps(captured, 4), strict=True):
+        for name, value in expected.items():
+            check_close(name, actual[name], value.float(), 1e-6)  # a graph's scalars are float32
+    check_equal(student, other, launched, captured, 1e-12)
+    assert len(graphs.made) == (6 if perturbation == "tdiv-sdiv" else 3)
+    assert len(set(graphs.replayed)) > 1
 
 
 REFUSED = {
