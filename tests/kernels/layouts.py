@@ -20,12 +20,12 @@ CASES = {
 }
 # The same, with channel groups: (…, {name: groups}); Ci of a weight is that of a group
 GROUPED = {
-    "depthwise": (2, 3, [("a", (70, 1, 3, 3), True), ("b", (33, 1, 5, 7), False)], {"a": 70, "b": 33}),  # above 32 taps
-    "multiplier": (3, 0, [("a", (70, 1, 3, 3), True)], {"a": 35}),  # two outputs per input
-    "small-groups": (2, 5, [("a", (48, 4, 3, 3), True), ("b", (45, 3, 1, 1), False)], {"a": 12, "b": 3}),
-    "large-groups": (2, 0, [("a", (80, 35, 3, 1), True), ("b", (132, 40, 1, 1), False)], {"a": 2, "b": 3}),
-    "both": (2, 4, [("stem", (40, 3, 3, 3), False), ("a", (40, 1, 3, 3), True), ("b", (80, 20, 3, 3), False),
-                    ("fc", (5, 80), True)], {"a": 40, "b": 2}),
+    "depthwise": (2, 3, [("a", (34, 1, 3, 1), True), ("b", (5, 1, 5, 7), False)], {"a": 34, "b": 5}),  # above 32 taps
+    "multiplier": (3, 0, [("a", (34, 1, 1, 3), True)], {"a": 17}),  # two outputs per input
+    "small-groups": (2, 5, [("a", (36, 2, 3, 1), True), ("b", (9, 3, 1, 1), False)], {"a": 12, "b": 3}),
+    "large-groups": (2, 0, [("a", (66, 5, 3, 1), True), ("b", (96, 34, 1, 1), False)], {"a": 2, "b": 3}),
+    "both": (2, 4, [("stem", (10, 3, 3, 3), False), ("a", (10, 1, 3, 3), True), ("b", (66, 5, 1, 2), False),
+                    ("fc", (5, 66), True)], {"a": 10, "b": 2}),
 }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ NETWORKS = {
     "even-kernel": ([("patch", (5, 3, 4, 4), True)], {}),
     "flat": ([("conv", (6, 3, 3, 3), False), ("hidden", (10, 6 * 9), True), ("fc", (3, 10), True)],
              {"hidden": 9}),  # a linear layer over 3x3 positions
-    "depthwise": ([("a", (70, 1, 3, 3), True), ("b", (33, 1, 5, 7), False)], {}, {"a": 70, "b": 33}),  # above 32 taps
-    "groups": ([("stem", (6, 3, 3, 3), False), ("a", (70, 3, 3, 2), True), ("b", (66, 17, 1, 1), False),
+    "depthwise": ([("a", (34, 1, 3, 3), True), ("b", (5, 1, 5, 7), False)], {}, {"a": 34, "b": 5}),  # above 32 taps
+    "groups": ([("stem", (6, 3, 3, 3), False), ("a", (34, 3, 3, 2), True), ("b", (66, 17, 1, 1), False),
                 ("double", (8, 1, 3, 3), False)], {}, {"a": 2, "b": 3, "double": 4}),
     "many": ([(f"conv{i}", (4 + i % 3, 3, 1, 1 + i % 2), i % 4 == 0) for i in range(12)], {}),
 }  # fmt: skip
