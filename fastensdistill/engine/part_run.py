@@ -13,7 +13,7 @@ from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
 from fastensdistill.kernels.joint_conv import joint_conv
 from fastensdistill.kernels.joint_head import joint_head
-from fastensdistill.network.launch import Launch, Part, Step, grad, statistics
+from fastensdistill.network.launch import INPUT, Launch, Part, Step, grad, statistics
 from fastensdistill.network.nodes import Layer, Node
 from fastensdistill.network.on_load import Fusions, nothing
 
@@ -106,7 +106,10 @@ class PartRun:
         return self.execution.implement(self.part, launch, op)
 
     def read(self, name: str) -> Tensor:
-        """The part's share of a buffer: its first groups."""
+        """The part's share of a buffer: its first groups. Of the image, a copy for each in the activations' dtype."""
+        if name == INPUT:
+            image: Tensor = self.buffers[name].to(self.weights.dtype)
+            return image.expand(self.groups, *image.shape[1:]).contiguous()
         return self.buffers[name][: self.groups]
 
     def write(self, steps: tuple[Step, ...], *values: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastensdistill.engine import planned_convs
 from fastensdistill.engine.common import micro_batch_momentum
 from fastensdistill.engine.module_pass import module, module_gradient
 from fastensdistill.engine.op_arguments import (
@@ -30,6 +31,15 @@ from fastensdistill.engine.op_arguments import (
 from fastensdistill.engine.packed import unpack_gradient
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.part_run import PartRun
+from fastensdistill.engine.planned_activations import activate, activate_gradient, gated, gated_gradient
+from fastensdistill.engine.planned_functions import (
+    dropout,
+    dropout_gradient,
+    function,
+    function_gradient,
+    logits,
+    logits_gradient,
+)
 from fastensdistill.engine.planned_pools import pad, pad_gradient, pool, pool_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
@@ -139,18 +149,7 @@ def weight_gradient(run: PartRun, launch: Launch) -> None:
     if out is None:
         run.buffers[grad(f"{node.name}.weight")] = unpack_gradient(gradient, node)
     if node.bias:
-        bias_gradient(run, f"{node.name}.bias", d)
-
-
-def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
-    """The gradient of a bias: the sum over images and positions."""
-    out, over = run.gradient(name), (1, 2, 3)
-    if out is None:
-        run.buffers[grad(name)] = d.sum(over, dtype=accumulator(d.dtype))
-    elif run.add:
-        out.add_(d.sum(over, dtype=out.dtype))
-    else:
-        torch.sum(d, over, dtype=out.dtype, out=out)
+        planned_convs.bias_gradient(run, f"{node.name}.bias", d)
 
 
 def norm_sums(run: PartRun, launch: Launch) -> None:
@@ -180,13 +179,15 @@ def elementwise(run: PartRun, launch: Launch) -> None:
     if first.kind == "batch_norm":
         batch = run.buffers[statistics(first.arg)]
         scale, shift = batch.scale, batch.shift
-    elif first.kind == "scale_shift":
+    elif first.kind in ("scale_shift", "affine"):
         scale, shift = run.scale_shift(first.arg)
+        if first.kind == "affine":  # of the image, which is float32
+            z = run.buffers[INPUT].expand(run.groups, *z.shape[1:]).contiguous()
     else:
         scale = torch.ones(1, z.shape[-1], dtype=accumulator(z.dtype), device=z.device)
         shift = torch.zeros_like(scale)
     result = batch_norm_apply(z, scale, shift, relu="relu" in kinds, mask="bits" in kinds, **residual(run, launch))
-    run.write(launch.steps("store"), result.y)
+    run.write(launch.steps("store"), result.y.to(run.weights.dtype))
     run.write(launch.steps("bits"), *([result.mask] if "bits" in kinds else []))
 
 
@@ -303,6 +304,22 @@ OPS: dict[str, Callable[[PartRun, Launch], None]] = {
     "pool gradient": pool_gradient,
     "pad": pad,
     "pad gradient": pad_gradient,
+    "depthwise conv": planned_convs.conv,
+    "depthwise conv gradient": planned_convs.conv_gradient,
+    "depthwise weight gradient": planned_convs.weight_gradient,
+    "general conv": planned_convs.conv,
+    "general conv gradient": planned_convs.conv_gradient,
+    "general weight gradient": planned_convs.weight_gradient,
+    "activation": activate,
+    "activation gradient": activate_gradient,
+    "gate": gated,
+    "gate gradient": gated_gradient,
+    "dropout": dropout,
+    "dropout gradient": dropout_gradient,
+    "function": function,
+    "function gradient": function_gradient,
+    "logits": logits,
+    "logits gradient": logits_gradient,
     "head": classify,
     "head gradient": classify_gradient,
     "module": module,

@@ -1,41 +1,42 @@
-"""The launches of a backward pass: nodes in reverse, each gradient going as far as ``FUSIONS`` lets it.
-
-``missing`` counts, per value, the readers whose gradient has not come yet; ``waiting`` holds those that came and were
-stored apart. The launch that brings the last one adds them, applies the ReLU's mask and so on, and stores the sum.
-"""
+"""The launches of a backward pass: nodes in reverse, each gradient going as far as ``network.gradients`` lets it."""
 
 from __future__ import annotations
 
 from math import prod
 
-from fastensdistill.network.build import ACTIVATION, FLOAT, Builder
+from fastensdistill.network.build import FLOAT, Head, conv_kind
 from fastensdistill.network.forward import Forward
+from fastensdistill.network.gradients import Gradients
 from fastensdistill.network.launch import (
-    INPUT,
     Part,
     Step,
-    after,
     coefficients,
+    drawn,
     grad,
     grad_sums,
     index,
-    mask,
     pooled,
     statistics,
-    waiting,
 )
-from fastensdistill.network.nodes import Add, Affine, Conv, Layer, Linear, Node, Norm, Pad, Pool, ReLU
+from fastensdistill.network.nodes import (
+    Activation,
+    Add,
+    Affine,
+    Dropout,
+    Function,
+    Gate,
+    Layer,
+    Linear,
+    Node,
+    Norm,
+    Pad,
+    Pool,
+    ReLU,
+)
 from fastensdistill.network.on_load import Fusions, nothing
 
-# What follows an op inside its own launch, in this order; of two "add" one can be used.
-FUSIONS: dict[str, tuple[str, ...]] = {
-    "conv gradient": ("add", "mask", "scale", "add", "sums"),
-    "norm gradient": ("add",),
-    "elementwise gradient": ("add", "mask", "scale", "add", "sums"),
-}
 
-
-class Backward(Builder):
+class Backward(Gradients):
     """The launches of ``part``'s backward pass, appended to it."""
 
     def __init__(self, part: Part, forward: Part, fusions: Fusions = nothing):
@@ -44,14 +45,11 @@ class Backward(Builder):
         Forward(forward, fusions)
         part.buffers.update(forward.buffers)
         self.needed = self.find_needed()
-        self.missing = {name: len(users) for name, users in self.network.consumers.items()}
-        self.waiting: dict[str, list[Step]] = {name: [] for name in self.missing}
-        self.gradient: dict[str, str] = {}
-        self.done: set[str] = self.head.absorbed
-        self.summed: set[str] = set()
         self.taken: set[str] = set()  # 1x1 convolutions whose data gradient is part of another one's
-        self.unfinished: list[str] = []  # values with more gradients than the launch that came last could add
-        self.head_gradient()
+        if self.head:
+            self.head_gradient(self.head)
+        else:
+            self.logits_gradient(self.network.by_name[self.network.output])
         for node in reversed(self.network.nodes):
             if node.name in self.needed and node.name not in self.done:
                 self.emit(node, self.gradient[node.name])
@@ -85,16 +83,40 @@ class Backward(Builder):
             self.deliver("pool gradient", node, source, reads)
         elif isinstance(node, Pad):
             self.pass_on(source, Step("add", gradient, node.stride))
+        elif isinstance(node, Activation):
+            self.activation(node, gradient)
+        elif isinstance(node, Dropout):
+            self.deliver("dropout gradient", node, source, [gradient, drawn(node.name)])
+        elif isinstance(node, Gate):
+            self.spread("gate gradient", node, [gradient, *dict.fromkeys(node.inputs)])
+        elif isinstance(node, Function):
+            trained = node.trained if self.part.gradient == "parameters" else ()
+            shapes = zip(trained, node.tensors, strict=False)
+            writes = [self.buffer(grad(name), shape, FLOAT, self.part.sets) for name, shape in shapes]
+            self.spread("function gradient", node, [gradient, *dict.fromkeys(node.inputs)], writes)
+
+    def activation(self, node: Activation, gradient: str) -> None:
+        """The gradient of an activation's input, or of the result of the BatchNorm that it takes in."""
+        reads, steps = self.activated(node)
+        norm, add = self.normed.get(node.name), self.second.get(node.name)
+        value = norm.name if norm else node.inputs[0]
+        self.deliver("activation gradient", node, value, [gradient, *reads], [*([add] if add else []), *steps])
+
+    def logits_gradient(self, node: Node) -> None:
+        """From the gradient of the logits to what they are."""
+        logits = self.buffer(grad(node.name), (self.part.batch, node.shape[0]), FLOAT)
+        self.done.add(node.name)
+        self.deliver("logits gradient", node, node.inputs[0], [logits])
 
     def convolution(self, node: Layer, gradient: str) -> None:
         """The gradients of a layer's input and of its parameters, where they are wanted."""
-        source, through, behind = node.inputs[0], [], []
+        source, through, behind, kind = node.inputs[0], [], [], conv_kind(node)
         if norm := self.on_load.gradients.get(node.name):
             through = [Step("norm_gradient", norm.name)]
             behind = [norm.inputs[0], coefficients(norm.name)]
         if source in self.needed and not self.is_joined(node):
             flat = isinstance(node, Linear) and node.in_shape[1:] != (1, 1)
-            op = "flat gradient" if flat else "conv gradient"
+            op = "flat gradient" if flat else f"{kind}conv gradient"
             steps, reads = [], [gradient]
             if (shortcut := self.on_load.joined.get(node.name)) and shortcut.name in self.gradient:
                 steps = [Step("second", shortcut.name, shortcut.stride)]
@@ -103,9 +125,10 @@ class Backward(Builder):
                 self.taken.add(shortcut.name)
             self.deliver(op, node, source, [*reads, *behind], steps, prologue=through)
         if self.part.gradient == "parameters":
-            reads, prologue = self.loaded(source)
+            reads, prologue = ([source], []) if kind else self.loaded(source)
             reads = [reads[0], gradient, *reads[1:], *behind]
-            self.launch("weight gradient", node, reads, self.parameter_buffers(node), prologue=[*prologue, *through])
+            prologue = [*prologue, *through]
+            self.launch(f"{kind}weight gradient", node, reads, self.parameter_buffers(node), prologue=prologue)
 
     def is_joined(self, node: Layer) -> bool:
         """Whether another convolution's data gradient takes this one's in, or will: it comes later if it stands first.
@@ -141,9 +164,9 @@ class Backward(Builder):
         else:
             self.launch("norm gradient", node, reads, writes)
 
-    def head_gradient(self) -> None:
+    def head_gradient(self, head: Head) -> None:
         """From the gradient of the logits to what the head read."""
-        head, N = self.head, self.part.batch
+        N = self.part.batch
         linear = head.linear
         logits = self.buffer(grad(linear.name), (N, linear.shape[0]), FLOAT)
         reads, writes = [logits, head.source], []
@@ -164,128 +187,3 @@ class Backward(Builder):
             self.norm(head.norm, gradient)
         else:
             self.deliver("head gradient", linear, head.source, reads, writes=writes, prologue=prologue)
-
-    def deliver(
-        self,
-        op: str,
-        node: Node,
-        value: str,
-        reads: list[str],
-        steps: list[Step] | None = None,
-        writes: list[str] | None = None,
-        prologue: list[Step] | None = None,
-    ) -> None:
-        """A launch that computes one reader's gradient of ``value`` (from ``steps`` on) and goes on from there."""
-        steps, writes, fusions = [*(steps or [])], [*(writes or [])], FUSIONS.get(op, ())
-        if steps and steps[0].kind != "second":
-            fusions = after(fusions, "mask" if steps[0].kind == "open" else steps[0].kind)
-        while True:
-            self.missing[value] -= 1
-            others = self.waiting[value]
-            # BatchNorm's gradient adds whole ones only; the other kernels read strided and wider ones too
-            ready = [step for step in others if op != "norm gradient" or self.whole(step, value)]
-            if ready and not self.missing[value] and "add" in fusions:
-                steps.append(ready[-1])
-                others.remove(ready[-1])
-                fusions = after(fusions, "add")
-            if self.missing[value] or others:
-                stride = 1 if steps else self.grid(op, node)
-                C, H, W = self.network.by_name[value].shape
-                shape = (self.part.batch, -(-H // stride), -(-W // stride), C)
-                name = self.buffer(waiting(value, len(others)), shape)
-                steps.append(Step("store", name, stride))
-                others.append(Step("add", name, stride))
-                if not self.missing[value]:
-                    self.unfinished.append(value)
-                break
-            producer = self.network.by_name[value]
-            if isinstance(producer, ReLU) and "mask" in fusions:
-                steps.append(self.mask(value))
-                fusions = after(fusions, "mask")
-            elif isinstance(producer, Affine) or (isinstance(producer, Norm) and not self.part.training):
-                if not self.folded(producer):
-                    if "scale" not in fusions:
-                        steps.append(self.complete(value))
-                        break
-                    steps.append(Step("scale", value))
-                    fusions = after(fusions, "scale")
-            else:
-                steps.append(self.complete(value))
-                norm = self.norm_behind(value)
-                if norm and "sums" in fusions:
-                    self.summed.add(norm.name)
-                    steps.append(Step("sums", norm.name))
-                    reads = [*reads, norm.inputs[0], statistics(norm.name)]
-                    writes.append(self.sums_buffer(grad_sums(norm.name), norm.name))
-                break
-            self.done.add(producer.name)
-            value = producer.inputs[0]
-        self.launch(op, node, reads, writes, steps, prologue)
-        while self.unfinished:
-            self.add_up(self.unfinished.pop())
-
-    def grid(self, op: str, node: Node) -> int:
-        """The stride at which a gradient that waits may be stored: a 1x1 convolution's is 0 between those positions.
-
-        Only where a reader is still to come whose own gradient has a value at every position to add it to, and in
-        evaluation mode: the gradient of a training-mode BatchNorm adds whole ones only.
-        """
-        if op != "conv gradient" or not isinstance(node, Conv) or node.kernel > 1 or node.padding or self.part.training:
-            return 1
-        later = self.network.nodes[: self.network.nodes.index(node)]
-        readers = (user for user in self.network.consumers[node.inputs[0]] if user in later)
-        strided = (isinstance(user, Pad) or (isinstance(user, Conv) and user.kernel < user.stride) for user in readers)
-        return 1 if all(strided) else node.stride
-
-    def mask(self, relu: str) -> Step:
-        """Keep a gradient where ``relu`` was open: by its bits or, where it was not computed apart, by its input."""
-        norm = self.on_load.norms.get(relu)
-        return Step("open", norm.name) if norm else Step("mask", mask(relu))
-
-    def complete(self, value: str) -> Step:
-        """Store the whole gradient of ``value``."""
-        bits = FLOAT if value == INPUT else ACTIVATION
-        self.gradient[value] = self.image_buffer(grad(value), value, bits)
-        return Step("store", self.gradient[value])
-
-    def norm_behind(self, value: str) -> Norm | None:
-        """The training-mode BatchNorm whose output has the same gradient as ``value``."""
-        if not self.part.training:
-            return None
-        node = self.network.by_name[value]
-        if isinstance(node, Norm):
-            return node
-        operands = [self.network.by_name[name] for name in node.inputs if isinstance(node, Add)]
-        return next((norm for norm in operands if isinstance(norm, Norm) and self.sole(norm.name)), None)
-
-    def pass_on(self, value: str, gradient: Step) -> None:
-        """A gradient that is ``value``'s as it stands, or belongs at its every ``stride``-th position: no launch."""
-        if value not in self.needed:
-            return
-        self.missing[value] -= 1
-        self.waiting[value].append(gradient)
-        if self.missing[value]:
-            return
-        if len(self.waiting[value]) == 1 and self.whole(gradient, value):
-            self.gradient[value] = self.waiting[value].pop().arg
-        else:
-            self.add_up(value)
-
-    def whole(self, gradient: Step, value: str) -> bool:
-        """Whether the gradient has ``value``'s shape; that of a zero-padded shortcut may be strided, and is wider."""
-        shape = self.part.buffers[gradient.arg].shape
-        return gradient.stride == 1 and shape[-1] == self.network.by_name[value].shape[0]
-
-    def add_up(self, value: str) -> None:
-        """Sum the gradients of ``value`` that wait, two at a time."""
-        self.missing[value] = 1
-        gradients = self.waiting[value]
-        first = next((step for step in gradients if self.whole(step, value)), None)
-        if first is None:
-            first = gradients.pop(0)
-            pads = (user for user in self.network.consumers[value] if isinstance(user, Pad))
-            node = next(pad for pad in pads if pad.stride == first.stride)
-            self.deliver("pad gradient", node, value, [first.arg])
-        else:
-            gradients.remove(first)
-            self.deliver("elementwise gradient", self.network.by_name[value], value, [first.arg])

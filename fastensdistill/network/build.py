@@ -7,7 +7,20 @@ from math import prod
 
 from fastensdistill.errors import InputError
 from fastensdistill.network.launch import Buffer, Launch, Part, Step, grad, statistics
-from fastensdistill.network.nodes import Affine, Conv, Layer, Linear, Node, Norm, Pool, ReLU
+from fastensdistill.network.nodes import (
+    Activation,
+    Affine,
+    Conv,
+    Function,
+    GeneralConv,
+    Layer,
+    Linear,
+    Logits,
+    Node,
+    Norm,
+    Pool,
+    ReLU,
+)
 from fastensdistill.network.on_load import Fusions, find_on_load, nothing
 
 ACTIVATION, FLOAT, BIT, INDEX = 16, 32, 1, 8  # bits per element
@@ -29,10 +42,15 @@ class Head:
         return {node.name for node in (self.linear, self.pool, self.relu, self.norm) if node}
 
 
-def find_head(part: Part) -> Head:
-    """The launch at the end of ``part``'s network. Raises ``InputError`` where the last layer is not linear."""
+def find_head(part: Part) -> Head | None:
+    """The launch at the end of ``part``'s network; None where its logits are made otherwise.
+
+    Raises ``InputError`` where the last node is neither linear nor :class:`Logits`.
+    """
     network, by_name = part.network, part.network.by_name
     linear = by_name[network.output]
+    if isinstance(linear, Logits):
+        return None
     if not isinstance(linear, Linear):
         raise InputError(f"the network ends in {linear.name!r}, a {type(linear).__name__}; expected a linear layer")
     pool = relu = norm = None
@@ -47,13 +65,23 @@ def find_head(part: Part) -> Head:
     return Head(linear, pool, relu, norm, node.name)
 
 
+def conv_kind(node: Layer) -> str:
+    """What stands before "conv", "conv gradient" and "weight gradient" in a layer's ops."""
+    if not isinstance(node, GeneralConv):
+        return ""
+    return "depthwise " if node.depthwise else "general "
+
+
 class Builder:
     """Collects the launches of one part."""
 
     def __init__(self, part: Part, fusions: Fusions = nothing):
         self.part, self.network = part, part.network
         self.head = find_head(part)
-        self.on_load = find_on_load(part, fusions, self.head.absorbed)
+        self.absorbed = self.head.absorbed if self.head else set[str]()
+        self.on_load = find_on_load(part, fusions, self.absorbed)
+        # By the name of an activation, the BatchNorm that its launch takes in
+        self.normed = {node.name: norm for norm in self.network.norms if (node := self.activation_of(norm))}
 
     def sole(self, value: str) -> Node | None:
         """The one node that reads ``value``, if there is exactly one."""
@@ -62,6 +90,11 @@ class Builder:
     def folded(self, node: Node | None) -> bool:
         """Whether this BatchNorm goes into the weights of the convolution before it."""
         return self.part.folded(node)
+
+    def activation_of(self, norm: Norm) -> Activation | None:
+        """The activation behind ``norm`` if nothing else reads that and no weights carry it."""
+        user = self.sole(norm.name)
+        return user if isinstance(user, Activation) and not self.folded(norm) else None
 
     @property
     def groups(self) -> int:
@@ -83,13 +116,28 @@ class Builder:
         return self.buffer(name, (2, self.network.by_name[norm].shape[0]), FLOAT)
 
     def loaded(self, source: str) -> tuple[list[str], list[Step]]:
-        """What a convolution of ``source`` reads, the main buffer first, and its prologue."""
+        """What a dense convolution of ``source`` reads, the main buffer first, and its prologue."""
         node = self.network.by_name[source]
         if isinstance(node, Affine):
             return [node.inputs[0]], [Step("affine", source)]
         if norm := self.on_load.norms.get(source):
             return [norm.inputs[0], statistics(norm.name)], [Step("batch_norm", norm.name), Step("relu")]
         return [source], []
+
+    def activated(self, node: Activation) -> tuple[list[str], list[Step]]:
+        """What an activation reads, and its steps: with the BatchNorm before it where it takes that in."""
+        step = Step("activation", node.name)
+        norm = self.normed.get(node.name)
+        if norm is None:
+            return [node.inputs[0]], [step]
+        if self.part.training:
+            return [norm.inputs[0], statistics(norm.name)], [Step("batch_norm", norm.name), step]
+        return [norm.inputs[0]], [Step("scale_shift", norm.name), step]
+
+    def whole(self, read: Step, value: str) -> bool:
+        """Whether what a step adds has ``value``'s shape; that of a zero-padded shortcut may be strided, and wider."""
+        shape = self.part.buffers[read.arg].shape
+        return read.stride == 1 and shape[-1] == self.network.by_name[value].shape[0]
 
     def launch(
         self,
@@ -111,10 +159,15 @@ class Builder:
         residuals += [(s.arg, 1.0) for s in epilogue if s.kind == "mask" or (s.kind == "add" and "gradient" in op)]
         writes = [*writes, *(s.arg for s in epilogue if s.kind in ("store", "bits"))]
         nbytes = 0.0
-        if isinstance(node, Layer):
+        if isinstance(node, Function):
+            macs = node.macs(self.network.in_shapes(node))
+            macs *= 3 if "gradient" in op else 1  # which computes it again, and two products for each of its own
+            nbytes = sum(map(prod, node.tensors)) * self.part.sets * FLOAT / 8
+        elif isinstance(node, Layer) and op != "elementwise gradient":
+            alone = op.endswith("weight gradient")
             weighted = grad(node.parameters[0]) in writes  # the head's gradient makes both
-            macs = node.macs * (2 if weighted and op != "weight gradient" else 1)
-            nbytes = 0.0 if op == "weight gradient" else prod(node.weight_shape) * self.groups * ACTIVATION / 8
+            macs = node.macs * (2 if weighted and not alone else 1)
+            nbytes = 0.0 if alone else prod(node.weight_shape) * self.groups * ACTIVATION / 8
             if isinstance(node, Conv) and op in ("conv", "weight gradient"):
                 share[0] = min(1.0, node.kernel / node.stride) ** 2
         for step in (step for step in epilogue if step.kind == "second"):
@@ -129,7 +182,7 @@ class Builder:
             held = self.part.buffers[name]
             nbytes += part * Buffer(held.shape, held.bits, min(held.groups, self.groups)).nbytes
         flops = 2 * macs * self.part.batch * self.groups
-        user = self.sole(node.name) if op in ("conv", "conv gradient") else None
+        user = self.sole(node.name) if op.endswith(("conv", "conv gradient")) else None
         self.part.launches.append(
             Launch(
                 op, node.name, tuple(reads), tuple(writes), tuple(prologue or ()), tuple(epilogue),

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from fastensdistill.network.build import BIT, FLOAT, INDEX, Builder
+from fastensdistill.network.build import BIT, FLOAT, INDEX, Builder, conv_kind
 from fastensdistill.network.launch import (
     INPUT,
     Part,
     Step,
     after,
+    drawn,
     index,
     mask,
     pooled,
     statistics,
     sums,
 )
-from fastensdistill.network.nodes import Add, Layer, Node, Norm, Pad, Pool, ReLU
+from fastensdistill.network.nodes import (
+    Activation,
+    Add,
+    Affine,
+    Conv,
+    Dropout,
+    Function,
+    Gate,
+    Layer,
+    Linear,
+    Logits,
+    Node,
+    Norm,
+    Pad,
+    Pool,
+    ReLU,
+)
 from fastensdistill.network.on_load import Fusions, nothing
 
 # What follows an op inside its own launch, in this order. "next" is a second output, relu(scale_shift(value)), for the
-# block that comes after.
+# block that comes after; "whole add" is one of a residual that is neither strided nor narrower.
 FUSIONS: dict[str, tuple[str, ...]] = {
     "conv": ("add", "relu", "next", "sums"),
+    "depthwise conv": ("sums",),
     "norm": ("add", "relu"),
+    "activation": ("whole add",),
     "elementwise": ("add", "relu"),
 }
 
@@ -31,7 +50,7 @@ class Forward(Builder):
 
     def __init__(self, part: Part, fusions: Fusions = nothing):
         super().__init__(part, fusions)
-        self.done: set[str] = self.head.absorbed | set(self.on_load.norms)
+        self.done: set[str] = self.absorbed | set(self.on_load.norms)
         for shortcut in self.on_load.seconds.values():
             user = self.sole(shortcut.name)
             self.done.update([shortcut.name, *([user.name] if user and self.folded(user) else [])])
@@ -47,13 +66,21 @@ class Forward(Builder):
         """The launch that computes ``node``, and what it takes along."""
         if isinstance(node, Layer):
             self.convolution(node)
+        elif isinstance(node, Affine):
+            loads = all(isinstance(user, Conv | Linear) for user in self.network.consumers[node.name])
+            if not loads or (self.head and self.head.source == node.name):
+                self.follow("norm", node, [node.inputs[0]], [Step("affine", node.name)])
         elif isinstance(node, Norm) and self.part.training:
             self.statistics(node)
-            if node not in self.on_load.norms.values():
+            if node not in (*self.on_load.norms.values(), *self.normed.values()):
                 reads = [node.inputs[0], statistics(node.name)]
                 self.follow("norm", node, reads, [Step("batch_norm", node.name)])
         elif isinstance(node, Norm):
-            self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
+            if node not in self.normed.values():
+                self.follow("norm", node, [node.inputs[0]], [Step("scale_shift", node.name)])
+        elif isinstance(node, Activation):
+            reads, steps = self.activated(node)
+            self.follow("activation", node, reads, steps)
         elif isinstance(node, ReLU):
             self.follow("elementwise", node, [node.inputs[0]], [Step("relu"), *self.bits(node)])
         elif isinstance(node, Add):
@@ -70,19 +97,34 @@ class Forward(Builder):
             self.follow("pool", node, [node.inputs[0]], [], writes=indices)
         elif isinstance(node, Pad) and not self.view(node.name):
             self.follow("pad", node, [node.inputs[0]], [])
+        elif isinstance(node, Dropout):
+            self.follow("dropout", node, [node.inputs[0]], [], writes=[self.drawn_buffer(node)])
+        elif isinstance(node, Gate | Function):
+            op = "gate" if isinstance(node, Gate) else "function"
+            self.follow(op, node, list(dict.fromkeys(node.inputs)), [])
+        elif isinstance(node, Logits):
+            logits = self.buffer(node.name, (self.part.batch, node.shape[0]), FLOAT)
+            self.launch("logits", node, [node.inputs[0]], [logits])
+
+    def drawn_buffer(self, node: Dropout) -> str:
+        """What a dropout multiplies by, which its gradient reads."""
+        C, H, W = node.shape
+        shape = {"value": (H, W, C), "channel": (1, 1, C), "image": (1, 1, 1)}[node.over]
+        return self.buffer(drawn(node.name), (self.part.batch, *shape))
 
     def convolution(self, node: Layer) -> None:
         """A layer, with BatchNorm in its weights where that is possible, and what is done to its input as it reads."""
-        reads, prologue = self.loaded(node.inputs[0])
+        kind = conv_kind(node)
+        op, (reads, prologue) = f"{kind}conv", ([node.inputs[0]], []) if kind else self.loaded(node.inputs[0])
         user, value, steps = self.sole(node.name), node.name, [Step("bias")] if node.bias else []
         if user and self.folded(user):
             value, steps = user.name, [Step("bias")]
             self.done.add(user.name)
-        steps += self.chain(value, FUSIONS["conv"])
+        steps += self.chain(value, FUSIONS.get(op, ()))
         self.done.add(node.name)
         for step in (step for step in steps if step.kind == "second"):
             reads.insert(1, self.network.by_name[step.arg].inputs[0])
-        self.launch("conv", node, reads, self.sums(steps), steps, prologue)
+        self.launch(op, node, reads, self.sums(steps), steps, prologue)
 
     def follow(self, op: str, node: Node, reads: list[str], steps: list[Step], writes: list[str] | None = None) -> None:
         """A launch that computes ``node`` by ``steps`` and takes along what it can."""
@@ -128,10 +170,11 @@ class Forward(Builder):
         steps: list[Step] = []
         while user := self.sole(value):
             residual = self.other_operand(user, value)
-            if residual and "add" in fusions:
+            add = "add" if "add" in fusions else "whole add"
+            if residual and add in fusions and (add == "add" or self.whole(residual, value)):
                 steps.append(residual)
-                fusions = after(fusions, "add")
-            elif isinstance(user, ReLU) and user.name not in self.head.absorbed and "relu" in fusions:
+                fusions = after(fusions, add)
+            elif isinstance(user, ReLU) and user.name not in self.absorbed and "relu" in fusions:
                 steps += [Step("relu"), *self.bits(user)]
                 fusions = after(fusions, "relu")
             else:
@@ -150,7 +193,7 @@ class Forward(Builder):
             steps.append(Step("sums", norm.name))
         if self.part.training or masked or "next" not in fusions:
             return steps
-        if isinstance(relu, ReLU) and relu.name not in self.head.absorbed:
+        if isinstance(relu, ReLU) and relu.name not in self.absorbed:
             self.done.update((norm.name, relu.name))
             steps += [Step("scale_shift", norm.name), Step("relu"), *self.bits(relu)]
             steps.append(Step("store", self.image_buffer(relu.name, relu.name)))
@@ -167,6 +210,8 @@ class Forward(Builder):
     def finish_head(self) -> None:
         """The last layer, with the pooling, ReLU and BatchNorm before it."""
         head = self.head
+        if head is None:
+            return
         reads, prologue = [head.source], []
         if head.norm and self.part.training:
             self.statistics(head.norm)

@@ -43,8 +43,8 @@ class Turn(NamedTuple):
 def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
     """The launches of both parts, each part's in its own order.
 
-    Those of the same op and node are one turn, where the parts are of one network, the op is among ``JOINT`` and they
-    are :func:`alike`. Before it run what either part has before it, the evaluation part's first.
+    Those of the same op and node are one turn, where the parts are of one network (but for dropout), the op is among
+    ``JOINT`` and they are :func:`alike`. Before it run what either part has before it, the evaluation part's first.
     """
     one, other = list(evaluation.launches), list(training.launches)
     turns: list[Turn] = []
@@ -53,7 +53,7 @@ def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
         turns.extend(Turn(launch, None) for launch in one[:i])
         turns.extend(Turn(None, launch) for launch in other[:j])
 
-    while evaluation.network == training.network:
+    while evaluation.network == training.network.evaluated:
         places = {(launch.op, launch.node): j for j, launch in enumerate(other)}
         pairs = ((i, places.get((launch.op, launch.node))) for i, launch in enumerate(one) if launch.op in JOINT)
         found = ((i, j) for i, j in pairs if j is not None and alike(one[i], other[j]))
@@ -83,7 +83,9 @@ def running(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
     Backward passes share no launch: a part of one runs alone.
     """
     forward = [part for part in parts if any(launch.op in JOINT for launch in part.launches)]
-    pairs = [(e, t) for t in forward if t.training for e in forward if not e.training and e.network == t.network]
+    pairs = [
+        (e, t) for t in forward if t.training for e in forward if not e.training and e.network == t.network.evaluated
+    ]
     joined = [id(part) for pair in pairs for part in pair]
     alone: list[tuple[Part, ...]] = [(part,) for part in parts if id(part) not in joined]
     return [*alone, *pairs]

@@ -8,6 +8,8 @@ transforms the input as it is read, the epilogue the result before and while it 
               batch_norm NORM, relu          BatchNorm with this batch's statistics, then ReLU
               norm_gradient NORM             of a gradient: what that BatchNorm makes of it, A·d + B·z + C
     epilogue  bias                           the layer's own, or that of the BatchNorm its weights carry
+              activation NODE                that node's function, of a gradient its derivative at the same place
+              input I                        what is stored next is the gradient of the node's I-th input
               second CONV [every S]          plus the products of a 1x1 convolution at every S-th position of its input
                                              or, of a gradient, to every S-th; its buffer is the launch's second
               add BUFFER [every S]           plus a residual; every S-th position of it, or to every S-th (gradients)
@@ -25,10 +27,11 @@ Their names are made by the functions below and nowhere else:
     INPUT             (N, H, W, C)           the image in [0, 1], float32, one for all groups
     NODE              (N, H, W, C)           a node's value; the network's output (N, classes), float32
     grad(NODE)        as the value           ∂loss/∂value; of the output it is given, float32
-    grad(PARAMETER)   as the parameter       ∂loss/∂parameter, float32; of a BatchNorm per set
+    grad(PARAMETER)   as the parameter       ∂loss/∂parameter, float32; of a BatchNorm or a Function per set
     waiting(NODE, i)  as the value, or fewer the gradient by one reader, stored apart until the others have come
     mask(RELU)        a bit per value        where the ReLU was open
     index(POOL)       as the value           which value of its window each maximum was
+    drawn(DROPOUT)    as the value, or 1 for what is drawn together    0, or what the others are multiplied by
     pooled(LINEAR)    (N, features)          what the last layer multiplies, float32
     recorded(NODE)    -                      what autograd keeps of a module that is no plan's, per group
     sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
@@ -66,6 +69,11 @@ def mask(relu: str) -> str:
 def index(pool: str) -> str:
     """Where in its window each maximum was."""
     return f"{pool}.index"
+
+
+def drawn(dropout: str) -> str:
+    """What a value is multiplied by in training."""
+    return f"{dropout}.drawn"
 
 
 def pooled(linear: str) -> str:
@@ -118,6 +126,12 @@ RULES = (
     "they load, which a small launch makes.",
     "A 1x1 shortcut is further products of the convolution whose result it is added to, if that can, its data gradient "
     "further products of that of the same input; its weight gradient is a launch.",
+    "Another activation than ReLU is a launch, with a BatchNorm before it that nothing else reads; its gradient reads "
+    "its input.",
+    "Convolutions of other kinds carry a BatchNorm in evaluation mode, too; depthwise ones make sums in training mode.",
+    "Dropout, in training alone, is a launch that draws and multiplies; the gradient is multiplied by what was drawn.",
+    "What no kernel computes is a function of PyTorch's, one call for all groups, or one for each where it has tensors "
+    "of its own; the gradient computes it again.",
     "The last linear layer, the pooling, ReLU and BatchNorm before it are one launch, forward and backward.",
     "An addition belongs to the launch that computes its last operand; a zero-padded shortcut is a strided read.",
     "ReLU leaves one bit per value where a gradient follows; the data gradient applies it, the evaluation-mode scale "

@@ -11,6 +11,8 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from fastensdistill.network.costs import expression_macs
+
 Shape = tuple[int, int, int]
 
 
@@ -198,6 +200,13 @@ class Function(Node):
         """The trained tensors."""
         return self.trained
 
+    def macs(self, in_shapes: tuple[Shape, ...]) -> int:
+        """Multiply-accumulates for one image, for inputs of these shapes."""
+        n = len(self.trained)
+        trained = tuple(zip(self.trained, self.tensors[:n], strict=True))
+        fixed = tuple(zip(self.constants, self.tensors[n:], strict=True))
+        return expression_macs(self.expression, self.layouts, in_shapes, trained, fixed)
+
 
 @dataclass(frozen=True)
 class Logits(Node):
@@ -283,7 +292,12 @@ class Network:
                 nodes.append(node if inputs == node.inputs else replace(node, inputs=inputs))
         return Network(tuple(nodes), instead.get(self.output, self.output)) if instead else self
 
+    def in_shapes(self, node: Node) -> tuple[Shape, ...]:
+        """The shapes of the inputs of ``node``."""
+        return tuple(self.by_name[name].shape for name in node.inputs)
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass of one image; F, its FLOPs, is twice that."""
-        return sum(layer.macs for layer in self.layers)
+        functions = (node for node in self.nodes if isinstance(node, Function))
+        return sum(layer.macs for layer in self.layers) + sum(node.macs(self.in_shapes(node)) for node in functions)

@@ -39,7 +39,7 @@ def plan(
     """The launches of one pass of ``batch`` images.
 
     Args:
-        networks: traced architectures; equal ones count as one.
+        networks: traced architectures; equal ones count as one. In evaluation mode they are without dropout.
         groups: who runs, in which mode and to what end. A backward pass takes the forward pass's list and plans for
             the groups that ask for a gradient.
         direction: "forward" or "backward".
@@ -51,15 +51,17 @@ def plan(
     """
     if direction not in ("forward", "backward"):
         raise unknown("direction", direction, ["forward", "backward"])
+    modes = [network.evaluated for network in networks], list(networks)
     together: dict[tuple[int, bool], list[Group]] = {}
     for group in groups:
-        first = networks.index(networks[group.network])
-        together.setdefault((first, group.statistics is not None), []).append(group)
+        training = group.statistics is not None
+        first = modes[training].index(modes[training][group.network])
+        together.setdefault((first, training), []).append(group)
     parts = []
     for (index, training), members in together.items():
         ordered = tuple(sorted(members, key=lambda group: group.gradient is None))
         name = f"network {index}, {'training' if training else 'evaluation'}"
-        part = Part(name, networks[index], ordered, batch)
+        part = Part(name, modes[training][index], ordered, batch)
         check(part)
         if direction == "forward":
             if isinstance(part.network, Unplanned):

@@ -9,12 +9,12 @@ import torch
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.elementwise_gradient import ROWS_BLOCK, elementwise_gradient
 from fastensdistill.kernels.reference import pack_mask, shortcut, wide
-from fastensdistill.network import backward
+from fastensdistill.network import gradients
 from tests.compare import check_close
 from tests.kernels.both import DEVICE, TOLERANCE, check_op, each_dtype, each_shape, each_sharing, run_kernel, values
 from tests.untyped import present
 
-FUSIONS = backward.FUSIONS["elementwise gradient"]
+FUSIONS = gradients.FUSIONS["elementwise gradient"]
 # the residual's stride, and its channels beyond those of the gradient
 RESIDUALS = {"whole": (1, 0), "every second, more channels": (2, 3), "every third, fewer channels": (3, -2)}
 ORDERS = {
