@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import cuda_report
+from bench import cuda_report, elementwise
 from fastensdistill.engine.joint import run_together
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
@@ -48,13 +48,15 @@ POINTERS = {
 }  # fmt: skip
 
 
-# name → image size, classes, images of a batch; "sample" is a small PreResNet with every kind of launch, for tests
+# name → image size, classes, images of a batch; "sample" is a small PreResNet with every kind of launch, for tests,
+# "elementwise" the activations, gates and LayerNorms of other people's networks, by themselves
 NETWORKS = {
     "wrn28_4": (32, 100, 128),
     "wrn28_10": (32, 100, 128),
     "resnet32": (32, 100, 128),
     "resnet18": (224, 1000, 16),
     "sample": (32, 100, 128),
+    "elementwise": (0, 0, 16),
 }
 
 
@@ -66,6 +68,11 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
     """
     size, classes, usual = NETWORKS[name]
     batch = batch or usual
+    if name == "elementwise":
+        with record_launches() as launches:
+            for case in elementwise.cases(torch.device("cpu"), torch.bfloat16, groups, batch):
+                case.run()
+        return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
     sample = name == "sample"
     module = PreResNet(classes, blocks=(1, 1), widen=4) if sample else create_model(name, num_classes=classes)
     network = trace(module, (3, size, size))
@@ -136,6 +143,7 @@ def describe(launch: KernelLaunch) -> str:
         words.append(f"{shape}→{a['CO']} @{a['H']}" if "CO" in a else f"{shape} @{a['H']}")
     elif "C" in a:
         words.append(f"{a['C']} channels")
+    words += [a["KIND"]] if "KIND" in a else []
     fused = ("p_in_scale", "p_bias", "p_residual", "p_mask", "p_scale", "p_next_scale", "p_center", "p_mean")
     for side, before in (("", ""), ("_e", "evaluation:"), ("_t", "training:")):  # of a joint launch two
         found = [name[2:] for name in fused if isinstance(a.get(name + side), Tensor)]

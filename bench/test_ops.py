@@ -7,6 +7,7 @@ import torch
 
 from bench.common import synchronize
 from bench.contenders import CONTENDERS, Gate
+from bench.elementwise import Case, cases
 from bench.setting import METHODS, Setting, batches, drawn_pairs, make
 from bench.throughput import cycle
 from fastensdistill.kernels.distillation_loss import distillation_loss, distillation_loss_reference
@@ -41,6 +42,31 @@ def test_perturb_step(benchmark):
     expected = perturb_step_reference(x.double(), g.double(), None, 0.2, 0.0, 1.0)
     check_close("images", perturb_step(x, g, 0.2), expected, 1e-5)
     timed(benchmark, lambda: perturb_step(x, g, 0.2))
+
+
+ON_GPU = DEVICE.type == "cuda"
+NAMES = [case.name for case in cases(torch.device("meta"), torch.float32, images=1)]
+
+
+def made(name: str) -> Case:
+    dtype, groups, images = (torch.bfloat16, 4, 128) if ON_GPU else (torch.float32, 1, 1)
+    return next(case for case in cases(DEVICE, dtype, groups, images) if case.name == name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("by", ["op", "pytorch"])
+def test_elementwise(benchmark, name, by):
+    """Activations, gates and LayerNorms behind their references, and what PyTorch would run in their place."""
+    case = made(name)
+    for actual, exact in zip(results(case.run()), results(case.exact()), strict=True):
+        sums = actual.dim() == 4 and actual.shape[2] == 2  # rows of partial sums, of rounded values
+        check_close(name, actual.sum(1) if sums else actual, exact.sum(1) if sums else exact, 0.02 if ON_GPU else 1e-4)
+    benchmark.extra_info["nbytes"] = case.nbytes
+    timed(benchmark, case.run if by == "op" else case.peer)
+
+
+def results(value) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [one for one in value if one is not None]
 
 
 @pytest.mark.parametrize("method", METHODS)

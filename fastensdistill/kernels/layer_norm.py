@@ -5,9 +5,10 @@
     dx = inv_std · (e − Σ e / C − x̂ · Σ e x̂ / C),   e = weight · d
     d_bias = Σ d,   d_weight = Σ d · x̂              (over positions, and over the groups that share a set)
 
-A program holds whole positions in registers, so x is read once and its variance is that about its mean. y takes 4 bytes
-per value in bfloat16; the gradient reads d and x and writes dx, 6 bytes, and 8 C bytes of partial sums per 64
-positions, 2 % of that. They are added in a fixed order, without atomics.
+A program holds whole positions in registers, so x is read once and its variance is that about its mean. The gradient
+makes mean and inv_std again, of the x that it reads anyway: nothing is kept for it. y takes 4 bytes per value in
+bfloat16; the gradient reads d and x and writes dx, 6 bytes, and 8 C bytes of partial sums per 64 positions, 2 % of
+that. They are added in a fixed order, without atomics.
 """
 
 from typing import NamedTuple
@@ -35,15 +36,6 @@ class LayerNormOperands(NamedTuple):
     bias: Tensor | None
     weight_index: Tensor | None  # (G,) int32: each group's row of them; without it there is one row, or one per group
     eps: float
-    statistics: bool  # whether mean and inv_std are asked for
-
-
-class LayerNormOutput(NamedTuple):
-    """The result and what the gradient needs."""
-
-    y: Tensor  # (G, N, H, W, C)
-    mean: Tensor | None  # (G, N, H, W) float32
-    inv_std: Tensor | None
 
 
 class LayerNormGradientOperands(NamedTuple):
@@ -53,8 +45,7 @@ class LayerNormGradientOperands(NamedTuple):
     x: Tensor  # like d
     weight: Tensor | None  # (S, C)
     weight_index: Tensor | None  # (G,) int32
-    mean: Tensor  # (G, N, H, W) float32
-    inv_std: Tensor
+    eps: float
     sets: int  # 1 or G: how many sums over the groups; 0 makes none
 
 
@@ -66,20 +57,24 @@ class LayerNormGradient(NamedTuple):
     d_bias: Tensor | None
 
 
-def layer_norm_reference(o: LayerNormOperands) -> tuple[Tensor, Tensor, Tensor]:
-    x = o.x.to(accumulator(o.x.dtype))
-    mean = x.mean(-1, keepdim=True)
-    inv_std = ((x - mean).square().mean(-1, keepdim=True) + o.eps).rsqrt()
-    y = (x - mean) * inv_std
+def normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ and inv_std of the equations, in what an op computes in."""
+    x = x.to(accumulator(x.dtype))
+    x = x - x.mean(-1, keepdim=True)
+    inv_std = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * inv_std, inv_std
+
+
+def layer_norm_reference(o: LayerNormOperands) -> Tensor:
+    y, _ = normalized(o.x, o.eps)
     if o.weight is not None and o.bias is not None:
-        y = y * pick(o.weight, o.weight_index).to(x.dtype) + pick(o.bias, o.weight_index).to(x.dtype)
-    return y.to(o.x.dtype), *((mean[..., 0], inv_std[..., 0]) if o.statistics else (absent(x), absent(x)))
+        y = y * pick(o.weight, o.weight_index).to(y.dtype) + pick(o.bias, o.weight_index).to(y.dtype)
+    return y.to(o.x.dtype)
 
 
 def layer_norm_gradient_reference(o: LayerNormGradientOperands) -> tuple[Tensor, Tensor, Tensor]:
-    d = o.d.to(accumulator(o.d.dtype))
-    inv_std = o.inv_std[..., None]
-    x_hat = (o.x.to(d.dtype) - o.mean[..., None]) * inv_std
+    x_hat, inv_std = normalized(o.x, o.eps)
+    d = o.d.to(x_hat.dtype)
     e = d if o.weight is None else d * pick(o.weight, o.weight_index).to(d.dtype)
     dx = inv_std * (e - e.mean(-1, keepdim=True) - x_hat * (e * x_hat).mean(-1, keepdim=True))
     if not o.sets:
@@ -92,39 +87,39 @@ def layer_norm_gradient_reference(o: LayerNormGradientOperands) -> tuple[Tensor,
     return dx.to(o.d.dtype), sums(d * x_hat), sums(d)
 
 
+@triton.jit
+def _normalized(b_x, m_n, eps, C: tl.constexpr):
+    """x̂ of whole positions, 0 past the channels, and 1 / std of each."""
+    b_x = tl.where(m_n[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
+    b_inv = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)
+    return b_x * b_inv[:, None], b_inv
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def layer_norm_kernel(
-    p_x, p_weight, p_bias, p_index, p_y, p_mean, p_inv_std,
+    p_x, p_weight, p_bias, p_index, p_y,
     positions, s_weight, eps,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(1).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
-    m_m = o_m < positions
     m_n = o_n < C
-    m_x = m_m[:, None] & m_n[None, :]
+    m_x = (o_m < positions)[:, None] & m_n[None, :]
     o_x = i_g * positions * C + (o_m[:, None] * C + o_n[None, :])
-    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_mean = tl.sum(b_x, 1) * (1.0 / C)
-    b_x = tl.where(m_n[None, :], b_x - b_mean[:, None], 0.0)
-    b_inv = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)
-    b_y = b_x * b_inv[:, None]
+    b_y, _ = _normalized(tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32), m_n, eps, C)
     if p_weight is not None:
         i_row = i_g if p_index is None else tl.load(p_index + i_g).to(tl.int64)
         b_weight = tl.load(p_weight + i_row * s_weight + o_n, mask=m_n, other=0.0).to(tl.float32)
         b_bias = tl.load(p_bias + i_row * s_weight + o_n, mask=m_n, other=0.0).to(tl.float32)
         b_y = b_y * b_weight[None, :] + b_bias[None, :]
     tl.store(p_y + o_x, b_y.to(p_y.dtype.element_ty), mask=m_x)
-    if p_mean is not None:
-        tl.store(p_mean + i_g * positions + o_m, b_mean, mask=m_m)
-        tl.store(p_inv_std + i_g * positions + o_m, b_inv, mask=m_m)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def layer_norm_gradient_kernel(
-    p_d, p_x, p_weight, p_index, p_mean, p_inv_std, p_dx, p_sums,
-    positions, n_partials, s_weight,
+    p_d, p_x, p_weight, p_index, p_dx, p_sums,
+    positions, n_partials, s_weight, eps,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(1).to(tl.int64)
@@ -139,15 +134,10 @@ def layer_norm_gradient_kernel(
         biases = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(0, ROWS, BLOCK_M):
         o_m = tl.program_id(0) * ROWS + i + tl.arange(0, BLOCK_M)
-        m_m = o_m < positions
-        m_d = m_m[:, None] & m_n[None, :]
+        m_d = (o_m < positions)[:, None] & m_n[None, :]
         o_d = i_g * positions * C + (o_m[:, None] * C + o_n[None, :])
-        b_mean = tl.load(p_mean + i_g * positions + o_m, mask=m_m, other=0.0)
-        b_inv = tl.load(p_inv_std + i_g * positions + o_m, mask=m_m, other=0.0)
         b_d = tl.load(p_d + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
-        # past the channels d is 0, and with it every term that x̂ is in
-        b_x = (b_x - b_mean[:, None]) * b_inv[:, None]
+        b_x, b_inv = _normalized(tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32), m_n, eps, C)
         if p_sums is not None:
             weights += b_d * b_x
             biases += b_d
@@ -171,13 +161,11 @@ def positions_tile(channels: int, values: int) -> Tile:
 
 
 def _empty(o):
-    high = accumulator(o.x.dtype)
-    shape = o.x.shape[:4] if o.statistics else (0,)
-    return torch.empty_like(o.x), o.x.new_empty(shape, dtype=high), o.x.new_empty(shape, dtype=high)
+    return torch.empty_like(o.x)
 
 
 def _launch(o):
-    y, mean, inv_std = _empty(o)
+    y = _empty(o)
     groups, images, height, width, channels = o.x.shape
     positions, tile = images * height * width, positions_tile(channels, 32)
     launch(
@@ -187,13 +175,11 @@ def _launch(o):
         o,
         p_index=o.weight_index,
         p_y=y,
-        p_mean=present(mean),
-        p_inv_std=present(inv_std),
         positions=positions,
         s_weight=row_stride(o.weight),
         C=channels,
     )
-    return y, mean, inv_std
+    return y
 
 
 def _empty_gradient(o):
@@ -253,42 +239,37 @@ def layer_norm(
     *,
     weight_index: Tensor | None = None,
     eps: float = 1e-5,
-    statistics: bool = False,
-) -> LayerNormOutput:
+) -> Tensor:
     """LayerNorm of each position over its channels.
 
     Args:
-        x: (G, N, H, W, C), float32, float16 or bfloat16, which y is too (float64: reference only).
+        x: (G, N, H, W, C), float32, float16 or bfloat16, which the result is too (float64: reference only).
         weight, bias: (S, C), any of these, or both absent.
         weight_index: (G,) int32, each group's row of them. Without it S is 1 (all groups share them) or G.
         eps: added to the variance.
-        statistics: whether mean and inv_std (G, N, H, W) float32 are wanted, for ``layer_norm_gradient``.
 
     Raises:
         InputError: shapes that disagree, or more than ``MOST_CHANNELS`` channels.
     """
     check_tensor("x", x, 5)
     _check_rows(x, weight, bias, weight_index)
-    y, mean, inv_std = _layer_norm(*LayerNormOperands(x, weight, bias, weight_index, eps, statistics))
-    return LayerNormOutput(y, present(mean), present(inv_std))
+    return _layer_norm(*LayerNormOperands(x, weight, bias, weight_index, eps))
 
 
 def layer_norm_gradient(
     d: Tensor,
     x: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
     weight: Tensor | None = None,
     *,
     weight_index: Tensor | None = None,
+    eps: float = 1e-5,
     sets: int = 0,
 ) -> LayerNormGradient:
     """The gradients of ``layer_norm``'s input and, with ``sets``, of its parameters.
 
     Args:
         d: (G, N, H, W, C), which the gradient's dtype is too; x like it.
-        mean, inv_std: ``layer_norm``'s statistics.
-        weight, weight_index: as ``layer_norm`` had them.
+        weight, weight_index, eps: as ``layer_norm`` had them.
         sets: 1 sums the parameters' gradients over all groups, G keeps them apart, 0 leaves them out.
 
     Raises:
@@ -296,11 +277,10 @@ def layer_norm_gradient(
     """
     check_tensor("d", d, 5)
     _check_rows(d, weight, weight, weight_index)
-    for name, value, shape in (("x", x, d.shape), ("mean", mean, d.shape[:4]), ("inv_std", inv_std, d.shape[:4])):
-        if not (value.shape == shape and value.is_contiguous()):
-            raise InputError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}, contiguous")
+    if not (x.shape == d.shape and x.is_contiguous()):
+        raise InputError(f"x has shape {tuple(x.shape)}, expected {tuple(d.shape)}, contiguous")
     if sets not in (0, 1, d.shape[0]):
         raise InputError(f"sets is {sets}, expected 0, 1 or {d.shape[0]}")
-    o = LayerNormGradientOperands(d, x, weight, weight_index, mean, inv_std, sets)
+    o = LayerNormGradientOperands(d, x, weight, weight_index, eps, sets)
     dx, d_weight, d_bias = _layer_norm_gradient(*o)
     return LayerNormGradient(dx, present(d_weight), present(d_bias))
