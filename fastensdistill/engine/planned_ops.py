@@ -35,11 +35,10 @@ from fastensdistill.engine.planned_activations import activate, activate_gradien
 from fastensdistill.engine.planned_functions import (
     dropout,
     dropout_gradient,
-    function,
-    function_gradient,
     logits,
     logits_gradient,
 )
+from fastensdistill.engine.planned_layer_norms import function, function_gradient
 from fastensdistill.engine.planned_pools import pad, pad_gradient, pool, pool_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients

@@ -32,6 +32,9 @@ def pool_gradient(run: PartRun, launch: Launch) -> None:
         size = node.in_shape[1], node.in_shape[2]
         window = {"kernel": node.kernel, "stride": node.stride, "padding": node.padding}
         result = max_pool_backward(d, run.read(launch.reads[1]), in_size=size, **window)
+    elif node.is_global:  # one write; autograd's gradient is transposed and copied
+        C, H, W = node.in_shape
+        result = (d / (H * W)).expand(*d.shape[:2], H, W, C).contiguous()
     else:
         result = grouped(mean_windows_gradient(images_of(d), node), run.groups)
     run.write(launch.steps("store"), result)
