@@ -18,7 +18,7 @@ from fastensdistill.method.student import STUDENTS
 from fastensdistill.models import SHAPED, check_name
 from fastensdistill.settings import Settings, setting
 
-ENGINES = ("auto", "reference", "fused")
+ENGINES = ("auto", "reference", "captured", "fused")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 FLOAT16 = ("fp16", "float16", "half", "f16", "16", "fp16-mixed", "16-mixed", "amp")  # what others call it
 
@@ -70,8 +70,9 @@ class TrainConfig(Settings):
     """Parts that a batch is taken in, one after another, for less memory. The update is by the mean gradient; BatchNorm
     normalises each part by its own statistics (the perturbation and the teachers do not depend on the parts)."""
     engine: str = setting("auto", choices=ENGINES)
-    """reference (plain PyTorch on any device), fused (one CUDA graph of grouped kernels), or auto: fused where there is
-    a CUDA device and every layer has a kernel."""
+    """reference (plain PyTorch on any device), captured (the same step as CUDA graphs), fused (one CUDA graph of
+    grouped kernels), or auto: on a CUDA device fused where every operation of the student can be planned, else
+    captured, and reference for networks that wait for the device."""
     sync_batch_norm: bool = False
     """Of several processes (torchrun): BatchNorm's statistics over the whole batch, not over each process's images. The
     fused engine's."""

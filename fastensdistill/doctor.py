@@ -55,12 +55,13 @@ def facts() -> list[tuple[str, str]]:
         threads = torch.get_num_threads()
         own = f"{threads} thread{'s' * (threads > 1)}"
         rows.append(("GPU", f"none found ({built}); training runs on the CPU, {own}"))
-    fused = "fused (CUDA graph of Triton kernels)"
+    captured, fused = "captured (the reference's step as CUDA graphs)", "fused (CUDA graph of Triton kernels)"
     if not HAS_TRITON:
         fused += ", not here: Triton is not installed"
     elif not torch.cuda.is_available():
         fused += ", not here: no CUDA device"
-    rows.append(("engines", f"reference; {fused}"))
+    captured += "" if torch.cuda.is_available() else ", not here: no CUDA device"
+    rows.append(("engines", f"reference; {captured}; {fused}"))
     return rows
 
 

@@ -247,7 +247,7 @@ def test_doctor_names_versions_and_the_extension(capsys):
     counts = re.findall(r"(\d+) (extension|triton|reference)", re.findall(r"^ops on CUDA.*$", printed, re.M)[0])
     assert sum(int(count) for count, _ in counts) == len(ops.PORTABLE)
     assert ("extension" in [who for _, who in counts]) == found["loaded"]
-    assert re.search(r"^engines +reference; fused", printed, re.M)
+    assert re.search(r"^engines +reference; captured \(.*; fused", printed, re.M)
 
 
 def test_foreign_teachers_of_unlike_architecture_and_normalisation(npz, tmp_path, capsys):

@@ -15,6 +15,7 @@ on the host is decided by the capture for good: ``engine.host_reads`` finds the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,17 @@ if TYPE_CHECKING:
     from fastensdistill.data.loader import DeviceLoader
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether what ``device`` does can be captured."""
+    return device.type == "cuda"
+
+
 class Bodies(Capturing):
     """N batches in tensors that never move, and what is computed on them, replayed where there is a CUDA device."""
 
     graphs: Graphs | None = None
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Bodies that are not captured run within what this gives."""
 
     def __init__(
         self, capture: bool, trained: Sequence[nn.Module], optimizers: Sequence[torch.optim.SGD],
@@ -47,7 +55,7 @@ class Bodies(Capturing):
     ):  # fmt: skip
         """``trained`` networks, their ``optimizers``, and the ``others`` that are called."""
         self.device = next(trained[0].parameters()).device
-        self.capture = capture and self.device.type == "cuda"
+        self.capture = capture and has_graphs(self.device)
         self.trained, self.optimizers, self.others = trained, optimizers, others
         self.images: list[Tensor] = []  # N of (B, channels, H, W), from the first batch on, as that lies in memory
         self.labels: list[Tensor] = []  # N of int64 (B,)
@@ -112,7 +120,10 @@ class Bodies(Capturing):
         """What ``body`` returns, which has to be the same body whenever ``key`` is; it draws from ``generators``."""
         # The backward pass on this thread: what is asked of the device on others is none of a capture's business
         with torch.autograd.set_multithreading_enabled(False):
-            return body() if self.graphs is None else self.graphs.prepare(key, body, generators)()
+            if self.graphs is not None:
+                return self.graphs.prepare(key, body, generators)()
+            with self.around():
+                return body()
 
 
 class CapturedReferenceStep(ReferenceStep):
@@ -168,9 +179,18 @@ class CapturedReferenceStep(ReferenceStep):
         (images,) = self.bodies.images
         if self.perturbed.shape != images.shape:
             self.perturbed = torch.empty_like(images)
-        number = self.perturbation.choose()
-        diversities = self.bodies.run(("perturb", number), partial(self._perturb, number), [self.perturbation.noise])
+        diversities = self._run_perturbation(self.perturbation.choose())
         return self.bodies.run("distil", self._distil) | diversities
+
+    def run_all(self) -> None:
+        """Run bodies on what is loaded until every network has done, in one of them, what a step may have it do."""
+        self.perturbed = torch.empty_like(self.bodies.images[0])
+        for number in self.perturbation.differing():
+            self._run_perturbation(number)
+        self.bodies.run("distil", self._distil)
+
+    def _run_perturbation(self, number: int) -> Results:
+        return self.bodies.run(("perturb", number), partial(self._perturb, number), [self.perturbation.noise])
 
     def _perturb(self, number: int) -> Results:
         (images,), n = self.bodies.images, self.config.micro_batches
@@ -223,6 +243,10 @@ class CapturedTeachStep(TeachStep):
 
     def _step(self) -> Scalars:
         return self.bodies.run("teach", self._teach)
+
+    def run_all(self) -> None:
+        """As :meth:`CapturedReferenceStep.run_all`."""
+        self._step()
 
     def _teach(self) -> Results:
         batches = [*zip(self.bodies.images, self.bodies.labels, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -200,21 +200,3 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.reads.check(func, args, kwargs, result)
         return result
-
-
-class Watched:
-    """In the place of ``engine.graph.Graphs``: bodies are run as they are, under ``reads`` where ``watch`` says so."""
-
-    captured, error = False, ""
-
-    def __init__(self, reads: HostReads):
-        self.reads, self.watch = reads, False
-
-    def prepare(self, key: Any, body: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
-        def run() -> Any:
-            if not self.watch:
-                return body()
-            with self.reads:
-                return body()
-
-        return run

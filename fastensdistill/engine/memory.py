@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastensdistill.engine.common import precision_on
@@ -68,20 +69,13 @@ class Estimate:
         return sum(self.fixed.values()) + max(one.peak for one in self.passes)
 
 
-class Live(AsOnGPU):
-    """Counts the bytes of storages that are made within and are alive; ``peak`` is their most since ``take_peak``."""
+class Storages:
+    """Counts the bytes of storages that it is shown and that are alive; ``peak`` is their most since ``take_peak``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.known: set[int] = set()
-
-    def on_pytorch(self, op: Any, result: Any) -> None:
-        if not op.is_view and not op._schema.is_mutable:  # whose results are in memory that was there
-            self.count(result)
-
-    def on_extension(self, name: str, result: Any) -> None:
-        self.count(result)
 
     def count(self, result: Any) -> None:
         for tensor in tree_leaves(result):
@@ -100,6 +94,27 @@ class Live(AsOnGPU):
     def take_peak(self) -> int:
         peak, self.peak = max(self.peak, self.live), 0
         return peak
+
+
+class Live(Storages, AsOnGPU):
+    """Those that are made within, on the meta device."""
+
+    def on_pytorch(self, op: Any, result: Any) -> None:
+        if not op.is_view and not op._schema.is_mutable:  # whose results are in memory that was there
+            self.count(result)
+
+    def on_extension(self, name: str, result: Any) -> None:
+        self.count(result)
+
+
+class LiveHere(Storages, TorchDispatchMode):
+    """Those that are made within, on whatever device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func._schema.is_mutable:
+            self.count(result)
+        return result
 
 
 def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:

@@ -9,14 +9,16 @@ compared here are the run's own; sums of many rows, which so few images do witho
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
 from fastensdistill.engine.common import ImageShape, precision_on
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -30,8 +32,10 @@ from fastensdistill.method.modes import set_mode
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.unseen import generators_kept
 
 IMAGES = 16
+STEPS = 3  # of which the captured step replays two as they are and one that its capture has just made
 # 1 − cosine of the two directions that is always allowed, and how often PyTorch's own in the same precision.
 ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}
 MARGIN = 4
@@ -56,7 +60,7 @@ def verify_distillation(
         for layer in [m for m in moved.modules() if isinstance(m, RankOneLayer)]:
             for factor in (layer.delta_r, layer.delta_s):
                 factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
-    images, labels = _batch(moved, shape, num_classes, generator)
+    images, labels = few_images(moved, shape, num_classes, generator)
     plain = _undecayed(config)
     exact, own, other = (copy_network(moved) for _ in range(3))
     reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
@@ -77,11 +81,9 @@ def verify_distillation(
 
 def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:
     """1 − cosine between the engines of the update of all networks. Raises DisagreementError above the limit."""
-    with torch.no_grad():
-        images, _ = _batch(networks[0], shape, 2, torch.Generator())
-        classes = call(set_mode(copy_network(networks[0]), False), images).shape[1]
+    classes = class_count(networks[0], shape)
     generator = torch.Generator().manual_seed(0)
-    batches = [_batch(network, shape, classes, generator) for network in networks]
+    batches = [few_images(network, shape, classes, generator) for network in networks]
     images = batches[0][0]
     plain = _undecayed(config)
     before = nn.ModuleList(networks)
@@ -98,6 +100,66 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
     return {"update": _judge("update", precision, *(_changes(before, after) for after in (exact, own, other)))}
 
 
+def verify_captured_distillation(
+    student: Student, teachers: Teachers, config: DistillConfig, shape: ImageShape, num_classes: int
+) -> dict[str, float]:
+    """1 − cosine between a few steps of the reference engine and the same ones captured, of what they change.
+
+    Raises DisagreementError above the limit, and InputError where a capture fails.
+    """
+    config = _undecayed(config)
+    launched, replayed = (copy_network(student) for _ in range(2))
+    frozen = [copy_network(teachers) for _ in range(2)]
+    one = ReferenceStep(launched, frozen[0], config, num_classes=num_classes)
+    other = CapturedReferenceStep(replayed, frozen[1], config, num_classes=num_classes)
+    generator = torch.Generator().manual_seed(0)
+    batches = [few_images(student, shape, num_classes, generator) for _ in range(STEPS)]
+    return {"update": _compare_captured(student, (launched, one), (replayed, other), batches, config)}
+
+
+def verify_captured_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:
+    """As :func:`verify_captured_distillation`, for networks that become teachers."""
+    config, classes = _undecayed(config), class_count(networks[0], shape)
+    before = nn.ModuleList(networks)
+    launched, replayed = (copy_network(before) for _ in range(2))
+    one, other = TeachStep(list(launched), config), CapturedTeachStep(list(replayed), config)
+    generator = torch.Generator().manual_seed(0)
+    batches = [([few_images(own, shape, classes, generator) for own in networks],) for _ in range(STEPS)]
+    return {"update": _compare_captured(before, (launched, one), (replayed, other), batches, config)}
+
+
+def _compare_captured(
+    before: nn.Module, launched: tuple[nn.Module, Any], replayed: tuple[nn.Module, Any], batches: Sequence[Any],
+    config: TrainConfig,
+) -> float:  # fmt: skip
+    changes = []
+    with generators_kept(before), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a capture that fails is told in the error
+        for network, step in (launched, replayed):
+            torch.manual_seed(0)  # what networks draw
+            step.set_learning_rate(config.learning_rate)
+            for batch in batches:
+                step(*batch)
+            changes.append(_changes(before, network))
+    step = replayed[1]
+    if not step.captured:
+        raise InputError(step.capture_error or "there is nothing to capture on this device")
+    found, precision = _apart(*changes), precision_on(config, step.device)
+    if found > ALLOWED[precision]:
+        raise DisagreementError(
+            f"replayed, the step is not what it is when it is launched (1 − cosine {found:.1e}, at most "
+            f"{ALLOWED[precision]:.0e} for {precision})"
+        )
+    return found
+
+
+def class_count(network: nn.Module, shape: ImageShape) -> int:
+    """How many classes the logits of ``network`` have."""
+    with torch.no_grad():
+        images, _ = few_images(network, shape, 2, torch.Generator())
+        return call(set_mode(copy_network(network), False), images).shape[1]
+
+
 def verify_sums(device: torch.device) -> None:
     """Sums of rows by their kernel, where kernels run. Raises DisagreementError."""
     if runs_kernel(device.type, torch.float32):
@@ -111,14 +173,15 @@ def _undecayed(config: Config) -> Config:
     return replace(config, weight_decay=0.0, micro_batches=1)
 
 
-def _batch(
-    network: nn.Module, shape: ImageShape, num_classes: int, generator: torch.Generator
+def few_images(
+    network: nn.Module, shape: ImageShape, num_classes: int, generator: torch.Generator, count: int = IMAGES
 ) -> tuple[Tensor, Tensor]:
+    """Images (``count``, channels, H, W), channels last, and labels, where ``network`` is."""
     device = next(network.parameters()).device
     # A colour for each image and each half of it: untrained networks tell images of plain noise apart too little.
-    colours = torch.rand(IMAGES, shape[0], 2, 1, generator=generator).repeat_interleave(-(-shape[1] // 2), 2)
-    images = 0.7 * colours[:, :, : shape[1]] + 0.25 * torch.rand(IMAGES, *shape, generator=generator) + 0.025
-    labels = torch.randint(num_classes, (IMAGES,), generator=generator)
+    colours = torch.rand(count, shape[0], 2, 1, generator=generator).repeat_interleave(-(-shape[1] // 2), 2)
+    images = 0.7 * colours[:, :, : shape[1]] + 0.25 * torch.rand(count, *shape, generator=generator) + 0.025
+    labels = torch.randint(num_classes, (count,), generator=generator)
     return images.to(device, memory_format=torch.channels_last), labels.to(device)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastensdistill.config import TrainConfig
+from fastensdistill.config import ENGINES, TrainConfig
 from fastensdistill.data.loader import EvaluationSet, check_batch_size
 from fastensdistill.engine.common import ImageShape, arithmetic, state_of
 from fastensdistill.engine.dispatch import Dispatch
@@ -133,17 +133,18 @@ class GroupedPredictor(Capturing):
 class Evaluator:
     """What a trainer validates with: grouped launches where the engine is fused, plain PyTorch where it is not.
 
-    ``engine`` is "fused" or "reference"; networks that cannot be planned go through ``evaluate.predict.predict`` too,
-    and ``reason`` then says why. Predictors are kept from one call to the next as long as the same modules are given;
-    every call reads their current weights. ``options`` are those of :class:`GroupedPredictor`.
+    ``engine`` is "fused", "captured" or "reference"; networks that cannot be planned go through
+    ``evaluate.predict.predict`` too, and ``reason`` then says why. Predictors are kept from one call to the next as
+    long as the same modules are given; every call reads their current weights. ``options`` are those of
+    :class:`GroupedPredictor`.
     """
 
     def __init__(self, engine: str, image_shape: ImageShape, **options: Any):
-        if engine not in ("fused", "reference"):
-            raise unknown("engine", engine, ["fused", "reference"])
+        if engine not in ENGINES[1:]:
+            raise unknown("engine", engine, ENGINES[1:])
         TrainConfig(precision=options.get("precision", "auto"))  # a wrong one is no reason to fall back
         self.fused, self.image_shape, self.options = engine == "fused", image_shape, options
-        self.reason = "" if self.fused else "the engine is the reference"
+        self.reason = "" if self.fused else f"the engine is {engine}"
         self.kept: dict[str, tuple[list[nn.Module], GroupedPredictor | None]] = {}
 
     def _predictor(self, role: str, owners: list[nn.Module], networks: Networks) -> GroupedPredictor | None:

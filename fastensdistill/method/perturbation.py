@@ -170,6 +170,13 @@ class Perturbation:
         found = [self.perturb(images, teachers, student, pair) for images in x.chunk(micro_batches)]
         return found[0] if len(found) == 1 else joined(found)
 
+    def differing(self) -> list[int]:
+        """Choices among which every member that can be differentiated is, each once; [0] where there are none."""
+        first: dict[int, int] = {}
+        for number, (a, _) in enumerate(self.pairs):
+            first.setdefault(a, number)
+        return list(first.values()) or [0]
+
     def perturb(self, x: Tensor, teachers: Members, student: nn.Module, pair: Pair | None = None) -> Perturbed:
         """``x`` perturbed by plain PyTorch, for this choice.
 

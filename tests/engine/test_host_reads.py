@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastensdistill.engine.captured import CapturedReferenceStep
-from fastensdistill.engine.host_reads import HostReads, Watched
+from fastensdistill.engine.host_reads import HostReads
 from tests.engine.captured_cases import KINDS, READING, STAYING, of_kind
 from tests.engine.cases import CLASSES, batch, setting
 from tests.untyped import untyped
@@ -22,10 +22,9 @@ def found(**kinds: Any) -> list[str]:
     step = CapturedReferenceStep(student, teachers, config, num_classes=CLASSES)
     named = {"the student": student.module} | {f"teacher {m}": one for m, one in enumerate(teachers.networks)}
     reads = HostReads(named, step.device)
-    step.bodies.accept([batch(0)[0]])
-    step.bodies.graphs = watched = untyped(Watched(reads))
-    for watched.watch in (False, True):  # a network is looked at when it is first called
-        step(*batch(0))
+    step(*batch(0))  # networks are looked at by others too when they are first called
+    step.bodies.around = lambda: reads
+    step(*batch(0))
     return reads.found
 
 

@@ -216,6 +216,11 @@ def test_what_one_process_finds_for_itself_the_others_still_ask_together(monkeyp
     assert len(calls) == 3
 
 
+def fused_alone(verify, build):
+    """How the fused step is tried and built; no other is to be."""
+    return untyped(select.Attempts)(verify, build, *[None] * 4)
+
+
 def test_engines_are_told(monkeypatch, device):
     """The proof comes before the check of a step, where processes are not alone yet; why not is part of the line."""
     order: list[str] = []
@@ -232,7 +237,7 @@ def test_engines_are_told(monkeypatch, device):
         engine, batch_size = "auto", 8
 
     choice = EngineChoice("fused", "every layer has a kernel")
-    _, made = untyped(select.fused_step)(Config, choice, device, verify, Step)
+    _, made = untyped(select.build_step)(Config, choice, device, fused_alone(verify, Step))
     assert order == ["prove", "prove", "verify"], "twice, the second time with copies"
     assert "not proven on this device (killed by SIGABRT; again: " in str(made)
     assert "\n" not in str(made)
@@ -250,7 +255,7 @@ def test_who_has_no_such_kernels_on_a_device_that_could_is_told(monkeypatch, dev
     choice = EngineChoice("fused", "every layer has a kernel")
     for arch, advised in ((90, True), (80, False), (0, False)):
         monkeypatch.setattr(select, "device_arch", lambda x, arch=arch: arch)
-        _, made = untyped(select.fused_step)(Config, choice, device, lambda: {"update": 0.0}, Step)
+        _, made = untyped(select.build_step)(Config, choice, device, fused_alone(lambda: {"update": 0.0}, Step))
         assert str(made).endswith(select.SLOWER) == advised
 
 
