@@ -8,6 +8,7 @@ relative to the largest value of their tensor: of the perturbation, the losses, 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from bench.setting import settle
 from fastensdistill.config import DistillConfig
 from fastensdistill.engine.captured import CapturedReferenceStep
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.host_reads import HostReads, Watched
+from fastensdistill.engine.host_reads import HostReads
 from fastensdistill.engine.module_check import planned_or_module
 from fastensdistill.engine.plain import plain_student
 from fastensdistill.engine.probe import compared, moved
@@ -69,8 +70,7 @@ def host_reads(name: str, role: str) -> list[str]:
     """What keeps a step of the reference engine from being captured, a line each."""
     step = captured_step(name, role)
     reads = HostReads({"the student": step.student, "the teachers": step.teachers}, torch.device("cpu"))
-    step.bodies.graphs = watched = Watched(reads)  # type: ignore[assignment]
-    for watched.watch in (False, True):
+    for step.bodies.around in (nullcontext, lambda: reads):  # others look at a network when it is first called
         step(*batch(name))
     return reads.found
 

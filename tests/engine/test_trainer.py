@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from fastensdistill.config import TeachConfig
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.engine.select import EngineChoice, choose_engine
+from fastensdistill.engine.select import PLANNED, EngineChoice, choose_engine
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.train.setup import seeded
@@ -116,11 +116,11 @@ def test_the_choice_is_explained():
         return choose_engine(config, student, teachers, device, shape)
 
     assert choose(student, teachers, cpu) == EngineChoice("reference", "no CUDA device, training on cpu")
-    assert choose(student, teachers, cuda) == EngineChoice("fused", "every layer has a kernel")
+    assert choose(student, teachers, cuda) == EngineChoice("fused", PLANNED)
     assert choose(student, teachers, cpu, "fused") == EngineChoice("fused", "asked for")
     assert choose(student, teachers, cuda, "reference") == EngineChoice("reference", "asked for")
     hydra, _, _ = setting("hydra")
-    assert choose(hydra, teachers, cuda) == EngineChoice("fused", "every layer has a kernel")
+    assert choose(hydra, teachers, cuda) == EngineChoice("fused", PLANNED)
 
     class Squared(torch.nn.Module):
         def __init__(self):
@@ -132,7 +132,7 @@ def test_the_choice_is_explained():
 
     foreign, _, _ = setting(student=lambda _seed: Squared().double())
     choice = choose(foreign, teachers, cuda)
-    assert choice.name == "reference"
+    assert choice.name == "captured"
     assert "pow" in choice.reason
     assert "\n" not in choice.reason
     with pytest.raises(InputError, match=r"engine='fused' cannot train this: .*pow"):
@@ -153,5 +153,5 @@ def test_dropout_in_the_student_goes_to_the_reference():
 
     student, teachers, config = setting(student=lambda _seed: Dropped().double())
     choice = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
-    assert choice.name == "reference"
+    assert choice.name == "captured"
     assert "dropout" in choice.reason
