@@ -27,6 +27,7 @@ from fastensdistill.engine.common import (
 )
 from fastensdistill.engine.optimizer import (
     average_gradients,
+    complete_momentum,
     load_momentum_state,
     momentum_state,
     set_learning_rate,
@@ -209,5 +210,6 @@ def update(
             (of_one[0] / n if n > 1 else of_one[0]).backward()
             found.append(torch.stack([loss.detach() for loss in of_one]))
     average_gradients(network)
+    complete_momentum(optimizer)  # a fused update fails where some have theirs and others, just thawed, have none
     optimizer.step()
     return torch.stack(found).mean(0)
