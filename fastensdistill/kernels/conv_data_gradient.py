@@ -24,10 +24,11 @@ from fastensdistill.errors import InputError, unknown
 from fastensdistill.kernels.elementwise_gradient import (
     GradientEpilogue,
     check_epilogue,
+    finish_gradient,
     gradient_epilogue,
     gradient_sums,
 )
-from fastensdistill.kernels.gather import column_halves, gather_product, load_bits, load_spread
+from fastensdistill.kernels.gather import column_halves, gather_product
 from fastensdistill.kernels.grouped_conv import conv_tile_of
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
@@ -175,50 +176,15 @@ def conv_data_gradient_kernel(
             b_half = right if i_half else left
         else:
             b_half = acc
-        _finish(
+        i_first = i_n * BLOCK_N + i_half * HALF
+        b_d, b_product = finish_gradient(
             b_half, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out,
-            p_statistics, image, i_h, i_w, m_m, i_n * BLOCK_N + i_half * HALF, H, W, C, HR, WR, CR, RESIDUAL_STRIDE,
-            RESIDUAL_FIRST, BLOCK_M, HALF,
+            image, i_h, i_w, m_m, i_first, H, W, C, HR, WR, CR, RESIDUAL_STRIDE, RESIDUAL_FIRST, BLOCK_M, HALF,
         )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    acc, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out, p_statistics,
-    image, i_h, i_w, m_m, i_first,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What follows ``acc``, channels from ``i_first``; ``p_statistics`` is the program's, the others the group's."""
-    o_n = i_first + tl.arange(0, BLOCK_N)
-    m_n = o_n < C
-    o_position = (image * H + i_h) * W + i_w
-    o_out = o_position[:, None] * C + o_n[None, :]
-    m_out = m_m[:, None] & m_n[None, :]
-    if p_residual is not None and RESIDUAL_FIRST:
-        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
-    if p_mask is not None:
-        acc = tl.where(load_bits(p_mask, o_position, m_m, i_first, C, BLOCK_M, BLOCK_N), acc, 0.0)
-    if p_mask_scale is not None:
-        b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
-        b_mask_scale = tl.load(p_mask_scale + o_n, mask=m_n, other=0.0)
-        b_mask_shift = tl.load(p_mask_shift + o_n, mask=m_n, other=0.0)
-        acc = tl.where(b_z * b_mask_scale[None, :] + b_mask_shift[None, :] > 0, acc, 0.0)
-    if p_scale is not None:
-        acc *= tl.load(p_scale + o_n, mask=m_n, other=0.0)[None, :]
-    if p_residual is not None and not RESIDUAL_FIRST:
-        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
-    b_out = acc.to(p_out.dtype.element_ty)
-    tl.store(p_out + o_out, b_out, mask=m_out)
-    if p_z is not None:
-        b_d = tl.where(m_out, b_out.to(tl.float32), 0.0)
-        tl.store(p_statistics + o_n, tl.sum(b_d, 0), mask=m_n)
-        b_mean = tl.load(p_mean + o_n, mask=m_n, other=0.0)
-        b_inv = tl.load(p_inv_std + o_n, mask=m_n, other=0.0)
-        if p_mask_scale is None:
-            b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
-        b_hat = (b_z - b_mean[None, :]) * b_inv[None, :]
-        tl.store(p_statistics + C + o_n, tl.sum(b_d * b_hat, 0), mask=m_n)
+        if p_z is not None:
+            o_half = i_first + tl.arange(0, HALF)
+            tl.store(p_statistics + o_half, tl.sum(b_d, 0), mask=o_half < C)
+            tl.store(p_statistics + C + o_half, tl.sum(b_product, 0), mask=o_half < C)
 
 
 def gradient_results(d: Tensor, shape: tuple[int, ...], rows: int, o: GradientEpilogue) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def depthwise_conv_reference(o: DepthwiseOperands, window: Rectangle) -> tuple[T
     if o.center is None:
         return y, absent(y, high)
     rest, tile = y.to(high) - pick(o.center, o.weight_index), _tile(o, window)
-    return y, torch.stack([strip_rows(v, tile.BLOCK_K, tile.BLOCK_M) for v in (rest, rest.square())], 2)
+    return y, torch.stack([strip_rows(v, tile.BLOCK_K, 1, tile.BLOCK_M) for v in (rest, rest.square())], 2)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

@@ -5,7 +5,8 @@
     statistics = Σ u, Σ u · (z − mean) · inv_std per channel, one row per program, no atomics
 
 Here scale, mean and inv_std are by group: (Q, C), Q = G or 1. ``gradient_epilogue``, ``gradient_sums`` and
-``check_epilogue`` serve the data gradients of convolutions and of the head too, where they are by weight slot.
+``check_epilogue`` serve the data gradients of convolutions and of the head too, where they are by weight slot;
+``finish_gradient`` is those of convolutions in Triton.
 """
 
 from collections.abc import Callable
@@ -82,6 +83,49 @@ def elementwise_gradient_reference(d: Tensor, o: GradientEpilogue) -> tuple[Tens
     u = gradient_epilogue(d.to(accumulator(d.dtype)), None, o).to(d.dtype)
     sums = gradient_sums(u, None, o, lambda values: partial_rows(values.flatten(1, 3), ROWS_BLOCK))
     return u.clone() if u is d else u, sums
+
+
+@triton.jit
+def finish_gradient(
+    acc, p_residual, p_mask, p_scale, p_z, p_mean, p_inv_std, p_mask_scale, p_mask_shift, p_out,
+    image, i_h, i_w, m_m, i_first,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HR: tl.constexpr, WR: tl.constexpr, CR: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Do all that and store u, of a convolution's gradient ``acc`` (BLOCK_M, BLOCK_N), channels from ``i_first``.
+
+    Pointers are the group's, of rows the slot's. Returns what the statistics add up: u as stored, in float32 and 0
+    where nothing is, and that times the standardised z; without z it is u twice.
+    """
+    o_n = i_first + tl.arange(0, BLOCK_N)
+    m_n = o_n < C
+    o_position = (image * H + i_h) * W + i_w
+    o_out = o_position[:, None] * C + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if p_residual is not None and RESIDUAL_FIRST:
+        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
+    if p_mask is not None:
+        acc = tl.where(load_bits(p_mask, o_position, m_m, i_first, C, BLOCK_M, BLOCK_N), acc, 0.0)
+    if p_mask_scale is not None:
+        b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_mask_scale = tl.load(p_mask_scale + o_n, mask=m_n, other=0.0)
+        b_mask_shift = tl.load(p_mask_shift + o_n, mask=m_n, other=0.0)
+        acc = tl.where(b_z * b_mask_scale[None, :] + b_mask_shift[None, :] > 0, acc, 0.0)
+    if p_scale is not None:
+        acc *= tl.load(p_scale + o_n, mask=m_n, other=0.0)[None, :]
+    if p_residual is not None and not RESIDUAL_FIRST:
+        acc += load_spread(p_residual, image, i_h, i_w, m_m, o_n, m_n, HR, WR, CR, RESIDUAL_STRIDE)
+    b_out = acc.to(p_out.dtype.element_ty)
+    tl.store(p_out + o_out, b_out, mask=m_out)
+    b_d = tl.where(m_out, b_out.to(tl.float32), 0.0)
+    b_product = b_d
+    if p_z is not None:
+        b_mean = tl.load(p_mean + o_n, mask=m_n, other=0.0)
+        b_inv = tl.load(p_inv_std + o_n, mask=m_n, other=0.0)
+        if p_mask_scale is None:
+            b_z = tl.load(p_z + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_product = b_d * ((b_z - b_mean[None, :]) * b_inv[None, :])
+    return b_d, b_product
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

@@ -33,6 +33,18 @@ def is_read(distance, by_result, rows, dilation, low, taps, most):
     return any(tap_of(distance + by_result * j, dilation, low, taps, most) >= 0 for j in range(rows))
 
 
+@triton.constexpr_function
+def first_tap(distance, stride, dilation, taps):
+    """The first tap that reads position p of the input, ``distance`` = p + padding, for a result; else ``taps``."""
+    return next((tap for tap in range(taps) if (distance - tap * dilation) % stride == 0), taps)
+
+
+@triton.constexpr_function
+def tap_step(stride, dilation):
+    """From one such tap to the next."""
+    return next(step for step in range(1, stride + 1) if step * dilation % stride == 0)
+
+
 @triton.jit
 def zero_strip(ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """ROWS blocks of sums, as a tuple."""
@@ -40,6 +52,12 @@ def zero_strip(ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
     for _ in tl.static_range(ROWS):
         accs += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # type: ignore[assignment]
     return accs
+
+
+@triton.jit
+def added(accs, i: tl.constexpr, value):
+    """The tuple with ``value`` added to its i-th block."""
+    return accs[:i] + (accs[i] + value,) + accs[i + 1 :]  # noqa: RUF005 (Triton has no starred tuples)
 
 
 @triton.jit
@@ -79,11 +97,15 @@ def strip_product(
                     for j in tl.static_range(ROWS):
                         if tap_of(BY_SOURCE * r + SHIFT + BY_RESULT * j, DILATION, low, TAPS_H, MOST) >= 0:
                             b_w = weights[tap_of(BY_SOURCE * r + SHIFT + BY_RESULT * j, DILATION, low, TAPS_H, MOST)]
-                            accs = accs[:j] + (accs[j] + b_x * b_w,) + accs[j + 1 :]  # noqa: RUF005 (Triton has no *)
+                            accs = added(accs, j, b_x * b_w)
     return accs
 
 
-def strip_rows(values: Tensor, rows: int, block: int) -> Tensor:
-    """Partial sums of (G, N, H, W, C) as the kernels make them: over ``block`` columns of strips of ``rows`` rows."""
-    padded = F.pad(values, (0, 0, 0, 0, 0, -values.shape[2] % rows))
-    return partial_rows(padded.unflatten(2, (-1, rows)).sum(3).flatten(1, 3), block)
+def strip_rows(values: Tensor, rows: int, columns: int, block: int) -> Tensor:
+    """Partial sums of (G, N, H, W, C) as the kernels make them.
+
+    A strip is ``rows`` high and ``columns`` wide, and ``block`` neighbouring strips are a row.
+    """
+    padded = F.pad(values, (0, 0, 0, -values.shape[3] % columns, 0, -values.shape[2] % rows))
+    strips = padded.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).sum((3, 5))
+    return partial_rows(strips.flatten(1, 3), block)

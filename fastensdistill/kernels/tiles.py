@@ -255,7 +255,9 @@ def strip_height(height: int, step: int, halo: int, most: int = 8) -> int:
     return min(powers, key=lambda rows: -(-height // rows) * (rows * step + max(0, halo)))
 
 
-def depthwise_tile(arch: int, channels: int, height: int, step: int, halo: int, itemsize: int = 2) -> Tile:
+def depthwise_tile(
+    arch: int, channels: int, height: int, step: int, halo: int, itemsize: int = 2, most: int = 8
+) -> Tile:
     """Tile of a depthwise convolution or its data gradient: columns x channels x rows (BLOCK_K) of a strip."""
     channels, height = int(channels), int(height)
     if arch == 0:
@@ -264,5 +266,56 @@ def depthwise_tile(arch: int, channels: int, height: int, step: int, halo: int, 
     else:
         width = depthwise_width(channels)
         reason = "8 values a thread of a row, 64 sums at most: neighbouring taps come out of registers and L1"
-        tile = Tile(_STRIP_VALUES // width, width, strip_height(height, step, halo), 4, 1, reason)
+        tile = Tile(_STRIP_VALUES // width, width, strip_height(height, step, halo, most), 4, 1, reason)
     return _chosen("depthwise", arch, (channels, height, step, halo, itemsize), tile)
+
+
+class DepthwiseSplit(NamedTuple):
+    """A depthwise weight gradient: ``taps`` (rows, columns) of a pass, and how positions are shared out (``Split``)."""
+
+    tile: Tile
+    taps: tuple[int, int]
+    blocks: int
+    steps: int
+    splits: int
+
+
+_PASS_TAPS = 49  # sums of a pass that a thread holds, for 2 channels each: those of 81 taps spilled
+_PASS_COLUMNS = 27
+_WAVES = 8  # programs that each multiprocessor shall have, in all; 3 to 5 fit it at once
+_MOST_SPLITS = 256
+
+
+def depthwise_split(
+    arch: int,
+    groups: int,
+    images: int,
+    size: tuple[int, int],
+    channels: int,
+    kernel: tuple[int, int],
+    step: int,
+    halo: int,
+    itemsize: int = 2,
+) -> DepthwiseSplit:
+    """Tile (strips' columns x channels x rows), passes and splits of a result of ``size``, a window of ``kernel`` taps.
+
+    As many programs as keep every multiprocessor busy, of at least 16 steps each, so that the sums at a program's end
+    stay a small part. It depends on shapes and the architecture alone: the order of a sum is fixed.
+    """
+    columns = -(-kernel[1] // -(-kernel[1] // _PASS_COLUMNS))
+    most = min(kernel[0], max(1, _PASS_TAPS // columns))
+    rows = -(-kernel[0] // -(-kernel[0] // most))
+    if arch == 0:
+        height = strip_height(size[0], step, halo, 4)
+        tile = Tile(16, 16, height, 4, 1, "interpreter: small, so that tests cross tile borders")
+    else:
+        width, values = depthwise_width(channels), 4 if rows * columns <= 25 else 2
+        height = strip_height(size[0], step, halo, 8 if rows * columns <= 9 else 4)
+        reason = f"{values} channels a thread: the sums of {rows * columns} taps stay in registers"
+        tile = Tile(128 * values // width, width, height, 4, 1, reason)
+    tile = _chosen("depthwise weight gradient", arch, (channels, *kernel, *size, itemsize), tile)
+    blocks = -(-kernel[0] // rows) * -(-kernel[1] // columns) * -(-channels // tile.BLOCK_N)
+    total = -(-images * -(-size[0] // tile.BLOCK_K) * size[1] // tile.BLOCK_M)
+    wanted = 3 if arch == 0 else -(-_WAVES * _DEVICES[_generation(arch)][0] // (blocks * groups))
+    steps = -(-total // max(1, min(wanted, _MOST_SPLITS, total if arch == 0 else total // 16)))
+    return DepthwiseSplit(tile, (rows, columns), blocks, steps, -(-total // steps))

@@ -24,7 +24,7 @@ def test_the_kernel_is_the_reference(case):
 
 
 @pytest.mark.parametrize("rows", [1, SLOTS], ids=["shared", "by slot"])
-@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[11]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda case: case.name)
 def test_bias_and_statistics(case, rows):
     options = {"bias": values(rows, case.channels), "center": values(rows, case.channels, seed=1)}
     check_op(depthwise_conv, *operands(case), **case.window, **options, tolerance=TOLERANCES[case.dtype])
@@ -69,12 +69,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight of another window": ({"kernel": (3, 1)}, r"weight has shape \(3, 9, 1, 16\), expected \(slots, 3, 1, 16\)"),
     "slots in int64": ({"weight_index": torch.zeros(2, dtype=torch.int64)}, "expected int32"),
     "groups that disagree": ({"weight_index": torch.zeros(4, dtype=torch.int32)}, "x has 2 groups, expected 4 or 1"),
-    "another dtype": ({"x": values(2, 3, 8, 8, 16).half()}, "x is torch.float16"),
+    "another dtype": ({"x": values(2, 3, 8, 6, 16).half()}, "x is torch.float16"),
     "a bias of another width": ({"bias": torch.ones(1, 3)}, r"bias has shape \(1, 3\)"),
     "a stride of 0": ({"stride": (1, 0)}, r"stride is \(1, 0\), expected a pair of at least 1"),
     "a kernel that is no pair": ({"kernel": (3, 3, 3)}, "expected a pair"),
     "a window that does not fit": ({"dilation": (5, 1), "padding": (0, 0)}, "no window"),
-    "not contiguous": ({"x": values(2, 3, 8, 8, 16).transpose(2, 3)}, "not contiguous"),
+    "not contiguous": ({"x": values(2, 3, 8, 6, 16).transpose(2, 3)}, "not contiguous"),
     "another precision": ({"precision": "fast"}, "unknown precision"),
 }
 
