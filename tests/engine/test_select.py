@@ -17,10 +17,12 @@ from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.select import distillation_step, teaching_step
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
+from fastensdistill.train.stop import Interrupted
 from tests.engine.captured_cases import READING, Planted, of_kind
 from tests.engine.cases import CLASSES, network, setting
 from tests.engine.recorded_graph import RecordedGraphs
 from tests.networks import tiny
+from tests.runs import StopAt, make
 from tests.untyped import untyped
 
 SHAPE = (3, 6, 6)
@@ -179,6 +181,23 @@ def test_on_a_cpu():
     assert str(choice).endswith(words)
     with pytest.raises(InputError, match=r"the student: 1 \(Planted\) reads values on the host"):
         chosen("captured", student=of_kind("plain", "item"))
+
+
+def test_a_run_says_which_engine_it_had_and_goes_on_with_another(tmp_path):
+    """Bit for bit: the engines take the same steps."""
+    ends = [make(epochs=1, engine="reference").fit().student.state_dict()]
+    for engines in (("captured", "reference"), ("reference", "captured")):
+        out = tmp_path / engines[0]
+        trainer = make(out=out, epochs=1, engine=engines[0])
+        StopAt(trainer, 2)
+        with pytest.raises(Interrupted):
+            trainer.fit()
+        assert f"engine: {engines[0]}\n" in (out / "config.yaml").read_text()
+        trainer = make(out=out, epochs=1, engine=engines[1], resume=True).fit()
+        assert trainer.engine.name == engines[1]
+        ends.append(trainer.student.state_dict())
+    for end in ends[1:]:
+        assert all(torch.equal(value, end[name]) for name, value in ends[0].items())
 
 
 def test_networks_that_become_teachers(on_gpu):
