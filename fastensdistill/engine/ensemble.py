@@ -65,7 +65,7 @@ class Ensemble:
     """Logits of E networks; the i-th network of an architecture has slot i of its packed weights.
 
     Args:
-        networks: the traced architecture of each.
+        networks: the traced architecture of each, which is taken as in evaluation mode.
         dtype, device: of the packed weights, which are zero until they are written.
         branches: packed weights of one architecture, to be used for it; their first slots are the networks'.
 
@@ -80,7 +80,8 @@ class Ensemble:
         execution: Execution,
         branches: PackedWeights | None = None,
     ):
-        self.networks, self.execution, self.passes = networks, execution, list[Pass]()
+        self.networks, self.execution = [network.evaluated for network in networks], execution
+        self.passes: list[Pass] = []
         self.groups = [Group(str(i), i) for i in range(len(networks))]
         self.weights: dict[Network, PackedWeights] = {}
         self.members: dict[Network, list[int]] = {}

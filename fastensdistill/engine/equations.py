@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,24 +10,6 @@ from torch import Tensor
 from fastensdistill.kernels.general_conv import general_conv
 from fastensdistill.kernels.grouped_conv import ConvOutput
 from fastensdistill.kernels.operands import accumulator
-
-
-class GateGradient(NamedTuple):
-    """The gradients of the image and of the gate."""
-
-    dx: Tensor
-    dg: Tensor
-
-
-def gate(x: Tensor, g: Tensor) -> Tensor:
-    """x (G, N, H, W, C) · g (G, N, 1, 1, C)."""
-    return x * g
-
-
-def gate_gradient(d: Tensor, x: Tensor, g: Tensor) -> GateGradient:
-    """Of both, from that of the product."""
-    wide = accumulator(d.dtype)
-    return GateGradient(d * g, (d.to(wide) * x).sum((2, 3), keepdim=True).to(d.dtype))
 
 
 def depthwise_conv(

@@ -77,6 +77,6 @@ def run_joint(turn: Turn, evaluation: PartRun, training: PartRun) -> bool:
 
 
 def joint_pass(evaluations: Iterable[Pass], training: Pass) -> JointPass | None:
-    """``training`` with the pass of its network among ``evaluations``, if there is one."""
-    network = training.parts[0].network
+    """``training`` with the pass of its network (but for dropout) among ``evaluations``, if there is one."""
+    network = training.parts[0].network.evaluated
     return next((JointPass(one, training) for one in evaluations if one.parts[0].network == network), None)

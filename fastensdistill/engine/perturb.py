@@ -28,7 +28,7 @@ def evaluated_branches(
 ) -> TrainedWeights:
     """The student's branches as a perturbation evaluates them, behind the slots of the teachers of its architecture."""
     (part,) = plan([student], [Group("")], "forward", 1).parts
-    return TrainedWeights(part, parameters, dtype, sum(network == student for network in teachers))
+    return TrainedWeights(part, parameters, dtype, sum(network.evaluated == part.network for network in teachers))
 
 
 class FusedPerturbation:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastensdistill.engine.equations import gate, gate_gradient
 from fastensdistill.engine.op_arguments import find
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.planned_functions import as_image_gradient, stored_inputs
 from fastensdistill.kernels.activation import activation
 from fastensdistill.kernels.activation_gradient import activation_gradient
+from fastensdistill.kernels.gate import gate, gate_gradient
 from fastensdistill.network.launch import Launch, grad_sums, statistics
 from fastensdistill.network.nodes import Activation
 
