@@ -45,6 +45,18 @@ def test_more_taps_than_a_tile_holds_are_not_the_extensions(taps, monkeypatch):
             emulation.call("pack_rank_one", *operands, *packed, layout.dense_fields, 0)
 
 
+def test_channel_groups_are_not_the_extensions(monkeypatch):
+    """Not a single layer of such a network is; nor would it know what to do with the integers of one."""
+    layout, t = layouts.problem("both", torch.float64)
+    packed, expected = torch.full((2, 2, layout.packed_size), torch.nan, dtype=torch.bfloat16)
+    monkeypatch.setattr(pack, "implementation", lambda *arguments: "extension")
+    monkeypatch.setattr(pack, "_pack_rank_one", None)
+    untyped(pack.pack_weights)(t["parameters"], t["deviations"], layout, *packed)
+    operands = t["parameters"], t["deviations"], *expected, layout.fields, 0, 2
+    pack_weights_reference(untyped(PackOperands)(*operands))
+    assert torch.equal(packed.view(torch.int16), expected.view(torch.int16))
+
+
 def test_a_race_is_seen(monkeypatch):
     """Results of the two ways that differ in one bit."""
     given = iter((1.0, 1.0 + 2.0**-23))
