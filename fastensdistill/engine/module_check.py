@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastensdistill.engine.common import ImageShape
 from fastensdistill.engine.host_reads import HostReads
@@ -65,14 +66,19 @@ def planned_or_module(
     except InputError as error:
         reason = str(error)
     try:
-        classes = check_module(module, shape, name, gradient=gradient, apart=apart)
+        classes, products = check_module(module, shape, name, gradient=gradient, apart=apart)
     except InputError as error:
         raise InputError(f"{name}: {reason}; nor can it be captured as a module: {error}") from error
-    return unplanned(shape, classes, name, reason)
+    return unplanned(shape, classes, name, reason, products)
 
 
-def check_module(module: nn.Module, shape: ImageShape, name: str, *, gradient: bool, apart: bool = False) -> int:
-    """How many classes ``module`` has. Raises InputError for what does not survive the capture of a step."""
+def check_module(
+    module: nn.Module, shape: ImageShape, name: str, *, gradient: bool, apart: bool = False
+) -> tuple[int, int]:
+    """How many classes ``module`` has, and multiply-accumulates for an image.
+
+    Raises InputError for what does not survive the capture of a step.
+    """
     check_hooks(module)
     for path, value, _ in kept(module):
         if isinstance(value, GENERATORS):
@@ -111,13 +117,15 @@ class _Trial:
             raise InputError("it draws random numbers from a generator that no graph draws from")
         return logits
 
-    def run(self, gradient: bool, apart: bool) -> int:
+    def run(self, gradient: bool, apart: bool) -> tuple[int, int]:
         registered = _tensors(self.own)
-        first = self.logits(self.own, self.images)  # what it sets up at its first call, it may
+        with FlopCounterMode(display=False) as counter:
+            first = self.logits(self.own, self.images)  # what it sets up at its first call, it may
+        products = counter.get_total_flops() // (2 * IMAGES)
         if first.dim() != 2 or len(first) != IMAGES:
             raise InputError(f"it returns {tuple(first.shape)} for {IMAGES} images; expected ({IMAGES}, classes)")
         if self.images.is_meta:
-            return first.shape[1]
+            return first.shape[1], products
         remember(self.module, self.own)
         self.same(registered, _tensors(self.own))
         before = snapshot(self.own)
@@ -135,7 +143,7 @@ class _Trial:
             self.once_more(gradient)
         if reads.found:
             raise InputError(reads.found[0])
-        return first.shape[1]
+        return first.shape[1], products
 
     def once_more(self, gradient: bool) -> None:
         """Forward and, with ``gradient``, back to the images."""

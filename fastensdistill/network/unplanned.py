@@ -21,11 +21,18 @@ OUTPUT = "logits"
 class Unplanned(Network):
     """An architecture of its own, equal to itself alone: what its module computes is not known. Evaluated only.
 
-    ``name`` is what errors call its module, ``reason`` why it cannot be planned.
+    ``name`` is what errors call its module, ``reason`` why it cannot be planned, ``products`` how many
+    multiply-accumulates of convolutions and matrices one image takes.
     """
 
     name: str = ""
     reason: str = ""
+    products: int = 0
+
+    @property
+    def macs(self) -> int:
+        """As counted while its module ran."""
+        return self.products
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -34,10 +41,10 @@ class Unplanned(Network):
         return id(self)
 
 
-def unplanned(shape: Shape, classes: int, name: str, reason: str) -> Unplanned:
+def unplanned(shape: Shape, classes: int, name: str, reason: str, products: int) -> Unplanned:
     """A network from images of ``shape`` (C, H, W) to ``classes`` logits."""
     nodes = Input(INPUT, (), shape), Logits(OUTPUT, (INPUT,), (classes, 1, 1))
-    return Unplanned(nodes, OUTPUT, name=name, reason=reason)
+    return Unplanned(nodes, OUTPUT, name=name, reason=reason, products=products)
 
 
 def modules_of(networks: Sequence[Network]) -> dict[int, str]:
@@ -49,10 +56,12 @@ def launch_module(part: Part, direction: str) -> None:
     """Append the one launch of ``part``, of an :class:`Unplanned` network."""
     (C, H, W), classes = part.network.nodes[0].shape, part.network.by_name[OUTPUT].shape[0]
     images, logits = (part.batch, H, W, C), (part.batch, classes)
+    flops = 2 * part.network.macs * part.batch * len(part.groups)  # of either: no weight has a gradient
     record = (recorded(OUTPUT),) if part.gradient else ()
     if direction == "forward":
         part.buffers |= {INPUT: Buffer(images, 32, 1), OUTPUT: Buffer(logits, 32, len(part.groups))}
-        part.launches.append(Launch("module", OUTPUT, (INPUT,), (OUTPUT, *record)))
+        part.launches.append(Launch("module", OUTPUT, (INPUT,), (OUTPUT, *record), flops=flops))
     else:
         part.buffers |= {grad(INPUT): Buffer(images, 32, len(part.groups))}
-        part.launches.append(Launch("module gradient", OUTPUT, (grad(OUTPUT), *record), (grad(INPUT),)))
+        reads = grad(OUTPUT), *record
+        part.launches.append(Launch("module gradient", OUTPUT, reads, (grad(INPUT),), flops=flops))

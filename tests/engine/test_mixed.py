@@ -255,6 +255,16 @@ def test_memory_counts_modules_or_says_that_it_does_not():
     assert any("not counted but for its logits: teacher 2: no values" in line for line in report("", not_counted))
 
 
+def test_products_of_modules_count():
+    student, teachers, config = setting(M=2, K=2, teacher=mixed(0))
+    step = FusedStep(student, teachers, config, image_shape=SHAPE)
+    assert step.networks[0].macs == 6 * 36 * 27 + 6 * 5
+    step.build((4, *SHAPE))
+    launches = [launch for one, _ in step.passes() for part in one.parts for launch in part.launches]
+    flops = [launch.flops for launch in launches if launch.op.startswith("module")]
+    assert flops == 4 * [4 * 2 * step.networks[0].macs]  # forward and back as the first, forward as the second, target
+
+
 def test_nodes_of_modules_count():
     """In every graph the target's forward pass; and in those of pairs that it is drawn in, one more, or both ways."""
     student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=mixed(0))
