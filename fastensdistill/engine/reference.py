@@ -40,7 +40,7 @@ from fastensdistill.method.arguments import checked_config, checked_student, che
 from fastensdistill.method.calls import call, dtype_of
 from fastensdistill.method.inspection import check_values
 from fastensdistill.method.modes import set_mode
-from fastensdistill.method.perturbation import Perturbed
+from fastensdistill.method.perturbation import Pair, Perturbed
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 
@@ -84,14 +84,15 @@ class ReferenceStep:
     def __call__(self, images: Tensor, labels: Tensor) -> Scalars:
         return self.distil(self.perturb(images), labels)
 
-    def perturb(self, images: Tensor) -> Perturbed:
-        """The first half of a step: ``images`` moved as ``config.perturbation`` says."""
+    def perturb(self, images: Tensor, pair: Pair | None = None) -> Perturbed:
+        """The first half of a step: ``images`` moved by a drawn pair, or this ``pair``."""
         n = self.config.micro_batches
         check_images(images, self.dtype)
         check_micro_batches(len(images), n)
         self.first.see(images)
         with float32_products(self.config, self.device), autocast(self.config, self.device):
-            return self.perturbation(images, self.teachers, self.student, n)
+            number = self.perturbation.choose() if pair is None else self.perturbation.pairs.index(pair)
+            return self.perturbation.by_choice(number, images, self.teachers, self.student, n)
 
     def distil(self, perturbed: Perturbed, labels: Tensor) -> Scalars:
         """The second half, on images that are perturbed already: teachers and student see only those."""

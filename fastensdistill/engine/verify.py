@@ -29,9 +29,10 @@ from fastensdistill.kernels.sums import add_rows
 from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
-from fastensdistill.method.perturbation import PERTURBATIONS
+from fastensdistill.method.perturbation import PERTURBATIONS, Pair
 from fastensdistill.method.student import RankOneLayer, Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.nodes import Network
 from fastensdistill.network.unseen import generators_kept
 
 IMAGES = 16
@@ -41,6 +42,7 @@ ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}
 MARGIN = 4
 ROWS = (1, 37, 48)  # sets, rows and values that are added up
 Config = TypeVar("Config", bound=TrainConfig)
+Step = TypeVar("Step")
 
 
 class DisagreementError(InputError):
@@ -66,17 +68,38 @@ def verify_distillation(
     reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
     same = ReferenceStep(own, teachers, plain, num_classes=num_classes)
     fused = FusedStep(other, teachers, plain, image_shape=shape, capture=False)
-    found, precision = {}, precision_on(config, images.device)
+    found: dict[str, float] = {}
+    precision = precision_on(config, images.device)
     verify_sums(images.device)
-    perturbed = reference.perturb(images)
-    if "Tb" in PERTURBATIONS[config.perturbation].members:  # nothing is drawn per image
-        ascents = [[step.perturb(images).images - images] for step in (same, fused)]
-        found["perturbation"] = _judge("perturbation", precision, [perturbed.images - images], *ascents)
-    for step in (reference, same, fused):
-        step.set_learning_rate(config.learning_rate)
-        step.distil(perturbed, labels)
+    steps = reference, same, fused
+    with generators_kept(teachers):
+        perturbed = reference.perturb(images)
+        pairs = "Tb" in PERTURBATIONS[config.perturbation].members  # nothing is drawn per image
+        for pair in pairs_of_all(fused) if pairs else []:
+            ascents = [[_seeded(step).perturb(images, pair).images - images] for step in steps]
+            apart = _judge("perturbation", precision, *ascents)
+            found["perturbation"] = max(apart, found.get("perturbation", 0.0))
+        for step in steps:
+            step.set_learning_rate(config.learning_rate)
+            _seeded(step).distil(perturbed, labels)
     found["update"] = _judge("update", precision, *(_changes(moved, after) for after in (exact, own, other)))
     return found
+
+
+def pairs_of_all(step: FusedStep) -> list[Pair]:
+    """Pairs (a, b) of what can be drawn in which every architecture of a teacher is once the first, once the second."""
+    perturbation, seen, found = step.perturbation, set[tuple[int, Network]](), list[Pair]()
+    for pair in perturbation.pairs:
+        new = {(i, step.networks[member % perturbation.teachers]) for i, member in enumerate(pair)} - seen
+        seen |= new
+        found += [pair] if new else []
+    return found
+
+
+def _seeded(step: Step) -> Step:
+    """``step``, about to draw what the others draw, where a network drops values or draws in evaluation mode."""
+    torch.manual_seed(0)
+    return step
 
 
 def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: ImageShape) -> dict[str, float]:

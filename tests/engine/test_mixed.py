@@ -9,12 +9,13 @@ from torch.nn.utils import parametrizations
 
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Split
+from fastensdistill.engine import module_pass, planned_ops
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.graph_nodes import GraphNodes
 from fastensdistill.engine.host_reads import HostReads
 from fastensdistill.engine.memory import estimate, on_meta, report
 from fastensdistill.engine.reference import ReferenceStep
-from fastensdistill.engine.verify import verify_distillation
+from fastensdistill.engine.verify import DisagreementError, verify_distillation
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.validate import Evaluator, GroupedPredictor
@@ -142,6 +143,32 @@ def test_bfloat16_is_autocasts():
 def test_the_check_before_a_run_covers_modules(precision):
     student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=mixed(0, 2), precision=precision)
     assert max(verify_distillation(student, teachers, config, SHAPE, CLASSES).values()) < 2e-2
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 2])
+def test_the_check_sees_every_architectures_gradient(monkeypatch, wrong):
+    """Whichever pair the run draws first: one teacher's gradient turned is found."""
+    student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=mixed(0, 2))
+    right = module_pass.module_gradient
+
+    def turned(run, launch):
+        right(run, launch)
+        if run.part.network.name == f"teacher {wrong}":
+            run.buffers["input.grad"] *= -1
+
+    monkeypatch.setitem(planned_ops.OPS, "module gradient", turned)
+    if wrong is None:
+        assert verify_distillation(student, teachers, config, SHAPE, CLASSES)["perturbation"] < 1e-6
+    else:
+        with pytest.raises(DisagreementError, match="perturbation"):
+            verify_distillation(student, teachers, config, SHAPE, CLASSES)
+
+
+def test_the_check_has_both_engines_draw_alike():
+    """A teacher that drops values in evaluation mode."""
+    drawing = mixed(0, 2, then=unplanned.dropping)
+    student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=drawing)
+    assert max(verify_distillation(student, teachers, config, SHAPE, CLASSES).values()) < 1e-6
 
 
 def test_resumed_is_bit_equal():
