@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastensdistill.engine.equations import depthwise_conv
-from fastensdistill.engine.op_arguments import find
+from fastensdistill.engine.op_arguments import find, gradient_epilogue
 from fastensdistill.engine.packed import unpack_gradient
 from fastensdistill.engine.part_run import PartRun
+from fastensdistill.kernels.depthwise_conv import depthwise_conv
+from fastensdistill.kernels.depthwise_data_gradient import depthwise_data_gradient
+from fastensdistill.kernels.depthwise_weight_gradient import depthwise_weight_gradient
 from fastensdistill.kernels.general_conv import general_conv, general_data_gradient, general_weight_gradient
 from fastensdistill.kernels.operands import accumulator
-from fastensdistill.network.launch import INPUT, Launch, grad, sums
+from fastensdistill.network.launch import INPUT, Launch, grad, grad_sums, sums
 from fastensdistill.network.nodes import GeneralConv
 
 
@@ -25,7 +27,8 @@ def window(run: PartRun, launch: Launch) -> dict[str, Any]:
     node = run.node(launch.node)
     assert isinstance(node, GeneralConv)
     pairs = {"kernel": node.kernel, "stride": node.stride, "padding": node.padding, "dilation": node.dilation}
-    return {**pairs, "channel_groups": node.groups, "precision": run.precision}
+    groups = {} if node.depthwise else {"channel_groups": node.groups}
+    return {**pairs, **groups, "precision": run.precision}
 
 
 def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
@@ -46,7 +49,7 @@ def conv(run: PartRun, launch: Launch) -> None:
     if norm:
         options["center"] = run.weights.norms[norm.arg].running_mean
     x = run.buffers[launch.reads[0]]
-    op = depthwise_conv if launch.op == "depthwise conv" else general_conv
+    op: Any = depthwise_conv if launch.op == "depthwise conv" else general_conv
     result = op(x, layer.forward, run.weight_index, bias=layer.bias, **options)
     run.write(launch.steps("store"), result[0])
     if norm:
@@ -54,20 +57,28 @@ def conv(run: PartRun, launch: Launch) -> None:
 
 
 def conv_gradient(run: PartRun, launch: Launch) -> None:
-    """The gradient of its input."""
-    d, layer = run.read(launch.reads[0]), run.layer(launch)
-    result = general_data_gradient(
+    """The gradient of its input; of a depthwise one, with what any data gradient takes."""
+    op: Any = general_data_gradient
+    d, layer, options = run.read(launch.reads[0]), run.layer(launch), window(run, launch)
+    if launch.op == "depthwise conv gradient":
+        op, options = depthwise_data_gradient, {**options, **gradient_epilogue(run, launch)}
+        if scale := find(launch, "scale"):
+            options["scale"] = run.weights.scale_shift[scale.arg][0]
+    result = op(
         d, run.weights.layers[launch.node].gradient, run.weight_index, in_size=layer.in_shape[1:],
-        out_dtype=accumulator(d.dtype) if grad(INPUT) in launch.writes else d.dtype, **window(run, launch),
+        out_dtype=accumulator(d.dtype) if grad(INPUT) in launch.writes else d.dtype, **options,
     )  # fmt: skip
     run.write(launch.steps("store"), result.d)
+    if norm := find(launch, "sums"):
+        run.buffers[grad_sums(norm.arg)] = result.statistics
 
 
 def weight_gradient(run: PartRun, launch: Launch) -> None:
     """The gradients of its weight and bias."""
     node, out = run.layer(launch), run.gradient(f"{launch.node}.weight")
     x, d = run.buffers[launch.reads[0]], run.read(launch.reads[1])
-    gradient = general_weight_gradient(x, d, out=out, add=run.add, **window(run, launch))
+    op: Any = depthwise_weight_gradient if launch.op == "depthwise weight gradient" else general_weight_gradient
+    gradient = op(x, d, out=out, add=run.add, **window(run, launch))
     if out is None:
         run.buffers[grad(f"{node.name}.weight")] = unpack_gradient(gradient, node)
     if node.bias:

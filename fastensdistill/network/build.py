@@ -159,11 +159,13 @@ class Builder:
         residuals += [(s.arg, 1.0) for s in epilogue if s.kind == "mask" or (s.kind == "add" and "gradient" in op)]
         writes = [*writes, *(s.arg for s in epilogue if s.kind in ("store", "bits"))]
         nbytes = 0.0
-        if isinstance(node, Function):
+        if op == "elementwise gradient":  # a sum of gradients of whatever node's value
+            pass
+        elif isinstance(node, Function):
             macs = node.macs(self.network.in_shapes(node))
             macs *= 3 if "gradient" in op else 1  # which computes it again, and two products for each of its own
             nbytes = sum(map(prod, node.tensors)) * self.part.sets * FLOAT / 8
-        elif isinstance(node, Layer) and op != "elementwise gradient":
+        elif isinstance(node, Layer):
             alone = op.endswith("weight gradient")
             weighted = grad(node.parameters[0]) in writes  # the head's gradient makes both
             macs = node.macs * (2 if weighted and not alone else 1)

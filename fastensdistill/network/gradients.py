@@ -25,6 +25,7 @@ from fastensdistill.network.on_load import Fusions, nothing
 # What follows an op inside its own launch, in this order; of two "add" one can be used.
 FUSIONS: dict[str, tuple[str, ...]] = {
     "conv gradient": ("add", "mask", "scale", "add", "sums"),
+    "depthwise conv gradient": ("add", "mask", "scale", "add", "sums"),
     "norm gradient": ("add",),
     "activation gradient": ("sums",),
     "elementwise gradient": ("add", "mask", "scale", "add", "sums"),
