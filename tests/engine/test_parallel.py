@@ -9,13 +9,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+from fastensdistill.engine.captured import CapturedReferenceStep
 from fastensdistill.engine.fused import FusedStep
+from fastensdistill.engine.graph import warm_up
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, Everything, batch, setting, teach_setting
 from tests.engine.unplanned import some_unplanned
 from tests.network import models
+from tests.untyped import untyped
 
 STEPS, RATE = 2, 0.05
 SHARED = {
@@ -24,6 +27,38 @@ SHARED = {
     "BatchNorm as convolutions load": {},
 }
 TABLES = {"BatchNorm as convolutions load": Everything()}
+
+
+class WarmedUp:
+    """In the place of ``engine.graph.Graphs``: bodies are warmed up as before a capture, then launched."""
+
+    captured, error = True, ""
+
+    def __init__(self, state):
+        self.state, self.made = state, set()
+
+    def prepare(self, key, body, generators):
+        if key not in self.made:
+            self.made.add(key)
+            warm_up(body, self.state, [*generators, torch.default_generator])
+        return body
+
+
+def captured(index, capture):
+    """A student after steps of the reference engine whose bodies are, or are not, warmed up; pairs differ."""
+    student, teachers, config = setting(K=3, M=3)
+    if index == 1:
+        with torch.no_grad():
+            student.module.stem.layer.weight.add_(1)
+    if not capture:
+        step = ReferenceStep(student, teachers, config, num_classes=CLASSES)
+    else:
+        step = CapturedReferenceStep(student, teachers, config, num_classes=CLASSES)
+        step.bodies.graphs = untyped(WarmedUp(step.bodies.state))
+    step.set_learning_rate(RATE)
+    for i in range(STEPS):
+        step(*batch(10 * index + i))
+    return student.state_dict()
 
 
 def process(index, folder):
@@ -48,6 +83,7 @@ def process(index, folder):
             step(*(half.chunk(2)[index] for half in batch(i, B=6)))
         halves.append(shared.state_dict())
     found = [dict(zip(SHARED, halves, strict=True)), student.state_dict(), *(n.state_dict() for n in networks)]
+    found += [captured(index, capture) for capture in (False, True)]
     torch.save(found, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
@@ -91,6 +127,16 @@ def test_students_take_the_mean_gradient_with_their_own_pair_and_statistics(resu
     one, two = (result[1] for result in results)
     assert torch.equal(one["module.stem.layer.weight"], two["module.stem.layer.weight"])
     assert not torch.equal(one["module.bn.running_mean"], two["module.bn.running_mean"])
+
+
+def test_captured_they_warm_up_the_same_exchanges_and_take_the_same_steps(results):
+    """Each draws its own pairs, so that some capture a perturbation where others replay."""
+    for result in results:
+        launched, replayed = result[-2:]
+        for name, value in launched.items():
+            assert torch.equal(value, replayed[name]), name
+    assert torch.equal(*(result[-1]["module.stem.layer.weight"] for result in results))
+    assert not torch.equal(*(result[-1]["module.bn.running_mean"] for result in results))
 
 
 def test_teachers_take_the_mean_gradient(results):
