@@ -28,12 +28,13 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_report_of_a_small_network(tmp_path):
     file = tmp_path / "report.json"
-    done = _python("-m", "bench.kernel_report", "--networks", "sample", "--json", str(file), "--every", "3",
-                   "--only", "triton")  # fmt: skip
+    done = _python("-m", "bench.kernel_report", "--networks", "sample", "elementwise", "--json", str(file), "--every",
+                   "3", "--only", "triton")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
     assert {"grouped_conv_kernel", "conv_data_gradient_kernel", "conv_weight_gradient_kernel"} <= kernels
+    assert {"activation_gradient_kernel", "gate_gradient_kernel"} <= kernels
     wide = [row for row in rows if "64→128" in row["launch"] and row["HGMMA"]]
     assert {row["A from"] for row in wide} == {"shared memory"}
     assert all(not row["fails"] and row["registers"] > 0 and row["occupancy"] > 0 for row in rows)
@@ -44,6 +45,9 @@ def test_committed_report():
     rows = json.loads(REPORT.read_text())["rows"]
     assert {row["arch"] for row in rows} == {80, 90, 100}
     assert [row["launch"] for row in rows if row["fails"] or row["spills"]] == []
+    for name in ("activation", "gate", "layer_norm"):
+        for kernel in (f"{name}_kernel", f"{name}_gradient_kernel"):
+            assert {row["arch"] for row in rows if row["kernel"] == kernel} == {80, 90, 100}, kernel
     wgmma = [row for row in rows if row["launch"].startswith("wgmma_")]
     assert {row["kernel"].split("<")[1] for row in wgmma} >= {"WideConv", "NarrowConv", "WgmmaWeightGradient"}
     assert all(row["HGMMA"] and row["TMA"] and not row["stack"] for row in wgmma)
