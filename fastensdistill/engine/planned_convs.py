@@ -19,7 +19,7 @@ from fastensdistill.kernels.depthwise_weight_gradient import depthwise_weight_gr
 from fastensdistill.kernels.general_conv import general_conv, general_data_gradient, general_weight_gradient
 from fastensdistill.kernels.operands import accumulator
 from fastensdistill.network.launch import INPUT, Launch, grad, grad_sums, sums
-from fastensdistill.network.nodes import GeneralConv
+from fastensdistill.network.nodes import Activation, GeneralConv
 
 
 def window(run: PartRun, launch: Launch) -> dict[str, Any]:
@@ -43,11 +43,14 @@ def bias_gradient(run: PartRun, name: str, d: Tensor) -> None:
 
 
 def conv(run: PartRun, launch: Launch) -> None:
-    """Such a convolution, with its bias and, of a depthwise one, the sums for a BatchNorm behind it."""
+    """Such a convolution with its bias; of a depthwise one an activation, too, and sums for a BatchNorm behind it."""
     layer, options = run.weights.layers[launch.node], window(run, launch)
     norm = find(launch, "sums")
     if norm:
         options["center"] = run.weights.norms[norm.arg].running_mean
+    if step := find(launch, "activation"):
+        user = run.node(step.arg)
+        options["activation"] = user.kind if isinstance(user, Activation) else "relu"
     x = run.buffers[launch.reads[0]]
     op: Any = depthwise_conv if launch.op == "depthwise conv" else general_conv
     result = op(x, layer.forward, run.weight_index, bias=layer.bias, **options)

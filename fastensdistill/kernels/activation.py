@@ -4,6 +4,7 @@
 
 f is a ``kind`` of :data:`KINDS`, with x = scale · z + shift and σ(x) = 1/(1 + exp(−x)):
 
+    relu         max(x, 0)                          f' = 1 above 0, else 0
     relu6        min(max(x, 0), 6)                  f' = 1 between 0 and 6, else 0 (at both ends too)
     sigmoid      σ(x)                               σ (1 − σ)
     silu         x σ(x)                             σ (1 + x (1 − σ))
@@ -54,6 +55,7 @@ def _backward(op: Callable[..., Tensor], *more: object) -> Callable[[Tensor, flo
 
 
 KINDS: dict[str, Kind] = {
+    "relu": Kind(lambda x, a: x.relu(), _backward(aten.threshold_backward, 0.0)),
     "relu6": Kind(lambda x, a: F.relu6(x), _backward(aten.hardtanh_backward, 0.0, 6.0)),
     "silu": Kind(lambda x, a: F.silu(x), _backward(aten.silu_backward)),
     "hardswish": Kind(lambda x, a: F.hardswish(x), _backward(aten.hardswish_backward)),
@@ -94,6 +96,14 @@ def parsed(kind: str) -> tuple[str, float]:
     return name, a
 
 
+def activated(x: Tensor, kind: str) -> Tensor:
+    """f(x) in x's dtype, in plain PyTorch; x itself without a kind."""
+    if not kind:
+        return x
+    name, a = parsed(kind)
+    return KINDS[name].value(x, a)
+
+
 class ActivationOperands(NamedTuple):
     """What ``activation`` takes."""
 
@@ -111,8 +121,7 @@ def scaled(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def activation_reference(o: ActivationOperands) -> Tensor:
-    name, a = parsed(o.kind)
-    y = KINDS[name].value(scaled(o.z, o.scale, o.shift), a)
+    y = activated(scaled(o.z, o.scale, o.shift), o.kind)
     return (y if o.residual is None else y + o.residual.to(y.dtype)).to(o.z.dtype)
 
 
@@ -155,7 +164,9 @@ def _mish_tanh(x):
 @triton.jit
 def activation_value(x, KIND: tl.constexpr, A: tl.constexpr):
     """f(x) of a block of float32."""
-    if KIND == "relu6":
+    if KIND == "relu":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif KIND == "relu6":
         y = _between(x, 0.0, 6.0)
     elif KIND == "silu":
         y = x * _sigmoid(x)
@@ -184,7 +195,9 @@ def activation_value(x, KIND: tl.constexpr, A: tl.constexpr):
 @triton.jit
 def activation_derivative(x, KIND: tl.constexpr, A: tl.constexpr):
     """f'(x) of a block of float32."""
-    if KIND == "relu6":
+    if KIND == "relu":
+        y = tl.where(x <= 0, 0.0, 1.0)
+    elif KIND == "relu6":
         y = tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
     elif KIND == "silu":
         b = _sigmoid(x)

@@ -1,8 +1,9 @@
 """Depthwise convolution, forward: every group g convolves each channel of its input with a filter of its own slot.
 
-    y[g, n, p, c] = Σ_taps x[g, n, p · stride − padding + tap · dilation, c] · W[weight_index[g], tap, c] + bias
+    y[g, n, p, c] = f( Σ_taps x[g, n, p · stride − padding + tap · dilation, c] · W[weight_index[g], tap, c] + bias )
     statistics = Σ (y − center), Σ (y − center)² per channel, one row per program, no atomics
 
+f is an activation (``activation.KINDS``) or nothing: a launch of its own would read and write every value once more.
 Layouts: activations (G, N, H, W, C), weights (S, taps, 1, C), both contiguous. Products and sums are float32 on CUDA
 cores: with one channel to a filter there is no matrix to multiply.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.activation import activated, activation_value, parsed
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes, tl, triton
 from fastensdistill.kernels.operands import (
     Rectangle,
@@ -44,6 +46,7 @@ class DepthwiseOperands(NamedTuple):
     weight_index: Tensor  # int32 (G,), the slot of each group
     bias: Tensor | None = None  # (S or 1, C) float32
     center: Tensor | None = None  # (S or 1, C) float32: asks for ``statistics`` about it, of y as stored
+    activation: str = ""  # a kind of ``activation.KINDS``, or nothing
 
 
 class DepthwiseOutput(NamedTuple):
@@ -72,7 +75,7 @@ def depthwise_conv_reference(o: DepthwiseOperands, window: Rectangle) -> tuple[T
     y = as_groups(y, groups)
     if o.bias is not None:
         y = y + pick(o.bias, o.weight_index)
-    y = y.to(dtype).contiguous()
+    y = activated(y, o.activation).to(dtype).contiguous()
     if o.center is None:
         return y, absent(y, high)
     rest, tile = y.to(high) - pick(o.center, o.weight_index), _tile(o, window)
@@ -86,7 +89,8 @@ def depthwise_conv_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, A: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     STRIPS: tl.constexpr = (HO + BLOCK_K - 1) // BLOCK_K
@@ -123,6 +127,8 @@ def depthwise_conv_kernel(
         b_y = accs[j]
         if p_bias is not None:
             b_y += b_bias
+        if KIND != "":
+            b_y = activation_value(b_y, KIND, A)
         m_y = (m_m & (i_oh + j < HO))[:, None] & m_n[None, :]
         o_y = ((image * HO + i_oh + j) * WO + i_ow) * C
         b_stored = b_y.to(p_y.dtype.element_ty)
@@ -153,7 +159,7 @@ def _empty(o: DepthwiseOperands, window: Rectangle) -> tuple[Tensor, Tensor]:
 def _launch(o: DepthwiseOperands, window: Rectangle) -> tuple[Tensor, Tensor]:
     y, statistics = _empty(o, window)
     tile = _tile(o, window)
-    rows = _rows(o, window, tile)
+    rows, (kind, a) = _rows(o, window, tile), parsed(o.activation) if o.activation else ("", 0.0)
     launch(
         depthwise_conv_kernel,
         (rows * -(-y.shape[4] // tile.BLOCK_N), y.shape[0]),
@@ -169,6 +175,8 @@ def _launch(o: DepthwiseOperands, window: Rectangle) -> tuple[Tensor, Tensor]:
         **sizes("H W C", o.x),
         HO=y.shape[2],
         WO=y.shape[3],
+        KIND=kind,
+        A=a,
         SHARED=o.x.shape[0] == 1,
     )
     return y, statistics
@@ -212,6 +220,8 @@ def depthwise_operands(
         raise InputError(f"x is {x.dtype}, expected float32 or the weight's {weight.dtype}")
     check_rows("bias", o.bias, slots, channels)
     check_rows("center", o.center, slots, channels)
+    if o.activation:
+        parsed(o.activation)
     size = window.sizes(*x.shape[2:4])
     if min(size) < 1:
         raise InputError(f"x has size {tuple(x.shape[2:4])}, on which no window {window.kernel} fits")

@@ -38,7 +38,7 @@ from fastensdistill.network.on_load import Fusions, nothing
 # block that comes after; "whole add" is one of a residual that is neither strided nor narrower.
 FUSIONS: dict[str, tuple[str, ...]] = {
     "conv": ("add", "relu", "next", "sums"),
-    "depthwise conv": ("sums",),
+    "depthwise conv": ("activation", "sums"),
     "norm": ("add", "relu"),
     "activation": ("whole add",),
     "elementwise": ("add", "relu"),
@@ -165,6 +165,10 @@ class Forward(Builder):
         step = self.addition(next(name for name in node.inputs if name != value))
         return step if step.arg in self.part.buffers else None
 
+    def last_read(self, user: Node) -> bool:
+        """Whether nobody needs the input of an activation but the launch that makes it: no gradient, no head."""
+        return not self.part.gradient and user.name not in self.absorbed
+
     def chain(self, value: str, fusions: tuple[str, ...]) -> list[Step]:
         """The steps from ``value`` on: what is fused, what is stored, the second output, the sums."""
         steps: list[Step] = []
@@ -177,6 +181,9 @@ class Forward(Builder):
             elif isinstance(user, ReLU) and user.name not in self.absorbed and "relu" in fusions:
                 steps += [Step("relu"), *self.bits(user)]
                 fusions = after(fusions, "relu")
+            elif isinstance(user, ReLU | Activation) and self.last_read(user) and "activation" in fusions:
+                steps.append(Step("activation", user.name))
+                fusions = after(fusions, "activation")
             else:
                 break
             self.done.add(user.name)

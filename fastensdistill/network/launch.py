@@ -129,6 +129,7 @@ RULES = (
     "Another activation than ReLU is a launch, with a BatchNorm before it that nothing else reads; its gradient reads "
     "its input.",
     "Convolutions of other kinds carry a BatchNorm in evaluation mode, too; depthwise ones make sums in training mode.",
+    "Where no gradient follows, a depthwise convolution applies the activation behind it, a ReLU too.",
     "Dropout, in training alone, is a launch that draws and multiplies; the gradient is multiplied by what was drawn.",
     "What no kernel computes is a function of PyTorch's, one call for all groups, or one for each where it has tensors "
     "of its own; the gradient computes it again.",

@@ -17,7 +17,7 @@ from tests.kernels.both import DEVICE, SHAPES, TOLERANCE, check_op, each_dtype, 
 from tests.untyped import present, untyped
 
 MODULES = {
-    "relu6": nn.ReLU6(), "silu": nn.SiLU(), "hardswish": nn.Hardswish(), "gelu": nn.GELU(),
+    "relu": nn.ReLU(), "relu6": nn.ReLU6(), "silu": nn.SiLU(), "hardswish": nn.Hardswish(), "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU(approximate="tanh"), "sigmoid": nn.Sigmoid(), "hardsigmoid": nn.Hardsigmoid(),
     "tanh": nn.Tanh(), "leaky_relu": nn.LeakyReLU(), "leaky_relu(0.2)": nn.LeakyReLU(0.2), "mish": nn.Mish(),
     "elu": nn.ELU(), "elu(0.5)": nn.ELU(0.5),
@@ -62,7 +62,7 @@ def test_values_and_derivatives_are_pytorchs(kind):
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", ["relu6", "hardswish", "hardsigmoid", "leaky_relu", "elu"])
+@pytest.mark.parametrize("kind", ["relu", "relu6", "hardswish", "hardsigmoid", "leaky_relu", "elu"])
 def test_at_a_kink_the_kernel_takes_the_same_side_as_pytorch(kind, dtype):
     """In PyTorch's own dtype; the sides are further apart than a rounding."""
     x = column(KINKS, dtype)

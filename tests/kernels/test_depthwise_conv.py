@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.activation import activation
 from fastensdistill.kernels.depthwise_conv import depthwise_conv
 from tests.compare import check_close, relative_error
 from tests.kernels.both import DEVICE, TOLERANCE, check_op, run_kernel, values
@@ -28,6 +29,21 @@ def test_the_kernel_is_the_reference(case):
 def test_bias_and_statistics(case, rows):
     options = {"bias": values(rows, case.channels), "center": values(rows, case.channels, seed=1)}
     check_op(depthwise_conv, *operands(case), **case.window, **options, tolerance=TOLERANCES[case.dtype])
+
+
+@pytest.mark.parametrize("kind", ["relu", "hardswish", "leaky_relu(0.2)"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda case: case.name)
+def test_an_activation_behind_the_bias(case, kind):
+    options: dict[str, Any] = {"bias": values(SLOTS, case.channels), "center": values(1, case.channels, seed=1)}
+    check_op(
+        depthwise_conv, *operands(case), **case.window, **options, activation=kind, tolerance=TOLERANCES[case.dtype]
+    )
+    x, weight, weight_index = (t.double() if t.is_floating_point() else t for t in operands(case))
+    plain = depthwise_conv(x, weight, weight_index, **case.window, bias=options["bias"]).y
+    found = depthwise_conv(x, weight, weight_index, **case.window, **options, activation=kind)
+    assert torch.equal(found.y, activation(plain, kind=kind))
+    rest = found.y - options["center"]
+    check_close("statistics", present(found.statistics).sum(1)[:, 0], rest.sum((1, 2, 3)), 1e-12)
 
 
 def test_one_input_for_all_groups():
@@ -75,6 +91,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a kernel that is no pair": ({"kernel": (3, 3, 3)}, "expected a pair"),
     "a window that does not fit": ({"dilation": (5, 1), "padding": (0, 0)}, "no window"),
     "not contiguous": ({"x": values(2, 3, 8, 6, 16).transpose(2, 3)}, "not contiguous"),
+    "another activation": ({"activation": "swish"}, "unknown activation 'swish'"),
     "another precision": ({"precision": "fast"}, "unknown precision"),
 }
 

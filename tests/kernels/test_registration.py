@@ -91,7 +91,7 @@ CALLS = {
     "activation_gradient": (Z, Z, "relu6", *NONE3, None, None),
     "activation_gradient, everything": (Z, Z, "gelu_tanh", ROW, ROW, Z, ROW, ROW),
     "depthwise_conv": (*depthwise_conv.DepthwiseOperands(X, W[..., :1, :6].contiguous(), SLOTS), *SQUARE),
-    "depthwise_conv, everything": (X[:1], W[..., :1, :6].contiguous(), SLOTS, X6, X6, 3, 3, 2, 1, 1, 2, 1, 2),
+    "depthwise_conv, everything": (X[:1], W[..., :1, :6].contiguous(), SLOTS, X6, X6, "silu", 3, 3, 2, 1, 1, 2, 1, 2),
     "depthwise_data_gradient": (*depthwise_data_gradient.DepthwiseGradientOperands(X, values(2, 9, 6, 1), SLOTS, 5, 4,
                                 "float32"), *NO_EPILOGUE, *SQUARE),
     "depthwise_data_gradient, everything": (X, values(2, 9, 6, 1), SLOTS, 9, 8, "float16", Z[:, :, :5], 2, True,

@@ -10,7 +10,9 @@ import torch
 
 from fastensdistill.method.student import LatentBE
 from fastensdistill.network.fold import fold_branches
-from fastensdistill.network.launch import INPUT, Group, grad
+from fastensdistill.network.launch import INPUT, Group, Launch, grad
+from fastensdistill.network.nodes import Activation, Network, Node, Norm
+from fastensdistill.network.plan import plan
 from tests.compare import check_close
 from tests.network import models
 from tests.network.cases import (
@@ -81,3 +83,35 @@ def test_branches_of_a_student(by_hand, size):
     for name, parameter in untyped(student).module.named_parameters():
         check_gradient(name, actual[name], parameter.grad)
     check_running(weights, untyped(student).module)
+
+
+@pytest.mark.parametrize(("by_hand", "size"), NAMES)
+def test_evaluation_without_a_gradient(by_hand, size):
+    """A depthwise convolution applies the activation behind it, where nobody else needs what it is applied to."""
+    members = [by_hand.module(seed).eval() for seed in range(2)]
+    network, x = by_hand.network(size), images(3, size)
+    groups = [Group("a"), Group("b")]
+    buffers, _ = run_pass(network, groups, [state(member) for member in members], [1, 0], x)
+    expected = torch.stack([members[i](x) for i in (1, 0)])
+    check_close("logits", buffers[network.output], expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("gradient", [None, "input"])
+def test_a_depthwise_convolution_with_its_activation(gradient):
+    by_hand, size = CASES["mobile"]
+    groups = [Group("a", gradient=gradient)]
+    (part,) = plan([by_hand.network(size)], groups, "forward", 2).parts
+    depthwise = [one for one in part.launches if one.op == "depthwise conv"]
+    fused = [step.arg for one in depthwise for step in one.steps("activation")]
+    alone = [one.node for one in part.launches if one.op == "activation"]
+    followed = [user.name for one in depthwise for user in readers(part.network, one)]
+    assert followed
+    assert set(followed) <= set(alone if gradient else fused)
+    assert not set(followed) & set(fused if gradient else alone)
+
+
+def readers(network: Network, launch: Launch) -> list[Node]:
+    """The activations of what a convolution's launch makes, behind a BatchNorm that its weights carry or not."""
+    user = network.sole(launch.node)
+    user = network.sole(user.name) if isinstance(user, Norm) else user
+    return [user] if isinstance(user, Activation) else []
