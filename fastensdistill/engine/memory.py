@@ -30,7 +30,7 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import assume_arch, device_arch
 from fastensdistill.method.copying import copy_network
-from fastensdistill.network.launch import Launch
+from fastensdistill.network.launch import Launch, Part
 
 JOINT = "distillation, forward"  # of what trains, and of the teachers that run with it
 ARCH = 90  # compute capability whose tiles count, where there is no GPU
@@ -57,12 +57,14 @@ class PassMemory:
 class Estimate:
     """Bytes that stay for the whole run, by what they are, and the passes of a step.
 
-    ``uncounted`` says of which modules only the logits count: they do not run on the meta device, and why.
+    ``uncounted`` says of which modules only the logits count: they do not run on the meta device, and why. ``parts``
+    are all that is planned.
     """
 
     fixed: dict[str, int]
     passes: list[PassMemory]
     uncounted: list[str] = field(default_factory=list)
+    parts: tuple[Part, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -169,7 +171,8 @@ def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
                 twin.body()
     last = PassMemory("un-fold and update", launches=1)
     last.note("un-fold", "", live.take_peak())
-    return Estimate(stays(twin), [*found.values(), last], uncounted(twin))
+    parts = tuple(part for one, _ in twin.passes() for part in one.parts)
+    return Estimate(stays(twin), [*found.values(), last], uncounted(twin), parts)
 
 
 def uncounted(step: FusedStep | FusedTeachStep) -> list[str]:

@@ -21,6 +21,7 @@ from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine import proof
 from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
 from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.covered import covered
 from fastensdistill.engine.dispatch import PREDICTED, Dispatch
 from fastensdistill.engine.fused import FusedStep, check_networks
 from fastensdistill.engine.memory import estimate
@@ -39,6 +40,7 @@ from fastensdistill.kernels.launch import HAS_TRITON
 from fastensdistill.kernels.tiles import device_arch
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.plan import Plan
 
 Networks = Student | Sequence[nn.Module]
 Fused = FusedStep | FusedTeachStep
@@ -60,6 +62,8 @@ class EngineChoice(NamedTuple):
     peak: float = 0.0
     """Bytes that a step takes beside the training set, as ``engine.memory`` or ``engine.trial`` estimates them."""
     advice: str = ""
+    share: str = ""
+    """Of the work that kernels of ours do, in words."""
     modules: int = 0
     """Teachers that run as their own modules in a fused step."""
 
@@ -72,7 +76,8 @@ class EngineChoice(NamedTuple):
     def __str__(self) -> str:
         memory = f"about {self.peak / 2**30:.2f} GiB beside the training set" if self.peak else ""
         tier = self.tier if self.name == "fused" else ""  # the others' name says it
-        head = ", ".join(part for part in (f"{self.name} engine", tier, self.dtype, memory) if part)
+        parts = f"{self.name} engine", tier, self.dtype, self.share, memory
+        head = ", ".join(part for part in parts if part)
         return f"{head}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
@@ -207,12 +212,13 @@ def _fused(
         return None, EngineChoice(_next(device), in_a_line(error))
     wanted = Dispatch(step.implementations.table, PREDICTED)
     advice = proof.advice(device) or (SLOWER if wanted.missing(device_arch(step.rate)) else "")
-    dtype, peak = str(step.dtype).removeprefix("torch."), expected_peak(step, config.batch_size // processes())
+    dtype, (peak, share) = str(step.dtype).removeprefix("torch."), expected(step, config.batch_size // processes())
     modules = step.modules if isinstance(step, FusedStep) else {}
     if modules:
         about = _about_modules(modules, len(step.networks) - 1)
         choice = choice._replace(reason=f"{about}; {choice.reason.replace(PLANNED, 'all else is planned')}")
-    return step, choice._replace(dtype=dtype, peak=peak, advice=advice, modules=len(modules))
+    choice = choice._replace(dtype=dtype, peak=peak, advice=advice, modules=len(modules), share=share)
+    return step, choice
 
 
 def _about_modules(modules: Mapping[int, str], teachers: int) -> str:
@@ -243,12 +249,16 @@ def _captured(
     return attempts.captured(), choice._replace(reason=f"{choice.reason}{note}", peak=peak)
 
 
-def expected_peak(step: Fused, batch: int) -> float:
-    """Bytes that ``step`` will take at most; 0 where that cannot be told, which is no reason not to train."""
+def expected(step: Fused, batch: int) -> tuple[float, str]:
+    """Bytes that ``step`` will take at most, and what share of its work our own kernels do, in words.
+
+    0 and "" where that cannot be told, which is no reason not to train.
+    """
     try:
-        return estimate(step, batch).peak
+        found = estimate(step, batch)
     except Exception:  # of a network that can be copied, but not on the meta device
-        return 0.0
+        return 0.0, ""
+    return found.peak, f"{covered([Plan(found.parts)]).flops:.0%} of its FLOPs by own kernels"
 
 
 def distillation_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def chosen(engine: str = "auto", **options: Any) -> tuple[Any, select.EngineChoi
 def test_planned(on_gpu):
     step, choice = chosen()
     assert (type(step), choice.tier, choice.name) == (FusedStep, "planned", "fused")
-    assert str(choice).startswith("fused engine, planned, float32, about 0.0")
+    assert str(choice).startswith("fused engine, planned, float32, 100% of its FLOPs by own kernels, about 0.0")
     assert "GiB beside the training set: every operation is planned; checked against the reference" in str(choice)
 
 
@@ -91,7 +92,9 @@ def test_planned(on_gpu):
 def test_mixed(on_gpu, which):
     step, choice = chosen(teacher=lambda seed: (unplanned if seed - 10 in which else network)(seed))
     assert (type(step), choice.tier, choice.name) == (FusedStep, "mixed", "fused")
-    assert str(choice).startswith("fused engine, mixed, float32, about 0.0")
+    share = re.match(r"fused engine, mixed, float32, (\d+)% of its FLOPs by own kernels, about 0\.0", str(choice))
+    assert share is not None
+    assert 0 < int(share[1]) < 100
     words = "1 of 2 teachers planned, teacher 1 runs as its own module (Sequential: "
     if len(which) == 2:
         words = "0 of 2 teachers planned, teachers 0, 1 run as their own modules (0: Sequential: "
