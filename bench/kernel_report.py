@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import cuda_report, elementwise
+from bench import cuda_report, depthwise, elementwise
 from fastensdistill.engine.joint import run_together
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
@@ -49,7 +49,8 @@ POINTERS = {
 
 
 # name → image size, classes, images of a batch; "sample" is a small PreResNet with every kind of launch, for tests,
-# "elementwise" the activations, gates and LayerNorms of other people's networks, by themselves
+# "elementwise" the activations, gates and LayerNorms of other people's networks, by themselves, "depthwise" their
+# depthwise convolutions
 NETWORKS = {
     "wrn28_4": (32, 100, 128),
     "wrn28_10": (32, 100, 128),
@@ -57,6 +58,7 @@ NETWORKS = {
     "resnet18": (224, 1000, 16),
     "sample": (32, 100, 128),
     "elementwise": (0, 0, 16),
+    "depthwise": (0, 0, 16),
 }
 
 
@@ -68,9 +70,10 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
     """
     size, classes, usual = NETWORKS[name]
     batch = batch or usual
-    if name == "elementwise":
+    if name in ("elementwise", "depthwise"):
+        cases = elementwise.cases if name == "elementwise" else depthwise.cases
         with record_launches() as launches:
-            for case in elementwise.cases(torch.device("cpu"), torch.bfloat16, groups, batch):
+            for case in cases(torch.device("cpu"), torch.bfloat16, groups, batch):
                 case.run()
         return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
     sample = name == "sample"
@@ -141,6 +144,8 @@ def describe(launch: KernelLaunch) -> str:
     if "KERNEL" in a:
         shape = f"{a['KERNEL']}x{a['KERNEL']} s{a['STRIDE']} {a['C']}"
         words.append(f"{shape}→{a['CO']} @{a['H']}" if "CO" in a else f"{shape} @{a['H']}")
+    elif "KERNEL_H" in a:
+        words.append(f"{a['KERNEL_H']}x{a['KERNEL_W']} s{a['STRIDE_H']} {a['C']} channels @{a['H']}")
     elif "C" in a:
         words.append(f"{a['C']} channels")
     words += [a["KIND"]] if "KIND" in a else []

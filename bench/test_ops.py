@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import depthwise, elementwise
 from bench.common import synchronize
 from bench.contenders import CONTENDERS, Gate
-from bench.elementwise import Case, cases
+from bench.elementwise import Case
 from bench.setting import METHODS, Setting, batches, drawn_pairs, make
 from bench.throughput import cycle
 from fastensdistill.kernels.distillation_loss import distillation_loss, distillation_loss_reference
@@ -45,19 +46,22 @@ def test_perturb_step(benchmark):
 
 
 ON_GPU = DEVICE.type == "cuda"
-NAMES = [case.name for case in cases(torch.device("meta"), torch.float32, images=1)]
+KINDS = {"elementwise": elementwise.cases, "depthwise": depthwise.cases}
+META = torch.device("meta")
+NAMES = [(kind, case.name) for kind, cases in KINDS.items() for case in cases(META, torch.float32, images=1)]
 
 
-def made(name: str) -> Case:
+def made(kind: str, name: str) -> Case:
     dtype, groups, images = (torch.bfloat16, 4, 128) if ON_GPU else (torch.float32, 1, 1)
-    return next(case for case in cases(DEVICE, dtype, groups, images) if case.name == name)
+    return next(case for case in KINDS[kind](DEVICE, dtype, groups, images) if case.name == name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("kind", "name"), NAMES)
 @pytest.mark.parametrize("by", ["op", "pytorch"])
-def test_elementwise(benchmark, name, by):
-    """Activations, gates and LayerNorms behind their references, and what PyTorch would run in their place."""
-    case = made(name)
+def test_layer(benchmark, kind, name, by):
+    """Activations, gates, LayerNorms and depthwise convolutions behind their references, and what PyTorch would run in
+    their place."""
+    case = made(kind, name)
     for actual, exact in zip(results(case.run()), results(case.exact()), strict=True):
         sums = actual.dim() == 4 and actual.shape[2] == 2  # rows of partial sums, of rounded values
         check_close(name, actual.sum(1) if sums else actual, exact.sum(1) if sums else exact, 0.02 if ON_GPU else 1e-4)

@@ -7,7 +7,7 @@
 The epilogue is that of ``elementwise_gradient``, its rows by weight slot.
 
 At stride s the positions of one residue (row % s, column % s) use the same taps, 1 / s² of them. A program owns a strip
-of 4 or 8 rows of d and what they spread to, s² results for each: the residues one after the other, with each one's taps
+of 2 or 8 rows of d and what they spread to, s² results for each: the residues one after the other, with each one's taps
 known when the kernel is compiled, so that no product is made that is 0 and d is read once, out of L1 for all residues
 but the first. In bf16 that is 2 / s² bytes read for each value and 2 written, and what the epilogue reads: 2 for a
 residual, 2 for z, 1/8 for a mask. At stride 1 the traffic is the forward pass's (``depthwise_conv.py``).
@@ -59,8 +59,8 @@ class DepthwiseGradientOperands(NamedTuple):
 def _tile(o: DepthwiseGradientOperands, window: Rectangle) -> Tile:
     rows = -(-o.height // window.stride_h)
     halo = (window.kernel_h - 1) * window.dilation_h // window.stride_h
-    # with 8 rows, the loop over residues and the epilogue's z took 254 registers, with 4 half as many
-    most = 8 if window.stride == (1, 1) else 4
+    # the loop over residues and all of the epilogue spill with 4 or 8 rows; with 2 they take 128 registers
+    most = 8 if window.stride == (1, 1) else 2
     return depthwise_tile(device_arch(o.d), o.d.shape[4], rows, 1, halo, o.d.element_size(), most)
 
 

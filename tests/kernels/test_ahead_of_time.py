@@ -100,6 +100,32 @@ def test_kernels_over_all_parameters():
         assert row["occupancy"] * row["warps"] >= 16, row
 
 
+DEPTHWISE = """
+import json
+import torch
+from bench.depthwise import of_layer
+from bench.kernel_report import compile_launch
+from fastensdistill.kernels import launch, tiles
+
+with tiles.assume_arch(90), launch.record_launches() as launches:
+    for case in of_layer("", 3, 1, (2, 16, 8, 8, 64), torch.device("cpu"), torch.bfloat16):
+        case.run()
+print(json.dumps([compile_launch(one, 90) for one in launches if one.kernel.__name__.startswith("depthwise")]))
+"""
+
+
+def test_depthwise_convolutions():
+    """Forward and both gradients: no spills, and convolutions load 8 channels at once."""
+    done = _python("-c", DEPTHWISE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 4
+    for row in rows:
+        assert failures(row, 0) == [], row
+        assert row["occupancy"] >= 2, row
+    assert all(row["16-byte loads"] > 0 for row in rows if "weight" not in row["kernel"])
+
+
 def test_failures_are_seen():
     good = {"spills": 0, "shared": 1000, "arch": 90, "HGMMA": 4, "occupancy": 3, "planned": 3}
     assert failures(good, 64) == []
