@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastensdistill.config import TeachConfig
+from fastensdistill.engine import teach
 from fastensdistill.engine.fused import FusedStep
-from fastensdistill.engine.reference import ReferenceStep
+from fastensdistill.engine.memory import estimate
+from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, setting
 from tests.network.nodes_by_hand import CASES as BY_HAND
-from tests.network.nodes_by_hand import ByHand
+from tests.network.nodes_by_hand import ByHand, without_dropout
 
 TOLERANCE = 1e-9
 
@@ -54,3 +57,54 @@ def test_a_step_is_the_reference_engines(teacher, own, changes):
     for name, value in expected.items():
         check_close(name, actual[name], value, TOLERANCE)
     check_equal(pair[0][0], pair[1][0], reference, fused, TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "members"), [("mobile", 1), ("convnext", 2), ("strange", 2)])
+def test_teaching_is_the_reference_engines(name, members, monkeypatch):
+    """Networks side by side, one parameter frozen; several are without dropout, which they would draw in turn."""
+    by_hand, size = BY_HAND[name]
+    network = by_hand.network(size) if members == 1 else by_hand.network(size).evaluated
+    monkeypatch.setattr(teach, "compared", lambda *args, **options: network)
+    config = TeachConfig(members=members, learning_rate=0.05, seed=7)
+    both = []
+    for _ in range(2):
+        modules = [by_hand.module(seed) for seed in range(members)]
+        for module in modules if members > 1 else []:
+            without_dropout(module)
+        next(modules[0].parameters()).requires_grad_(False)
+        both.append(modules)
+    reference = TeachStep(both[0], config)
+    fused = teach.FusedTeachStep(both[1], config, image_shape=(3, size, size))
+    batches = [batch(m, 3, size) for m in range(members)]
+    torch.manual_seed(1)
+    expected = reference(batches)
+    torch.manual_seed(1)
+    actual = fused(batches)
+    check_close("loss", actual["loss"], expected["loss"], TOLERANCE)
+    for m, (one, other) in enumerate(zip(*both, strict=True)):
+        for key, value in one.state_dict().items():
+            check_close(f"{key} of {m}", other.state_dict()[key].double(), value.double(), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mobile", "vision"])
+def test_a_step_in_bf16_and_its_memory(name):
+    """Finite, near float64's, and what is live at once is known on the meta device before."""
+    by_hand, size = BY_HAND[name]
+    losses = []
+    for dtype, precision in ((torch.float64, "fp32"), (torch.float32, "bf16")):
+        given = setting(teacher=lambda s: by_hand.module(s).eval(), student=by_hand.module, dtype=dtype,
+                        precision=precision)  # fmt: skip
+        step = fused_step(given, (by_hand, by_hand), size)
+        images, labels = batch(0, 4, size, dtype=dtype)
+        torch.manual_seed(1)
+        losses.append(step(images, labels)["loss"].double())
+    found = estimate(step, 4)
+    assert all(one.peak > 0 for one in found.passes)
+    launches = sum(one.launches for one in found.passes)
+    assert launches == 1 + sum(len(part.launches) for run, _ in step.passes() for part in run.parts) - joint_turns(step)
+    check_close("loss", losses[1], losses[0], 0.1)
+
+
+def joint_turns(step: FusedStep) -> int:
+    assert step.joint
+    return sum(turn.joint for turn in step.joint.turns)
