@@ -250,7 +250,8 @@ def _captured(
 
 
 def expected(step: Fused, batch: int) -> tuple[float, str]:
-    """Bytes that ``step`` will take at most, and what share of its work our own kernels do, in words.
+    """Bytes that ``step`` will take at most, and what share of its work our own kernels do, in words, with the
+    modules whose memory is not among it.
 
     0 and "" where that cannot be told, which is no reason not to train.
     """
@@ -258,7 +259,9 @@ def expected(step: Fused, batch: int) -> tuple[float, str]:
         found = estimate(step, batch)
     except Exception:  # of a network that can be copied, but not on the meta device
         return 0.0, ""
-    return found.peak, f"{covered([Plan(found.parts)]).flops:.0%} of its FLOPs by own kernels"
+    missing = ", ".join(line.partition(":")[0] for line in found.uncounted)
+    memory = f", memory without the activations of {missing}" if missing else ""
+    return found.peak, f"{covered([Plan(found.parts)]).flops:.0%} of its FLOPs by own kernels{memory}"
 
 
 def distillation_step(

@@ -15,6 +15,7 @@ from fastensdistill.engine.graph_nodes import GraphNodes
 from fastensdistill.engine.host_reads import HostReads
 from fastensdistill.engine.memory import estimate, on_meta, report
 from fastensdistill.engine.reference import ReferenceStep
+from fastensdistill.engine.select import distillation_step
 from fastensdistill.engine.verify import DisagreementError, verify_distillation
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.predict import predict
@@ -290,6 +291,17 @@ def test_products_of_modules_count():
     launches = [launch for one, _ in step.passes() for part in one.parts for launch in part.launches]
     flops = [launch.flops for launch in launches if launch.op.startswith("module")]
     assert flops == 4 * [4 * 2 * step.networks[0].macs]  # forward and back as the first, forward as the second, target
+
+
+def test_the_line_says_which_why_and_whose_memory_is_not_counted():
+    student, teachers, config = setting(M=3, K=3, dtype=torch.float32, teacher=mixed(0, 2, then=fails_on_meta))
+    config.engine = "fused"
+    step, choice = distillation_step(student, teachers, config, SHAPE, CLASSES)
+    assert list(untyped(step).modules) == [0, 2]
+    line = str(choice)
+    assert line.startswith("fused engine, mixed, float32, ")
+    assert "of its FLOPs by own kernels, memory without the activations of teacher 0, teacher 2" in line
+    assert "1 of 3 teachers planned, teachers 0, 2 run as their own modules (0: Odd: " in line
 
 
 def test_nodes_of_modules_count():
