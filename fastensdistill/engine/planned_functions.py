@@ -24,6 +24,7 @@ Rows = Mapping[str, Tensor]
 
 
 def function_node(run: PartRun, launch: Launch) -> Function:
+    """The node that a launch computes."""
     node = run.node(launch.node)
     assert isinstance(node, Function)
     return node
