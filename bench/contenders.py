@@ -33,6 +33,7 @@ from bench.setting import (
     make,
 )
 from fastensdistill.engine import proof
+from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -69,13 +70,14 @@ class Engine:
         return changed
 
 
-def reference_engine(problem: Problem) -> Step:
+def reference_engine(problem: Problem, capture: bool = False) -> Step:
     step: Any
     if isinstance(problem, Teaching):
-        step = TeachStep(problem.networks, problem.config)
+        step = (CapturedTeachStep if capture else TeachStep)(problem.networks, problem.config)
     else:
         assert isinstance(problem, Distillation)
-        step = ReferenceStep(problem.student, problem.teachers, problem.config, num_classes=CLASSES)
+        kind = CapturedReferenceStep if capture else ReferenceStep
+        step = kind(problem.student, problem.teachers, problem.config, num_classes=CLASSES)
     return Engine(step, problem)
 
 
@@ -160,6 +162,8 @@ CONTENDERS = {
         Contender("fused-launched", "fused engine, launched from Python",
                   lambda p: fused_engine(p, capture=False), devices=("cuda",)),
         Contender("reference", "reference engine", reference_engine),
+        Contender("reference-captured", "reference engine, captured", lambda p: reference_engine(p, capture=True),
+                  devices=("cuda",)),
         Contender("eager", "least work, eager", _teach(EagerStep, EagerTeach)),
         Contender("captured", "least work, eager, one CUDA graph", _teach(CapturedStep, CapturedTeach),
                   devices=("cuda",)),

@@ -38,12 +38,15 @@ RATE = 0.05
 ROLES = ("teacher", "student")
 
 
-def described(name: str) -> dict[str, Any]:
-    """Tiers, and of what is planned the nodes by kind and the share of the FLOPs that our kernels have."""
+def described(name: str, reads: bool = True) -> dict[str, Any]:
+    """Tiers, and of what is planned the nodes by kind and the share of the FLOPs that our kernels have.
+
+    Without ``reads`` what cannot be planned counts as captured: only a step shows what it reads on the host.
+    """
     module, network = build(name), None
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters())}
     for role in ROLES:
-        found, row[role] = tier(name, role)
+        found, row[role] = tier(name, role, reads)
         network = found or network
     if network is not None:
         row["nodes"] = dict(Counter(type(node).__name__ for node in network.nodes).most_common())
@@ -51,7 +54,7 @@ def described(name: str) -> dict[str, Any]:
     return row
 
 
-def tier(name: str, role: str) -> tuple[Network | None, dict[str, Any]]:
+def tier(name: str, role: str, reads: bool = True) -> tuple[Network | None, dict[str, Any]]:
     """The network as it is planned in that role, or None; its tier, and why it is not planned."""
     module, shape = build(name), NETWORKS[name].shape
     try:
@@ -62,7 +65,7 @@ def tier(name: str, role: str) -> tuple[Network | None, dict[str, Any]]:
             return network, {"tier": "planned"}
         return None, {"tier": "mixed", "why": network.reason}
     except InputError as error:
-        found = host_reads(name, role)
+        found = host_reads(name, role) if reads else []
         return None, {"tier": "eager" if found else "captured", "why": "; ".join([str(error), *found])}
 
 

@@ -125,7 +125,7 @@ def one(name: str, tiers_only: bool) -> dict[str, Any]:
     began = time.perf_counter()
     row: dict[str, Any] = {"name": name, "source": NETWORKS[name].source, "size": NETWORKS[name].size}
     try:
-        row |= described(name)
+        row |= described(name, reads=not tiers_only)
         for role in () if tiers_only else ROLES:
             if row[role]["tier"] in ("planned", "mixed"):
                 row[role] |= step_errors(name, role)

@@ -40,6 +40,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "tiny": ("preresnet", {"blocks": (1, 1), "in_planes": 4, "widen": 2}, 8),
     "narrow": ("preresnet", {"blocks": (1, 1), "in_planes": 16}, 8),  # the least that wgmma kernels cover
     "tiny-resnet": ("resnet", {"blocks": (1, 1), "in_planes": 4}, 8),
+    **{f"{name}-{size}": (name, {}, size) for name in ("mobilenet_v2", "densenet121") for size in (32, 64)},
 }
 CLASSES = 100
 

@@ -14,6 +14,8 @@ from bench.setting import Setting
 # Every mask is needed: 4 and 8 channels, and counts of images that no block divides
 ODD, ODD_REHEARSED = Setting("tiny", "tdiv-sdiv", 5, 3), Setting("tiny", "tdiv-sdiv", 3, 2)
 
+TIERS = Setting("mobilenet_v2-32", "tdiv-sdiv", 128, 2)  # a network of depthwise convolutions
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -28,9 +30,10 @@ class Sizes:
     tiny: int = 5  # images of the tiny step
     rounds: int = 15
     turn: float = 0.2  # seconds of one contender's turn in a round
+    tiers: Setting = TIERS
 
 
-REHEARSED = Sizes("tiny", "tiny-resnet", 2, (4, 3), 2, ODD_REHEARSED, 3, 2, 0.0)
+REHEARSED = Sizes("tiny", "tiny-resnet", 2, (4, 3), 2, ODD_REHEARSED, 3, 2, 0.0, ODD_REHEARSED)
 
 
 @dataclass(frozen=True)

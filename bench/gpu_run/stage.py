@@ -242,6 +242,7 @@ RUN: dict[str, Callable[[Context], object]] = {
     "other-first": lambda c: timing.first(c, c.sizes.other),
     "other": lambda c: timing.table(c, ["fused", "captured", "compiled"], c.setting(c.sizes.batches[0], c.sizes.other)),
     "small": lambda c: timing.table(c, ["fused", "fused-launched", "captured"], c.setting(c.sizes.batches[-1])),
+    "tiers": lambda c: timing.table(c, ["fused", "reference-captured", "reference"], c.sizes.tiers),
     "csrc": csrc,
     "sanitize": sanitize,
     "counters": timing.counters,

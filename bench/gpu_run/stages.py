@@ -86,6 +86,7 @@ STAGES = (
     Stage("other-first", "B", "the fused engine alone on ResNet-32", 40, 15, after=("csrc", "sanitize", "warps-4")),
     Stage("other", "B", "ResNet-32 beside its peers, torch.compile last", 130, 95),
     Stage("small", "B", "WRN-28-4 at batch 128, launched from Python, the captured peer", 60, 34),
+    Stage("tiers", "B", "mobilenet_v2 at 32x32: planned, captured, eager", 60, 30),
     Stage("counters", "B", "hardware counters of the slowest launches", 60, 25),
     Stage("tests", "long", "the tests that need a GPU", 580, 480),
     Stage("methods", "long", "KD, LatentBE, teachers in training", 560, 420, module=(
@@ -94,6 +95,11 @@ STAGES = (
     Stage("search", "long", "torch.compile with its search among kernels, JAX", 3000, 1800, module=(
         "throughput", "--batches", "512", "--contenders", "fused", "max-autotune", "compiled-own", "jax",
         "--minutes", "40")),
+    Stage("tiers-all", "long", "mobilenet_v2, densenet121 at 32x32 and 64x64: planned, captured, eager, torch.compile",
+          1300, 900, module=(
+        "throughput", "--networks", "mobilenet_v2-32", "mobilenet_v2-64", "densenet121-32", "densenet121-64",
+        "--batches", "128", "--members", "2", "--contenders", "fused", "reference-captured", "reference", "compiled",
+        "--minutes", "20")),
     Stage("loader", "long", "loaders", 300, 120, module=("loader",)),
     Stage("scaling", "long", "time against K, M, batch, depth, width", 560, 300, module=("scaling", "--rounds", "5")),
     Stage("startup", "long", "import, build, first step", 300, 120, module=("startup", "--rounds", "3")),
