@@ -177,16 +177,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.names if name not in NETWORKS]
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected names of the list, {', '.join(NETWORKS)}")
-    run, rows = one if options.in_process else in_its_process, []
+    run, rows, host = one if options.in_process else in_its_process, [], describe_host(torch.device("cpu"))
     for name in options.names or NETWORKS:
         rows.append(run(name, options.tiers_only))
         print("row " + json.dumps(rows[-1]) if options.in_process else said(rows[-1]), flush=True)
+        save(options.json, "networks", host, options.tiers_only, bound=BOUND, rows=rows)
     if not options.in_process:
         print("\n" + table([line(row) for row in rows], COLUMNS))
-    save(options.json, "networks", describe_host(torch.device("cpu")), options.tiers_only, bound=BOUND, rows=rows)
     wrong = [row["name"] for row in rows if "error" in row]
     wrong += [row["name"] for row in rows for role in ("teacher", "student") if not (worst(row, role) or 0) < BOUND]
+    wrong += [row["name"] for row in rows if tiers(row) != NETWORKS[row["name"]].tiers]
     return 1 if wrong else 0
+
+
+def tiers(row: dict[str, Any]) -> tuple[str, str]:
+    """What a network got, as a teacher and as a student."""
+    return row.get("teacher", {}).get("tier", ""), row.get("student", {}).get("tier", "")
 
 
 def said(row: dict[str, Any]) -> str:
