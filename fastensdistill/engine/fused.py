@@ -85,7 +85,10 @@ def check_networks(
         planned_or_module(teacher, shape, f"teacher {m}", gradient=gradient, dtype=dtype)
         for m, teacher in enumerate(teachers.networks)
     ]
-    networks.append(compared(plain.architecture(), shape, trains=True))
+    try:
+        networks.append(compared(plain.architecture(), shape, trains=True))
+    except InputError as error:
+        raise InputError(f"the student: {error}") from error
     plan([networks[-1]], plain.training_groups(), "backward", 1)
     FlatParameters.check(plain.trained, networks[-1], plain.ranked)
     trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.device.type != "meta"}

@@ -246,7 +246,8 @@ def _captured(
         return None, choice
     note = "" if _on_cuda(device) else f", but every operation is launched from Python: {no_cuda(device)}"
     peak = found[0].peak(config.batch_size // processes(), config.micro_batches)
-    return attempts.captured(), choice._replace(reason=f"{choice.reason}{note}", peak=peak)
+    why = "" if config.engine == "captured" else "no fused step: "
+    return attempts.captured(), choice._replace(reason=f"{why}{choice.reason}{note}", peak=peak)
 
 
 def expected(step: Fused, batch: int) -> tuple[float, str]:

@@ -107,7 +107,7 @@ def test_captured(on_gpu, teacher):
     step, choice = chosen(student=unplanned, teacher=teacher)
     assert (type(step), choice.tier, choice.name) == (CapturedReferenceStep, "captured", "captured")
     assert str(choice).startswith("captured engine, about 0.0")
-    assert "GiB beside the training set: Sequential: " in str(choice)
+    assert "GiB beside the training set: no fused step: the student: Sequential: " in str(choice)
     assert "; checked against the reference engine, 1 − cosine " in str(choice)
     assert step.bodies.capture
 
@@ -170,7 +170,9 @@ def test_asked_for(on_gpu):
     assert type(chosen("reference", student=unplanned)[0]) is ReferenceStep
     with pytest.raises(InputError, match=r"engine='captured' cannot be used here: the student: 1 \(Planted\) reads"):
         chosen("captured", student=of_kind("plain", "item"))
-    with pytest.raises(InputError, match=r"engine='fused' cannot train this: Sequential: .*'auto' finds one that can"):
+    with pytest.raises(
+        InputError, match=r"engine='fused' cannot train this: the student: Sequential: .*'auto' finds one that can"
+    ):
         chosen("fused", student=unplanned)
 
 
