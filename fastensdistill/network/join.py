@@ -56,7 +56,7 @@ def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
     while evaluation.network == training.network.evaluated:
         places = {(launch.op, launch.node): j for j, launch in enumerate(other)}
         pairs = ((i, places.get((launch.op, launch.node))) for i, launch in enumerate(one) if launch.op in JOINT)
-        found = ((i, j) for i, j in pairs if j is not None and alike(one[i], other[j]))
+        found = ((i, j) for i, j in pairs if j is not None and alike((evaluation, one[i]), (training, other[j])))
         i, j = next(found, (None, None))
         if i is None or j is None:
             break
@@ -67,14 +67,17 @@ def join(evaluation: Part, training: Part) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def alike(evaluation: Launch, training: Launch) -> bool:
-    """Whether one launch can serve both: of heads, whether both take in the BatchNorm and the ReLU before them.
+def alike(evaluation: tuple[Part, Launch], training: tuple[Part, Launch]) -> bool:
+    """Whether one launch can serve both: of heads, whether both take in the pooling, BatchNorm and ReLU before them.
 
     A convolution's sides may differ in all that is fused. A head has no BatchNorm in evaluation mode where that is in a
-    convolution's weights.
+    convolution's weights, and no pooling in training mode where a dropout stands between.
     """
-    relus = [[step.kind == "relu" for step in launch.prologue] for launch in (evaluation, training)]
-    return evaluation.op == "conv" or relus[0] == relus[1]
+    taken = [
+        ([step.kind == "relu" for step in launch.prologue], part.buffers[launch.reads[0]].shape)
+        for part, launch in (evaluation, training)
+    ]
+    return evaluation[1].op == "conv" or taken[0] == taken[1]
 
 
 def running(parts: Sequence[Part]) -> list[tuple[Part, ...]]:

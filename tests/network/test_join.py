@@ -9,6 +9,7 @@ from fastensdistill.network.join import JOINT, join, running
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.plan import branch_groups, drawn_groups, plan, plan_step
 from fastensdistill.network.trace import trace
+from tests.network.nodes_by_hand import Writer
 
 
 def network(name: str, size: int = 32) -> Network:
@@ -72,6 +73,19 @@ def test_heads_that_take_in_different_things_are_launched_apart():
     ((evaluation, training),) = running(plan([net], groups, "forward", 4).parts)
     heads = [next(one for one in part.launches if one.op == "head") for part in (evaluation, training)]
     assert [len(head.prologue) for head in heads] == [1, 2]
+    assert [turn.launch.op for turn in join(evaluation, training) if turn.joint] == ["conv"]
+
+
+def test_heads_of_which_one_has_a_dropout_before_it_are_launched_apart():
+    """In evaluation mode the head takes in the pooling, in training mode a dropout stands between."""
+    w = Writer(8)
+    x = w.mean("mean", w.activation("act", w.conv("conv", "input", 8), "relu6"))
+    w.linear("linear", w.drop("drop", x, 0.2, "value"), 10)
+    net = w.network()
+    groups = [*drawn_groups(["T1"], [], lambda name: 0), *branch_groups(2)]
+    ((evaluation, training),) = running(plan([net], groups, "forward", 4).parts)
+    heads = [next(one for one in part.launches if one.op == "head") for part in (evaluation, training)]
+    assert [head.reads[0] for head in heads] == ["act", "drop"]
     assert [turn.launch.op for turn in join(evaluation, training) if turn.joint] == ["conv"]
 
 
