@@ -143,8 +143,11 @@ def factors(node: Dropout, x: Tensor) -> Tensor:
     if node.over == "image":
         kept = x.new_empty(G, N, 1, 1, 1).bernoulli_(1 - node.p)
         return kept.div_(1 - node.p) if node.scaled and node.p < 1 else kept
-    shape = (G, N, H, W, C) if node.over == "value" else (G, N, 1, 1, C)
-    kept = F.dropout(x.new_ones(shape), node.p, training=True)
+    if node.over == "value" and node.layout == "flat":  # PyTorch draws in the order of memory, here (C, H, W)
+        kept = F.dropout(x.new_ones(G, N, C, H, W), node.p, training=True).permute(0, 1, 3, 4, 2).contiguous()
+    else:
+        shape = (G, N, H, W, C) if node.over == "value" else (G, N, 1, 1, C)
+        kept = F.dropout(x.new_ones(shape), node.p, training=True)
     return kept if node.scaled else kept.ne(0).to(x.dtype)
 
 

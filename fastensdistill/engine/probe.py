@@ -2,11 +2,14 @@
 
 A copy with all weights moved (so that zeros and fresh statistics hide nothing) takes a few random images in float64:
 
-    evaluation mode    logits, gradient of the image; no state changes, no random number is drawn
-    training mode      logits, gradient of every parameter, running statistics; nothing else changes
+    evaluation mode    logits, gradient of the image, logits of one image by itself; no state changes, no random number
+                       is drawn
+    training mode      logits, gradient of every parameter, running statistics, under one seed; nothing else changes,
+                       and the same random numbers are drawn
 
-against the engine's own passes over the network that was traced, which in float64 run the ops' references. The module,
-its modes and all generators are left as they are.
+against the engine's own passes over the network that was traced, which in float64 run the ops' references. A network
+with dropout is compared on the CPU, where both draw the same. The module, its modes and all generators are left as they
+are.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastensdistill.engine.common import state_of
 from fastensdistill.engine.packed import pack
@@ -36,6 +40,7 @@ from fastensdistill.network.trace import trace
 from fastensdistill.network.unseen import generators_kept, refusing
 
 IMAGES = 2
+SEED = 1
 TOLERANCE = 1e-6  # in float64, of the largest value; right networks are within 1e-9
 REMEMBERED = 256
 _compared: OrderedDict[Hashable, None] = OrderedDict()  # modules that have been compared, by what they consist of
@@ -55,7 +60,7 @@ def compared(module: nn.Module, input_size: Shape, trains: bool = False, gradien
     kind = type(module).__name__
     with refusing(f"{kind}: cannot be compared with its plan"):
         group = Group(kind, statistics=kind if trains else None, gradient="parameters" if trains else None)
-        plan([network], [group], "backward" if trains else "forward", 1)  # refuses dropout that trains
+        plan([network], [group], "backward" if trains else "forward", 1)  # refuses what no launch computes
         device = next(module.parameters()).device
         consists = construction(module)
         key = (network, consists, trains, gradient, device.type)
@@ -113,11 +118,13 @@ class _Probe:
         self.network, self.kind = network, type(module).__name__
         own = copy_network(module, forget=True).requires_grad_(True)
         self.device = next(own.parameters()).device
-        if self.device.type not in ("cpu", "cuda"):
+        if self.device.type not in ("cpu", "cuda") or network.evaluated is not network:
             own, self.device = own.cpu(), torch.device("cpu")
-        self.module = moved(own.double())
+        self.module = moved(own.double()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.generator = torch.Generator().manual_seed(1)
-        self.images = self._random(torch.rand, IMAGES, *input_size)
+        # as the reference engine has them: dropout draws in the order of memory
+        images = self._random(torch.rand, IMAGES, *input_size)
+        self.images = images.contiguous(memory_format=torch.channels_last)
         self.grad_logits = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
 
     def _random(self, draw: Any, *shape: int) -> Tensor:
@@ -136,10 +143,11 @@ class _Probe:
         before = {name: value.detach().clone() for name, value in state_of(self.module).items()}
         counts, drawn = self._counts(), _drawn(self.device)
         logits = self.module(images)
+        draws = mode == "training" and self.network.evaluated is not self.network
         for name, value in self._counts().items():
             if value != counts.get(name, value):
                 raise self.refuse(f"{name!r} changes from {counts[name]} to {value} in a forward in {mode} mode")
-        if _drawn(self.device) != drawn:
+        if _drawn(self.device) != drawn and not draws:
             raise self.refuse(f"draws random numbers in {mode} mode")
         if not isinstance(logits, Tensor) or logits.shape != self.grad_logits.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -157,16 +165,17 @@ class _Probe:
     @torch.no_grad()
     def planned(self, group: Group, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, NormWeights]]:
         """What a forward and, where ``group`` asks for a gradient, a backward pass write, and BatchNorm afterwards."""
-        (part,) = plan([self.network], [group], "forward", IMAGES).parts
+        network = self.network if group.statistics is not None else self.network.evaluated
+        (part,) = plan([network], [group], "forward", IMAGES).parts
         weights = pack(part, [state], torch.float64, self.device)
         index = torch.zeros(1, dtype=torch.int32, device=self.device)
         buffers = {
             INPUT: self.images.permute(0, 2, 3, 1)[None].contiguous(),
-            grad(self.network.output): self.grad_logits[None],
+            grad(network.output): self.grad_logits[None],
         }
         run_part(PartRun(part, weights, index, buffers))
         if group.gradient:
-            (part,) = plan([self.network], [group], "backward", IMAGES).parts
+            (part,) = plan([network], [group], "backward", IMAGES).parts
             run_part(PartRun(part, weights, index, buffers))
         return {name: value[0] for name, value in buffers.items() if isinstance(value, Tensor)}, weights.norms
 
@@ -176,15 +185,23 @@ class _Probe:
         logits, before = self.forward(images, "evaluation")
         self.same_state(before, {}, "evaluation")
         planned, _ = self.planned(Group("", gradient="input" if gradient else None), before)
-        self.same("logits in evaluation mode", logits.detach(), planned[self.network.output])
+        self.same("logits in evaluation mode", logits.detach(), planned[self.network.evaluated.output])
         if gradient:
             own = self.gradients(logits, {"image": images}, "evaluation")["image"]
             self.same("gradient of the image", own, planned[grad(INPUT)].permute(0, 3, 1, 2))
+        with torch.no_grad():
+            alone = self.module(self.images[:1])
+        self.same("logits of one image by itself, in evaluation mode,", alone, logits[:1].detach())
 
     def training(self) -> None:
         self.module.train()
+        torch.manual_seed(SEED)
         logits, before = self.forward(self.images.clone(), "training")
+        drawn = _drawn(self.device)
+        torch.manual_seed(SEED)
         planned, norms = self.planned(Group("", statistics="", gradient="parameters"), before)
+        if _drawn(self.device) != drawn:
+            raise self.refuse("draws other random numbers in training mode than its dropout layers")
         self.same("logits in training mode", logits.detach(), planned[self.network.output])
         expected: dict[str, Tensor] = {}
         for name, norm in norms.items():
@@ -238,7 +255,7 @@ def moved(module: nn.Module) -> nn.Module:
         size = parameter.square().mean().sqrt().clamp(min=0.05)
         parameter.add_((noise(parameter) - 0.5) * 0.5 * size)
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
             layer.running_mean.add_(noise(layer.running_mean) - 0.5)
             layer.running_var.mul_(0.5 + noise(layer.running_var))
     return module

@@ -169,8 +169,8 @@ class Gate(Node):
 class Dropout(Node):
     """In training, 0 with probability ``p`` and else divided by 1 − p (unless it is not ``scaled``).
 
-    Drawn for every "value", every "channel" of an image, or every "image" (stochastic depth): ``over``. PyTorch draws
-    it in the order of the value's ``layout`` (``network.expression``).
+    Drawn for every "value", every "channel" of an image, or every "image" (stochastic depth): ``over``. The module
+    drops values in this ``layout`` (``network.expression``).
     """
 
     p: float
@@ -244,15 +244,10 @@ class Pad(Node):
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes in the order they are computed. Two modules of one architecture give equal networks.
-
-    ``dropout`` names the layers that would drop values in training; they are absorbed, as they do nothing in
-    evaluation, and a plan that trains refuses them.
-    """
+    """Nodes in the order they are computed. Two modules of one architecture give equal networks."""
 
     nodes: tuple[Node, ...]
     output: str
-    dropout: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Node]:

@@ -46,8 +46,7 @@ def plan(
         fusions: what the implementation of each convolution takes in as it loads; the same for both directions.
 
     Raises:
-        InputError: dropout in a network that trains, statistics shared in a way no launch can, a network that does not
-            end in a linear layer.
+        InputError: statistics shared in a way no launch can, a network that does not end in a linear layer or logits.
     """
     if direction not in ("forward", "backward"):
         raise unknown("direction", direction, ["forward", "backward"])
@@ -82,10 +81,6 @@ def plan(
 def check(part: Part) -> None:
     """Raise InputError for groups that no part can run together."""
     names = ", ".join(group.name for group in part.groups)
-    if part.training and part.network.dropout:
-        raise InputError(
-            f"dropout in {part.network.dropout[0]!r} while {names} train; expected p=0, or the reference engine"
-        )
     if part.training and part.sets not in (1, len(part.groups)):
         raise InputError(f"{names} share {part.sets} sets of BatchNorm statistics; expected one, or one each")
     if part.training and len({group.gradient for group in part.groups}) > 1:

@@ -8,32 +8,15 @@ out with the module itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-from torch import fx, nn
+import torch
+from torch import nn
 
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
 from fastensdistill.network.nodes import Network, Shape
-from fastensdistill.network.reader import LEAVES, Reader
+from fastensdistill.network.reader import Reader
+from fastensdistill.network.recording import Recorder
 from fastensdistill.network.unseen import check_unseen, generators_kept, refusing
-
-
-class _Tracer(fx.Tracer):
-    """Stops at the layers that the reader knows; a subclass with a forward of its own is looked into."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.path = ""
-
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return type(m) in LEAVES
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        self.path = self.path_of_module(m)
-        return super().call_module(m, forward, args, kwargs)
 
 
 def trace(module: nn.Module, input_size: Shape, trains: bool = False) -> Network:
@@ -46,26 +29,33 @@ def trace(module: nn.Module, input_size: Shape, trains: bool = False) -> Network
     kind = type(module).__name__
     with refusing(f"{kind}: cannot be traced"):
         check_unseen(module)
+    with torch.inference_mode(False):
+        return _both(module, input_size, trains)
+
+
+def _both(module: nn.Module, input_size: Shape, trains: bool) -> Network:
+    kind = type(module).__name__
+    with refusing(f"{kind}: cannot be traced"):
         own = copy_network(module, forget=True)
-    evaluated = _traced(own, input_size, False)
+    evaluated = _traced(own, input_size, False, trains).evaluated
     if not trains:
         return evaluated
-    trained = _traced(own, input_size, True)
-    if replace(trained, dropout=()) != replace(evaluated, dropout=()):
+    trained = _traced(own, input_size, True, trains)
+    if trained.evaluated != evaluated:
         raise InputError(f"{kind}: has other operations in training than in evaluation mode")
     return trained
 
 
-def _traced(module: nn.Module, input_size: Shape, training: bool) -> Network:
-    tracer, kind = _Tracer(), type(module).__name__
+def _traced(module: nn.Module, input_size: Shape, training: bool, trains: bool) -> Network:
+    kind, recorder = type(module).__name__, Recorder(module, input_size)
     try:
         with generators_kept(module):
             module.train(training)
-            graph = tracer.trace(module)
+            graph = recorder.record()
     except Exception as error:  # whatever user code raises when it meets a symbolic value
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{kind}: cannot be traced after module {tracer.path!r}: {reason}") from error
-    reader = Reader(module, input_size, training)
+        raise InputError(f"{kind}: cannot be traced after module {recorder.path!r}: {reason}") from error
+    reader = Reader(module, recorder, input_size, training, trains)
     try:
         return reader.read(graph)
     except InputError:

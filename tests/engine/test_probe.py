@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import StochasticDepth
 
 from fastensdistill.engine import probe
 from fastensdistill.engine.probe import compared, construction
@@ -68,6 +69,17 @@ def noisy(self, x):
     return x
 
 
+def noisy_in_training(self, x):
+    if self.training:
+        torch.rand(1)
+    return self.d(x)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
 def by_isinstance(self, x):
     return self.conv2(x) if isinstance(x, torch.Tensor) else x
 
@@ -120,30 +132,49 @@ REFUSED = {
     "frozen in forward": (Net(lambda s, x: (s.bn.eval(), x)[1]), "BatchNorm stays in evaluation mode"),
     "dropout that stays": (Net(lambda s, x: F.dropout(x, 0.5, True)), "drops values with p=0.5 in evaluation mode too"),
     "dropout by default": (Net(lambda s, x: F.dropout(x)), "drops values with p=0.5 in evaluation mode too"),
-    "layer that stays": (Net(lambda s, x: s.d(x), lambda n: n.d.train(), d=nn.Dropout(0.1)), "'d': drops values with"),
+    "layer that stays": (
+        Net(lambda s, x: s.d(x), lambda n: n.d.train(), d=nn.Dropout(0.1)),
+        "module 'd', operation 'dropout': drops values with p=0.1",
+    ),
     "by mode": (Net(lambda s, x: F.relu(x) if s.training else x), "has other operations in training than"),
     # settings
-    "divisor": (Net(lambda s, x: s.p(x), p=nn.AvgPool2d(2, divisor_override=1)), "'p': a pooling with divisor_o"),
-    "divisor of a function": (Net(lambda s, x: F.avg_pool2d(x, 2, 2, 0, False, True, 3)), "divisor_override=3"),
-    "padded mean": (Net(lambda s, x: F.avg_pool2d(x, 2, padding=1)), "padding=1"),
-    "dilated pooling": (Net(lambda s, x: s.p(x), p=nn.MaxPool2d(2, dilation=2)), "dilation=2"),
-    "indices": (Net(lambda s, x: s.p(x), p=nn.MaxPool2d(2, return_indices=True)), "return_indices=True"),
-    "padding mode": (Net(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 3, padding_mode="circular", padding=1)), "'circular'"),
-    "padding by name": (Net(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 3, padding="same")), "padding='same'"),
-    "dilation": (Net(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 3, dilation=2)), "dilation=(2, 2)"),
-    "groups": (Net(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 3, groups=2)), "groups=2"),
     "momentum": (changed(lambda n: setattr(n.bn, "momentum", None)), "BatchNorm with momentum=None"),
     "no statistics": (changed(lambda n: setattr(n, "bn", nn.BatchNorm2d(4, track_running_stats=False))), "stats=False"),
     "no shift": (changed(lambda n: setattr(n.bn, "bias", None)), "BatchNorm with bias=None"),
     "thinned": (changed(lambda n: setattr(n.conv, "weight", nn.Parameter(torch.rand(4, 2, 3, 3)))), "has shape (4, 2"),
-    "dtype of a mean": (Net(lambda s, x: x.mean((2, 3), True, dtype=torch.float64)), "dim, keepdim after its input"),
+    "indices": (Net(lambda s, x: s.p(x), p=nn.MaxPool2d(2, return_indices=True)), "has no attribute 'mean'"),
+    "a weight that is computed": (
+        Net(lambda s, x: s.c(x), c=Standardised(4, 4, 1)),
+        "computes with 'c.weight', a layer's",
+    ),
+    "statistics of instances": (
+        Net(lambda s, x: s.i(x), i=nn.InstanceNorm2d(4, track_running_stats=True)),
+        "module 'i', operation 'instance_norm': overwrites a tensor of the module",
+    ),
+    "used twice": (
+        Net(lambda s, x: x * s.w + s.c(x * s.w), w=nn.Parameter(torch.rand(4, 1, 1)), c=nn.Conv2d(4, 4, 1)),
+        "'w' is used by more than one operation",
+    ),
     # tensors
-    "own parameter": (Net(lambda s, x: F.conv2d(x, s.w), w=nn.Parameter(torch.rand(4, 4, 1, 1))), "reads a tensor"),
-    "constant": (Net(lambda s, x: x + torch.ones(1)), "reads a tensor of the module directly"),
+    "constant": (
+        Net(lambda s, x: x + torch.ones(2)[:, None, None].repeat(2, 1, 1)),
+        "neither a parameter nor a buffer",
+    ),
     "named as the image": (Net(lambda s, x: s.input(x), input=nn.Conv2d(4, 4, 1)), "has the name of the image"),
-    "hidden overwriting": (Net(half_hidden, conv2=nn.Conv2d(4, 4, 1)), "and nothing reads its result"),
+    "hidden overwriting": (
+        Net(half_hidden, conv2=nn.Conv2d(4, 4, 1)),
+        "gives no gradient of 'conv2.weight' in training mode",
+    ),
     # what only the numbers show
     "random": (Net(noisy), "draws random numbers in evaluation mode"),
+    "random where dropout is": (
+        Net(noisy_in_training, d=nn.Dropout(0.1)),
+        "draws other random numbers in training mode",
+    ),
+    "over images": (
+        Net(lambda s, x: x - x.mean(0, keepdim=True)),
+        "logits of one image by itself, in evaluation mode,: ",
+    ),
     "counter": (Net(counting, seen=0), "'seen' changes from 0 to 1 in a forward"),
     "buffer": (changed(lambda n: n.register_buffer("shift", torch.zeros(2)), then=moving), "its 'shift' changes in"),
     "by what it is given": (Net(by_isinstance, conv2=nn.Conv2d(4, 4, 1)), "logits in evaluation mode: apart by"),
@@ -179,6 +210,8 @@ def test_refused_by_name_and_left_as_it_was(case):
     "net",
     [
         models.odd(), models.vgg(), models.resnet(), models.preresnet(), models.padded(), Net(),
+        Net(lambda s, x: F.dropout2d(F.dropout(x, 0.2, s.training), 0.3, s.training)),
+        Net(lambda s, x: s.d(F.gelu(x * s.w)), w=nn.Parameter(torch.rand(4, 1, 1)), d=StochasticDepth(0.4, "row")),
         Net(lambda s, x: F.avg_pool2d(x, 2, 2, 0, False, False)),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten(), nn.Linear(4, 2)),
@@ -186,7 +219,8 @@ def test_refused_by_name_and_left_as_it_was(case):
         changed(lambda n: n.conv.weight.requires_grad_(False)),
         changed(lambda n: nn.init.constant_(n.conv.weight, float("nan"))),
     ],
-    ids=["odd", "vgg", "resnet", "preresnet", "padded", "plain", "counting", "in place", "zero", "frozen", "nan"],
+    ids=["odd", "vgg", "resnet", "preresnet", "padded", "plain", "dropout", "stochastic depth", "counting",
+         "in place", "zero", "frozen", "nan"],
 )  # fmt: skip
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_right_networks_pass(net, context, monkeypatch):
@@ -198,7 +232,7 @@ def test_right_networks_pass(net, context, monkeypatch):
     assert rest == others
     assert all(torch.equal(value.nan_to_num(), state[name].nan_to_num()) for name, value in after.items())
     assert all(p.grad is None for p in net.parameters())
-    assert network.output == list(dict(net.named_modules()))[-1]
+    assert network.output == "classifier" if isinstance(net, Net) else list(dict(net.named_modules()))[-1]
 
 
 def test_what_is_only_evaluated_may_train_otherwise():
@@ -265,5 +299,5 @@ def test_the_engine_raises_nothing_else():
         compared(Uncopied(), SIZE)
     with pytest.raises(InputError, match=r"^Failing: cannot be traced after module '': 'mode'$"):
         compared(Failing(), SIZE)
-    with pytest.raises(InputError, match=r"^Net: module 'p', operation 'p': TypeError: "):
+    with pytest.raises(InputError, match=r"^Net: cannot be traced after module 'p': argument of type: <class 'set'>"):
         compared(Net(lambda s, x: s.p(x), p=nn.MaxPool2d(untyped({2}))), SIZE)

@@ -142,11 +142,11 @@ def test_the_choice_is_explained():
     assert str(trainer.engine) == "reference engine: no CUDA device, training on cpu"
 
 
-def test_dropout_in_the_student_goes_to_the_reference():
+def test_a_student_that_draws_what_no_plan_draws_goes_to_the_reference():
     class Dropped(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.drop = network(0), torch.nn.Dropout(0.5)
+            self.inner, self.drop = network(0), torch.nn.AlphaDropout(0.5)
 
         def forward(self, x):
             return self.inner(self.drop(x))
@@ -154,4 +154,4 @@ def test_dropout_in_the_student_goes_to_the_reference():
     student, teachers, config = setting(student=lambda _seed: Dropped().double())
     choice = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
     assert choice.name == "captured"
-    assert "dropout" in choice.reason
+    assert "operation 'alpha_dropout': draws random numbers" in choice.reason
