@@ -29,7 +29,7 @@ from fastensdistill.errors import InputError
 from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
-from fastensdistill.network.nodes import Network
+from fastensdistill.network.nodes import GeneralConv, Network
 from fastensdistill.network.unplanned import Unplanned
 
 M = K = 2
@@ -39,7 +39,7 @@ ROLES = ("teacher", "student")
 
 
 def described(name: str, reads: bool = True) -> dict[str, Any]:
-    """Tiers, and of what is planned the nodes by kind and the share of the FLOPs that our kernels have.
+    """Tiers and, of what is planned, nodes by kind and our kernels' share of a forward pass's FLOPs.
 
     Without ``reads`` what cannot be planned counts as captured: only a step shows what it reads on the host.
     """
@@ -50,7 +50,8 @@ def described(name: str, reads: bool = True) -> dict[str, Any]:
         network = found or network
     if network is not None:
         row["nodes"] = dict(Counter(type(node).__name__ for node in network.nodes).most_common())
-        row["share"] = round(2 * network.macs / total_flops(module, NETWORKS[name].shape), 4)
+        ours = sum(x.macs for x in network.layers if not isinstance(x, GeneralConv) or x.depthwise)
+        row["share"] = round(2 * ours / total_flops(module, NETWORKS[name].shape), 4)
     return row
 
 
@@ -142,8 +143,8 @@ def outcome(name: str, role: str, fused: bool) -> dict[str, dict[str, Tensor]]:
     before = {key: value.clone() for key, value in step.student.state_dict().items()}
     images, labels = batch(name)
     step.set_learning_rate(RATE)
-    torch.manual_seed(5)
     perturbed = step.perturb(images)
+    torch.manual_seed(5)  # a first call may have drawn something, to look at the networks
     scalars = step.distil(perturbed, labels)
     found: dict[str, dict[str, Tensor]] = {"update": {}, "statistics": {}}
     trained = dict(step.student.named_parameters())
