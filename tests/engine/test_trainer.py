@@ -149,7 +149,7 @@ def test_a_student_that_draws_what_no_plan_draws_goes_to_the_reference():
             self.inner, self.drop = network(0), torch.nn.AlphaDropout(0.5)
 
         def forward(self, x):
-            return self.inner(self.drop(x))
+            return self.drop(self.inner(x))
 
     student, teachers, config = setting(student=lambda _seed: Dropped().double())
     choice = choose_engine(config, student, teachers, torch.device("cuda"), (3, 6, 6))
