@@ -38,7 +38,8 @@ class JointPass:
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (G, N, classes) of ``images`` (1, N, H, W, C) of the evaluation pass, and of the training pass."""
         runs = self.evaluation.begin(images), self.training.begin(images)
-        run_together(self.turns, *runs, (self.evaluation.dead[0], self.training.dead[0]))
+        with runs[0].multiplying():
+            run_together(self.turns, *runs, (self.evaluation.dead[0], self.training.dead[0]))
         return self.evaluation.end(), self.training.end()
 
 

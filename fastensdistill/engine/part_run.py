@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from fastensdistill.engine.common import cudnn_tf32
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
@@ -93,6 +95,10 @@ class PartRun:
 
     def __post_init__(self) -> None:
         self.groups, self.precision = len(self.part.groups), self.execution.precision
+
+    def multiplying(self) -> AbstractContextManager[None]:
+        """Inside, PyTorch's own convolutions multiply float32 as the run does."""
+        return cudnn_tf32(self.precision == "tf32")
 
     def node(self, name: str) -> Node:
         return self.part.network.by_name[name]

@@ -37,11 +37,12 @@ def dead_after(parts: Sequence[Part], kept: Iterable[str]) -> list[list[tuple[st
 
 def run_part(run: PartRun, dead: Dead | None = None) -> None:
     """Run the launches of ``run.part``; ``dead`` names the buffers to be freed after each, none if it is not given."""
-    for launch, names in zip(run.part.launches, dead or repeat(()), strict=dead is not None):
-        OPS[launch.op](run, launch)
-        done(run, launch)
-        for name in names:
-            run.buffers.pop(name, None)
+    with run.multiplying():
+        for launch, names in zip(run.part.launches, dead or repeat(()), strict=dead is not None):
+            OPS[launch.op](run, launch)
+            done(run, launch)
+            for name in names:
+                run.buffers.pop(name, None)
 
 
 def done(run: PartRun, launch: Launch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastensdistill.config import TeachConfig
 from fastensdistill.engine import teach
@@ -103,6 +104,33 @@ def test_a_step_in_bf16_and_its_memory(name):
     launches = sum(one.launches for one in found.passes)
     assert launches == 1 + sum(len(part.launches) for run, _ in step.passes() for part in run.parts) - joint_turns(step)
     check_close("loss", losses[1], losses[0], 0.1)
+
+
+class TF32(TorchDispatchMode):
+    """Keeps for every convolution of PyTorch's whether cuDNN might have rounded its float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name():
+            self.seen.append(torch.backends.cudnn.allow_tf32)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_pytorchs_convolutions_multiply_as_asked(precision):
+    by_hand, size = BY_HAND["dense"]
+    given = setting(teacher=lambda s: by_hand.module(s).eval(), student=by_hand.module, dtype=torch.float32,
+                    precision=precision)  # fmt: skip
+    step = fused_step(given, (by_hand, by_hand), size)
+    before = torch.backends.cudnn.allow_tf32
+    with TF32() as mode:
+        step(*batch(0, 4, size, dtype=torch.float32))
+    assert len(mode.seen) > 10
+    assert set(mode.seen) == {precision == "tf32"}
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def joint_turns(step: FusedStep) -> int:
