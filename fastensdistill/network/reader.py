@@ -103,8 +103,6 @@ class Reader(Values):
             users = network.consumers[node.name]
             if isinstance(node, Affine) and (node.inputs != (INPUT,) or not all(isinstance(u, Conv) for u in users)):
                 raise self.refuse("normalisation must stand between the image and a convolution")
-            if not node.inputs and len(users) != 1:
-                raise self.refuse("the image must be read by one layer")
         used = Counter(name for node in network.nodes for name in node.parameters)
         twice = next((name for name, count in used.items() if count > 1), None)
         if twice and self.trains:

@@ -43,6 +43,17 @@ class Net(nn.Module):
         return self.classifier(self.then(self, F.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
 
+class Twice(Net):
+    """The image goes through two convolutions, as in RepVGG's first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.classifier(F.relu(self.bn(self.conv(x)) + self.other(x)).mean((2, 3)))
+
+
 def changed(change, **options):
     net = Net(**options)
     change(net)
@@ -212,6 +223,7 @@ def test_refused_by_name_and_left_as_it_was(case):
         models.odd(), models.vgg(), models.resnet(), models.preresnet(), models.padded(), Net(),
         Net(lambda s, x: F.dropout2d(F.dropout(x, 0.2, s.training), 0.3, s.training)),
         Net(lambda s, x: s.d(F.gelu(x * s.w)), w=nn.Parameter(torch.rand(4, 1, 1)), d=StochasticDepth(0.4, "row")),
+        Twice(),
         Net(lambda s, x: F.avg_pool2d(x, 2, 2, 0, False, False)),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten(), nn.Linear(4, 2)),
@@ -219,8 +231,8 @@ def test_refused_by_name_and_left_as_it_was(case):
         changed(lambda n: n.conv.weight.requires_grad_(False)),
         changed(lambda n: nn.init.constant_(n.conv.weight, float("nan"))),
     ],
-    ids=["odd", "vgg", "resnet", "preresnet", "padded", "plain", "dropout", "stochastic depth", "counting",
-         "in place", "zero", "frozen", "nan"],
+    ids=["odd", "vgg", "resnet", "preresnet", "padded", "plain", "dropout", "stochastic depth", "image read twice",
+         "counting", "in place", "zero", "frozen", "nan"],
 )  # fmt: skip
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_right_networks_pass(net, context, monkeypatch):
