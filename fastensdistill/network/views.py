@@ -125,7 +125,7 @@ def converted(part: Any, given: str, wanted: str, shape: Shape) -> Any:
 @cache
 def _counted(shape: Shape) -> Tensor:
     C, H, W = shape
-    return torch.arange(2 * C * H * W, dtype=torch.int32).view(2, H, W, C)
+    return torch.arange(2 * C * H * W, dtype=torch.int32, device="cpu").view(2, H, W, C)
 
 
 def seen_as(expression: Any, shapes: Mapping[str, Shape], rank: int, size: int) -> Ref | None:
