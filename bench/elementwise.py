@@ -1,4 +1,4 @@
-"""Activations, gates and LayerNorms of known networks: each op beside what PyTorch would run in its place.
+"""Activations, gates, sums and LayerNorms of known networks: each op beside what PyTorch would run in its place.
 
 ``bench/test_ops.py`` times them, once they agree with their references, and ``bench.kernel_report`` compiles them.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastensdistill.kernels.activation import KINDS, activation
 from fastensdistill.kernels.activation_gradient import activation_gradient
+from fastensdistill.kernels.batch_norm_sums import batch_norm_sums
 from fastensdistill.kernels.gate import gate, gate_gradient
 from fastensdistill.kernels.layer_norm import layer_norm, layer_norm_gradient
 from fastensdistill.kernels.reference import wide
@@ -33,6 +34,10 @@ GATES = {
     "efficientnet_b0, third stage": (28, 28, 144),
     "efficientnet_b0, last stage": (7, 7, 1152),
     "seresnet50": (56, 56, 256),
+}
+SUMS = {
+    "densenet121, third block": (14, 14, 640),
+    "resnetv2_50, a sum": (56, 56, 256),
 }
 LAYER_NORMS = {
     "convnext_tiny, first stage": (56, 56, 96),
@@ -77,6 +82,8 @@ def cases(device: torch.device, dtype: torch.dtype, groups: int = 4, images: int
     for layer, size in GATES.items():
         d, x, g = (values(groups, images, *shape) for shape in (size, size, (1, 1, size[2])))
         yield from _gates(layer, d, x, g)
+    for layer, size in SUMS.items():
+        yield _sums(layer, values(groups, images, *size), values(1, size[2], dtype=torch.float32))
     for layer, size in LAYER_NORMS.items():
         d, x = (values(groups, images, *size) for _ in range(2))
         yield from _layer_norms(layer, d, x, *(values(1, size[2], dtype=torch.float32) for _ in range(2)))
@@ -111,6 +118,13 @@ def _gates(layer: str, d: Tensor, x: Tensor, g: Tensor) -> Iterator[Case]:
     one = x.numel() * x.element_size()
     yield Case(f"gate: {layer}", gate, (x, g), {}, lambda: x * g, 2 * one)
     yield Case(f"gate gradient: {layer}", gate_gradient, (d, x, g), {}, lambda: (d * g, (d * x).sum((2, 3))), 3 * one)
+
+
+def _sums(layer: str, z: Tensor, center: Tensor) -> Case:
+    """Beside PyTorch's statistics, which are one read too."""
+    nbytes = z.numel() * z.element_size()
+    return Case(f"BatchNorm sums: {layer}", batch_norm_sums, (z, center), {},
+                lambda: torch.var_mean(z.flatten(0, 3), 0), nbytes)  # fmt: skip
 
 
 def _layer_norms(layer: str, d: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Case]:

@@ -12,8 +12,7 @@ from fastensdistill.network.plan import Plan
 
 PYTORCH = (
     "function", "function gradient", "dropout", "dropout gradient", "general conv", "general conv gradient",
-    "general weight gradient", "logits", "logits gradient", "norm sums", "pad", "pad gradient", "module",
-    "module gradient",
+    "general weight gradient", "logits", "logits gradient", "pad", "pad gradient", "module", "module gradient",
 )  # fmt: skip
 """The ops that no kernel of ours computes; of pooling, means; functions but for a LayerNorm over channels."""
 

@@ -2,8 +2,7 @@
 
 Activations are (G, N, H, W, C) in the weights' dtype, masks packed bits, statistics float32. ``kernels.ops``
 decides what computes an op, ``engine.dispatch`` what takes a convolution's place. The few launches that no kernel
-covers (the sums of a BatchNorm in an unusual place, shortcuts that nothing can read in place, mean pooling over
-windows) use PyTorch's operations.
+covers (shortcuts that nothing can read in place, mean pooling over windows) use PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from fastensdistill.engine.planned_layer_norms import function, function_gradien
 from fastensdistill.engine.planned_pools import pad, pad_gradient, pool, pool_gradient
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
+from fastensdistill.kernels.batch_norm_sums import batch_norm_sums
 from fastensdistill.kernels.conv_data_gradient import conv_data_gradient
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
@@ -153,10 +153,8 @@ def weight_gradient(run: PartRun, launch: Launch) -> None:
 
 def norm_sums(run: PartRun, launch: Launch) -> None:
     """Partial sums for a BatchNorm in training mode, where no launch before could make them."""
-    z = run.read(launch.reads[0])
-    rest = z.to(accumulator(z.dtype)) - run.weights.norms[launch.node].running_mean[:, None, None, None]
-    both = torch.stack([rest.sum((1, 2, 3)), rest.square().sum((1, 2, 3))], 1)
-    run.buffers[launch.writes[0]] = both[:, None]
+    z, center = run.read(launch.reads[0]), run.weights.norms[launch.node].running_mean
+    run.buffers[launch.writes[0]] = batch_norm_sums(z, center)
 
 
 def norm_statistics(run: PartRun, launch: Launch) -> None:

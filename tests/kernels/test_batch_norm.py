@@ -5,7 +5,8 @@ from torch.nn import functional as F
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.batch_norm import batch_norm_apply, batch_norm_statistics
 from fastensdistill.kernels.batch_norm_backward import batch_norm_backward, batch_norm_coefficients
-from fastensdistill.kernels.elementwise_gradient import elementwise_gradient
+from fastensdistill.kernels.batch_norm_sums import batch_norm_sums
+from fastensdistill.kernels.elementwise_gradient import ROWS_BLOCK, elementwise_gradient
 from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.reference import pack_mask, wide
 from fastensdistill.models.layers import BatchNorm2d
@@ -16,6 +17,28 @@ from tests.untyped import present, untyped
 
 def _rows(sets: int, channels: int, seed: int) -> torch.Tensor:
     return 0.5 + values(sets, channels, seed=seed).abs()
+
+
+@each_dtype
+@each_sharing
+@each_shape
+def test_sums(shape, shared, dtype):
+    """Rows as the statistics take them, which are those of the values; a mean far from 0 costs no digits."""
+    sets, channels = 1 if shared else shape[0], shape[4]
+    z = values(*shape, dtype=dtype) + 30
+    center = 30 + values(sets, channels, seed=1, scale=0.1)
+    sums = check_op(batch_norm_sums, z, center, tolerance=1e-5)
+    assert sums.shape[:2] == (shape[0], -(-shape[1] * shape[2] * shape[3] // ROWS_BLOCK))
+    every = z.double().view(sets, -1, channels)
+    unit, mean = torch.ones(sets, channels), center.clone()
+    found = batch_norm_statistics(sums, every.shape[1], unit, unit, mean, unit.clone(), eps=1e-5)
+    check_close("mean", found.mean, every.mean(1), 1e-6)
+    check_close("inv_std", found.inv_std, (every.var(1, correction=0) + 1e-5).rsqrt(), 1e-3)
+
+
+def test_sums_refuse():
+    with pytest.raises(InputError, match="center has shape"):
+        batch_norm_sums(values(2, 3, 4, 5, 6), values(2, 5))
 
 
 @each_sharing
