@@ -15,10 +15,16 @@ from torch.nn import functional as F
 
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.kernels.operands import accumulator
-from fastensdistill.network.expression import evaluate, logical, physical
+from fastensdistill.network.expression import Call, ListOf, Value, evaluate, logical, physical
 from fastensdistill.network.launch import INPUT, Launch, drawn, grad
 from fastensdistill.network.nodes import Dropout, Function
 
+CONCATENATIONS = torch.cat, torch.concat, torch.concatenate
+# By layout, the arguments that say that channels are put behind one another
+CHANNELS = {
+    layout: [{"dim": dim} for dim in dims]
+    for layout, dims in {"image": (1, -3), "last": (3, -1), "tokens": (2, -1)}.items()
+}
 Rows = Mapping[str, Tensor]
 """Tensors of the module by name, of one network."""
 
@@ -61,10 +67,24 @@ def pieces(run: PartRun, names: Sequence[str], count: int) -> list[list[Tensor]]
     return [[x[g] for x in values] for g in range(count)]
 
 
+def concatenates(node: Function) -> bool:
+    """Whether ``node`` is a concatenation of the channels of its inputs, each once and in order, and nothing else."""
+    call = node.expression
+    if not (isinstance(call, Call) and call.function in CONCATENATIONS and {*node.layouts} == {node.layout}):
+        return False
+    given = dict(zip(("tensors", "dim"), call.args, strict=False)) | dict(call.kwargs)
+    values = given.pop("tensors", None)
+    values = values.items if isinstance(values, ListOf) else values
+    return values == tuple(map(Value, range(len(node.inputs)))) and given in CHANNELS.get(node.layout, ())
+
+
 @torch.no_grad()
 def function(run: PartRun, launch: Launch) -> None:
     """The value of an expression."""
     node = function_node(run, launch)
+    if concatenates(node):
+        run.write(launch.steps("store"), torch.cat([run.read(name) for name in node.inputs], -1))
+        return
     tensors = tensors_of(run, node)
     parts = pieces(run, node.inputs, len(tensors))
     found = [computed(node, values, own, run.weights.dtype) for values, own in zip(parts, tensors, strict=True)]
@@ -75,6 +95,10 @@ def function(run: PartRun, launch: Launch) -> None:
 def function_gradient(run: PartRun, launch: Launch) -> None:
     """The gradients of an expression's inputs and of the parameters in it, as far as they are wanted."""
     node, inputs = function_node(run, launch), stored_inputs(launch)
+    if concatenates(node):  # nothing is computed again
+        d = run.read(launch.reads[0]).split([shape[0] for shape in run.part.network.in_shapes(node)], -1)
+        run.write(launch.steps("store"), *[as_image_gradient(launch, d[i].contiguous()) for i in inputs])
+        return
     wanted = [name for name in node.trained if grad(name) in launch.writes]
     tensors = tensors_of(run, node)
     parts = pieces(run, (launch.reads[0], *node.inputs), len(tensors))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +12,11 @@ from fastensdistill.config import TeachConfig
 from fastensdistill.engine import teach
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.memory import estimate
+from fastensdistill.engine.planned_functions import concatenates
+from fastensdistill.engine.planned_ops import OPS
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
+from fastensdistill.network.expression import Call, ListOf, Value
+from fastensdistill.network.nodes import Function
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, setting
 from tests.network.nodes_by_hand import CASES as BY_HAND
@@ -131,6 +137,53 @@ def test_pytorchs_convolutions_multiply_as_asked(precision):
     assert len(mode.seen) > 10
     assert set(mode.seen) == {precision == "tf32"}
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_concatenations_are_not_made_again_for_their_gradient(monkeypatch):
+    by_hand, size = BY_HAND["dense"]
+    given = setting(teacher=lambda s: by_hand.module(s).eval(), student=by_hand.module)
+    step, gradient, seen = fused_step(given, (by_hand, by_hand), size), OPS["function gradient"], Counter[str]()
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func.overloadpacket.__name__] += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    def counted(run, launch):
+        with Counted():
+            gradient(run, launch)
+
+    monkeypatch.setitem(OPS, "function gradient", counted)
+    step(*batch(0, 4, size))
+    assert set(+seen) == {"clone"}
+
+
+def concatenation(layout: str, *args, function=torch.cat, other=None, **kwargs) -> Function:
+    """Of the channels of two inputs, as the reader writes it."""
+    call = Call(function, args, tuple(kwargs.items()))
+    return Function("cat", ("a", "b"), (5, 4, 1), call, (layout, other or layout), layout)
+
+
+def test_what_is_a_concatenation_of_channels():
+    both = ListOf((Value(0), Value(1)))
+    for node in (
+        concatenation("image", both, 1),
+        concatenation("image", both, dim=-3, function=torch.concat),
+        concatenation("tokens", both, -1),
+        concatenation("last", tensors=(Value(0), Value(1)), dim=3),
+    ):
+        assert concatenates(node)
+    for node in (
+        concatenation("image", both, 2),
+        concatenation("image", both),
+        concatenation("last", both, 1),
+        concatenation("tokens", both, 1),
+        concatenation("image", both, 1, other="last"),
+        concatenation("image", ListOf((Value(1), Value(0))), 1),
+        concatenation("image", ListOf((Value(0), Value(1), Value(0))), 1),
+        concatenation("image", both, 1, function=torch.stack),
+    ):
+        assert not concatenates(node)
 
 
 def joint_turns(step: FusedStep) -> int:
