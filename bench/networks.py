@@ -92,15 +92,15 @@ NETWORKS: dict[str, Listed] = {
     "tinynet_a": timm(),
     "mobilenetv4_conv_small": timm(),
     "efficientnetv2_rw_t": timm(),
-    "repvgg_a0": timm(tiers=("mixed", "captured")),  # two layers read the image
+    "repvgg_a0": timm(),
     "convnextv2_atto": timm(),
     "convmixer_768_32": timm(32),
-    "nfnet_f0": timm(),
+    "nfnet_f0": timm(tiers=("planned", "captured")),  # computes with a layer's own weight, which branches change
     "edgenext_x_small": timm(),
     "fastvit_t8": timm(),
     "vit_tiny_patch16_224": timm(**PATCHES),
     "deit_tiny_patch16_224": timm(**PATCHES),
-    "mixer_s16_224": timm(**PATCHES),
+    "mixer_s16_224": timm(img_size=64),  # of 16x16, whatever it is given
 }
 
 

@@ -69,7 +69,8 @@ def function(run: PartRun, launch: Launch) -> None:
         return
     weight, bias, index = rows(run, norm)
     y = layer_norm(run.read(node.inputs[0]), weight, bias, weight_index=index, eps=norm.eps)
-    run.write(launch.steps("store"), y)
+    C, H, W = node.shape  # of an image that it takes as tokens, H·W and 1
+    run.write(launch.steps("store"), y.view(*y.shape[:2], H, W, C))
 
 
 def function_gradient(run: PartRun, launch: Launch) -> None:
@@ -84,7 +85,7 @@ def function_gradient(run: PartRun, launch: Launch) -> None:
     sets = 0 if not wanted else 1 if index is None else run.groups
     d, x = run.read(launch.reads[0]), run.read(node.inputs[0])
     with torch.no_grad():
-        found = layer_norm_gradient(d.to(x.dtype), x, weight, weight_index=index, eps=norm.eps, sets=sets)
+        found = layer_norm_gradient(d.to(x.dtype).view(x.shape), x, weight, weight_index=index, eps=norm.eps, sets=sets)
     if stored_inputs(launch):
         run.write(launch.steps("store"), as_image_gradient(launch, found.d))
     for name, gradient in ((norm.weight, found.d_weight), (norm.bias, found.d_bias)):

@@ -129,7 +129,7 @@ def out_size(values: Values, shape: Shape, window: Sequence[int], stride: Pair, 
 def linear(values: Values, op: fx.Node, layer: nn.Linear, name: str, x: Any) -> None:
     """A linear layer over all values of an image, or over the channels at every position."""
     bias = layer.bias is not None
-    if not values.fits(x):
+    if not values.has_rows(x):
         if values.trains or not values.is_tensor(x):
             values.ref(x)
             raise values.refuse("takes something other than a tensor computed before")

@@ -6,13 +6,18 @@ from collections import Counter
 
 from torch import Tensor, fx, nn
 
-from fastensdistill.network.expression import Own
+from fastensdistill.network.constants import Constant
+from fastensdistill.network.expression import Call, Own
 from fastensdistill.network.launch import INPUT
 from fastensdistill.network.nodes import Affine, Conv, Input, Linear, Logits, Network, Node, Shape
 from fastensdistill.network.read_functions import read_function
 from fastensdistill.network.read_layers import read_layer
 from fastensdistill.network.recording import Recorder
 from fastensdistill.network.values import Values
+from fastensdistill.network.views import DEVICE
+
+MADE = "_tensor_constant"  # so torch.fx calls what is no attribute of the module
+OTHER = "computes with a tensor that is neither a parameter nor a buffer of the module"
 
 
 class Reader(Values):
@@ -72,9 +77,15 @@ class Reader(Values):
             self.held[op] = Own(name)
             return
         value = self.recorder.constant(name)
-        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_meta:
-            raise self.refuse("computes with a tensor that is neither a parameter nor a buffer of the module")
-        self.held[op] = value.item()
+        fixed = isinstance(value, Tensor) and not value.requires_grad
+        if not fixed or (value.is_meta and self.recorder.device.type != "meta"):
+            raise self.refuse(OTHER)
+        if value.numel() == 1 and not value.is_meta:
+            self.held[op] = value.item()
+        elif name.startswith(MADE):
+            self.held[op] = Call(Constant.of(value), (DEVICE,))
+        else:
+            raise self.refuse(OTHER)
 
     def end(self, result: object) -> str:
         """The name of the node that gives the logits."""

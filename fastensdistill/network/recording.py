@@ -24,6 +24,7 @@ from fastensdistill.network.nodes import Shape
 
 BATCHES = (3, 5)
 """Numbers of images; a module that splits a batch in two fails on an odd one."""
+META = torch.device("meta")
 _NUMBERS = (int, float, str, type(None), torch.dtype, torch.device)
 _OF_THE_DEVICE = ("device", "is_cuda", "is_cpu", "is_meta")
 _LEAVES = (Normalize, BatchNorm2d, PadShortcut)
@@ -193,7 +194,7 @@ class Recorder(fx.Tracer):
         before = [self.value(source, 0)._version for source in sources]
         self.evaluating = True
         try:
-            with torch.inference_mode(False), torch.no_grad(), _Draws() as draws:
+            with torch.inference_mode(False), torch.no_grad(), META, _Draws() as draws:
                 node.meta["values"] = tuple(self.compute(node, i) for i in range(len(BATCHES)))
         finally:
             self.evaluating = False
@@ -215,7 +216,7 @@ class Recorder(fx.Tracer):
             return self.attribute(str(node.target))
         args: Any
         kwargs: Any
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self.value(source, i))
+        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda part: self.given(part, i))
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_function":
@@ -224,6 +225,12 @@ class Recorder(fx.Tracer):
         if isinstance(layer, nn.BatchNorm2d):
             return nn.BatchNorm2d.forward(layer, *args, **kwargs)
         return layer.forward(*args, **kwargs)
+
+    def given(self, part: Any, i: int) -> Any:
+        """A part of the arguments of an operation; every tensor is on the meta device."""
+        if isinstance(part, torch.device):
+            return META
+        return self.value(part, i) if isinstance(part, fx.Node) else part
 
     def value(self, node: fx.Node, i: int) -> Any:
         """As :meth:`compute`, once; a constant of the module's code has no proxy."""

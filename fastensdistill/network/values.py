@@ -33,6 +33,7 @@ LAYOUTS = {2: ("flat",), 3: ("tokens",), 4: ("image", "last")}
 # What is the same for a value that is not looked at by its strides, and that nothing overwrites
 SAME = ("contiguous", "clone", "identity")
 RESHAPES = {"view": "reshape", "view_as": "reshape_as"}  # a value's strides in a plan are not those of its module
+FACTORIES = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye)
 MIXING = ("batch_norm", "instance_norm")  # unless they are given statistics
 
 
@@ -103,11 +104,13 @@ class Values:
         first, second = (tuple(value.shape) for value in op.meta["values"])
         return (first[:1], second[:1]) == ((BATCHES[0],), (BATCHES[1],)) and first[1:] == second[1:]
 
-    def fits(self, op: Any) -> bool:
+    def has_rows(self, op: Any) -> bool:
         """Whether it can be a node's value."""
-        if not self.is_tensor(op) or op.meta["values"][0].dim() not in LAYOUTS or not self.per_image(op):
-            return False
-        return any(isinstance(leaf, Ref) for leaf in leaves(self.held[op]))
+        return self.is_tensor(op) and op.meta["values"][0].dim() in LAYOUTS and self.per_image(op)
+
+    def fits(self, op: Any) -> bool:
+        """Whether it can be a node's value, and is computed from one."""
+        return self.has_rows(op) and any(isinstance(leaf, Ref) for leaf in leaves(self.held[op]))
 
     def ref(self, op: Any, *wanted: str) -> Ref:
         """The value as a node's, in one of the layouts ``wanted``, or in that which is free; a new node if need be."""
@@ -116,7 +119,7 @@ class Values:
         held = self.held[op]
         if isinstance(held, Ref) and (not wanted or held.layout in wanted):
             return held
-        if not self.fits(op):
+        if not self.has_rows(op):
             raise self.refuse(f"takes a tensor of shape {self.shown(op)}; expected one row for each image")
         possible = [layout for layout in LAYOUTS[len(self.shape(op))] if not wanted or layout in wanted]
         if not possible:
@@ -133,6 +136,8 @@ class Values:
 
         Named by ``base``, or by the recorded ``op``.
         """
+        if self.of_numbers(expression):
+            expression = Call("to", (expression, DTYPE))
         bound, refs, own = bind(expression, self.shapes)
         layout = possible[0] if len(possible) == 1 else self.free_layout(bound, refs, own, possible)
         n = {"image": (1, 2, 3), "last": (3, 1, 2), "tokens": (2, 1, 0), "flat": (1, 0, 0)}[layout]
@@ -195,23 +200,36 @@ class Values:
             return held
         if self.fits(op) and self.fanout(op) > 1:
             return self.ref(op)
-        return held
+        return Call("to", (held, DTYPE)) if self.of_numbers(held) and self.is_usual(op) else held
 
-    def argument(self, value: Any) -> Any:
-        """An argument of a recorded operation as part of an expression."""
+    def of_numbers(self, held: Any) -> bool:
+        """Whether it is computed from no value of the network and no tensor of the module."""
+        return not any(isinstance(leaf, Ref | Own) for leaf in leaves(held))
+
+    def is_usual(self, op: fx.Node) -> bool:
+        """Whether the tensor has the dtype of images."""
+        value = op.meta["values"][0]
+        return isinstance(value, Tensor) and value.dtype == self.recorder.images[0].dtype
+
+    def argument(self, value: Any, fixed: bool = False) -> Any:
+        """An argument of a recorded operation as part of an expression.
+
+        What is computed of numbers alone, as a ``fixed`` operation is, has the precision that the module's code says,
+        whatever the precision of the run.
+        """
         if isinstance(value, fx.Node):
-            if value in self.held:
-                return self.inline(value)
-            return self.count(value)
+            if value not in self.held:
+                return self.count(value)
+            return self.held[value] if fixed else self.inline(value)
         if isinstance(value, slice):
-            return Slice(*(self.argument(part) for part in (value.start, value.stop, value.step)))
+            return Slice(*(self.argument(part, fixed) for part in (value.start, value.stop, value.step)))
         if isinstance(value, list):
-            return ListOf(tuple(self.argument(part) for part in value))
+            return ListOf(tuple(self.argument(part, fixed) for part in value))
         if isinstance(value, tuple):
-            return tuple(self.argument(part) for part in value)
+            return tuple(self.argument(part, fixed) for part in value)
         if isinstance(value, torch.device):
             return DEVICE
-        if isinstance(value, torch.dtype) and value == self.recorder.images[0].dtype:
+        if isinstance(value, torch.dtype) and value == self.recorder.images[0].dtype and not fixed:
             return DTYPE
         return value
 
@@ -233,10 +251,13 @@ class Values:
             return
         if name == "as_strided":
             raise self.refuse("looks at a value by its strides")
+        if target in FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = DEVICE  # the host's memory is none of a captured step's
+        fixed = all(self.of_numbers(self.held[source]) for source in op.all_input_nodes if source in self.held)
         expression = Call(
             target,
-            tuple(self.argument(arg) for arg in args),
-            tuple((key, self.argument(value)) for key, value in kwargs.items()),
+            tuple(self.argument(arg, fixed) for arg in args),
+            tuple((key, self.argument(value, fixed)) for key, value in kwargs.items()),
         )
         self.check(expression, name)
         if op.meta["random"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.network.expression import Call, ListOf, Own, Slice, Value, evaluate, logical
+from fastensdistill.network.launch import INPUT
 from fastensdistill.network.nodes import Shape
 
 
@@ -84,6 +85,8 @@ def bind(expression: Any, shapes: Mapping[str, Shape]) -> tuple[Any, list[Ref], 
             refs.setdefault(leaf.name, leaf)
         elif isinstance(leaf, Own) and leaf.name not in own:
             own.append(leaf.name)
+    if not refs:  # what it computes depends on the number of images alone
+        refs[INPUT] = Ref(INPUT, "image")
     index = {name: i for i, name in enumerate(refs)}
 
     def of(part: Any) -> Any:

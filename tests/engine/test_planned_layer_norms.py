@@ -25,14 +25,14 @@ C = 6
 OWN = Own("n.weight"), Own("n.bias")
 CALL = Call(F.layer_norm, (Value(0), (C,), *OWN, 1e-6))
 NODE = Function("n", ("x",), (C, 3, 5), CALL, ("last",), "last", ("n.weight", "n.bias"), (), ((C,), (C,)))
+TOKENS = replace(NODE, shape=(C, 15, 1), layouts=("tokens",), layout="tokens")
 FOUND = LayerNorm("n.weight", "n.bias", 1e-6)
 
 
 def test_a_layer_norm_over_channels_is_found_however_it_is_written():
     plain = Call(F.layer_norm, (Value(0), ListOf((C,))), (("eps", 1e-6),))
-    tokens = replace(NODE, shape=(C, 15, 1), layouts=("tokens",), layout="tokens")
     flat = replace(NODE, shape=(C, 1, 1), layouts=("flat",), layout="flat")
-    assert layer_norm_of(NODE) == layer_norm_of(tokens) == layer_norm_of(flat) == FOUND
+    assert layer_norm_of(NODE) == layer_norm_of(TOKENS) == layer_norm_of(flat) == FOUND
     assert layer_norm_of(replace(NODE, expression=plain)) == LayerNorm(None, None, 1e-6)
     named = Call(F.layer_norm, (Value(0),), (("normalized_shape", (C,)), ("weight", OWN[0]), ("bias", OWN[1])))
     assert layer_norm_of(replace(NODE, expression=named)) == FOUND._replace(eps=1e-5)
@@ -67,7 +67,7 @@ class Run(SimpleNamespace):
     """As much of a part's run as functions use."""
 
     def node(self, name: str) -> Function:
-        return NODE
+        return self.of
 
     def read(self, name: str) -> torch.Tensor:
         return self.buffers[name]
@@ -79,14 +79,16 @@ class Run(SimpleNamespace):
         return self.gradients.get(grad(name))
 
 
-def run(slots: int, sets: int, training: bool, gradients: dict[str, torch.Tensor]) -> Any:
+def run(slots: int, sets: int, training: bool, gradients: dict[str, torch.Tensor], of: Function = NODE) -> Any:
     shape = (2, 2, 3, 5, C)
     tensors = {own.name: values(slots, C, seed=seed).double() for seed, own in enumerate(OWN)}
     weights = SimpleNamespace(tensors=tensors, dtype=torch.float64)
-    buffers = {"x": values(*shape, seed=2).double(), grad("n"): values(*shape, seed=3).double()}
+    d = values(*shape, seed=3).double().view(2, 2, *of.shape[1:], C)
+    buffers = {"x": values(*shape, seed=2).double(), grad("n"): d}
     part = SimpleNamespace(training=training, sets=sets, batch=2)
     index = torch.tensor([slots - 1, 0], dtype=torch.int32)
-    return Run(weights=weights, weight_index=index, part=part, groups=2, buffers=buffers, add=True, gradients=gradients)
+    given = {"buffers": buffers, "gradients": gradients, "add": True}
+    return Run(of=of, weights=weights, weight_index=index, part=part, groups=2, **given)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,8 @@ def run(slots: int, sets: int, training: bool, gradients: dict[str, torch.Tensor
     ids=["student", "teachers", "networks-in-training", "student-with-slots"],
 )
 @pytest.mark.parametrize("wanted", ["all", "input", "parameters"])
-def test_its_op_gives_what_pytorchs_function_gives(slots, sets, training, wanted):
+@pytest.mark.parametrize("of", [NODE, TOKENS], ids=["same-shape", "image-as-tokens"])
+def test_its_op_gives_what_pytorchs_function_gives(slots, sets, training, wanted, of):
     stores = (Step("store", grad("x")),) if wanted != "parameters" else ()
     writes = tuple(grad(own.name) for own in OWN) if wanted != "input" else ()
     forward = Launch("function", "n", ("x",), ("n",), epilogue=(Step("store", "n"),))
@@ -103,7 +106,7 @@ def test_its_op_gives_what_pytorchs_function_gives(slots, sets, training, wanted
     found = []
     for module in (planned_layer_norms, planned_functions):
         given = {grad("n.bias"): torch.ones(sets, C, dtype=torch.float64)} if writes else {}
-        one = run(slots, sets, training, given)
+        one = run(slots, sets, training, given, of)
         untyped(module).function(one, forward)
         untyped(module).function_gradient(one, backward)
         found.append(one.buffers | given)

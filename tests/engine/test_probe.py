@@ -167,9 +167,14 @@ REFUSED = {
         "'w' is used by more than one operation",
     ),
     # tensors
-    "constant": (
-        Net(lambda s, x: x + torch.ones(2)[:, None, None].repeat(2, 1, 1)),
+    "attribute": (Net(lambda s, x: x + s.shift, shift=torch.ones(4, 1, 1)), "neither a parameter nor a buffer"),
+    "hidden parameter": (
+        Net(lambda s, x: x + s.hidden[0], hidden=[torch.ones(4, 1, 1, requires_grad=True)]),
         "neither a parameter nor a buffer",
+    ),
+    "noise of the host": (
+        Net(lambda s, x: x + torch.rand(4, 1, 1)),
+        "draws random numbers in evaluation mode",
     ),
     "named as the image": (Net(lambda s, x: s.input(x), input=nn.Conv2d(4, 4, 1)), "has the name of the image"),
     "hidden overwriting": (
