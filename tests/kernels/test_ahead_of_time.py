@@ -28,13 +28,12 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_report_of_a_small_network(tmp_path):
     file = tmp_path / "report.json"
-    done = _python("-m", "bench.kernel_report", "--networks", "sample", "elementwise", "--json", str(file), "--every",
-                   "3", "--only", "triton")  # fmt: skip
+    done = _python("-m", "bench.kernel_report", "--networks", "sample", "--batch", "8", "--json", str(file), "--every",
+                   "7", "--only", "triton")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
     assert {"grouped_conv_kernel", "conv_data_gradient_kernel", "conv_weight_gradient_kernel"} <= kernels
-    assert {"activation_gradient_kernel", "gate_gradient_kernel"} <= kernels
     wide = [row for row in rows if "64→128" in row["launch"] and row["HGMMA"]]
     assert {row["A from"] for row in wide} == {"shared memory"}
     assert all(not row["fails"] and row["registers"] > 0 and row["occupancy"] > 0 for row in rows)
@@ -65,7 +64,7 @@ from fastensdistill.kernels import branch_rows, launch, layout, pack, sgd, unfol
 K, table = 4, layout.Layout.build([("conv", (70, 41, 3, 3), True)], plain=6, slots=4)
 flat, factors = torch.empty(table.size), torch.empty(K, table.factors)
 with launch.record_launches() as launches:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         packed = torch.empty(2, table.packed_size, dtype=dtype)
         pack.pack_weights(flat, factors, table, *packed)
         pack.pack_weights(flat.repeat(K), None, table, *packed)
@@ -83,7 +82,8 @@ with launch.record_launches() as launches:
     memory = table.gradients(K)
     unfold.unfold_gradients(torch.empty(memory.size), memory, flat, factors, table, flat.clone())
     del launches[-1]  # of the factors, as above
-print(json.dumps([compile_launch(launch, arch) for arch in (80, 90, 100) for launch in launches]))
+chosen = {80: launches[2::4], 90: launches, 100: launches[2::4]}
+print(json.dumps([compile_launch(launch, arch) for arch in chosen for launch in chosen[arch]]))
 """
 
 
@@ -92,7 +92,7 @@ def test_kernels_over_all_parameters():
     done = _python("-c", PARAMETERS)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 3 * 13
+    assert len(rows) == 3 + 11 + 3
     assert {row["arch"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert failures(row, 0) == [], row
@@ -100,30 +100,35 @@ def test_kernels_over_all_parameters():
         assert row["occupancy"] * row["warps"] >= 16, row
 
 
-DEPTHWISE = """
+OF_OTHER_NODES = """
 import json
 import torch
-from bench.depthwise import of_layer
+from bench import depthwise, elementwise
 from bench.kernel_report import compile_launch
 from fastensdistill.kernels import launch, tiles
 
+place = torch.device("cpu"), torch.bfloat16
 with tiles.assume_arch(90), launch.record_launches() as launches:
-    for case in of_layer("", 3, 1, (2, 16, 8, 8, 64), torch.device("cpu"), torch.bfloat16):
+    for case in (*depthwise.of_layer("", 3, 1, (2, 16, 8, 8, 64), *place), *elementwise.cases(*place, 1, 1)):
         case.run()
-print(json.dumps([compile_launch(one, 90) for one in launches if one.kernel.__name__.startswith("depthwise")]))
+longest = {one.kernel.__name__: one for one in launches}  # the data gradient with everything behind it
+names = [name for name in longest if name.startswith("depthwise") or name.endswith("gradient_kernel")]
+print(json.dumps([compile_launch(longest[name], 90) for name in names]))
 """
 
 
-def test_depthwise_convolutions():
-    """Forward and both gradients: no spills, and convolutions load 8 channels at once."""
-    done = _python("-c", DEPTHWISE)
+def test_kernels_of_other_nodes():
+    """Depthwise convolutions, which load 8 channels at once, and gradients of activations, gates and LayerNorms."""
+    done = _python("-c", OF_OTHER_NODES)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(done.stdout)
-    assert len(rows) == 4
-    for row in rows:
+    rows = {row["kernel"]: row for row in json.loads(done.stdout)}
+    of_depthwise = {f"depthwise_{part}_kernel" for part in ("conv", "data_gradient", "weight_gradient")}
+    assert set(rows) == of_depthwise | {f"{name}_gradient_kernel" for name in ("activation", "gate", "layer_norm")}
+    for row in rows.values():
         assert failures(row, 0) == [], row
         assert row["occupancy"] >= 2, row
-    assert all(row["16-byte loads"] > 0 for row in rows if "weight" not in row["kernel"])
+    assert all(rows[name]["16-byte loads"] > 0 for name in of_depthwise if "weight" not in name)
+    assert "mean" in rows["depthwise_data_gradient_kernel"]["launch"]
 
 
 def test_failures_are_seen():
@@ -191,8 +196,8 @@ from fastensdistill.kernels import launch, tiles
 from fastensdistill.kernels.conv_weight_gradient import conv_weight_gradient
 
 rows = []
-for arch in (80, 90, 100):
-    for taps, channels, out, side in json.loads(sys.argv[1]):
+for arch, every in ((80, 3), (90, 1), (100, 3)):
+    for taps, channels, out, side in json.loads(sys.argv[1])[::every]:
         kernel, stem, H = int(taps**0.5), channels <= 4, side
         x = torch.empty(4, 16, H, H, channels, dtype=torch.float32 if stem else torch.bfloat16)
         prologue = {"in_scale": torch.empty(1, 3), "in_shift": torch.empty(1, 3)} if stem else {}
@@ -227,7 +232,10 @@ def test_choices_are_printed_once():
     assert not _python("-c", code).stderr
 
 
-def test_interpreted_kernels_are_not_compiled():
-    done = _python("-m", "bench.kernel_report", "--networks", "sample", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1 is set" in done.stderr
+def test_interpreted_kernels_are_not_compiled(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["kernel_report", "--networks", "sample"])
+    with pytest.raises(SystemExit) as error:
+        kernel_report.main()
+    assert error.value.code == 2
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
