@@ -44,9 +44,10 @@ def test_committed_report():
     rows = json.loads(REPORT.read_text())["rows"]
     assert {row["arch"] for row in rows} == {80, 90, 100}
     assert [row["launch"] for row in rows if row["fails"] or row["spills"]] == []
-    for name in ("activation", "gate", "layer_norm"):
-        for kernel in (f"{name}_kernel", f"{name}_gradient_kernel"):
-            assert {row["arch"] for row in rows if row["kernel"] == kernel} == {80, 90, 100}, kernel
+    of_nodes = {f"{name}{way}_kernel" for name in ("activation", "gate", "layer_norm") for way in ("", "_gradient")}
+    of_nodes |= {f"depthwise_{part}_kernel" for part in ("conv", "data_gradient", "weight_gradient")}
+    for kernel in of_nodes:
+        assert {row["arch"] for row in rows if row["kernel"] == kernel} == {80, 90, 100}, kernel
     wgmma = [row for row in rows if row["launch"].startswith("wgmma_")]
     assert {row["kernel"].split("<")[1] for row in wgmma} >= {"WideConv", "NarrowConv", "WgmmaWeightGradient"}
     assert all(row["HGMMA"] and row["TMA"] and not row["stack"] for row in wgmma)
