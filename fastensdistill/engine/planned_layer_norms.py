@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,25 @@ class LayerNorm(NamedTuple):
     eps: float
 
 
+def as_in_memory(expression: Any, layout: str, positions: tuple[int, ...]) -> tuple[Any, str]:
+    """What gives the same values in memory before the module turns them around, and its layout."""
+    if layout == "flat" and positions == (1, 1) and isinstance(expression, Call) and expression.function == "flatten":
+        inner, *dimensions = expression.args
+        if dimensions in ([1], [1, -1]) and not expression.kwargs:
+            expression, layout = inner, "image"
+    if layout == "image" and isinstance(expression, Call) and expression.function == "permute":
+        inner, *order = expression.args
+        if order == [0, 3, 1, 2]:
+            return inner, "last"
+    return expression, layout
+
+
 def layer_norm_of(node: Function) -> LayerNorm | None:
     """The LayerNorm that ``node`` is; None where it does something else, or has more channels than a program holds."""
-    call, channels, positions = node.expression, node.shape[0], node.shape[1:]
+    channels, positions = node.shape[0], node.shape[1:]
+    call, layout = as_in_memory(node.expression, node.layout, positions)
     over = {"last", "tokens", *(["flat"] if positions == (1, 1) else [])}
-    if not (isinstance(call, Call) and call.function is F.layer_norm and {*node.layouts, node.layout} <= over):
+    if not (isinstance(call, Call) and call.function is F.layer_norm and {*node.layouts, layout} <= over):
         return None
     given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(ARGUMENTS, call.args, strict=False))}
     given |= dict(call.kwargs)

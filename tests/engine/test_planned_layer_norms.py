@@ -34,6 +34,12 @@ def test_a_layer_norm_over_channels_is_found_however_it_is_written():
     flat = replace(NODE, shape=(C, 1, 1), layouts=("flat",), layout="flat")
     assert layer_norm_of(NODE) == layer_norm_of(TOKENS) == layer_norm_of(flat) == FOUND
     assert layer_norm_of(replace(NODE, expression=plain)) == LayerNorm(None, None, 1e-6)
+    image = Call("permute", (CALL, 0, 3, 1, 2))
+    assert layer_norm_of(replace(NODE, expression=image, layout="image")) == FOUND
+    for more in ((1,), (1, -1)):
+        vector = replace(NODE, shape=(C, 1, 1), expression=Call("flatten", (image, *more)), layout="flat")
+        assert layer_norm_of(vector) == FOUND
+        assert layer_norm_of(replace(vector, shape=(C, 3, 5))) is None
     named = Call(F.layer_norm, (Value(0),), (("normalized_shape", (C,)), ("weight", OWN[0]), ("bias", OWN[1])))
     assert layer_norm_of(replace(NODE, expression=named)) == FOUND._replace(eps=1e-5)
 
@@ -46,10 +52,20 @@ def test_a_layer_norm_over_channels_is_found_however_it_is_written():
         {"expression": Call(F.layer_norm, (Call(torch.neg, (Value(0),)), (C,), *OWN))},
         {"expression": Call(F.rms_norm, (Value(0), (C,), OWN[0]))},
         {"layouts": ("image",)},
+        {"layout": "image", "expression": Call("permute", (CALL, 0, 3, 2, 1))},
         {"layouts": ("flat",), "layout": "flat"},
         {"shape": (MOST_CHANNELS + 1, 1, 1), "expression": Call(F.layer_norm, (Value(0), (MOST_CHANNELS + 1,), *OWN))},
     ],
-    ids=["more-dimensions", "no-bias", "of-an-expression", "another-norm", "over-columns", "over-all", "too-many"],
+    ids=[
+        "more-dimensions",
+        "no-bias",
+        "of-an-expression",
+        "another-norm",
+        "over-columns",
+        "columns-first",
+        "over-all",
+        "too-many",
+    ],
 )
 def test_what_is_no_layer_norm_over_channels_stays_pytorchs(other):
     assert layer_norm_of(replace(NODE, **other)) is None
