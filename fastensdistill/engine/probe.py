@@ -31,15 +31,18 @@ from fastensdistill.engine.packed import pack
 from fastensdistill.engine.parameters import NormWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
+from fastensdistill.engine.planned_functions import computed
 from fastensdistill.errors import InputError
 from fastensdistill.method.copying import copy_network
+from fastensdistill.method.modes import channels_last
 from fastensdistill.network.launch import INPUT, Group, grad
-from fastensdistill.network.nodes import Network, Shape
+from fastensdistill.network.nodes import Function, Network, Shape
 from fastensdistill.network.plan import plan
 from fastensdistill.network.trace import trace
 from fastensdistill.network.unseen import generators_kept, refusing
 
 IMAGES = 2
+TOGETHER = 3
 SEED = 1
 TOLERANCE = 1e-6  # in float64, of the largest value; right networks are within 1e-9
 REMEMBERED = 256
@@ -120,7 +123,7 @@ class _Probe:
         self.device = next(own.parameters()).device
         if self.device.type not in ("cpu", "cuda") or network.evaluated is not network:
             own, self.device = own.cpu(), torch.device("cpu")
-        self.module = moved(own.double()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = channels_last(moved(own.double()))
         self.generator = torch.Generator().manual_seed(1)
         # as the reference engine has them: dropout draws in the order of memory
         images = self._random(torch.rand, IMAGES, *input_size)
@@ -190,8 +193,27 @@ class _Probe:
             own = self.gradients(logits, {"image": images}, "evaluation")["image"]
             self.same("gradient of the image", own, planned[grad(INPUT)].permute(0, 3, 1, 2))
         with torch.no_grad():
-            alone = self.module(self.images[:1])
-        self.same("logits of one image by itself, in evaluation mode,", alone, logits[:1].detach())
+            alone = self.module(self.images[-1:])
+        self.same("logits of one image by itself, in evaluation mode,", alone, logits[-1:].detach())
+        self.images_apart(before)
+
+    @torch.no_grad()
+    def images_apart(self, state: dict[str, Tensor]) -> None:
+        """Refuse what PyTorch computes of several images together; ``state`` has the tensors that it computes with.
+
+        Of random values: those of images may be the largest of a batch, or zero after a ReLU, and hide it.
+        """
+        for node in self.network.evaluated.nodes:
+            if not isinstance(node, Function):
+                continue
+            shapes = [self.network.by_name[name].shape for name in node.inputs]
+            values = [self._random(torch.randn, TOGETHER, H, W, C) for C, H, W in shapes]
+            own = {name: state[name] for name in (*node.trained, *node.constants)}
+            together = computed(node, values, own, torch.float64)
+            for i in range(TOGETHER):
+                alone = computed(node, [x[i : i + 1] for x in values], own, torch.float64)
+                if not torch.allclose(alone, together[i : i + 1], TOLERANCE, TOLERANCE, equal_nan=True):
+                    raise self.refuse(f"{node.name!r} does not compute each image by itself")
 
     def training(self) -> None:
         self.module.train()

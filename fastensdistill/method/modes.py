@@ -1,4 +1,4 @@
-"""Context managers: evaluation mode, and gradients through a network but not to its weights."""
+"""Evaluation mode, gradients through a network but not to its weights, and weights stored channels last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 Moded = TypeVar("Moded", bound=nn.Module)
@@ -21,6 +22,15 @@ def set_mode(module: Moded, training: bool) -> Moded:
     except NotImplementedError:
         if training:
             raise
+    return module
+
+
+def channels_last(module: Moded) -> Moded:
+    """``module`` with its weights of convolutions over images stored channels last; all else, in whatever
+    dimensions, as it was: ``Module.to`` raises for weights of five."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return module
 
 

@@ -25,10 +25,12 @@ from fastensdistill.network.nodes import Shape
 BATCHES = (3, 5)
 """Numbers of images; a module that splits a batch in two fails on an odd one."""
 META = torch.device("meta")
+COUNTS = (1, 2, 3, 4, 5, 8, 30, 127, 128, 1000, 4096)
+"""Numbers of images for which a number has to be the same, to be taken as one that does not follow them."""
 _NUMBERS = (int, float, str, type(None), torch.dtype, torch.device)
 _OF_THE_DEVICE = ("device", "is_cuda", "is_cpu", "is_meta")
 _LEAVES = (Normalize, BatchNorm2d, PadShortcut)
-_WEIGHTED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+WEIGHTED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _CONV = nn.Conv2d._conv_forward
 # Layers of other packages, by the name of their class: what they do is told by these attributes.
 DROPPING = {"DropPath": ("drop_prob", "scale_by_keep"), "StochasticDepth": ("p", "mode")}
@@ -70,6 +72,8 @@ class Recorded(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __len__(self) -> int:
+        if self.values and isinstance(self.values[0], int | float):
+            raise InputError("depends on the number of images")
         lengths = [len(value) for value in self.values or ()]
         if len(set(lengths)) != 1:
             raise InputError("depends on the number of images")
@@ -84,7 +88,12 @@ class Recorded(fx.Proxy):
         return super().__bool__()
 
     def __index__(self) -> int:
+        if self.values and isinstance(self.values[0], Tensor):
+            raise InputError("reads a value of a tensor on the host")
         raise InputError("depends on the number of images")
+
+    def __float__(self) -> float:
+        return float(self.__index__())
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -134,7 +143,7 @@ class Recorder(fx.Tracer):
         kind: Any = type(m)
         if kind in _LEAVES or drops_images(m) or activated(m):
             return True
-        plain = any(isinstance(m, base) and kind.forward is base.forward for base in _WEIGHTED)
+        plain = any(isinstance(m, base) and kind.forward is base.forward for base in WEIGHTED)
         return plain and getattr(kind, "_conv_forward", _CONV) is _CONV
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -168,16 +177,34 @@ class Recorder(fx.Tracer):
             if isinstance(first, torch.Size):
                 return torch.Size(items) if all(type(item) is int for item in items) else tuple(items)
             return items if type(first) is list else tuple(items) if type(first) is tuple else type(first)(items)
-        if isinstance(first, _NUMBERS) and first == second and not self.by_count(proxy.node, first):
+        numbers = proxy.node.meta["numbers"] = self.numbers(proxy.node)
+        if isinstance(first, _NUMBERS) and first == second and len(set(numbers)) == 1:
             return first
         return proxy
 
-    def by_count(self, node: fx.Node, result: Any) -> bool:
-        """Whether it compares a number of images with a constant, which other numbers may not do alike."""
-        numbers = [isinstance(arg, fx.Node) and isinstance(self.value(arg, 0), int) for arg in node.args]
-        return (
-            type(result) is bool and any(numbers) and not (all(numbers) and node.target in (operator.eq, operator.ne))
-        )
+    def numbers(self, node: fx.Node) -> tuple[Any, ...]:
+        """What ``node``, which is no tensor, is for each of ``COUNTS``; empty where that cannot be told."""
+        first, second = (self.value(node, i) for i in range(len(BATCHES)))
+        sources = [s for s in node.all_input_nodes if isinstance(self.value(s, 0), int | float)]
+        if not sources:
+            if type(first) is not int:
+                return (first,) if isinstance(first, _NUMBERS) and first == second else ()
+            each, rest = divmod(second - first, BATCHES[1] - BATCHES[0])  # of a shape: so many for each image
+            return () if rest else tuple(first + each * (n - BATCHES[0]) for n in COUNTS)
+        known = [source.meta["numbers"] for source in sources]
+        if node.op != "call_function" or len(sources) < len(node.all_input_nodes) or not all(known):
+            return ()
+        with suppress(ArithmeticError):
+            each = (dict(zip(sources, given, strict=True)) for given in zip(*known, strict=True))
+            return tuple(self.number(node, given) for given in each)
+        return ()
+
+    def number(self, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
+        """``node``, computed with the numbers ``given``."""
+        args: Any
+        kwargs: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def item(self, proxy: Any, i: int, values: Any) -> Any:
         """What is at ``i`` of a tuple."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fastensdistill.errors import InputError
 from fastensdistill.network.expression import Call, ListOf, Own, Slice, evaluate, logical
 from fastensdistill.network.nodes import Function, Node, Shape
-from fastensdistill.network.recording import BATCHES, Recorder
+from fastensdistill.network.recording import BATCHES, COUNTS, WEIGHTED, Recorder
 from fastensdistill.network.views import (
     BATCH,
     DEVICE,
@@ -34,6 +34,7 @@ LAYOUTS = {2: ("flat",), 3: ("tokens",), 4: ("image", "last")}
 SAME = ("contiguous", "clone", "identity")
 RESHAPES = {"view": "reshape", "view_as": "reshape_as"}  # a value's strides in a plan are not those of its module
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye)
+LARGEST = 1000  # operations of an expression, which doubles where a value is added to what is computed from it
 MIXING = ("batch_norm", "instance_norm")  # unless they are given statistics
 
 
@@ -45,10 +46,13 @@ class Values:
         self.nodes: dict[str, Node] = {}
         self.shapes: dict[str, Shape] = {}
         self.held: dict[fx.Node, Any] = {}
+        self.sizes: dict[fx.Node, int] = {}
         self.live: set[fx.Node] = set()
         self.where, self.operation, self.base = "", "", ""
         self.parameters = dict(module.named_parameters())
-        weighted = {name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        named = dict(module.named_modules())
+        self.layers = {name for name, layer in named.items() if isinstance(layer, WEIGHTED)}
+        weighted = {name for name in self.layers if isinstance(named[name], nn.Conv2d | nn.Linear)}
         self.weights = {n for n in self.parameters if n.rpartition(".")[0] in weighted}
 
     def refuse(self, why: str) -> InputError:
@@ -72,7 +76,7 @@ class Values:
         """A name for a node of the operation at hand: ``base``, with a number where there is such a node already."""
         base = base or self.base
         name, count = base, 1
-        while name in self.nodes:
+        while name in self.nodes or name in self.layers:
             count += 1
             name = f"{base}#{count}"
         return name
@@ -109,8 +113,12 @@ class Values:
         return self.is_tensor(op) and op.meta["values"][0].dim() in LAYOUTS and self.per_image(op)
 
     def fits(self, op: Any) -> bool:
-        """Whether it can be a node's value, and is computed from one."""
-        return self.has_rows(op) and any(isinstance(leaf, Ref) for leaf in leaves(self.held[op]))
+        """Whether it can be a node's value, and is computed from one.
+
+        Positions and masks are none: activations would round them.
+        """
+        numbers = self.has_rows(op) and op.meta["values"][0].is_floating_point()
+        return numbers and any(isinstance(leaf, Ref) for leaf in leaves(self.held[op]))
 
     def ref(self, op: Any, *wanted: str) -> Ref:
         """The value as a node's, in one of the layouts ``wanted``, or in that which is free; a new node if need be."""
@@ -139,6 +147,8 @@ class Values:
         if self.of_numbers(expression):
             expression = Call("to", (expression, DTYPE))
         bound, refs, own = bind(expression, self.shapes)
+        if tuple(self.tried(bound, refs, own, COUNTS[-1]).shape) != (COUNTS[-1], *shape[1:]):
+            raise self.refuse(f"gives tensors of other shapes for other numbers of images than {BATCHES[0]}")
         layout = possible[0] if len(possible) == 1 else self.free_layout(bound, refs, own, possible)
         n = {"image": (1, 2, 3), "last": (3, 1, 2), "tokens": (2, 1, 0), "flat": (1, 0, 0)}[layout]
         C, H, W = (shape[i] if i else 1 for i in n)
@@ -174,14 +184,18 @@ class Values:
 
     def free_layout(self, bound: Any, refs: list[Ref], own: list[str], possible: list[str]) -> str:
         """The layout in which the result lies in memory as values of a plan do, so that nothing is copied."""
-        values = []
-        for ref in refs:
-            C, H, W = self.shapes[ref.name]
-            values.append(logical(torch.empty(BATCHES[0], H, W, C, device="meta"), ref.layout))
-        result = evaluate(bound, values, {name: self.recorder.own[name] for name in own})
+        result = self.tried(bound, refs, own, BATCHES[0])
         image = result.permute(0, 2, 3, 1)
         free = {"image": image.is_contiguous(), "last": result.is_contiguous()}
         return next((layout for layout in possible if free[layout]), possible[0])
+
+    def tried(self, bound: Any, refs: list[Ref], own: list[str], images: int) -> Tensor:
+        """The result for so many images, on the meta device."""
+        values = []
+        for ref in refs:
+            C, H, W = self.shapes[ref.name]
+            values.append(logical(self.recorder.images[0].new_empty(images, H, W, C), ref.layout))
+        return evaluate(bound, values, {name: self.recorder.own[name] for name in own})
 
     def fanout(self, op: fx.Node) -> int:
         """How many operations read the value or a view of it."""
@@ -235,9 +249,9 @@ class Values:
 
     def count(self, op: fx.Node) -> Any:
         """A number that follows the number of images."""
-        first, second = op.meta["values"]
-        each = first // BATCHES[0] if isinstance(first, int) else 0
-        if not isinstance(first, int) or (first, second) != (each * BATCHES[0], each * BATCHES[1]):
+        numbers = op.meta.get("numbers", ())
+        each = numbers[0] if len(numbers) == len(COUNTS) else None
+        if type(each) is not int or any(number != each * n for number, n in zip(numbers, COUNTS, strict=True)):
             raise self.refuse(f"takes {op.name!r}, which is no multiple of the number of images")
         return BATCH if each == 1 else Call(operator.mul, (BATCH, each))
 
@@ -254,12 +268,18 @@ class Values:
         if target in FACTORIES and kwargs.get("device") is None:
             kwargs["device"] = DEVICE  # the host's memory is none of a captured step's
         fixed = all(self.of_numbers(self.held[source]) for source in op.all_input_nodes if source in self.held)
+        if name == "view_as_complex" and any(isinstance(self.held.get(source), Own) for source in op.all_input_nodes):
+            raise self.refuse("sees a parameter as complex numbers, which may lie at an odd place in memory")
         expression = Call(
             target,
             tuple(self.argument(arg, fixed) for arg in args),
             tuple((key, self.argument(value, fixed)) for key, value in kwargs.items()),
         )
         self.check(expression, name)
+        self.sizes[op] = 1
+        fx.map_arg((args, kwargs), lambda source: self.grow(op, source))
+        if self.sizes[op] > LARGEST:
+            raise self.refuse(f"ends {LARGEST} operations and more between two values of a layout that plans have")
         if op.meta["random"]:
             raise self.refuse("draws random numbers")
         self.held[op] = expression
@@ -267,6 +287,12 @@ class Values:
         if isinstance(value, Tensor) and self.per_image(op):
             size = prod(value.shape[1:])
             self.held[op] = seen_as(expression, self.shapes, value.dim(), size) or expression
+
+    def grow(self, op: fx.Node, source: fx.Node) -> fx.Node:
+        """Count the operations of ``source``, as often as ``op`` reads it: an expression is written out as a tree."""
+        if isinstance(self.held.get(source), Call):
+            self.sizes[op] += self.sizes.get(source, 1)
+        return source
 
     def check(self, expression: Call, name: str) -> None:
         """Refuse what would compute something else in a plan."""

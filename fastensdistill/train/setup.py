@@ -21,6 +21,7 @@ from fastensdistill.method.arguments import checked_student, checked_teachers
 from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.calls import dtype_of, habits_of
 from fastensdistill.method.inspection import check_network, check_values
+from fastensdistill.method.modes import channels_last
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
@@ -34,7 +35,7 @@ def place(network: Placed, device: torch.device) -> Placed:
     network = network.to(device)
     if any(habits.contiguous for habits in habits_of(network)):
         return network
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last(network)
 
 
 def check_arguments(data: Any, out: Any, augment: Any) -> None:
