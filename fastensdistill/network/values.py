@@ -257,6 +257,8 @@ class Values:
 
     def lazy(self, op: fx.Node) -> None:
         """The operation becomes an expression, or another layout of a node."""
+        if "values" not in op.meta:  # a named tuple, which ``torch.fx`` itself makes of its values
+            raise self.refuse("puts what it computes into a tuple of its own")
         target, args, kwargs = self.out_of_place(op)
         name = name_of(target)
         target = RESHAPES.get(name, target)

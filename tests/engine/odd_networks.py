@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,3 +177,18 @@ def doubled_again_and_again(self, x):
     for _ in range(30):
         x = x + 0.1 * x.sin()
     return x.flatten(1, 2)
+
+
+class Both(NamedTuple):
+    """What some networks return in training mode."""
+
+    logits: Tensor
+    others: Tensor
+
+
+class WithOthers(Odd):
+    """Returns a tuple of its own while it trains."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.end(self.begin(x))
+        return Both(logits, logits.sin()) if self.training else logits

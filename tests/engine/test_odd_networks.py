@@ -19,7 +19,7 @@ from fastensdistill.network.trace import trace
 from fastensdistill.train.setup import place
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, setting, steps
-from tests.engine.odd_networks import SIZE, odd
+from tests.engine.odd_networks import SIZE, WithOthers, odd
 
 SHAPE = (3, SIZE, SIZE)
 NUMBER = "number of images"
@@ -97,6 +97,11 @@ def test_a_parameter_seen_as_complex_numbers():
     network = odd("filtered")(0)
     with pytest.raises(InputError, match="'view_as_complex': sees a parameter as complex numbers"):
         compared(network, SHAPE, trains=True)
+
+
+def test_a_tuple_of_its_own_in_training():
+    with pytest.raises(InputError, match="operation 'Both': puts what it computes into a tuple of its own"):
+        compared(WithOthers(), SHAPE, trains=True)
 
 
 def test_weights_of_five_dimensions_stay_as_they_are():
