@@ -15,6 +15,7 @@ from fastensdistill.kernels.grouped_conv import grouped_conv
 from fastensdistill.kernels.head import head
 from fastensdistill.kernels.joint_conv import joint_conv
 from fastensdistill.kernels.joint_head import joint_head
+from fastensdistill.kernels.operands import accumulator
 from fastensdistill.network.launch import INPUT, Launch, Part, Step, grad, statistics
 from fastensdistill.network.nodes import Layer, Node
 from fastensdistill.network.on_load import Fusions, nothing
@@ -119,8 +120,10 @@ class PartRun:
         return self.buffers[name][: self.groups]
 
     def write(self, steps: tuple[Step, ...], *values: Tensor | None) -> None:
-        """Name an op's results, in the order of the steps that store them."""
+        """Name an op's results, in the order of the steps that store them; the image's gradient is float32."""
         for step, value in zip(steps, values, strict=True):
+            if step.arg == grad(INPUT) and value is not None:
+                value = value.to(accumulator(value.dtype))
             self.buffers[step.arg] = value
 
     def gradient(self, parameter: str) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fastensdistill.network.constants import Constant
 from fastensdistill.network.expression import Call, Own
 from fastensdistill.network.launch import INPUT
-from fastensdistill.network.nodes import Affine, Conv, Input, Linear, Logits, Network, Node, Shape
+from fastensdistill.network.nodes import Affine, Input, Linear, Logits, Network, Node, Shape
 from fastensdistill.network.read_functions import read_function
 from fastensdistill.network.read_layers import read_layer
 from fastensdistill.network.recording import Recorder
@@ -111,9 +111,8 @@ class Reader(Values):
         """What only the whole network shows: normalisation first, and every parameter in one place."""
         for node in network.nodes:
             self.where, self.operation = node.name, type(node).__name__
-            users = network.consumers[node.name]
-            if isinstance(node, Affine) and (node.inputs != (INPUT,) or not all(isinstance(u, Conv) for u in users)):
-                raise self.refuse("normalisation must stand between the image and a convolution")
+            if isinstance(node, Affine) and node.inputs != (INPUT,):
+                raise self.refuse("normalisation must stand behind the image")
         used = Counter(name for node in network.nodes for name in node.parameters)
         twice = next((name for name, count in used.items() if count > 1), None)
         if twice and self.trains:

@@ -161,7 +161,7 @@ REFUSED = [
     (Lambda(lambda s, x: s.p(x), p=nn.AvgPool2d((1, 9))), "module 'p', operation 'avg_pool2d': RuntimeError: "),
     (Lambda(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, (1, 9))), "a window of 1x9 does not fit into an image of 8x8"),
     (Lambda(lambda s, x: s.c(x), c=nn.Conv2d(5, 4, 3, groups=1)), "takes 5 channels, but its input has 4"),
-    (Lambda(lambda s, x: s.n(x), n=Normalize((0.5,) * 4, (1.0,) * 4)), "normalisation must stand between"),
+    (Lambda(lambda s, x: s.n(x), n=Normalize((0.5,) * 4, (1.0,) * 4)), "normalisation must stand behind the image"),
     (Lambda(lambda s, x: x + s.t, t=torch.ones(4, 1, 1)), "tensor that is neither a parameter nor a buffer"),
     (Lambda(lambda s, x: torch.bernoulli(x.sigmoid())), "operation 'bernoulli': draws random numbers"),
     (Lambda(lambda s, x: F.alpha_dropout(x, 0.5, True)), "operation 'alpha_dropout': draws random numbers"),
