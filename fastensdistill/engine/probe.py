@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any
@@ -44,6 +45,7 @@ from fastensdistill.network.unseen import generators_kept, refusing
 IMAGES = 2
 TOGETHER = 3
 SEED = 1
+SETTLING = 4
 TOLERANCE = 1e-6  # in float64, of the largest value; right networks are within 1e-9
 REMEMBERED = 256
 _compared: OrderedDict[Hashable, None] = OrderedDict()  # modules that have been compared, by what they consist of
@@ -123,10 +125,10 @@ class _Probe:
         self.device = next(own.parameters()).device
         if self.device.type not in ("cpu", "cuda") or network.evaluated is not network:
             own, self.device = own.cpu(), torch.device("cpu")
-        self.module = channels_last(moved(own.double()))
         self.generator = torch.Generator().manual_seed(1)
         # as the reference engine has them: dropout draws in the order of memory
         images = self._random(torch.rand, IMAGES, *input_size)
+        self.module = channels_last(moved(own.double(), self._random(torch.rand, SETTLING, *input_size)))
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.grad_logits = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
 
@@ -263,8 +265,12 @@ class _Probe:
 
 
 @torch.no_grad()
-def moved(module: nn.Module) -> nn.Module:
-    """``module`` with every parameter and all of BatchNorm's statistics off their values, and finite, in place."""
+def moved(module: nn.Module, images: Tensor | None = None) -> nn.Module:
+    """``module`` with every parameter and all of BatchNorm's statistics off their values, and finite, in place.
+
+    With ``images`` the statistics are near those that the moved layers make of these: near their old values a deep
+    network in evaluation mode may enlarge rounding errors a hundred million times.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
@@ -276,8 +282,33 @@ def moved(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         size = parameter.square().mean().sqrt().clamp(min=0.05)
         parameter.add_((noise(parameter) - 0.5) * 0.5 * size)
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
-            layer.running_mean.add_(noise(layer.running_mean) - 0.5)
-            layer.running_var.mul_(0.5 + noise(layer.running_var))
+    if images is not None:
+        settle(module, images)
+    for norm in settled_norms(module):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.add_((noise(norm.running_mean) - 0.5) * norm.running_var.sqrt())
+        norm.running_var.mul_(0.5 + noise(norm.running_var))
     return module
+
+
+def settled_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of ``module`` that keep statistics."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None and norm.running_var is not None]
+
+
+def settle(module: nn.Module, images: Tensor) -> None:
+    """Give every BatchNorm the statistics of ``images``, if a copy of the module gets any from a call with these."""
+    other = copy_network(module, forget=True)
+    norms, others = settled_norms(module), settled_norms(other)
+    for norm in others:
+        norm.train()
+        norm.momentum = 1.0
+    with suppress(Exception):  # of the module's own code: what is wrong with it is found and said later
+        other(images)
+    for norm, found in zip(norms, others, strict=True):
+        for name in ("running_mean", "running_var"):
+            value = getattr(found, name)
+            if value is not None and value.isfinite().all():
+                getattr(norm, name).copy_(value)
