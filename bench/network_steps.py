@@ -102,8 +102,9 @@ def made(name: str, seed: int, small_one: bool) -> nn.Module:
         for norm in network.modules():
             if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
                 noise = torch.rand(2, len(norm.running_mean), generator=generator, dtype=torch.float64)
-                norm.running_mean.add_(0.3 * norm.running_var.sqrt() * (noise[0] - 0.5))
-                norm.running_var.mul_(0.8 + 0.4 * noise[1])
+                spread = NETWORKS[name].spread
+                norm.running_mean.add_(0.3 * spread * norm.running_var.sqrt() * (noise[0] - 0.5))
+                norm.running_var.mul_(1 + 0.4 * spread * (noise[1] - 0.5))
     return network
 
 

@@ -42,6 +42,7 @@ class Listed:
     size: int = 64
     arguments: tuple[tuple[str, Any], ...] = ()
     tiers: tuple[str, str] = ("planned", "planned")
+    spread: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,8 +54,10 @@ def torchvision(size: int = 64, tiers: tuple[str, str] = ("planned", "planned"),
     return Listed("torchvision", size, tuple(arguments.items()), tiers)
 
 
-def timm(size: int = 64, tiers: tuple[str, str] = ("planned", "planned"), **arguments: Any) -> Listed:
-    return Listed("timm", size, tuple(arguments.items()), tiers)
+def timm(
+    size: int = 64, tiers: tuple[str, str] = ("planned", "planned"), spread: float = 1.0, **arguments: Any
+) -> Listed:
+    return Listed("timm", size, tuple(arguments.items()), tiers, spread)
 
 
 # At 64x64 most have 2x2 positions left before their last pooling; transformers get patches of 8x8 there
@@ -91,7 +94,7 @@ NETWORKS: dict[str, Listed] = {
     "mixnet_s": timm(),
     "tinynet_a": timm(),
     "mobilenetv4_conv_small": timm(),
-    "efficientnetv2_rw_t": timm(),
+    "efficientnetv2_rw_t": timm(spread=0.1),
     "repvgg_a0": timm(),
     "convnextv2_atto": timm(),
     "convmixer_768_32": timm(32),

@@ -287,8 +287,8 @@ def moved(module: nn.Module, images: Tensor | None = None) -> nn.Module:
     for norm in settled_norms(module):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        norm.running_mean.add_((noise(norm.running_mean) - 0.5) * norm.running_var.sqrt())
-        norm.running_var.mul_(0.5 + noise(norm.running_var))
+        norm.running_mean.add_(0.2 * (noise(norm.running_mean) - 0.5) * norm.running_var.sqrt())
+        norm.running_var.mul_(0.9 + 0.2 * noise(norm.running_var))
     return module
 
 

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +35,11 @@ WEIGHTED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _CONV = nn.Conv2d._conv_forward
 # Layers of other packages, by the name of their class: what they do is told by these attributes.
 DROPPING = {"DropPath": ("drop_prob", "scale_by_keep"), "StochasticDepth": ("p", "mode")}
+
+
+def _own_gradient(*args: Any, **kwargs: Any) -> Any:
+    """In the place of ``apply``: newer versions of PyTorch would record the forward pass, without the gradient."""
+    raise InputError("an autograd.Function has a gradient of its own, which no plan knows")
 
 
 class Stopped(Exception):
@@ -284,6 +290,6 @@ class Recorder(fx.Tracer):
 
     def record(self) -> fx.Graph:
         """The operations of the module, which may change attributes of it; the graph ends early where one fails."""
-        with suppress(Stopped):
+        with suppress(Stopped), patch.object(torch.autograd.Function, "apply", _own_gradient):
             self.trace(self.module)
         return self.graph
