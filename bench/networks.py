@@ -43,6 +43,7 @@ class Listed:
     arguments: tuple[tuple[str, Any], ...] = ()
     tiers: tuple[str, str] = ("planned", "planned")
     spread: float = 1.0
+    bound: float = BOUND
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,9 +56,10 @@ def torchvision(size: int = 64, tiers: tuple[str, str] = ("planned", "planned"),
 
 
 def timm(
-    size: int = 64, tiers: tuple[str, str] = ("planned", "planned"), spread: float = 1.0, **arguments: Any
-) -> Listed:
-    return Listed("timm", size, tuple(arguments.items()), tiers, spread)
+    size: int = 64, tiers: tuple[str, str] = ("planned", "planned"), spread: float = 1.0, bound: float = BOUND,
+    **arguments: Any,
+) -> Listed:  # fmt: skip
+    return Listed("timm", size, tuple(arguments.items()), tiers, spread, bound)
 
 
 # At 64x64 most have 2x2 positions left before their last pooling; transformers get patches of 8x8 there
@@ -94,7 +96,8 @@ NETWORKS: dict[str, Listed] = {
     "mixnet_s": timm(),
     "tinynet_a": timm(),
     "mobilenetv4_conv_small": timm(),
-    "efficientnetv2_rw_t": timm(spread=0.1),
+    # Teachers of random weights make 5e-9 of rounding errors alone: so far apart are PyTorch's own two orders of a step
+    "efficientnetv2_rw_t": timm(spread=0.1, bound=1e-7),
     "repvgg_a0": timm(),
     "convnextv2_atto": timm(),
     "convmixer_768_32": timm(32),
@@ -188,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.in_process:
         print("\n" + table([line(row) for row in rows], COLUMNS))
     wrong = [row["name"] for row in rows if "error" in row]
-    wrong += [row["name"] for row in rows for role in ("teacher", "student") if not (worst(row, role) or 0) < BOUND]
+    roles = [(row, role, NETWORKS[row["name"]].bound) for row in rows for role in ("teacher", "student")]
+    wrong += [row["name"] for row, role, bound in roles if not (worst(row, role) or 0) < bound]
     wrong += [row["name"] for row in rows if tiers(row) != NETWORKS[row["name"]].tiers]
     return 1 if wrong else 0
 

@@ -6,7 +6,7 @@ Positions are split over programs; their float32 partial results are added in a 
 there is memory for several, by whoever reads them.
 
 A thread holds the sums of all taps of 2 or 4 channels in registers, up to 100 of them, over a run of positions: strips
-of 4 or 8 rows of d (``strips.py``), each row of x read once per column of taps and multiplied with every row of d that
+of 4 rows of d (``strips.py``), each row of x read once per column of taps and multiplied with every row of d that
 a tap leads to. So x and d, 4 bytes a value in bf16, come from memory once, beside them (rows + kernel − 1) / rows of x
 out of L2 and that times the columns of taps out of L1; sums over positions are adds of one thread until a program's
 end. Windows of more than 49 taps take several passes, blocks of the grid of their own.
