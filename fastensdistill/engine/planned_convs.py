@@ -54,7 +54,7 @@ def conv(run: PartRun, launch: Launch) -> None:
     x = run.buffers[launch.reads[0]]
     op: Any = depthwise_conv if launch.op == "depthwise conv" else general_conv
     result = op(x, layer.forward, run.weight_index, bias=layer.bias, **options)
-    run.write(launch.steps("store"), result[0])
+    run.write(launch.steps("store"), result.z)
     if norm:
         run.buffers[sums(norm.arg)] = result.statistics
 

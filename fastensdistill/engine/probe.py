@@ -45,7 +45,7 @@ from fastensdistill.network.unseen import generators_kept, refusing
 IMAGES = 2
 TOGETHER = 3
 SEED = 1
-SETTLING = 4
+STATISTICS_OF = 4
 TOLERANCE = 1e-6  # in float64, of the largest value; right networks are within 1e-9
 REMEMBERED = 256
 _compared: OrderedDict[Hashable, None] = OrderedDict()  # modules that have been compared, by what they consist of
@@ -128,7 +128,7 @@ class _Probe:
         self.generator = torch.Generator().manual_seed(1)
         # as the reference engine has them: dropout draws in the order of memory
         images = self._random(torch.rand, IMAGES, *input_size)
-        self.module = channels_last(moved(own.double(), self._random(torch.rand, SETTLING, *input_size)))
+        self.module = channels_last(moved(own.double(), self._random(torch.rand, STATISTICS_OF, *input_size)))
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.grad_logits = self._random(torch.randn, IMAGES, network.by_name[network.output].shape[0])
 
@@ -283,8 +283,8 @@ def moved(module: nn.Module, images: Tensor | None = None) -> nn.Module:
         size = parameter.square().mean().sqrt().clamp(min=0.05)
         parameter.add_((noise(parameter) - 0.5) * 0.5 * size)
     if images is not None:
-        settle(module, images)
-    for norm in settled_norms(module):
+        take_statistics(module, images)
+    for norm in norms_with_statistics(module):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         norm.running_mean.add_(0.2 * (noise(norm.running_mean) - 0.5) * norm.running_var.sqrt())
@@ -292,16 +292,16 @@ def moved(module: nn.Module, images: Tensor | None = None) -> nn.Module:
     return module
 
 
-def settled_norms(module: nn.Module) -> list[_BatchNorm]:
+def norms_with_statistics(module: nn.Module) -> list[_BatchNorm]:
     """The BatchNorms of ``module`` that keep statistics."""
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     return [norm for norm in norms if norm.running_mean is not None and norm.running_var is not None]
 
 
-def settle(module: nn.Module, images: Tensor) -> None:
+def take_statistics(module: nn.Module, images: Tensor) -> None:
     """Give every BatchNorm the statistics of ``images``, if a copy of the module gets any from a call with these."""
     other = copy_network(module, forget=True)
-    norms, others = settled_norms(module), settled_norms(other)
+    norms, others = norms_with_statistics(module), norms_with_statistics(other)
     for norm in others:
         norm.train()
         norm.momentum = 1.0

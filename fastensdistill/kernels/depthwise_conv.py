@@ -52,7 +52,7 @@ class DepthwiseOperands(NamedTuple):
 class DepthwiseOutput(NamedTuple):
     """The result, and partial sums."""
 
-    y: Tensor  # (G, N, Ho, Wo, C), the weight's dtype
+    z: Tensor  # (G, N, Ho, Wo, C), the weight's dtype
     statistics: Tensor | None  # (G, P, 2, C) float32: rows of partial sums
 
 

@@ -21,7 +21,15 @@ from torch.nn import grad as nn_grad
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.conv_data_gradient import DataGradient
 from fastensdistill.kernels.grouped_conv import ConvOutput
-from fastensdistill.kernels.operands import accumulator, check_out, check_precision, check_rows, check_tensor, out_size
+from fastensdistill.kernels.operands import (
+    Rectangle,
+    accumulator,
+    check_out,
+    check_precision,
+    check_rows,
+    check_tensor,
+    rectangle,
+)
 from fastensdistill.kernels.reference import leave
 from fastensdistill.kernels.vendor_conv import as_images
 
@@ -29,37 +37,32 @@ Pair = tuple[int, int]
 
 
 class GeneralWindow(NamedTuple):
-    """The positions of the input that an output is made of, each a pair of rows and columns; and channel groups."""
+    """The positions of the input that an output is made of, and channel groups."""
 
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    channel_groups: int = 1
+    window: Rectangle
+    channel_groups: int
 
     @property
-    def taps(self) -> int:
-        return self.kernel[0] * self.kernel[1]
-
-    def sizes(self, height: int, width: int) -> Pair:
-        """Rows and columns of the result of an input of so many. Raises InputError for sizes that no window has."""
-        if min(*self.kernel, *self.stride, *self.dilation, self.channel_groups) < 1 or min(self.padding) < 0:
-            raise InputError(f"{self} has a size below 1 or a padding below 0")
-        rows, columns = (
-            out_size(size, dilation * (kernel - 1) + 1, stride, padding)
-            for size, kernel, stride, padding, dilation in zip((height, width), *self[:4], strict=True)
-        )
-        return rows, columns
+    def arguments(self) -> tuple[Pair, Pair, Pair, int]:
+        """Stride, padding, dilation and groups, in PyTorch's order."""
+        return self.window.stride, self.window.padding, self.window.dilation, self.channel_groups
 
     def check(self, x: tuple[int, ...], d: tuple[int, ...], taps: int, in_channels: int) -> None:
         """Raise InputError unless images of shape ``x`` give some of ``d``, by weights of so many channels a group."""
-        size = self.sizes(*x[1:3])
-        if taps != self.taps or x[3] != self.channel_groups * in_channels or d[3] % self.channel_groups:
+        size = self.window.sizes(*x[1:3])
+        if taps != self.window.taps or x[3] != self.channel_groups * in_channels or d[3] % self.channel_groups:
             raise InputError(
                 f"weights of {taps} taps from {in_channels} to {d[3]} channels do not fit {x[3]} channels and {self}"
             )
         if d[0] != x[0] or d[1:3] != size:
             raise InputError(f"images {x[:3]} do not give {d[:3]} by {self}")
+
+
+def general_window(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, channel_groups: int) -> GeneralWindow:
+    """The window of these pairs, of rows and of columns. Raises InputError for what is none."""
+    if channel_groups < 1:
+        raise InputError(f"channel_groups is {channel_groups}, expected at least 1")
+    return GeneralWindow(rectangle(kernel, stride, padding, dilation), channel_groups)
 
 
 def _weights(weight: Tensor, weight_index: Tensor, kernel: Pair) -> list[Tensor]:
@@ -97,12 +100,12 @@ def general_conv(
     Raises:
         InputError: shapes that do not fit.
     """
-    window = GeneralWindow(kernel, stride, padding, dilation, channel_groups)
+    window = general_window(kernel, stride, padding, dilation, channel_groups)
     check_tensor("x", x, 5)
     check_tensor("weight", weight, 4)
     check_rows("bias", bias, weight.shape[0], weight.shape[3])
     check_precision(precision)
-    groups, size = len(weight_index), window.sizes(*x.shape[2:4])
+    groups, size = len(weight_index), window.window.sizes(*x.shape[2:4])
     shape = x.shape[1], *size, weight.shape[3]
     window.check(tuple(x.shape[1:]), shape, *weight.shape[1:3])
     if x.shape[0] not in (1, groups) or min(size) < 1:
@@ -110,7 +113,7 @@ def general_conv(
     x, z = x.to(weight.dtype), weight.new_empty(groups, *shape)
     b = None if bias is None else bias.expand(weight.shape[0], -1).index_select(0, weight_index)
     for g, w in enumerate(_weights(weight, weight_index, kernel)):
-        one = F.conv2d(as_images(x[g % len(x)]), w, None, *window[1:]).permute(0, 2, 3, 1)
+        one = F.conv2d(as_images(x[g % len(x)]), w, None, *window.arguments).permute(0, 2, 3, 1)
         if b is None:
             z[g].copy_(one)
         else:
@@ -142,7 +145,7 @@ def general_data_gradient(
 
     The rest is :func:`general_conv`'s. Raises InputError for shapes that do not fit.
     """
-    window = GeneralWindow(kernel, stride, padding, dilation, channel_groups)
+    window = general_window(kernel, stride, padding, dilation, channel_groups)
     check_tensor("d", d, 5)
     check_tensor("weight_flipped", weight_flipped, 4)
     check_precision(precision)
@@ -157,7 +160,7 @@ def general_data_gradient(
     size = (shape[0], shape[3], *in_size)
     forward = weight_flipped.flip(1).transpose(2, 3)
     for g, w in enumerate(_weights(forward, weight_index, kernel)):
-        out[g].copy_(nn_grad.conv2d_input(size, w, as_images(d[g]), *window[1:]).permute(0, 2, 3, 1))
+        out[g].copy_(nn_grad.conv2d_input(size, w, as_images(d[g]), *window.arguments).permute(0, 2, 3, 1))
     return DataGradient(out, None)
 
 
@@ -183,18 +186,18 @@ def general_weight_gradient(
 
     Raises InputError for shapes that do not fit.
     """
-    window = GeneralWindow(kernel, stride, padding, dilation, channel_groups)
+    window = general_window(kernel, stride, padding, dilation, channel_groups)
     check_tensor("x", x, 5)
     check_tensor("d", d, 5)
     check_precision(precision)
     groups, Ci, Co = d.shape[0], x.shape[4] // max(1, channel_groups), d.shape[4]
-    window.check(tuple(x.shape[1:]), tuple(d.shape[1:]), window.taps, Ci)
+    window.check(tuple(x.shape[1:]), tuple(d.shape[1:]), window.window.taps, Ci)
     if x.shape[0] not in (1, groups):
         raise InputError(f"x has shape {tuple(x.shape)}, expected {groups} or 1 groups")
-    out = check_out("out", out, (groups, window.taps, Ci, Co), d, add)
+    out = check_out("out", out, (groups, window.window.taps, Ci, Co), d, add)
     x = x.to(d.dtype)
     for g in range(groups):
         images = as_images(x[g % len(x)])
-        dw = nn_grad.conv2d_weight(images, (Co, Ci, *kernel), as_images(d[g]), *window[1:])
+        dw = nn_grad.conv2d_weight(images, (Co, Ci, *kernel), as_images(d[g]), *window.arguments)
         leave(dw.permute(2, 3, 1, 0).flatten(0, 1).to(accumulator(d.dtype)), out[g], add)
     return out

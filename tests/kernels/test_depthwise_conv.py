@@ -39,10 +39,10 @@ def test_an_activation_behind_the_bias(case, kind):
         depthwise_conv, *operands(case), **case.window, **options, activation=kind, tolerance=TOLERANCES[case.dtype]
     )
     x, weight, weight_index = (t.double() if t.is_floating_point() else t for t in operands(case))
-    plain = depthwise_conv(x, weight, weight_index, **case.window, bias=options["bias"]).y
+    plain = depthwise_conv(x, weight, weight_index, **case.window, bias=options["bias"]).z
     found = depthwise_conv(x, weight, weight_index, **case.window, **options, activation=kind)
-    assert torch.equal(found.y, activation(plain, kind=kind))
-    rest = found.y - options["center"]
+    assert torch.equal(found.z, activation(plain, kind=kind))
+    rest = found.z - options["center"]
     check_close("statistics", present(found.statistics).sum(1)[:, 0], rest.sum((1, 2, 3)), 1e-12)
 
 
@@ -50,7 +50,7 @@ def test_one_input_for_all_groups():
     case = CASES[0]
     x, weight, weight_index = operands(case)
     out = check_op(depthwise_conv, x[:1].clone(), weight.half(), weight_index, **case.window, tolerance=2e-3)
-    assert out.y.dtype == torch.float16
+    assert out.z.dtype == torch.float16
 
 
 @each_depthwise
@@ -62,7 +62,7 @@ def test_the_reference_is_pytorchs_convolution(case):
         kernel = weight[slot, :, 0].T.reshape(-1, 1, *case.kernel)
         y = F.conv2d(x[g].permute(0, 3, 1, 2), kernel, bias[slot], case.stride, case.padding, case.dilation,
                      case.channels).permute(0, 2, 3, 1)  # fmt: skip
-        check_close("y", out.y[g], y, 1e-12)
+        check_close("y", out.z[g], y, 1e-12)
         rest = (y - center[slot]).flatten(0, 2)
         sums = torch.stack([rest.sum(0), rest.square().sum(0)])
         check_close("statistics", present(out.statistics)[g].sum(0), sums, 1e-12)
@@ -73,8 +73,8 @@ def test_the_reference_is_pytorchs_convolution(case):
 def test_half_precision_errs_no_more_than_twice_pytorchs(name, dtype):
     case = next(c for c in CASES if c.name == name)._replace(groups=1, dtype=dtype)
     x, weight, weight_index = (t.to(DEVICE) for t in operands(case))
-    exact = depthwise_conv(x.double(), weight.double(), weight_index, **case.window).y
-    ours = run_kernel(depthwise_conv, x, weight, weight_index, **case.window).y
+    exact = depthwise_conv(x.double(), weight.double(), weight_index, **case.window).z
+    ours = run_kernel(depthwise_conv, x, weight, weight_index, **case.window).z
     kernel = weight[2, :, 0].T.reshape(-1, 1, *case.kernel)
     rest = case.stride, case.padding, case.dilation, case.channels
     theirs = F.conv2d(x[0].permute(0, 3, 1, 2), kernel, None, *rest).permute(0, 2, 3, 1)[None]
@@ -112,13 +112,13 @@ def test_a_groups_base_is_a_64_bit_offset():
     weight = values(1, 1, 1, 16).to(DEVICE, torch.float16)
     x[:, 0, 0, 0] = values(3, 16).to(x)
     index = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    y = run_kernel(depthwise_conv, x, weight, index, kernel=(1, 1), stride=(2**13, 2**13)).y
+    y = run_kernel(depthwise_conv, x, weight, index, kernel=(1, 1), stride=(2**13, 2**13)).z
     check_close("y", y[:, 0, 0, 0], x[:, 0, 0, 0].float() * weight[0, 0].float(), TOLERANCE[torch.float16])
 
 
 def test_nan_is_passed_on():
     x, weight, weight_index = (t.to(DEVICE) for t in operands(Case("nan", 1, 1, (6, 6), 16, (3, 3), dtype=F32)))
     x[0, 0, 2, 3, 4] = float("nan")
-    nan = torch.isnan(run_kernel(depthwise_conv, x, weight, weight_index, kernel=(3, 3)).y)
+    nan = torch.isnan(run_kernel(depthwise_conv, x, weight, weight_index, kernel=(3, 3)).z)
     assert nan[0, 0, :3, 1:4, 4].all()
     assert nan.sum() == 9
