@@ -19,6 +19,7 @@ from fastensdistill.models import SHAPED, check_name
 from fastensdistill.settings import Settings, setting
 
 ENGINES = ("auto", "reference", "captured", "fused")
+OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 FLOAT16 = ("fp16", "float16", "half", "f16", "16", "fp16-mixed", "16-mixed", "amp")  # what others call it
 
@@ -46,14 +47,29 @@ class TrainConfig(Settings):
     batch_size: int = setting(128, least=1)
     """Images in a batch, of all processes together; the last incomplete batch of an epoch is dropped."""
     learning_rate: float = setting(0.1, above=0, most=1e38)
-    """Peak learning rate of SGD with Nesterov momentum."""
+    """Peak learning rate; of AdamW a hundredth of SGD's is usual."""
     warmup_epochs: float | None = setting(None, least=0)
     """Epochs over which the rate rises linearly from 0, before it falls to 0 along a cosine. Unset: 5, or a tenth of a
     shorter run."""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """sgd (with Nesterov momentum) or adamw (Adam with decoupled decay)."""
     momentum: float = setting(0.9, above=0, below=1)
-    """Nesterov momentum."""
+    """Nesterov momentum of SGD."""
+    beta1: float = setting(0.9, least=0, below=1)
+    """AdamW's decay of the mean gradient."""
+    beta2: float = setting(0.999, least=0, below=1)
+    """AdamW's decay of the mean squared gradient."""
     weight_decay: float = setting(5e-4, least=0, most=100)
-    """λ of the decay in the loss, over all parameters; rank-one factors are pulled towards one."""
+    """λ of the decay in the loss (AdamW: beside it) of all parameters; rank-one factors are pulled towards one."""
+    decay_norm_and_bias: bool = True
+    """Whether scales and shifts of normalisation layers, and biases, decay too: false spares all parameters of one
+    dimension, and those called bias."""
+    clip_norm: float | None = setting(None, above=0, most=1e38)
+    """Norm to which a network's gradients are scaled down where theirs, over all of its parameters, is larger. Unset:
+    they are left as they are."""
+    ema_decay: float | None = setting(None, above=0, below=1)
+    """Decay of an average of the weights over time, a further network: of its weights it keeps this share at each
+    update, and in the first steps less. Unset: there is none."""
     seed: int = setting(0, least=0, most=2**62)
     """Seed of the initialisation, the order of the images, their augmentation and every random choice."""
     flip: bool | None = None
@@ -112,6 +128,8 @@ class DistillConfig(TrainConfig):
     """τ of the distillation loss, on both sides."""
     alpha: float = setting(1.0, least=0, most=1)
     """Share of the distillation loss; 1 − alpha goes to the labels' cross-entropy."""
+    factor_rate: float = setting(1.0, least=0, most=1e6)
+    """Learning rate of the rank-one factors, as a multiple of learning_rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

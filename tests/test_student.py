@@ -9,7 +9,7 @@ from torchvision.models import DenseNet
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.engine.optimizer import sgd
+from fastensdistill.engine.optimizer import Optimizer
 from fastensdistill.errors import InputError
 from fastensdistill.method.student import (
     STUDENTS,
@@ -141,7 +141,7 @@ def test_factors_step_with_k_fold_gradient_and_are_pulled_towards_one():
     torch.manual_seed(0)
     lam, lr, momentum, k = 0.03, 0.2, 0.8, 3
     student = scatter(LatentBE(tiny(), k)).double()
-    optimizer = sgd(student, DistillConfig(weight_decay=lam, learning_rate=lr, momentum=momentum))
+    optimizer = Optimizer(student, DistillConfig(weight_decay=lam, learning_rate=lr, momentum=momentum))
     expected = {n: p.detach().clone() for n, p in student.named_parameters()}
     buffers: dict[str, torch.Tensor] = {}
     for step in range(3):

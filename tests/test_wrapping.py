@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.engine.optimizer import sgd
+from fastensdistill.engine.optimizer import Optimizer
 from fastensdistill.errors import InputError
 from fastensdistill.method.branch_check import check_branches
 from fastensdistill.method.copying import copy_network
@@ -132,7 +132,7 @@ def test_a_pruned_weight_stays_pruned():
 def test_computed_weights_are_trained():
     network = changed(lambda n: weight_norm(n.conv))
     student = LatentBE(network, 2)
-    optimizer = sgd(student, DistillConfig(learning_rate=0.5))
+    optimizer = Optimizer(student, DistillConfig(learning_rate=0.5))
     logits = student(X)
     logits.square().mean().backward()
     optimizer.step()
@@ -493,7 +493,7 @@ def test_a_layer_that_is_frozen_keeps_its_factors():
     network.conv.requires_grad_(False)
     student = LatentBE(network, 2)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    optimizer = sgd(student, DistillConfig(learning_rate=0.5, weight_decay=0.1))
+    optimizer = Optimizer(student, DistillConfig(learning_rate=0.5, weight_decay=0.1))
     student(X).square().mean().backward()
     optimizer.step()
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}

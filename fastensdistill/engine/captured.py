@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.engine.averages import Averages
 from fastensdistill.engine.checks import check_images, check_labels, check_micro_batches
-from fastensdistill.engine.common import Scalars, State, autocast, float32_products, load_drawn_state
+from fastensdistill.engine.common import Scalars, autocast, float32_products
 from fastensdistill.engine.graph import Capturing, Graphs, Results
-from fastensdistill.engine.optimizer import complete_momentum, copy_momentum, rates_on_device
+from fastensdistill.engine.optimizer import Optimizer
 from fastensdistill.engine.reference import ReferenceStep, TeachStep, update
 from fastensdistill.errors import InputError
 from fastensdistill.method.modes import set_mode
@@ -50,24 +51,24 @@ class Bodies(Capturing):
     """Bodies that are not captured run within what this gives."""
 
     def __init__(
-        self, capture: bool, trained: Sequence[nn.Module], optimizers: Sequence[torch.optim.SGD],
+        self, capture: bool, trained: Sequence[nn.Module], optimizers: Sequence[Optimizer], over_time: Averages,
         others: Sequence[nn.Module] = (),
     ):  # fmt: skip
-        """``trained`` networks, their ``optimizers``, and the ``others`` that are called."""
+        """``trained`` networks, their ``optimizers`` and averages ``over_time``, and the ``others`` that are called."""
         self.device = next(trained[0].parameters()).device
         self.capture = capture and has_graphs(self.device)
-        self.trained, self.optimizers, self.others = trained, optimizers, others
+        self.trained, self.optimizers, self.over_time, self.others = trained, optimizers, over_time, others
         self.images: list[Tensor] = []  # N of (B, channels, H, W), from the first batch on, as that lies in memory
         self.labels: list[Tensor] = []  # N of int64 (B,)
         self.where: Hashable = None
         for optimizer in optimizers:
-            rates_on_device(optimizer, self.device)
+            optimizer.rates_on_device(self.device)
 
     def state(self) -> list[Tensor]:
         """All that a body may change and a warm-up has to put back, where it lies."""
         tensors = [t for network in self.trained for t in (*network.parameters(), *network.buffers())]
         tensors += [t for network in self.others for t in network.buffers()]
-        tensors += [kept["momentum_buffer"] for optimizer in self.optimizers for kept in optimizer.state.values()]
+        tensors += [t for optimizer in self.optimizers for t in optimizer.tensors()] + self.over_time.tensors()
         return [tensor.detach() for tensor in tensors]
 
     def accept(self, batches: Sequence[Tensor]) -> None:
@@ -83,7 +84,7 @@ class Bodies(Capturing):
     def follow(self) -> None:
         """What was captured is captured anew where tensors have moved, been frozen or unfrozen since the last step."""
         for optimizer in self.optimizers:
-            complete_momentum(optimizer)
+            optimizer.complete()
         flags = [p.requires_grad for network in (*self.trained, *self.others) for p in network.parameters()]
         read = [p.data_ptr() for network in self.others for p in network.parameters()]
         where = (*flags, *read, *(tensor.data_ptr() for tensor in self.state()))
@@ -144,7 +145,7 @@ class CapturedReferenceStep(ReferenceStep):
         capture: bool = True,
     ):
         super().__init__(student, teachers, config, num_classes=num_classes)
-        self.bodies = Bodies(capture, [self.student], [self.optimizer], [self.teachers])
+        self.bodies = Bodies(capture, [self.student], [self.optimizer], self.over_time, [self.teachers])
         self.perturbed = torch.empty(0)
 
     @property
@@ -202,14 +203,10 @@ class CapturedReferenceStep(ReferenceStep):
     def _distil(self) -> Results:
         batch = self.perturbed, self.bodies.labels[0]
         losses = update(self.student, self.optimizer, batch, self.config, self.losses)
+        self.over_time.move()
         self.first.over = True  # where it is captured, the warm-up was first
-        self.optimizer.zero_grad(set_to_none=True)  # their memory is the pool's, and others' from here on
+        self.optimizer.zero_grad()  # their memory is the pool's, and others' from here on
         return dict(zip(("loss", "loss_kd", "loss_ce"), losses, strict=True))
-
-    def load_state_dict(self, state: State) -> None:
-        complete_momentum(self.optimizer)
-        copy_momentum(self.optimizer, state)
-        load_drawn_state(self.perturbation, state)
 
 
 class CapturedTeachStep(TeachStep):
@@ -217,7 +214,7 @@ class CapturedTeachStep(TeachStep):
 
     def __init__(self, networks: Sequence[nn.Module], config: TeachConfig, *, capture: bool = True):
         super().__init__(networks, config)
-        self.bodies = Bodies(capture, self.networks, self.optimizers)
+        self.bodies = Bodies(capture, self.networks, self.optimizers, self.over_time)
 
     @property
     def captured(self) -> bool | None:
@@ -253,10 +250,5 @@ class CapturedTeachStep(TeachStep):
         losses = self.updated(batches)
         self.first.over = True
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return {"loss": losses}
-
-    def load_state_dict(self, state: State) -> None:
-        for m, optimizer in enumerate(self.optimizers):
-            complete_momentum(optimizer)
-            copy_momentum(optimizer, state, f"{m}.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.engine.averages import Averages
 from fastensdistill.engine.checks import FirstBatch, check_class_count, check_images, check_labels, check_micro_batches
 from fastensdistill.engine.common import (
     Scalars,
@@ -25,14 +26,7 @@ from fastensdistill.engine.common import (
     load_drawn_state,
     slower_statistics,
 )
-from fastensdistill.engine.optimizer import (
-    average_gradients,
-    complete_momentum,
-    load_momentum_state,
-    momentum_state,
-    set_learning_rate,
-    sgd,
-)
+from fastensdistill.engine.optimizer import Optimizer
 from fastensdistill.engine.parallel import same_start
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import distillation_loss
@@ -73,9 +67,15 @@ class ReferenceStep:
         self.device = next(student.parameters()).device
         check_class_count(num_classes)
         self.target, self.perturbation = student.target, drawn_perturbation(config, teachers, student)
-        self.optimizer = sgd(student, config)
+        self.optimizer = Optimizer(student, config)
         self.dtype, self.first = dtype_of(student), FirstBatch()
         same_start(student.state_dict().values())
+        self.over_time = Averages([student], config.ema_decay)
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        """The student's average over time; [] where ``config.ema_decay`` asks for none."""
+        return self.over_time.modules
 
     def train_on(self, loader: DeviceLoader) -> Scalars:
         """A step on the loader's next batch."""
@@ -101,6 +101,7 @@ class ReferenceStep:
         self.first.see(labels=labels, classes=self.num_classes)
         batch = perturbed.images, labels
         losses = update(self.student, self.optimizer, batch, self.config, self.losses)
+        self.over_time.move()
         self.first.over = True
         return dict(zip(("loss", "loss_kd", "loss_ce"), losses, strict=True)) | perturbed.diversities
 
@@ -117,14 +118,15 @@ class ReferenceStep:
         return losses
 
     def set_learning_rate(self, rate: float) -> None:
-        set_learning_rate(self.optimizer, rate)
+        self.optimizer.set_learning_rate(rate)
 
     def state_dict(self) -> State:
-        """Momentum and generators; the student's weights are the student's own."""
-        return momentum_state(self.optimizer) | drawn_state(self.perturbation)
+        """The optimiser's state and generators; the weights of the student and of its average are their own."""
+        return self.optimizer.state_dict() | self.over_time.state_dict() | drawn_state(self.perturbation)
 
     def load_state_dict(self, state: State) -> None:
-        load_momentum_state(self.optimizer, state)
+        self.optimizer.load_state_dict(state)
+        self.over_time.load_state_dict(state)
         load_drawn_state(self.perturbation, state)
 
 
@@ -139,10 +141,16 @@ class TeachStep:
         for i, network in enumerate(self.networks):
             check_values(network, f"network {i}")
         self.device = next(self.networks[0].parameters()).device
-        self.optimizers = [sgd(network, config) for network in self.networks]
+        self.optimizers = [Optimizer(network, config) for network in self.networks]
         self.dtype, self.first = dtype_of(self.networks[0]), FirstBatch()
         for network in self.networks:
             same_start(network.state_dict().values())
+        self.over_time = Averages(self.networks, config.ema_decay)
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        """Every network's average over time; [] where ``config.ema_decay`` asks for none."""
+        return self.over_time.modules
 
     def train_on(self, loaders: Sequence[DeviceLoader]) -> Scalars:
         """A step on the next batch of each network's own loader."""
@@ -171,12 +179,12 @@ class TeachStep:
     def updated(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Every network's update on its own batch; the losses (M,)."""
         every = zip(self.networks, self.optimizers, batches, strict=True)
-        return torch.stack(
-            [
-                update(network, optimizer, batch, self.config, partial(self.losses, m))[0]
-                for m, (network, optimizer, batch) in enumerate(every)
-            ]
-        )
+        losses = [
+            update(network, optimizer, batch, self.config, partial(self.losses, m))[0]
+            for m, (network, optimizer, batch) in enumerate(every)
+        ]
+        self.over_time.move()
+        return torch.stack(losses)
 
     def losses(self, m: int, images: Tensor, labels: Tensor) -> list[Tensor]:
         """The loss of network m on a micro-batch."""
@@ -187,30 +195,29 @@ class TeachStep:
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.optimizers:
-            set_learning_rate(optimizer, rate)
+            optimizer.set_learning_rate(rate)
 
     def state_dict(self) -> State:
-        return {f"{m}.{k}": v for m, o in enumerate(self.optimizers) for k, v in momentum_state(o).items()}
+        optimizers = {f"{m}.{k}": v for m, o in enumerate(self.optimizers) for k, v in o.state_dict().items()}
+        return optimizers | self.over_time.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         for m, optimizer in enumerate(self.optimizers):
-            own = {k.removeprefix(f"{m}."): v for k, v in state.items() if k.startswith(f"{m}.")}
-            load_momentum_state(optimizer, own)
+            optimizer.load_state_dict(state, f"{m}.")
+        self.over_time.load_state_dict(state)
 
 
 def update(
-    network: nn.Module, optimizer: torch.optim.SGD, batch: tuple[Tensor, Tensor], config: TrainConfig, losses: Losses
+    network: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], config: TrainConfig, losses: Losses
 ) -> Tensor:
     """One step of ``network`` by the mean gradient of the micro-batches' first loss; the means of all losses."""
     n, found = config.micro_batches, []
     set_mode(network, True)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     with slower_statistics(network, n), float32_products(config, batch[0].device):
         for images, labels in zip(*(tensor.chunk(n) for tensor in batch), strict=True):
             of_one = losses(images, labels)
             (of_one[0] / n if n > 1 else of_one[0]).backward()
             found.append(torch.stack([loss.detach() for loss in of_one]))
-    average_gradients(network)
-    complete_momentum(optimizer)  # a fused update fails where some have theirs and others, just thawed, have none
     optimizer.step()
     return torch.stack(found).mean(0)

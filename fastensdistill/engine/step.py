@@ -65,6 +65,10 @@ class CapturedStep(Capturing):
         self, config: TrainConfig, network: nn.Module, batches: int, capture: bool, implementations: Dispatch | None
     ):
         """``network`` is one of those that are trained; ``batches`` is N."""
+        plain = TrainConfig(learning_rate=config.learning_rate)
+        for name in ("optimizer", "ema_decay", "clip_norm", "decay_norm_and_bias", "factor_rate"):
+            if getattr(config, name, 1.0) != getattr(plain, name, 1.0):
+                raise InputError(f"the fused engine has no {name}={getattr(config, name)} yet; use engine='reference'")
         like = next(network.parameters())
         self.batches, self.device, self.first = batches, like.device, FirstBatch()
         self.dtype, self.precision = arithmetic(config, network)

@@ -32,6 +32,10 @@ class Student(nn.Module):
         """What is tested, validated and shipped: an ordinary network, or the student itself, as an ensemble."""
         return self
 
+    def factors(self) -> list[nn.Parameter]:
+        """Its rank-one factors, each once; none where it has none."""
+        return []
+
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale``.
 

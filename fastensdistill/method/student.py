@@ -77,14 +77,19 @@ class BatchEnsemble(Student):
             )
         return logits.unflatten(0, (len(chosen), len(x)))
 
+    def factors(self) -> list[nn.Parameter]:
+        every = {id(p): p for layer in self.layers() for p in (layer.delta_r, layer.delta_s)}  # tied ones once
+        return list(every.values())
+
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         # ½‖δ‖²/K in the loss and a gradient multiplied by K is plain SGD at K times the rate and 1/K the decay.
-        factors = {id(p): p for layer in self.layers() for p in (layer.delta_r, layer.delta_s)}  # tied ones once
-        shared = [p for p in self.parameters() if id(p) not in factors]
+        factors = self.factors()
+        own = {id(p) for p in factors}
+        shared = [p for p in self.parameters() if id(p) not in own]
         k = self.branches
         return [
             {"params": shared, "lr_scale": 1.0, "weight_decay": weight_decay},
-            {"params": list(factors.values()), "lr_scale": float(k), "weight_decay": weight_decay / k},
+            {"params": factors, "lr_scale": float(k), "weight_decay": weight_decay / k},
         ]
 
     def branch(self, k: int) -> nn.Module:

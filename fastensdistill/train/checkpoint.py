@@ -105,7 +105,7 @@ def check_same(fingerprints: list[dict[str, Any]]) -> None:
 def own_part(state: dict[str, Any], networks: dict[str, nn.Module]) -> dict[str, Any]:
     """What is a process's own in the ``state`` of a run, on the CPU: running statistics and generators.
 
-    Parameters and momentum are the same in all of them, and so is the order of the images.
+    Parameters and the optimiser's state are the same in all of them, and so is the order of the images.
     """
     buffers = {name: dict(network.named_buffers()) for name, network in networks.items()}
     return {
@@ -113,7 +113,7 @@ def own_part(state: dict[str, Any], networks: dict[str, nn.Module]) -> dict[str,
             name: {k: v.cpu() for k, v in whole.items() if k in buffers[name]}
             for name, whole in state["networks"].items()
         },
-        "step": {k: v.cpu() for k, v in state["step"].items() if "momentum" not in k},
+        "step": {k: v.cpu() for k, v in state["step"].items() if k in ("pick", "noise")},
         "random": state["random"],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastensdistill.errors import InputError
 from tests.engine.captured_cases import KINDS, of_kind
 from tests.engine.cases import CLASSES, batch, network, setting, steps, teach_setting
 from tests.engine.recorded_graph import RecordedGraphs
+from tests.engine.updates import TEACHING, UPDATES, averages
 from tests.untyped import untyped
 
 COUNT = 4  # of steps, of which some replay
@@ -32,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one branch": {"kind": "single", "K": 1, "perturbation": "tdiv"},
     "bf16": {"precision": "bf16", "dtype": torch.float32},
     "float32": {"dtype": torch.float32},
+    "sgd, all": UPDATES["sgd, all"],
+    "adamw, all": UPDATES["adamw, all"],
 }
 
 
@@ -51,7 +55,7 @@ def both(**options: Any) -> tuple[ReferenceStep, CapturedReferenceStep, Recorded
 
 
 def everything(step: ReferenceStep) -> dict[str, Tensor]:
-    return {**step.student.state_dict(), **step.state_dict()}
+    return {**step.student.state_dict(), **step.state_dict(), **averages(step)}
 
 
 def check_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -211,11 +215,11 @@ def test_the_halves_and_wrong_batches_are_those_of_the_reference_step():
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["given", "read"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_networks_that_become_teachers(micro_batches, reads):
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, TEACHING["adamw, all"]], ids=["", "parts", "adamw"])
+def test_networks_that_become_teachers(options, reads):
     networks, config = teach_setting(2)
     networks = [*networks, of_kind("dense")(3).double()]
-    config.micro_batches = micro_batches
+    config = dataclasses.replace(config, **options)
     one, other = TeachStep(networks, config), CapturedTeachStep(copy.deepcopy(networks), config)
     graphs = recorded(other, {f"network {m}": own for m, own in enumerate(other.networks)})
     losses: list[list[Tensor]] = []
@@ -230,7 +234,7 @@ def test_networks_that_become_teachers(micro_batches, reads):
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     for a, b in zip(one.networks, other.networks, strict=True):
         check_same(a.state_dict(), b.state_dict())
-    check_same(one.state_dict(), other.state_dict())
+    check_same(one.state_dict() | averages(one), other.state_dict() | averages(other))
     assert [key for key in graphs.replayed if key == "teach"] == ["teach"] * 4
     assert len(graphs.replayed) == (8 if reads else 4)
 
