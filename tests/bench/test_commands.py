@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from bench import kernels, loader, report, roof, scaling, startup, throughput
 from bench.common import ROOT, Meter, interleave, quantile, table
+from fastensdistill import cli, commands
 from fastensdistill.engine.dispatch import Choice, ConvShape, Dispatch
 
 CPU = torch.device("cpu")
@@ -167,20 +167,42 @@ def test_interleaved_turns():
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
-def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path):
-    script = ROOT / "bench" / "accuracy.sh"
-    usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
-    assert usage.returncode == 2
-    assert "bench/accuracy.sh DATA OUT" in usage.stdout
-    out = tmp_path / "runs"
-    more = {"PYTHON": sys.executable, "EPOCHS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "TEACH": "--model preresnet --blocks 1 --in-planes 4 --members 2"}  # fmt: skip
-    command = ["bash", script, "digits", out, "--device", "cpu", "--batch-size", "100"]
+def accuracy_commands(folder: Path, **environment: str) -> list[list[str]]:
+    """The command lines that bench/accuracy.sh gives to Python, noted by a stand-in: to start Python takes seconds."""
+    noted, stand_in = folder / "noted", folder / "python"
+    stand_in.write_text('#!/bin/sh\necho "$@" >> "$NOTED"\n')
+    stand_in.chmod(0o755)
+    noted.unlink(missing_ok=True)
+    more = {"PYTHON": str(stand_in), "NOTED": str(noted), "EPOCHS": "1"} | environment
+    command = ["bash", ROOT / "bench" / "accuracy.sh", "digits", folder, "--device", "cpu", "--batch-size", "100"]
     done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((out / "report" / "results.json").read_text())
+    lines = [line.split() for line in noted.read_text().splitlines()]
+    assert all(line[:2] == ["-m", "fastensdistill"] for line in lines)
+    return [line[2:] for line in lines]
+
+
+def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "summarize", lambda *_: None)  # each run's own report
+    for line in accuracy_commands(tmp_path, TEACH="--model preresnet --blocks 1 --in-planes 4 --members 2"):
+        assert cli.main(line) == 0, line
+    rows = json.loads((tmp_path / "report" / "results.json").read_text())
     assert all(name in json.dumps(rows) for name in ("teachers", "ensemble of 2", "kd", "latentbe", "tdiv-sdiv"))
-    assert len(list(out.glob("*/student.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*/student.safetensors"))) == 3
+
+
+def test_the_comparison_has_seeds_and_says_what_it_takes(tmp_path):
+    usage = subprocess.run(["bash", ROOT / "bench" / "accuracy.sh"], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2
+    assert "bench/accuracy.sh DATA OUT" in usage.stdout
+    lines = accuracy_commands(tmp_path, SEEDS="3 5")
+    assert [line[0] for line in lines] == ["teach", *["distill"] * 6, "evaluate"]
+    for line in lines:
+        assert cli.parse(line[0], line[1:]), line
+    (tmp_path / "kd-3").mkdir()
+    (tmp_path / "kd-3" / "checkpoint.safetensors").touch()
+    again = accuracy_commands(tmp_path, SEEDS="3 5")
+    assert [line for line in again if "--resume" in line] == [[*lines[1], "--resume"]]
 
 
 def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shape():
