@@ -174,7 +174,8 @@ def accuracy_commands(folder: Path, **environment: str) -> list[list[str]]:
     stand_in.chmod(0o755)
     noted.unlink(missing_ok=True)
     more = {"PYTHON": str(stand_in), "NOTED": str(noted), "EPOCHS": "1"} | environment
-    command = ["bash", ROOT / "bench" / "accuracy.sh", "digits", folder, "--device", "cpu", "--batch-size", "100"]
+    script = str(ROOT / "bench" / "accuracy.sh")
+    command = ["bash", script, "digits", str(folder), "--device", "cpu", "--batch-size", "100"]
     done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in noted.read_text().splitlines()]
