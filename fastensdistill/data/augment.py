@@ -10,6 +10,7 @@ et al., ICML 2022). One gather reads the unpadded uint8 set; the padding is a ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,16 @@ from fastensdistill.kernels import augment as kernels
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop out of an image zero-padded by ``pad`` pixels on each side, and a horizontal flip with p = 1/2."""
+    """Random crop out of an image zero-padded by ``pad`` pixels on each side, and a horizontal flip with p = 1/2.
+
+    ``mixup`` and ``cutmix`` are α of the Beta(α, α) that says how much of an image is left where it is blended with
+    another of its batch; 0 for none.
+    """
 
     pad: int = 4
     flip: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def check(self, image_size: tuple[int, int]) -> None:
         """Raise ``InputError`` unless ``0 <= pad < min(image_size)``: beyond that, a crop may miss the image."""
@@ -34,6 +41,15 @@ class Augment:
                 f"pad is {self.pad!r}; expected a whole number from 0 to {min(image_size) - 1} "
                 f"for images of {image_size[0]}x{image_size[1]}"
             )
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
+                raise InputError(f"{name} is {alpha!r}; expected a number of at least 0")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are blended, which makes their labels probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 def choose_augment(

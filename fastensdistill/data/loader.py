@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.data.augment import Augment, crop_and_flip, draw, to_float
+from fastensdistill.data.mixing import Mixing
 from fastensdistill.data.sources import Split
 from fastensdistill.errors import InputError
 
@@ -48,7 +49,8 @@ class DeviceLoader:
     """Endless shuffled training batches from a split that lives on the device.
 
     Each epoch is a new permutation; its last incomplete batch is dropped. All randomness comes from ``generator``,
-    drawn in this order: the permutation when an epoch starts, then per batch the row offsets, column offsets, flips.
+    drawn in this order: the permutation when an epoch starts, then per batch the row offsets, column offsets, flips,
+    and how images are mixed, which they are within a process's share.
 
     ``share`` (rank, count) is one of ``count`` processes: with equal seeds all of them draw the same batches, and each
     hands out its own ``batch_size / count`` images of every batch.
@@ -65,8 +67,10 @@ class DeviceLoader:
         augment: Augment | None = None,
         dtype: torch.dtype = torch.float32,
         share: tuple[int, int] = (0, 1),
+        classes: int | None = None,
     ) -> None:
-        """``augment=None`` leaves the images as they are; ``dtype`` is the floating type of the batches.
+        """``augment=None`` leaves the images as they are; ``dtype`` is the floating type of the batches; ``classes``
+        counts the data's, where images are mixed.
 
         Given an ``EvaluationSet`` on ``device``, the loader reads that memory: several loaders, one copy.
         Raises ``InputError`` for a batch below 1 or larger than the set, or that ``share`` does not divide, a pad that
@@ -93,6 +97,9 @@ class DeviceLoader:
         self._position = self.batches_per_epoch  # used up: the first batch draws the first permutation
         own = batch_size // count
         self._own = slice(rank * own, (rank + 1) * own)
+        self.mixing: Mixing | None = None
+        if self.augment.mixes:
+            self.mixing = Mixing(self.augment.mixup, self.augment.cutmix, classes, self.images.device, dtype)
         self._index = self._permutation[:own].clone()  # of the images to read; it never moves, for captured reads
 
     @property
@@ -111,7 +118,8 @@ class DeviceLoader:
         return self.images.nbytes + self.labels.nbytes
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images ``(B, C, H, W)`` in [0, 1], channels_last, and labels int64 ``(B,)``; starts a new epoch by itself."""
+        """Images ``(B, C, H, W)`` in [0, 1], channels_last, and labels: int64 ``(B,)``, of mixed images probabilities
+        ``(B, classes)``. Starts a new epoch by itself."""
         self.advance()
         return self.read()
 
@@ -129,7 +137,11 @@ class DeviceLoader:
         draws = draw(self.batch_size, self.augment, self.generator)
         dy, dx, flips = (None if d is None else d[self._own] for d in draws)
         images = crop_and_flip(self.images, self._index, dy, dx, flips, self.augment.pad, self.dtype)
-        return images, self.labels[self._index]
+        labels = self.labels[self._index]
+        if self.mixing is None:
+            return images, labels
+        mixes = self.mixing.draw(self.batch_size, self.generator)
+        return self.mixing(images, labels, mixes.of(self._own))
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.

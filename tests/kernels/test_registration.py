@@ -33,6 +33,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     joint_head,
     launch,
     layer_norm,
+    mix,
     ops,
     pack,
     perturb_step,
@@ -135,6 +136,7 @@ CALLS = {
                     DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),
     "augment": (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64),
                 torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8), "float16"),
+    "mix": (values(2, 5, 5, 3), torch.tensor([3, 0]), values(2, 4).abs(), torch.full((2, 5), 0.3), 6, 0.2, 1.0),
 }  # fmt: skip
 
 
