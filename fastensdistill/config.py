@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from fastensdistill.settings import Settings, setting
 ENGINES = ("auto", "reference", "captured", "fused")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+SCHEDULES = ("cosine", "step", "constant")
+MILESTONES = (0.3, 0.6, 0.8)  # of step: Zagoruyko and Komodakis, "Wide Residual Networks", 2016, 60, 120, 160 of 200
 FLOAT16 = ("fp16", "float16", "half", "f16", "16", "fp16-mixed", "16-mixed", "amp")  # what others call it
 
 
@@ -38,6 +41,10 @@ def check_precision(name: str) -> None:
                          "bf16")  # fmt: skip
 
 
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
 @dataclass
 class TrainConfig(Settings):
     """How a network is trained."""
@@ -49,8 +56,14 @@ class TrainConfig(Settings):
     learning_rate: float = setting(0.1, above=0, most=1e38)
     """Peak learning rate; of AdamW a hundredth of SGD's is usual."""
     warmup_epochs: float | None = setting(None, least=0)
-    """Epochs over which the rate rises linearly from 0, before it falls to 0 along a cosine. Unset: 5, or a tenth of a
-    shorter run."""
+    """Epochs over which the rate rises linearly from 0, before the schedule begins. Unset: 5, or a tenth of a shorter
+    run."""
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    """The rate after the warm-up: along a cosine to 0, in steps, or constant."""
+    milestones: tuple[float, ...] = setting((), above=0, below=1)
+    """Of schedule step: the shares of the run after which the rate is multiplied by gamma. Unset: 0.3 0.6 0.8."""
+    gamma: float = setting(0.2, above=0, below=1)
+    """Of schedule step: the factor at each milestone."""
     optimizer: str = setting("sgd", choices=OPTIMIZERS)
     """sgd (with Nesterov momentum) or adamw (Adam with decoupled decay)."""
     momentum: float = setting(0.9, above=0, below=1)
@@ -102,6 +115,24 @@ class TrainConfig(Settings):
             self.warmup_epochs = min(5.0, self.epochs / 10)
         if self.warmup_epochs >= self.epochs:
             raise InputError(f"warmup_epochs={self.warmup_epochs:g} of epochs={self.epochs}: expected fewer")
+        self._check_schedule(self.warmup_epochs / self.epochs)
+
+    def _check_schedule(self, warmup: float) -> None:
+        """Raise InputError for settings of another schedule, and milestones that are none after the ``warmup``."""
+        if self.schedule != "step":
+            for name, value, unset in (("milestones", self.milestones, ()), ("gamma", self.gamma, 0.2)):
+                if value != unset:
+                    shown = f"{value:g}" if isinstance(value, float) else _numbers(value)
+                    raise InputError(f"{name}={shown} with schedule={self.schedule!r}: expected schedule 'step'")
+            return
+        self.milestones = given = self.milestones or MILESTONES
+        if any(a >= b for a, b in pairwise(given)):
+            raise InputError(f"milestones={_numbers(given)}: expected each later than the one before")
+        if given[0] <= warmup:
+            raise InputError(
+                f"milestones={_numbers(given)}: expected the first after the warm-up, which takes {warmup:.3g} of the "
+                "run"
+            )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fastensdistill.train.schedule import is_validation_epoch, make_schedule
 from fastensdistill.train.setup import seeded
 from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
-from fastensdistill.weights import load_network
+from fastensdistill.weights import load_network, read_tensors, save_tensors
 from tests.networks import tiny
 from tests.runs import ROOT, StopAt, dataset, make
 from tests.untyped import untyped
@@ -42,6 +43,53 @@ def test_schedule_warms_up_from_zero_and_ends_at_zero():
     assert TrainConfig(epochs=20).warmup_epochs == 2
     with pytest.raises(InputError, match="warmup_epochs=7"):
         make_schedule(TrainConfig(epochs=7, warmup_epochs=7), 10)
+
+
+@pytest.mark.parametrize("shares", [(), (0.2, 0.5, 0.51)], ids=["the usual", "given"])
+def test_steps_are_those_of_pytorch(shares):
+    """``MultiStepLR`` after the warm-up; unset, the milestones of Wide Residual Networks."""
+    config = TrainConfig(epochs=200, learning_rate=0.1, schedule="step", milestones=shares)
+    assert (config.milestones, config.gamma) == (shares or (0.3, 0.6, 0.8), 0.2)
+    rate = make_schedule(config, steps_per_epoch=3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    at = [round(200 * share) for share in shares] or [60, 120, 160]
+    expected = torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.2)
+    for epoch in range(200):
+        if epoch >= 5:
+            found = [rate(3 * epoch + i) for i in range(3)]
+            assert found == pytest.approx(expected.get_last_lr() * 3, rel=1e-12), epoch
+        optimizer.step()
+        expected.step()
+    assert [rate(step) for step in range(16)] == pytest.approx([0.1 * step / 15 for step in range(16)])
+
+
+def test_a_constant_rate_stays():
+    rate = make_schedule(TrainConfig(epochs=10, warmup_epochs=1, learning_rate=0.3, schedule="constant"), 4)
+    assert [rate(step) for step in (0, 2, 4, 5, 39)] == [0, 0.15, 0.3, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"milestones": (0.5,)}, "milestones=0.5 with schedule='cosine': expected schedule 'step'"),
+        ({"schedule": "constant", "milestones": (0.5, 0.75)}, "milestones=0.5 0.75 with schedule='constant'"),
+        ({"gamma": 0.1}, "gamma=0.1 with schedule='cosine': expected schedule 'step'"),
+        ({"schedule": "step", "milestones": (0.5, 0.5)}, "milestones=0.5 0.5: expected each later than the one"),
+        ({"schedule": "step", "milestones": (0.6, 0.5)}, "milestones=0.6 0.5: expected each later"),
+        ({"schedule": "step", "milestones": (0.5, 1.0)}, "expected numbers above 0 and below 1"),
+        ({"schedule": "step", "milestones": (0.0, 0.5)}, "expected numbers above 0 and below 1"),
+        ({"schedule": "step", "milestones": (60, 120)}, "expected numbers above 0 and below 1"),
+        ({"schedule": "step", "gamma": 1.0}, "gamma=1.0: expected a number above 0 and below 1"),
+        ({"schedule": "step", "gamma": 0}, "gamma=0: expected"),
+        ({"schedule": "step", "epochs": 10, "warmup_epochs": 3}, "milestones=0.3 0.6 0.8: expected the first after the "
+         "warm-up, which takes 0.3 of the run"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'"),
+    ],
+    ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_schedules_that_cannot_be(settings, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        TrainConfig(**settings)
 
 
 def test_validation_epochs():
@@ -250,6 +298,27 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path, change, words):
     make(out=tmp_path / "run", epochs=1).fit()
     with pytest.raises(InputError, match=words):
         make(out=tmp_path / "run", resume=True, **{"epochs": 1, **change}).fit()
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    whole, stopped = make(out=tmp_path / "whole").fit(), make(out=tmp_path / "run")
+    StopAt(stopped, 8)
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, card = read_tensors(file)
+    missing = {key: card["fingerprint"].pop(key) for key in ("schedule", "milestones", "gamma", "micro_batches")}
+    assert missing == {"schedule": "cosine", "milestones": [], "gamma": 0.2, "micro_batches": 1}
+    save_tensors(file, tensors, card)
+    with pytest.raises(InputError, match="started with schedule='cosine', not 'constant'"):
+        make(out=tmp_path / "run", resume=True, schedule="constant").fit()
+    resumed = make(out=tmp_path / "run", resume=True).fit()
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[name]), name
+    del card["fingerprint"]["images"]  # no setting: never left out
+    save_tensors(file, tensors, card)
+    with pytest.raises(InputError, match="images=None"):
+        make(out=tmp_path / "run", resume=True).fit()
 
 
 def test_auto_goes_on_as_what_it_meant(tmp_path):

@@ -30,6 +30,7 @@ from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.progress import Piece, Progress, shown
+from fastensdistill.train.schedule import in_words
 from fastensdistill.weights import load_network, read_card
 
 STRIP = 8  # images beside their perturbed versions
@@ -165,6 +166,7 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     """What a reader of the report has to know besides the numbers, in order."""
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
     found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
+    found["schedule"] = {in_words(c) or "cosine" for c in configs} - {"cosine"}
     counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()
     few, many = (f"{n:,} ({data.classes[counts.index(n)]})" for n in (min(counts), max(counts)))
     kept_weights, warnings = told(candidates)

@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastensdistill.config import TrainConfig
+from fastensdistill.config import DistillRun, TeachRun, TrainConfig
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import precision_on
 from fastensdistill.errors import InputError
+from fastensdistill.settings import settings_of
 from fastensdistill.weights import read_tensors, save_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,11 +68,16 @@ def save_checkpoint(folder: Path, state: dict[str, Any], fingerprint: dict[str, 
 
 
 def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The state in a run folder. Raises InputError where it is missing, damaged, or of a run with other settings."""
+    """The state in a run folder. Raises InputError where it is missing, damaged, or of a run with other settings.
+
+    A setting that the run does not know, as it is younger than the run, was not used: that is its default.
+    """
     tensors, card = read_tensors(folder / CHECKPOINT)
     if card.get("kind") != "checkpoint":
         raise InputError(f"{folder / CHECKPOINT} is not the checkpoint of a run")
-    before, now = card["fingerprint"], json.loads(json.dumps(fingerprint, default=str))
+    defaults = {s.name: s.default for cls in (TeachRun, DistillRun) for s in settings_of(cls).values()}
+    younger = {key: defaults[key] for key in fingerprint if key in defaults and key not in card["fingerprint"]}
+    before, now = (json.loads(json.dumps(each, default=str)) for each in (card["fingerprint"] | younger, fingerprint))
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             raise InputError(

@@ -18,6 +18,7 @@ from fastensdistill.data.sources import Dataset
 from fastensdistill.engine.common import precision_on
 from fastensdistill.engine.select import no_cuda
 from fastensdistill.files import expanded
+from fastensdistill.train.schedule import in_words
 
 if TYPE_CHECKING:
     from fastensdistill.train.distill import DistillTrainer
@@ -36,7 +37,9 @@ def describe(trainer: Trainer) -> str:
     count = f"{_several(len(networks), 'network')}, {seeds}"
     where = f", into {trainer.out}" if trainer.out is not None else ""
     length = f"{_several(config.epochs, 'epoch')} of {_several(trainer.steps_per_epoch, 'step')}"
+    then = in_words(vars(config))
     rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
+    rate += f", then {then}" if then else ""
     size = f"{data.image_size[0]}x{data.image_size[1]}, {_several(data.channels, 'channel')}"
     device = "" if trainer.engine.reason == no_cuda(trainer.device) else f" on {trainer.device}"  # said there
     lines = {
