@@ -143,6 +143,11 @@ class DeviceLoader:
         mixes = self.mixing.draw(self.batch_size, self.generator)
         return self.mixing(images, labels, mixes.of(self._own))
 
+    def meta_batch(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`read` returns, on the meta device: shapes, dtypes and the order in memory."""
+        images = torch.empty(self.batch_shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
+        return images, torch.empty(len(self._index), dtype=torch.int64, device="meta")
+
     def state_dict(self) -> dict[str, Tensor | int]:
         """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TeachConfig
 from fastensdistill.engine.averages import Averages
-from fastensdistill.engine.checks import check_images, check_labels, check_micro_batches
+from fastensdistill.engine.checks import check_images, check_kind, check_labels, check_micro_batches
 from fastensdistill.engine.common import Scalars, autocast, float32_products
 from fastensdistill.engine.graph import Capturing, Graphs, Results
 from fastensdistill.engine.optimizer import Optimizer
@@ -59,7 +59,7 @@ class Bodies(Capturing):
         self.capture = capture and has_graphs(self.device)
         self.trained, self.optimizers, self.over_time, self.others = trained, optimizers, over_time, others
         self.images: list[Tensor] = []  # N of (B, channels, H, W), from the first batch on, as that lies in memory
-        self.labels: list[Tensor] = []  # N of int64 (B,)
+        self.labels: list[Tensor] = []  # N of int64 (B,), or of probabilities (B, classes)
         self.where: Hashable = None
         for optimizer in optimizers:
             optimizer.rates_on_device(self.device)
@@ -71,14 +71,18 @@ class Bodies(Capturing):
         tensors += [t for optimizer in self.optimizers for t in optimizer.tensors()] + self.over_time.tensors()
         return [tensor.detach() for tensor in tensors]
 
-    def accept(self, batches: Sequence[Tensor]) -> None:
-        """Make the static inputs like the first images of ``batches``; raises InputError for another shape later."""
+    def accept(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the static inputs like the first ``batches``; raises InputError for other shapes and labels later."""
         if not self.images:
-            self.images = [torch.empty_like(images, device=self.device) for images in batches]
-            self.labels = [torch.empty(len(x), dtype=torch.int64, device=self.device) for x in batches]
-        for given, own in zip(batches, self.images, strict=True):
-            if given.shape != own.shape:
-                raise InputError(f"images have shape {tuple(given.shape)}; this step was built for {tuple(own.shape)}")
+            self.images = [torch.empty_like(images, device=self.device) for images, _ in batches]
+            self.labels = [
+                torch.empty_like(labels, dtype=images.dtype if labels.is_floating_point() else None, device=self.device)
+                for images, labels in batches
+            ]
+        for (images, labels), own, of_them in zip(batches, self.images, self.labels, strict=True):
+            if images.shape != own.shape:
+                raise InputError(f"images have shape {tuple(images.shape)}; this step was built for {tuple(own.shape)}")
+            check_kind(labels, of_them)
         self.follow()
 
     def follow(self) -> None:
@@ -97,15 +101,14 @@ class Bodies(Capturing):
 
     def load(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Copy the batches into the static inputs."""
-        self.accept([images for images, _ in batches])
+        self.accept(batches)
         for own_images, own_labels, (images, labels) in zip(self.images, self.labels, batches, strict=True):
             own_images.copy_(images)
             own_labels.copy_(labels)
 
     def load_next(self, loaders: Sequence[DeviceLoader]) -> None:
         """The loaders' next batches, read by the device alone."""
-        last = torch.channels_last
-        self.accept([torch.empty(x.batch_shape, dtype=x.dtype, device="meta").to(memory_format=last) for x in loaders])
+        self.accept([loader.meta_batch() for loader in loaders])
         for loader in loaders:
             loader.advance()
         self.run(("read", *loaders), partial(self._read, loaders), [loader.generator for loader in loaders])

@@ -5,6 +5,7 @@ Values are on the device, and looking at them waits for it; a step does not, but
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -46,22 +47,56 @@ def check_pixels(images: Tensor) -> None:
 
 
 def check_labels(labels: Any, images: int) -> None:
-    """Raise InputError for what is not a label, int64, for each of so many images."""
+    """Raise InputError for what is neither a label, int64, nor probabilities (B, classes) for so many images."""
     if not isinstance(labels, Tensor):
-        raise InputError(f"labels are a {type(labels).__name__}; expected a tensor of int64")
-    if labels.dtype != torch.int64 or labels.shape != (images,):
-        hint = ": labels.argmax(1)" if labels.ndim == 2 and labels.shape[0] == images and labels.shape[1] > 1 else ""
-        hint = ": labels.long()" if labels.shape == (images,) and not labels.is_floating_point() else hint
-        raise InputError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 ({images},){hint}"
-        )
+        raise InputError(f"labels are a {type(labels).__name__}; expected a tensor of int64, or of probabilities")
+    soft = labels.is_floating_point()
+    good = labels.ndim == 2 and len(labels) == images if soft else labels.shape == (images,)
+    if good and (soft or labels.dtype == torch.int64):
+        return
+    hint = ": labels.argmax(1)" if labels.ndim == 2 and labels.shape[0] == images and labels.shape[1] > 1 else ""
+    hint = ": labels.long()" if labels.shape == (images,) and not soft else hint
+    expected = f"probabilities ({images}, classes), or torch.int64" if soft else "torch.int64"
+    raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected {expected} ({images},){hint}")
+
+
+def check_kind(labels: Tensor, own: Tensor) -> None:
+    """Raise InputError for ``labels`` that are not of the kind and shape of those that a step was built for."""
+    if labels.shape != own.shape:
+        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; this step was built for "
+                         f"{own.dtype} {tuple(own.shape)}")  # fmt: skip
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
-    """Raise InputError for labels outside 0..``classes`` − 1. Waits for the device."""
+    """Raise InputError for labels outside 0..``classes`` − 1, or no probabilities of these. Waits for the device."""
+    if labels.is_floating_point():
+        check_probabilities(labels, classes)
+        return
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= classes:
         raise InputError(f"labels hold {low if low < 0 else high}; expected classes from 0 to {classes - 1}")
+
+
+def check_columns(labels: Tensor, classes: int) -> None:
+    """Raise InputError for probabilities of other than so many classes."""
+    if labels.ndim == 2 and labels.shape[1] != classes:
+        raise InputError(f"labels have shape {tuple(labels.shape)}; expected ({len(labels)}, {classes}), a probability "
+                         "for each class")  # fmt: skip
+
+
+def check_probabilities(labels: Tensor, classes: int) -> None:
+    """Raise InputError unless every row of ``labels`` is a distribution over so many classes. Waits for the device."""
+    check_columns(labels, classes)
+    wide = labels.detach().double()
+    low, high = (float(value) for value in wide.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("labels hold values that are NaN or infinite; expected probabilities")
+    if low < 0:
+        raise InputError(f"labels hold {low:.4g}; expected probabilities: logits go through softmax first")
+    sums = wide.sum(1)
+    worst = float(sums[(sums - 1).abs().argmax()])
+    if abs(worst - 1) > SLACK + torch.finfo(labels.dtype).eps:  # more than rounding all of them adds up to
+        raise InputError(f"labels of an image add up to {worst:.4g}; expected probabilities, which add up to 1")
 
 
 def check_micro_batches(images: int, micro_batches: int) -> None:
@@ -84,7 +119,7 @@ class FirstBatch:
     over = False
 
     def see(self, images: Tensor | None = None, labels: Tensor | None = None, classes: int = 0) -> None:
-        """Raise InputError for ``images`` outside [0, 1] and for ``labels`` of other than so many ``classes``."""
+        """Raise InputError for ``images`` outside [0, 1] and for ``labels`` that are not of so many ``classes``."""
         if not self.over and images is not None and not images.is_meta:
             check_pixels(images)
         if not self.over and labels is not None and not labels.is_meta:

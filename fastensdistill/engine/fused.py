@@ -103,10 +103,11 @@ class FusedStep(CapturedStep):
     """One step of distillation as a fixed list of launches; the interface of ``ReferenceStep``.
 
     ``step = FusedStep(student, teachers, config)``, then ``step(images, labels)`` for images (B, channels, H, W) in
-    [0, 1], float32, and labels int64 (B,), always of one shape. Set the learning rate with :meth:`set_learning_rate`
-    before a step. Returns scalars on the device: loss (without weight decay), loss_kd, loss_ce and, where the
-    perturbation ascends them, tdiv and sdiv. On a CUDA device the first call captures the graph (``capture=False``
-    launches every op from Python instead); ``captured`` says whether that worked, ``capture_error`` why not.
+    [0, 1], float32, and labels int64 (B,) or probabilities (B, classes), always of one shape. Set the learning rate
+    with :meth:`set_learning_rate` before a step. Returns scalars on the device: loss (without weight decay), loss_kd,
+    loss_ce and, where the perturbation ascends them, tdiv and sdiv. On a CUDA device the first call captures the graph
+    (``capture=False`` launches every op from Python instead); ``captured`` says whether that worked, ``capture_error``
+    why not.
 
     From the first step (or from the start, with ``image_shape`` (channels, H, W) given) the student's parameters and
     running statistics live in this object's buffers: do not move or cast the student any more. The teachers' weights

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine.averages import Averages
-from fastensdistill.engine.checks import FirstBatch, check_class_count, check_images, check_labels, check_micro_batches
+from fastensdistill.engine.checks import (
+    FirstBatch,
+    check_class_count,
+    check_columns,
+    check_images,
+    check_labels,
+    check_micro_batches,
+)
 from fastensdistill.engine.common import (
     Scalars,
     State,
@@ -49,9 +56,10 @@ class ReferenceStep:
     """One step of distillation: perturb the batch, distil on the perturbed images, update.
 
     ``step = ReferenceStep(student, teachers, config, num_classes=10)``, then ``step(images, labels)`` for images
-    (B, channels, H, W) in [0, 1] and labels (B,). Set the learning rate with :meth:`set_learning_rate` before a step.
-    Returns scalars on the device, so nothing waits for the device: loss (without weight decay), loss_kd, loss_ce and,
-    where the perturbation ascends them, tdiv and sdiv. Cost of the paper's step: (M + 3K + 6) forwards.
+    (B, channels, H, W) in [0, 1] and labels (B,) or probabilities (B, classes). Set the learning rate with
+    :meth:`set_learning_rate` before a step. Returns scalars on the device, so nothing waits for it: loss (without
+    weight decay), loss_kd, loss_ce and, where the perturbation ascends them, tdiv and sdiv. Cost of the paper's step:
+    (M + 3K + 6) forwards.
     With ``config.micro_batches`` = n the batch is taken in n parts: one pair for all, each part normalised by its own
     statistics, one update by the mean gradient.
     """
@@ -133,7 +141,8 @@ class ReferenceStep:
 class TeachStep:
     """One step of M networks at once, each on its own batch: cross-entropy, the same recipe, nothing shared.
 
-    ``step(batches)`` takes M pairs of images (B, channels, H, W) and labels (B,), and returns the losses (M,).
+    ``step(batches)`` takes M pairs of images (B, channels, H, W) and labels (B,) or probabilities (B, classes), and
+    returns the losses (M,).
     """
 
     def __init__(self, networks: Sequence[nn.Module], config: TeachConfig):
@@ -190,8 +199,10 @@ class TeachStep:
         """The loss of network m on a micro-batch."""
         with autocast(self.config, self.device):
             logits = call(self.networks[m], images, f"network {m}")
+        check_columns(labels, logits.shape[-1])
         self.first.see(labels=labels, classes=logits.shape[-1])
-        return [F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)]
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        return [F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)]
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.optimizers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig
-from fastensdistill.engine.checks import FirstBatch, check_images, check_labels, check_micro_batches
+from fastensdistill.engine.checks import FirstBatch, check_images, check_kind, check_labels, check_micro_batches
 from fastensdistill.engine.common import Scalars, State, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.graph import Captured, Capturing, Graphs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Loaders = tuple["DeviceLoader", ...]
 Batch = tuple[Tensor, Tensor | None]
-"""Images (B, channels, H, W), and labels (B,) where they are needed."""
+"""Images (B, channels, H, W), and labels (B,) or (B, classes) where they are needed."""
 
 
 def mean_of_micro_batches(scalars: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -57,8 +57,8 @@ class CapturedStep(Capturing):
     trained: TrainedPass
     classes: int
     images: Tensor  # (N, B, H, W, channels), from ``build`` on
-    labels: Tensor  # int64 (N, B)
-    built = False
+    labels: Tensor  # int64 (N, B), or probabilities (N, B, classes) if the first ones were
+    built = labelled = False
     loaders: Loaders = ()
 
     def __init__(
@@ -88,7 +88,7 @@ class CapturedStep(Capturing):
         raise NotImplementedError
 
     def _launch_all(self, images: Tensor, labels: Tensor) -> Scalars:
-        """The whole step on ``images`` (N, B, H, W, C) and ``labels`` (N, B); waits for nothing."""
+        """The whole step on ``images`` (N, B, H, W, C) and ``labels`` (N, B, ...); waits for nothing."""
         raise NotImplementedError
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> Sequence[Tensor]:
@@ -146,12 +146,22 @@ class CapturedStep(Capturing):
                 check_labels(labels, len(images))
             self.accept(images.shape)
             self.first.see(images, labels, self.classes)
+            if labels is not None:
+                self.accept_labels(labels)
         for i, (images, labels) in enumerate(batches):
             self.images[i].copy_(images.permute(0, 2, 3, 1))
             if labels is not None:
                 self.labels[i].copy_(labels)
                 self.first.over = True
         self.follow()
+
+    def accept_labels(self, labels: Tensor) -> None:
+        """The first decide whether a batch has classes or probabilities; raises InputError for the other kind later."""
+        if not self.labelled and labels.is_floating_point():
+            shape = self.batches, *labels.shape
+            self.labels = torch.zeros(shape, dtype=self.rate.dtype, device=self.device)
+        self.labelled = True
+        check_kind(labels, self.labels[0])
 
     def advance(self, loaders: Loaders) -> None:
         """Have each of the N ``loaders`` choose its next batch, which the step will read."""

@@ -2,7 +2,7 @@
 
 Cross-entropy, the same recipe, nothing shared (docs/method.md, Loss and Recipe).
 
-    loss_m = mean_b −log softmax(z_m)_label        ∂loss_m/∂z_m = (softmax(z_m) − onehot(label)) / B
+    loss_m = mean_b cross-entropy(z_m, labels)        ∂loss_m/∂z_m: ``kernels.cross_entropy``, divided by B
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.cross_entropy import cross_entropy
 from fastensdistill.method.arguments import checked_config, listed_networks
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.overlap import common_memory, trained_tensors
@@ -52,10 +53,10 @@ def common_architecture(networks: Sequence[nn.Module], shape: ImageShape) -> Net
 class FusedTeachStep(CapturedStep):
     """One step of M networks of one architecture at once; the interface of ``TeachStep``.
 
-    ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,), always of
-    one shape, and returns the losses (M,). The networks' parameters live in this object's buffers from the start: do
-    not move or cast them any more. ``implementations``, ``captured`` and ``capture_error`` as for ``FusedStep``.
-    Raises InputError for networks that only the reference engine can train.
+    ``step(batches)`` takes M pairs of images (B, channels, H, W), float32 in [0, 1], and labels int64 (B,) or
+    probabilities (B, classes), always of one shape, and returns the losses (M,). The networks' parameters live in this
+    object's buffers from the start: do not move or cast them any more. ``implementations``, ``captured`` and
+    ``capture_error`` as for ``FusedStep``. Raises InputError for networks that only the reference engine can train.
     """
 
     def __init__(
@@ -85,12 +86,9 @@ class FusedTeachStep(CapturedStep):
         return {"loss": loss}
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
-        log_p = self.trained.forward(images).log_softmax(-1)
-        index = labels[..., None]
-        loss = -log_p.gather(-1, index)[..., 0].mean(1)
-        grad_logits = log_p.exp().scatter_add_(-1, index, torch.full_like(log_p[..., :1], -1))
-        self.trained.backward(grad_logits.div_(self.micro_batches * log_p.shape[1]), add)
-        return [loss]
+        rows, grad_logits = cross_entropy(self.trained.forward(images).log_softmax(-1), labels)
+        self.trained.backward(grad_logits.div_(self.micro_batches * rows.shape[1]), add)
+        return [rows.mean(1)]
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Scalars:

@@ -3,13 +3,15 @@
 For branch k, image b, temperature τ, and the target p of branch k (docs/method.md, Loss)
 
     L_KD = τ² · mean_{k,b} − Σ_c p_c · log softmax(z_S[k,b] / τ)_c
-    L_CE =      mean_{k,b} − log softmax(z_S[k,b])_label[b]
+    L_CE =      mean_{k,b} − Σ_c y[b]_c · log softmax(z_S[k,b])_c
     L    = (1 − α) · L_CE + α · L_KD
 
     p = softmax(z_T[k mod M, b] / τ)          target "one-to-one"
     p = mean_m softmax(z_T[m, b] / τ)         target "mean"
 
-    ∂L/∂z_S[k,b] = ( α·τ·(softmax(z_S/τ) − p) + (1 − α)·(softmax(z_S) − onehot(label)) ) / (K·B)
+    ∂L/∂z_S[k,b] = ( α·τ·(softmax(z_S/τ) − p) + (1 − α)·(softmax(z_S)·Σ_c y_c − y) ) / (K·B)
+
+Labels y are probabilities, or classes, which stand for one-hot rows.
 
 The gradient costs two more multiplications per logit once the softmaxes are there, so the op returns it with the value;
 ``backward`` only scales it. A label outside [0, C) cannot be reported without reading it back from the device: it makes
@@ -24,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastensdistill.errors import InputError, unknown
+from fastensdistill.kernels.cross_entropy import cross_entropy
 from fastensdistill.kernels.diversity_seed import diversity_seed_reference, empty_seeds, empty_value
 from fastensdistill.kernels.operands import (
+    FLOATING,
     accumulator,
     check_device,
     check_floating,
@@ -53,15 +57,15 @@ def distillation_loss_reference(
         p = p[torch.arange(K, device=z.device) % teacher_logits.shape[0]]
     log_q = F.log_softmax(z / temperature, -1)
     loss_kd = -(p * log_q).sum() * (temperature**2 / (K * B))
-    log_q1 = F.log_softmax(z, -1)
-    index = labels.clamp(0, C - 1).expand(K, B).unsqueeze(-1)
-    hit = log_q1.gather(-1, index)
-    hit = torch.where((labels == index[0, :, 0]).unsqueeze(-1), hit, math.nan)
-    loss_ce = -hit.mean()
+    classes = labels if labels.is_floating_point() else labels.clamp(0, C - 1)
+    rows, hard = cross_entropy(F.log_softmax(z, -1), classes)
+    if classes is not labels:
+        rows = torch.where(labels == classes, rows, math.nan)
+        hard = hard + 0 * rows.unsqueeze(-1)
+    loss_ce = rows.mean()
     gradient = (log_q.exp() - p) * (alpha * temperature / (K * B))
     if alpha == 1:
         return loss_kd, loss_kd.clone(), loss_ce, gradient.to(branch_logits.dtype)
-    hard = log_q1.exp().scatter_add(-1, index, torch.full_like(hit, -1)) + 0 * hit
     gradient = gradient + hard * ((1 - alpha) / (K * B))
     return (1 - alpha) * loss_ce + alpha * loss_kd, loss_kd, loss_ce, gradient.to(branch_logits.dtype)
 
@@ -121,17 +125,25 @@ def _check(
         )
     if teacher_logits.requires_grad:
         raise InputError("teacher_logits requires gradients; teachers are frozen: detach it or run them in no_grad")
-    if labels.dtype != torch.int64:
-        raise InputError(f"labels has dtype {labels.dtype}; expected torch.int64")
-    B = branch_logits.shape[1]
-    if labels.shape != (B,):
-        raise InputError(f"labels has shape {tuple(labels.shape)}; expected ({B},), one per image")
+    if not (labels.dtype == torch.int64 or labels.dtype in FLOATING):
+        raise InputError(f"labels has dtype {labels.dtype}; expected torch.int64, or floating probabilities")
+    _, B, C = branch_logits.shape
+    if labels.shape != ((B, C) if labels.is_floating_point() else (B,)):
+        expected = f"({B}, {C}), a probability per class" if labels.is_floating_point() else f"({B},), one per image"
+        raise InputError(f"labels has shape {tuple(labels.shape)}; expected {expected}")
+    if labels.requires_grad:
+        raise InputError("labels requires gradients, which the loss does not give: detach them")
     check_device("labels", labels, "branch_logits", branch_logits)
     check_positive("temperature", temperature)
     if not (0 <= alpha <= 1):
         raise InputError(f"alpha is {alpha}; expected a number from 0 to 1")
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
+
+
+def _as_operand(labels: Tensor, branch_logits: Tensor) -> Tensor:
+    """Probabilities in what the op computes in."""
+    return labels.to(accumulator(branch_logits.dtype)) if labels.is_floating_point() else labels
 
 
 def distillation_loss(
@@ -143,7 +155,7 @@ def distillation_loss(
     Args:
         teacher_logits: [M, B, C], float32, bfloat16, float16 or float64; must not require gradients.
         branch_logits: [K, B, C], the same dtype and device.
-        labels: [B] int64.
+        labels: [B] int64, or probabilities [B, C], floating, as ``torch.nn.functional.cross_entropy`` takes them.
         temperature: τ > 0, on both sides.
         alpha: weight of the distillation term, 0 to 1; cross-entropy with the labels has weight 1 − α.
         target: "one-to-one" (branch k learns from teacher k mod M) or "mean" (every branch from the teachers' mean).
@@ -158,6 +170,7 @@ def distillation_loss(
     Source: Nam et al., ICML 2022; docs/method.md, Loss.
     """
     _check(teacher_logits, branch_logits, labels, temperature, alpha, target)
+    labels = _as_operand(labels, branch_logits)
     return _distillation_loss(teacher_logits, branch_logits, labels, temperature, alpha, target == "mean")
 
 
@@ -183,4 +196,5 @@ def distill_and_diversify(
     if not (pair.dtype == torch.int64 and pair.shape == (2,)):
         raise InputError(f"pair has dtype {pair.dtype} and shape {tuple(pair.shape)}; expected two torch.int64")
     check_device("pair", pair, "branch_logits", branch_logits)
+    labels = _as_operand(labels, branch_logits)
     return _distill_and_diversify(teacher_logits, branch_logits, labels, pair, temperature, alpha, target == "mean")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.data import Augment, DeviceLoader, Split
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import PackedWeights, TrainedWeights
@@ -58,6 +60,14 @@ def batch(step: int, B: int = 3, size: int = 6, dtype=torch.float64) -> tuple[Te
         images.contiguous(memory_format=torch.channels_last),
         torch.randint(CLASSES, (B,), generator=generator),
     )
+
+
+def loader(seed: int, B: int = 4, kind: type[DeviceLoader] = DeviceLoader, **options) -> DeviceLoader:
+    """Of eleven images, cropped and mirrored."""
+    generator = np.random.default_rng(3)
+    split = Split(generator.integers(0, 256, (11, 6, 6, 3), dtype=np.uint8), generator.integers(0, CLASSES, 11))
+    own = torch.Generator().manual_seed(seed)
+    return kind(split, B, device="cpu", generator=own, augment=Augment(1), dtype=torch.float64, **options)
 
 
 def steps(step, count: int, rate: float = 0.05, **shape) -> list[dict[str, Tensor]]:

@@ -6,23 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastensdistill.data import Augment, DeviceLoader, Split
+from fastensdistill.data import DeviceLoader, Split
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from tests.compare import check_close
-from tests.engine.cases import CLASSES, batch, check_equal, setting, steps, teach_setting
+from tests.engine.cases import CLASSES, batch, check_equal, loader, setting, steps, teach_setting
 from tests.engine.meta import build, watched
 from tests.network import models
 from tests.untyped import untyped
-
-
-def loader(seed: int, B: int = 4, **options) -> DeviceLoader:
-    generator = np.random.default_rng(3)
-    split = Split(generator.integers(0, 256, (11, 6, 6, 3), dtype=np.uint8), generator.integers(0, CLASSES, 11))
-    own = torch.Generator().manual_seed(seed)
-    return DeviceLoader(split, B, device="cpu", generator=own, augment=Augment(1), dtype=torch.float64, **options)
 
 
 @pytest.mark.parametrize("perturbation", ["tdiv-sdiv", "confods", "gaussian", "none"])
@@ -167,7 +160,10 @@ REFUSED = {
     "an array": (lambda x, y: (x.numpy(), y), "images are a ndarray; expected a tensor"),
     "too few labels": (lambda x, y: (x, y[:2]), r"labels are torch.int64 of shape \(2,\); expected torch.int64 \(3,\)"),
     "short labels": (lambda x, y: (x, y.int()), r"labels are torch.int32 of shape \(3,\); expected torch.int64"),
-    "a list of labels": (lambda x, y: (x, y.tolist()), "labels are a list; expected a tensor of int64"),
+    "a list of labels": (
+        lambda x, y: (x, y.tolist()),
+        "labels are a list; expected a tensor of int64, or of probabilities",
+    ),
 }
 
 

@@ -160,19 +160,19 @@ def test_where_tensors_move_or_are_frozen_all_is_captured_anew(monkeypatch):
     monkeypatch.setattr("fastensdistill.engine.captured.Graphs", lambda state, device: made.append(1))
     _, other, _ = both()
     other.bodies.capture, other.bodies.graphs = True, None
-    images = [batch(0)[0]]
-    other.bodies.accept(images)
-    other.bodies.accept(images)
+    batches = [batch(0)]
+    other.bodies.accept(batches)
+    other.bodies.accept(batches)
     assert len(made) == 1
     parameter = next(other.student.parameters())
     parameter.requires_grad_(False)
-    other.bodies.accept(images)
+    other.bodies.accept(batches)
     parameter.data = parameter.data.clone()
-    other.bodies.accept(images)
+    other.bodies.accept(batches)
     next(other.teachers.buffers()).data = next(other.teachers.buffers()).data.clone()
-    other.bodies.accept(images)
+    other.bodies.accept(batches)
     other.load_state_dict(other.state_dict())
-    other.bodies.accept(images)
+    other.bodies.accept(batches)
     assert len(made) == 4
 
 
