@@ -146,7 +146,9 @@ class DeviceLoader:
     def meta_batch(self) -> tuple[Tensor, Tensor]:
         """What :meth:`read` returns, on the meta device: shapes, dtypes and the order in memory."""
         images = torch.empty(self.batch_shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
-        return images, torch.empty(len(self._index), dtype=torch.int64, device="meta")
+        if self.mixing is not None:
+            return images, images.new_empty(len(images), self.mixing.classes)
+        return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """What continues the sequence bit for bit, also within an epoch: CPU tensors and whole numbers.

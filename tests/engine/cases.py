@@ -62,12 +62,13 @@ def batch(step: int, B: int = 3, size: int = 6, dtype=torch.float64) -> tuple[Te
     )
 
 
-def loader(seed: int, B: int = 4, kind: type[DeviceLoader] = DeviceLoader, **options) -> DeviceLoader:
+def loader(seed: int, B: int = 4, mixup: float = 0.0, **options) -> DeviceLoader:
     """Of eleven images, cropped and mirrored."""
     generator = np.random.default_rng(3)
     split = Split(generator.integers(0, 256, (11, 6, 6, 3), dtype=np.uint8), generator.integers(0, CLASSES, 11))
     own = torch.Generator().manual_seed(seed)
-    return kind(split, B, device="cpu", generator=own, augment=Augment(1), dtype=torch.float64, **options)
+    options |= {"augment": Augment(1, mixup=mixup), "classes": CLASSES}
+    return DeviceLoader(split, B, device="cpu", generator=own, dtype=torch.float64, **options)
 
 
 def steps(step, count: int, rate: float = 0.05, **shape) -> list[dict[str, Tensor]]:

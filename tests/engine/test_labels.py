@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastensdistill.data import DeviceLoader
 from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
@@ -28,19 +27,6 @@ def soft(labels: Tensor, seed: int = 0) -> Tensor:
     return p / p.sum(1, keepdim=True)
 
 
-class SoftLoader(DeviceLoader):
-    """A loader whose labels are mixed with those of the images before."""
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        images, labels = super().read()
-        y = F.one_hot(labels, CLASSES).to(self.dtype)
-        return images, 0.7 * y + 0.3 * y.roll(1, 0)
-
-    def meta_batch(self) -> tuple[Tensor, Tensor]:
-        images, labels = super().meta_batch()
-        return images, torch.empty(len(labels), CLASSES, dtype=self.dtype, device="meta")
-
-
 def given(i: int, B: int = 4) -> tuple[Tensor, Tensor]:
     images, labels = batch(i, B)
     return images, soft(labels, i)
@@ -57,7 +43,7 @@ def test_all_engines_distil_with_probabilities(kind, reads):
         CapturedReferenceStep(students[1], teachers, config, num_classes=CLASSES),
         FusedStep(students[2], teachers, config),
     )
-    loaders = [loader(0, kind=SoftLoader) for _ in steps]
+    loaders = [loader(0, mixup=0.5) for _ in steps]
     for i in range(3):
         expected, *others = (
             step.train_on(own) if reads else step(*given(i)) for step, own in zip(steps, loaders, strict=True)
@@ -79,7 +65,7 @@ def test_all_engines_teach_with_probabilities(reads):
         CapturedTeachStep(every[1], config),
         FusedTeachStep(every[2], config, image_shape=(3, 6, 6)),
     )
-    loaders = [[loader(m, kind=SoftLoader) for m in range(2)] for _ in steps]
+    loaders = [[loader(m, mixup=0.5) for m in range(2)] for _ in steps]
     for i in range(3):
         expected, *others = (
             step.train_on(own)["loss"] if reads else step([given(2 * i + m) for m in range(2)])["loss"]
