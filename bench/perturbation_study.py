@@ -54,12 +54,11 @@ WAYS: dict[str, tuple[str, str, float, tuple[str, ...]]] = {
     "LatentBE": ("latent-be", "none", 0, BOTH),
     "TDiv-SDiv 4/255": ("latent-be", "tdiv-sdiv", 4, BOTH),
     "noise 4/255": ("latent-be", "gaussian", 4, ("fit",)),
-    "TDiv-SDiv 1/255": ("latent-be", "tdiv-sdiv", 1, ("fit",)),
 }
 # What is compared: the second is subtracted from the first
 PAIRS = [
     ("LatentBE", "KD"), ("TDiv-SDiv 4/255", "LatentBE"), ("TDiv-SDiv 4/255", "noise 4/255"),
-    ("noise 4/255", "LatentBE"), ("TDiv-SDiv 1/255", "LatentBE"),
+    ("noise 4/255", "LatentBE"),
 ]  # fmt: skip
 MEASURES = ("accuracy", "nll", "cnll", "branch_kl")
 T95 = 2.776  # of Student's distribution with the four degrees of freedom of five seeds
