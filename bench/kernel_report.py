@@ -25,11 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import cuda_report, depthwise, elementwise
+from fastensdistill.data.augment import Augment, augment_images, draw, make_tables
 from fastensdistill.engine.joint import run_together
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
 from fastensdistill.engine.passes import run_part
-from fastensdistill.kernels.augment import augment
 from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.models import create_model
@@ -60,6 +60,13 @@ NETWORKS = {
     "elementwise": (0, 0, 16),
     "depthwise": (0, 0, 16),
 }
+
+
+# Each kind of change on its own, and all of them
+AUGMENTATIONS = (
+    Augment(), Augment(cutout=8, erasing=0.25), Augment(resized_crop=(0.08, 1.0)), Augment(trivial_augment=True),
+    Augment(resized_crop=(0.08, 1.0), trivial_augment=True, cutout=8, erasing=0.25),
+)  # fmt: skip
 
 
 def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, KernelLaunch]:
@@ -97,9 +104,11 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
                     index = torch.arange(groups, dtype=torch.int32)
                     one, other = (PartRun(p, left[p.training][0], index, dict(left[p.training][1])) for p in parts)
                     run_together(join(*parts), one, other)
-        shifts, flips = torch.empty(batch, 2, dtype=torch.int32), torch.empty(batch, dtype=torch.uint8)
-        images, index = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
-        augment(images, index, shifts, flips)
+        images, index = torch.empty(64, 3, size, size, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
+        images = images.contiguous(memory_format=torch.channels_last)
+        for augment in AUGMENTATIONS:
+            draws = draw(batch, augment, torch.Generator())
+            augment_images(images, index, draws, augment, make_tables(augment, (size, size), "cpu"))
     return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
 
 
@@ -148,6 +157,9 @@ def describe(launch: KernelLaunch) -> str:
         words.append(f"{a['KERNEL_H']}x{a['KERNEL_W']} s{a['STRIDE_H']} {a['C']} channels @{a['H']}")
     elif "C" in a:
         words.append(f"{a['C']} channels")
+    if "N_CROPS" in a:  # of the images
+        words += [word for word, on in (("resized", a["N_CROPS"]), ("TrivialAugment", a["p_rows"] is not None),
+                                        ("erased", a.get("CUTOUT") or a.get("N_ERASED"))) if on]  # fmt: skip
     words += [a["KIND"]] if "KIND" in a else []
     fused = ("p_in_scale", "p_bias", "p_residual", "p_mask", "p_scale", "p_next_scale", "p_center", "p_mean")
     for side, before in (("", ""), ("_e", "evaluation:"), ("_t", "training:")):  # of a joint launch two

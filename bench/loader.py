@@ -77,7 +77,7 @@ def device_op(split: Split, batch: int, device: torch.device, pad: int, flip: bo
         if i == 0:
             state["order"] = torch.randperm(len(labels), generator=generator, device=device)
         index = state["order"][i * batch : (i + 1) * batch]
-        dy, dx, flips = draw(batch, Augment(pad, flip), generator)
+        dy, dx, flips, _ = draw(batch, Augment(pad, flip), generator)
         shifts = torch.zeros(batch, 2, dtype=torch.int32, device=device)
         if dy is not None and dx is not None:
             shifts = torch.stack([dy, dx], 1).int() - pad

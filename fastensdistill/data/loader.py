@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastensdistill.data.augment import Augment, crop_and_flip, draw, to_float
+from fastensdistill.data.augment import Augment, augment_images, draw, make_tables, to_float
 from fastensdistill.data.mixing import Mixing
 from fastensdistill.data.sources import Split
 from fastensdistill.errors import InputError
@@ -49,8 +49,8 @@ class DeviceLoader:
     """Endless shuffled training batches from a split that lives on the device.
 
     Each epoch is a new permutation; its last incomplete batch is dropped. All randomness comes from ``generator``,
-    drawn in this order: the permutation when an epoch starts, then per batch the row offsets, column offsets, flips,
-    and how images are mixed, which they are within a process's share.
+    drawn in this order: the permutation when an epoch starts, then per batch what ``augment.draw`` draws, and how
+    images are mixed, which they are within a process's share.
 
     ``share`` (rank, count) is one of ``count`` processes: with equal seeds all of them draw the same batches, and each
     hands out its own ``batch_size / count`` images of every batch.
@@ -73,8 +73,8 @@ class DeviceLoader:
         counts the data's, where images are mixed.
 
         Given an ``EvaluationSet`` on ``device``, the loader reads that memory: several loaders, one copy.
-        Raises ``InputError`` for a batch below 1 or larger than the set, or that ``share`` does not divide, a pad that
-        does not fit the images, images that are not uint8 NHWC, and a generator on another device.
+        Raises ``InputError`` for a batch below 1 or larger than the set, or that ``share`` does not divide, an
+        augmentation that does not fit the images, images that are not uint8 NHWC, and a generator on another device.
         """
         check_batch_size(batch_size)
         rank, count = share
@@ -89,7 +89,9 @@ class DeviceLoader:
                 raise InputError(f"the set is on {self.images.device}; expected it on {device}")
         else:
             self.images, self.labels = to_device(split, torch.device(device))
-        self.augment.check((self.images.shape[2], self.images.shape[3]))
+        size = self.images.shape[2], self.images.shape[3]
+        self.augment.check(size, self.images.shape[1])
+        self._tables = make_tables(self.augment, size, self.images.device)
         if generator.device.type != self.images.device.type:
             raise InputError(f"the generator is on {generator.device}; expected it on {self.images.device}")
         self.batch_size, self.generator, self.dtype = batch_size, generator, dtype
@@ -114,8 +116,8 @@ class DeviceLoader:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the set on the device, in bytes."""
-        return self.images.nbytes + self.labels.nbytes
+        """Memory of the set and of the augmentation's tables on the device, in bytes."""
+        return self.images.nbytes + self.labels.nbytes + self._tables.nbytes
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, H, W)`` in [0, 1], channels_last, and labels: int64 ``(B,)``, of mixed images probabilities
@@ -134,9 +136,8 @@ class DeviceLoader:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The batch that was chosen, as :meth:`next` returns it, with draws of its own: work for the device alone."""
-        draws = draw(self.batch_size, self.augment, self.generator)
-        dy, dx, flips = (None if d is None else d[self._own] for d in draws)
-        images = crop_and_flip(self.images, self._index, dy, dx, flips, self.augment.pad, self.dtype)
+        draws = draw(self.batch_size, self.augment, self.generator).of(self._own)
+        images = augment_images(self.images, self._index, draws, self.augment, self._tables, self.dtype)
         labels = self.labels[self._index]
         if self.mixing is None:
             return images, labels

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastensdistill.data import DeviceLoader, Split
+from fastensdistill.data.augment import Draws
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
@@ -55,7 +56,7 @@ def test_reading_the_batch_waits_for_nothing(monkeypatch):
     own._permutation = own._permutation.to("meta")
     monkeypatch.setattr(
         "fastensdistill.data.loader.draw",
-        lambda count, *_: tuple(torch.zeros(count, dtype=torch.int64, device="meta") for _ in range(3)),
+        lambda count, *_: Draws(*(torch.zeros(count, dtype=torch.int64, device="meta") for _ in range(3))),
     )
     step.accept(own.batch_shape)
     step.loaders = (own,)

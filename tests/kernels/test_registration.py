@@ -33,6 +33,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     joint_head,
     launch,
     layer_norm,
+    lookup_tables,
     mix,
     ops,
     pack,
@@ -42,6 +43,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     unfold,
 )
 from fastensdistill.kernels.layout import Layout
+from fastensdistill.kernels.trivial_augment import trivial_rows
 from tests.kernels.both import values
 
 OPS = torch.ops.fastensdistill
@@ -75,6 +77,10 @@ def _joint():
 
 SQUARE, X6 = (3, 3, 1, 1, 1, 1, 1, 1), torch.ones(1, 6)
 NO_EPILOGUE = elementwise_gradient.GradientEpilogue()
+CROP = (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8))  # fmt: skip
+NUMBERS, SIZES = torch.arange(20, dtype=torch.int32).view(2, 10) << 26, torch.tensor([[3, 2]], dtype=torch.int32)
+NO_CHANGE, TRIVIAL = augment.ChangeOperands(), trivial_rows(5, 5)
 CALLS = {
     "grouped_conv": _conv(),
     "grouped_conv, everything": _conv(**EVERYTHING),
@@ -134,8 +140,11 @@ CALLS = {
     "sgd": (values(9), values(9, seed=1), values(9, seed=2), torch.tensor(0.1), 4.0, 0.9, 5e-4),
     "branch_rows": (torch.zeros(4), torch.tensor([[2, 0], [1, -1], [0, -1], [-2, 3], [-1, 0]]), values(9),
                     DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),
-    "augment": (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64),
-                torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8), "float16"),
+    "augment": (*CROP, None, None, *NO_CHANGE, "float16"),
+    "augment, everything": (*CROP, NUMBERS, SIZES, TRIVIAL, torch.zeros(2, 3, 256, dtype=torch.uint8), 3, SIZES,
+                            1 << 30, "float32"),
+    "lookup_tables": (*CROP, NUMBERS, None, TRIVIAL),
+    "lookup_tables, resized": (*CROP, NUMBERS, SIZES, TRIVIAL),
     "mix": (values(2, 5, 5, 3), torch.tensor([3, 0]), values(2, 4).abs(), torch.full((2, 5), 0.3), 6, 0.2, 1.0),
 }  # fmt: skip
 
