@@ -36,7 +36,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     """
     cls, _ = COMMANDS[name]
     known = settings_of(cls)
-    given = read_flags(name, cls, argv)
+    given = flags = read_flags(name, cls, argv)
     file = given.pop("config", None)
     if file is not None:
         given = read_settings(file, known) | given
@@ -45,6 +45,8 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         if saved.is_file():
             given = read_settings(saved, known) | given
             file = file or saved
+    if "seed" in flags and given.get("seeds"):
+        raise InputError("--seed and --seeds: expected one of the two")
     try:
         return cls(**given)
     except InputError as error:  # settings that do not fit each other

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastensdistill.config import DataConfig, DistillRun, ModelConfig, TeachRun, check_device_name
+from fastensdistill.config import DataConfig, DistillRun, TeachRun, check_device_name
 from fastensdistill.errors import InputError
 from fastensdistill.export import FORMATS
 from fastensdistill.files import expanded
@@ -53,6 +53,8 @@ class ExportRun(DataConfig):
     """Folder for the exported files."""
     formats: tuple[str, ...] = setting(FORMATS[:2], choices=FORMATS)
     """Any of: safetensors, torch, onnx."""
+    ema: bool = False
+    """The run's average over time, which one with --ema-decay kept, instead of the network itself."""
     model: str | None = setting(None, check=check_name)
     """Architecture of a file that does not say it."""
     mean: tuple[float, ...] = ()
@@ -100,73 +102,101 @@ class PlanRun(Settings):
 
 
 def teach(run: TeachRun) -> None:
-    """Train M teachers, and write their networks, metrics and report to ``run.out``."""
+    """Train M teachers, or those of several seeds, and write their networks, metrics and report to ``run.out``."""
+    from fastensdistill import building
     from fastensdistill.evaluate import runs
+    from fastensdistill.train.seeds import train_seeds
     from fastensdistill.train.setup import seeded
     from fastensdistill.train.teach import TeachTrainer
 
     notes = [] if run.data else ["no --data was given: scikit-learn's digits"]
     run.data = run.data or "digits"
-    data = prepare(run)
-    networks = [seeded(run.seed + i, lambda: build_model(run, data)) for i in range(run.members)]
-    record_model(run, networks[0])
-    trainer = TeachTrainer(networks, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
-    trainer.saved_config, trainer.notes = run, notes
-    trainer.fit()
+    data = building.prepare(run)
+
+    def trainer_of(own: TeachRun) -> TeachTrainer:
+        networks = [seeded(own.seed + i, lambda: building.build_model(own, data)) for i in range(own.members)]
+        building.record_model(own, networks[0])
+        trainer = TeachTrainer(networks, data, own, out=own.out, resume=own.resume, tensorboard=own.tensorboard)
+        trainer.saved_config, trainer.notes = own, notes
+        return trainer
+
+    if run.seeds:
+        building.record_model(run, building.build_model(run, data))
+        conclude(run, data, *train_seeds(run, trainer_of), "Teachers", [])
+        return
+    trainer = trainer_of(run).fit()
     if trainer.first:
         rows = runs.find_candidates([run.out], data)
         summarize(rows, trainer.data, run.out, trainer.device, "Teachers", trainer.warnings)
 
 
 def distill(run: DistillRun) -> None:
-    """Distil teachers into a student, and write its networks, metrics and report to ``run.out``."""
+    """Distil teachers into a student, or one of each seed, and write networks, metrics and report to ``run.out``."""
+    from fastensdistill import building
     from fastensdistill.data.channels import for_networks
     from fastensdistill.evaluate import runs
-    from fastensdistill.evaluate.origin import choose_data, origins
-    from fastensdistill.method.student import STUDENTS
+    from fastensdistill.evaluate.origin import choose_data
     from fastensdistill.method.teachers import Teachers
-    from fastensdistill.models import ModelSpec, create_model
     from fastensdistill.train.distill import DistillTrainer
-    from fastensdistill.train.setup import seeded
-    from fastensdistill.weights import members
+    from fastensdistill.train.seeds import train_seeds
 
     if not run.teachers:
         raise InputError("no teachers given: expected --teachers with files, or a folder that teach wrote")
-    for path in run.teachers:
-        members(path)  # what is no file and holds no teachers is named before anything is read
-    given = origins(run.teachers, run.unfinished)
-    run, line = choose_data(run, given)
-    data = prepare(run)
+    sets = runs.teacher_sets(run.teachers, run.seeds, unfinished=run.unfinished, ema=run.teacher_ema)
+    run, line = choose_data(run, [one for given in sets for one in given])
+    data = building.prepare(run)
     notes: list[str] = []
-    networks, files = runs.load_teachers_of(given, runs.teachers_of(vars(run)), data, notes)
-    run.teachers = tuple(files)
-    data = for_networks(data, networks)
-    teachers = Teachers(networks)
-    if run.branches is None:
-        run.branches = 1 if run.student == "single" else len(teachers)
-    spec = getattr(teachers.networks[0], "spec", ModelSpec("wrn28_4"))
+    foreign = runs.teachers_of(vars(run))
+    loaded = [runs.load_teachers_of(given, foreign, data, notes) for given in sets]
+    notes = list(dict.fromkeys(notes))
+    data = for_networks(data, [network for networks, _ in loaded for network in networks])
+    learned_from = [(Teachers(networks), tuple(files)) for networks, files in loaded]
+    told = [*([line] if line else []), *notes]
 
-    def create() -> Any:
-        if run.model or run.arguments():
-            return build_model(run, data)
-        shape = {k: v for k, v in spec.arguments.items() if k not in ("num_classes", "mean", "std")}
-        return create_model(spec.name, data.num_classes, mean=data.mean, std=data.std, **shape)
+    def trainer_of(own: DistillRun) -> DistillTrainer:
+        teachers, own.teachers = learned_from[run.seeds.index(own.seed) if len(sets) > 1 else 0]
+        student = building.build_student(own, data, teachers)
+        building.record_model(own, student.module)
+        trainer = DistillTrainer(student, teachers, data, own, out=own.out, resume=own.resume,
+                                 tensorboard=own.tensorboard)  # fmt: skip
+        trainer.saved_config, trainer.notes = own, told
+        return trainer
 
-    branches = run.branches
-    student = seeded(run.seed, lambda: STUDENTS[run.student](create(), branches))
-    record_model(run, student.module)
-    trainer = DistillTrainer(student, teachers, data, run, out=run.out, resume=run.resume, tensorboard=run.tensorboard)
-    trainer.saved_config, trainer.notes = run, [*([line] if line else []), *notes]
-    trainer.fit()
+    title = f"{run.student}, {run.perturbation}"
+    if run.seeds:
+        run.teachers = tuple(expanded(path).resolve() for path in run.teachers)
+        building.record_model(run, building.build_student(replace(run), data, learned_from[0][0]).module)
+        beside = runs.rows_of_teachers(learned_from)
+        conclude(run, data, *train_seeds(run, trainer_of), title, notes, beside)
+        return
+    trainer = trainer_of(run).fit()
     if trainer.first:
-        beside = runs.teacher_candidates(list(trainer.teachers.networks), run.teachers)
+        beside = runs.rows_of_teachers([(trainer.teachers, run.teachers)])
         rows = runs.uniquely_named([*beside, *runs.find_candidates([run.out], data)])
-        told = [*notes, *trainer.warnings]
-        summarize(rows, trainer.data, run.out, trainer.device, f"{run.student}, {run.perturbation}", told)
+        summarize(rows, trainer.data, run.out, trainer.device, title, [*notes, *trainer.warnings])
+
+
+def conclude(
+    run: Any, data: Dataset, ended: Sequence[Path], failed: Sequence[str], title: str, notes: Sequence[str],
+    beside: Sequence[Any] = (),
+) -> None:  # fmt: skip
+    """The table and the report of several seeds, with rows ``beside`` it. Raises InputError where any ``failed``."""
+    from fastensdistill.engine import parallel
+    from fastensdistill.evaluate import runs
+    from fastensdistill.evaluate.origin import seed_origin
+    from fastensdistill.train.setup import choose_device
+
+    if ended and parallel.rank() == 0:
+        rows = runs.uniquely_named([*beside, *runs.candidates_of([seed_origin(f) for f in ended], data)])
+        summarize(rows, data, run.out, choose_device(run.device), title, [*notes, *failed])
+    if failed:
+        others = f"; the others are in {run.out}" if ended else ""
+        raise InputError(f"{len(failed)} of {len(run.seeds)} seeds failed: {'; '.join(failed)}{others}")
 
 
 def evaluate(run: EvaluateRun) -> None:
     """Measure networks, ensembles and runs on the test images: a table, ``results.json`` and a report."""
+    from fastensdistill import building
     from fastensdistill.evaluate import comparison, runs
     from fastensdistill.evaluate.origin import choose_data, origins
     from fastensdistill.train.setup import choose_device
@@ -176,7 +206,7 @@ def evaluate(run: EvaluateRun) -> None:
     if run.out is not None:
         comparison.check_writable(run.out)
     asked, line = choose_data(run, origins(run.paths, run.unfinished))
-    data, notes = load_data(asked), list[str]()
+    data, notes = building.load_data(asked), list[str]()
     foreign = runs.Foreign(run.model, run.mean, run.std)
     candidates = runs.find_candidates(run.paths, data, foreign, unfinished=run.unfinished, notes=notes)
     if run.ensemble:
@@ -194,26 +224,30 @@ def export(run: ExportRun) -> None:
     """Write an averaged network in the chosen formats, each reloaded and compared."""
     import torch
 
+    from fastensdistill import building
     from fastensdistill.data.channels import for_networks
     from fastensdistill.data.loader import EvaluationSet
     from fastensdistill.evaluate import comparison, runs
     from fastensdistill.evaluate.classes import check_card, reordered
-    from fastensdistill.evaluate.origin import KEPT, choose_data, origins
+    from fastensdistill.evaluate.origin import KEPT, choose_data, origins, seed_folders
     from fastensdistill.export import export_network
     from fastensdistill.method.copying import copy_network
     from fastensdistill.method.student import LatentBE, Student
     from fastensdistill.weights import teacher_files
 
     path = run.path
+    if seeds := seed_folders(path):
+        raise InputError(f"{path} holds runs of {len(seeds)} seeds: name one of them, as in {seeds[0]}")
     if path.is_dir() and not any((path / f).is_file() for f in KEPT):
         if teacher_files(path):
             raise InputError(f"{path} holds teachers, each a network of its own: name one of them, as in "
                              f"{teacher_files(path)[0]}, or distill them into one")  # fmt: skip
         raise InputError(f"{path} holds no network.safetensors: expected the folder of a finished distill run")
     [given] = origins([path], run.unfinished)
+    given = given.averaged() if run.ema else given
     comparison.check_writable(run.out)
     asked, line = choose_data(run, [given])
-    data, file, card = load_data(asked), given.files[0], given.card
+    data, file, card = building.load_data(asked), given.files[0], given.card
     network = runs.Foreign(run.model, run.mean, run.std).load(file, 0, 1, data)
     data = for_networks(data, [network])
     order, notes = check_card(card, data, file)
@@ -265,52 +299,6 @@ def plan(run: PlanRun) -> None:
         print(count_step(*numbers, arch, implementations=rows if run.on_load else None))
     except InputError as error:  # passes can be planned that no step consists of
         print(f"graph nodes not counted: {error}")
-
-
-def load_data(settings: DataConfig) -> Dataset:
-    """The data set that ``settings`` name; digits where they name none."""
-    from fastensdistill.data.sources import load_dataset
-
-    return load_dataset(
-        settings.data or "digits", root=settings.root, limit=settings.limit, validation=settings.validation,
-        image_size=settings.image_size,
-    )  # fmt: skip
-
-
-def prepare(run: Any) -> Dataset:
-    """The data of a run, its paths made absolute so that the run can be resumed from anywhere."""
-    from fastensdistill.data.sources import DATASETS
-    from fastensdistill.train.setup import check_tf32, choose_device
-
-    check_tf32(run, choose_device(run.device))
-    if run.data not in DATASETS and expanded(run.data).exists():
-        run.data = str(expanded(run.data).resolve())
-    if run.root is not None:
-        run.root = str(expanded(run.root).resolve())
-    return load_data(run)
-
-
-def record_model(run: Any, network: Any) -> None:
-    """Set the model that was built among the settings of a new run, for its config.yaml; a resumed one has it there."""
-    spec = getattr(network, "spec", None)
-    if spec is None or (run.resume and (run.out / "config.yaml").is_file()):
-        return
-    run.model = spec.name
-    for name in ("blocks", "widen", "in_planes"):
-        value = spec.arguments.get(name)
-        setattr(run, name, tuple(value) if isinstance(value, list) else value)  # a card has lists
-
-
-def build_model(run: ModelConfig, data: Any) -> Any:
-    """The network the settings name; unset, a small one for small images and the paper's otherwise."""
-    from fastensdistill.models import create_model, takes_colour
-
-    arguments = run.arguments()
-    name = run.model or ("preresnet" if arguments or max(data.image_size) <= 16 else "wrn28_4")
-    if run.model is None and not arguments and max(data.image_size) <= 16:
-        arguments = {"blocks": (1, 1, 1)}
-    colours = 3 if takes_colour(name) and data.channels == 1 else 1  # the trainer repeats the images as often
-    return create_model(name, data.num_classes, mean=data.mean * colours, std=data.std * colours, **arguments)
 
 
 def say(line: str, notes: Sequence[str]) -> None:

@@ -41,8 +41,8 @@ def check_precision(name: str) -> None:
                          "bf16")  # fmt: skip
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
+def _numbers(values: tuple[float, ...] | tuple[int, ...]) -> str:
+    return " ".join(format(value, "" if isinstance(value, int) else "g") for value in values)
 
 
 @dataclass
@@ -223,15 +223,35 @@ class RunConfig(Settings):
 
     out: Path = Path("runs/run")
     """Folder of the run: config, checkpoint, metrics, networks, report."""
+    seeds: tuple[int, ...] = setting((), least=0, most=2**62)
+    """Several seeds instead of one: a run of each in out/seed-0, out/seed-1, ..., and one report of all in out."""
     resume: bool = False
     """Continue the run in ``out`` from its last checkpoint."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seed = getattr(self, "seed", 0)
+        if self.seeds and seed:
+            raise InputError(f"seed={seed} and seeds={_numbers(self.seeds)}: expected one of the two")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds={_numbers(self.seeds)}: expected each once")
+
 
 @dataclass
 class TeachRun(RunConfig, DataConfig, ModelConfig, TeachConfig):
     """Train M teachers at once, one seed each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        M, ordered = self.members, sorted(self.seeds)
+        if any(b - a < M for a, b in pairwise(ordered)):
+            spaced = _numbers(tuple(ordered[0] + i * M for i in range(len(ordered))))
+            raise InputError(
+                f"seeds={_numbers(self.seeds)} for {M} members, of which member i has the seed s + i: runs would share "
+                f"networks; expected seeds at least {M} apart, such as {spaced}"
+            )
 
 
 @dataclass
@@ -247,5 +267,7 @@ class DistillRun(RunConfig, DataConfig, ModelConfig, DistillConfig):
     Unset: that of published weights for torchvision's and timm's models, the data's for ours."""
     teacher_std: tuple[float, ...] = setting((), above=0)
     """Standard deviations, as the means."""
+    teacher_ema: bool = False
+    """Learn from the averages over time in the teachers' folders (ema-0.safetensors, ...), not from the teachers."""
     unfinished: bool = False
     """Also learn from teachers whose run did not end, as they are."""

@@ -138,7 +138,8 @@ def write(
             seed = read_config(folder).get("seed", "?")
             name = candidate.name if len(candidate.folders) == 1 else f"{candidate.name}, seed {seed}"
             if (folder / "metrics.jsonl").is_file():
-                curves[name] = read_metrics(folder / "metrics.jsonl")
+                records = read_metrics(folder / "metrics.jsonl")
+                curves[name] = averaged_records(records) if candidate.over_time else records
     labels = torch.from_numpy(data.test.labels)
     reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
     strip = perturbed(candidates, data, notes)
@@ -154,6 +155,16 @@ def write(
         out, title=title, rows=[e.row for e in evaluated], curves=curves, reliability=reliability, strip=strip,
         facts=facts,
     )  # fmt: skip
+
+
+def averaged_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run's records say of its networks' averages over time, as if of the networks; training has none."""
+    shared = ("event", "step", "epoch")
+    found = []
+    for record in records:
+        own = {k.removeprefix("ema_"): v for k, v in record.items() if k.startswith("ema_")}
+        found += [{**{k: record[k] for k in shared if k in record}, **own}] if own else []
+    return found
 
 
 def kept(candidate: Candidate) -> list[dict[str, Any]]:
@@ -189,7 +200,7 @@ def told(candidates: Sequence[Candidate]) -> tuple[str, str]:
     for candidate in candidates:
         if candidate.group == "ensemble":
             continue
-        ends = [end for folder in candidate.folders for end in _ends(folder)]
+        ends = [end for folder in candidate.folders if not candidate.over_time for end in _ends(folder)]
         for warning in dict.fromkeys(line for end in ends for line in end.get("warnings", ())):
             warnings.setdefault(warning, []).append(candidate.name)
         said = [end["said"] for end in ends if "said" in end]

@@ -26,16 +26,19 @@ from fastensdistill.weights import read_card, teacher_files
 
 KEPT = ("network.safetensors", "student.safetensors")  # of a distill run, the first of them that is there
 Asked = TypeVar("Asked", bound=DataConfig)
+OTHERS = r"(last|ema|last-ema)(-\d+)?\.safetensors"  # of any run
 SETTINGS = ("root", "limit", "validation", "image_size")  # of the data, beside its name
 
 
 @dataclass(frozen=True)
 class Origin:
-    """``path`` as it was given, ``files`` the networks it stands for, ``folder`` the run they come from, if any."""
+    """``path`` as it was given, ``files`` the networks it stands for, ``folder`` the run they come from, if any, and
+    ``whole`` the folder of several seeds that the run is one of."""
 
     path: Path
     files: tuple[Path, ...]
     folder: Path | None
+    whole: Path | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -51,6 +54,19 @@ class Origin:
     def is_teachers(self) -> bool:
         """Whether this is the folder of ``teach``."""
         return self.path.is_dir() and self.files[0].name not in KEPT
+
+    @property
+    def averages(self) -> list[Path]:
+        """The averages over time that the run in a folder kept of its networks; [] where it kept none."""
+        names = [f"ema-{i}" for i in range(len(self.files))] if self.is_teachers else ["ema"]
+        files = [self.path / f"{name}.safetensors" for name in names]
+        return files if self.path.is_dir() and all(file.is_file() for file in files) else []
+
+    def averaged(self) -> Origin:
+        """The same run's averages over time. Raises InputError where it kept none; a file stays as it is."""
+        if self.path.is_dir() and not self.averages:
+            raise InputError(f"{self.path} holds no averages over time: expected a run with --ema-decay")
+        return replace(self, files=tuple(self.averages)) if self.averages else self
 
     def data(self) -> dict[str, Any] | None:
         """Name or path of the data and its settings, or None where nothing is said."""
@@ -86,21 +102,58 @@ def origin(path: Path) -> Origin:
     if not path.exists():
         raise InputError(f"no such file: {path}" if path.suffix else f"there is no {path}: expected a file or a folder")
     if path.is_file():
-        ours = path.name in KEPT or path in teacher_files(path.parent) or re.match(r"last(-\d+)?\.", path.name)
+        ours = path.name in KEPT or path in teacher_files(path.parent) or re.match(OTHERS, path.name)
         beside = ours and (path.parent / "config.yaml").is_file()
         return Origin(path, (path,), path.parent if beside else None)
-    files = teacher_files(path) or [path / name for name in KEPT if (path / name).is_file()][:1]
+    files = network_files(path)
     if not files:
         raise InputError(f"{path}: expected a safetensors file, or the folder of a finished run")
     return Origin(path, tuple(files), path)
+
+
+def network_files(folder: Path) -> list[Path]:
+    """The networks that the run in ``folder`` is for; [] for another folder."""
+    return teacher_files(folder) or [folder / name for name in KEPT if (folder / name).is_file()][:1]
+
+
+def seed_folders(path: Path) -> list[Path]:
+    """Of a folder of several seeds, that of each one's run, which need not be there yet; [] for another path."""
+    seeds = read_config(path).get("seeds") or () if path.is_dir() else ()
+    return [seed_folder(path, seed) for seed in seeds]
+
+
+def seed_folder(out: Path, seed: int) -> Path:
+    """Where the run of ``seed`` is among several in ``out``."""
+    return out / f"seed-{seed}"
+
+
+def expand(path: Path, unfinished: bool) -> list[Origin]:
+    """What ``path`` stands for: of several seeds one origin each, of those that have networks if ``unfinished``."""
+    path = expanded(path)
+    folders = seed_folders(path)
+    if not folders:
+        return [origin(path)]
+    begun = [folder for folder in folders if network_files(folder)]
+    if len(begun) < len(folders) and not (unfinished and begun):
+        missing = " ".join(folder.name.removeprefix("seed-") for folder in folders if folder not in begun)
+        hint = ", or take the others with --unfinished" if begun else ""
+        raise InputError(
+            f"the runs in {path} are not finished (no networks of the seeds {missing}): --resume them{hint}"
+        )
+    return [seed_origin(folder) for folder in begun]
+
+
+def seed_origin(folder: Path) -> Origin:
+    """What the run in ``folder``, one of several seeds, stands for."""
+    return replace(origin(folder), whole=folder.parent)
 
 
 def origins(paths: Sequence[Path], unfinished: bool = False) -> list[Origin]:
     """The origins of all ``paths``. Raises InputError for one given twice, and for runs that did not end, unless
     ``unfinished`` asks for them."""
     found: dict[Path, Origin] = {}
-    for path in paths:
-        one = origin(path)
+    for one in (one for path in paths for one in expand(path, unfinished)):
+        path = one.path
         place = one.path.resolve()
         if place in found:
             raise InputError(f"{path} is given twice{_as(found[place].path, path)}: expected each once")

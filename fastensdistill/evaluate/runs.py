@@ -21,7 +21,7 @@ from fastensdistill.evaluate.origin import Origin, origins, read_config
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models import takes_colour
-from fastensdistill.weights import load, load_network, read_card
+from fastensdistill.weights import load, load_network, members, read_card
 
 # What runs of one row may differ in: their seed, and where and how they ran
 APART = ("seed", "out", "resume", "tensorboard", "device", "engine", "unfinished")
@@ -37,25 +37,33 @@ class Candidate:
     folders: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)  # what the networks were read from
     label: Label | None = None  # what to call it where another row has its name
+    over_time: bool = False  # the averages over time of the networks that the runs are for
 
 
 def find_candidates(
     paths: Sequence[Path], data: Dataset, foreign: Foreign | None = None, *, unfinished: bool = False,
     notes: list[str] | None = None,
 ) -> list[Candidate]:  # fmt: skip
+    """The rows of the files and run folders ``paths``, as :func:`candidates_of`; unfinished runs are refused unless
+    ``unfinished``."""
+    return candidates_of(origins(paths, unfinished), data, foreign, notes)
+
+
+def candidates_of(
+    given: Sequence[Origin], data: Dataset, foreign: Foreign | None = None, notes: list[str] | None = None
+) -> list[Candidate]:
     """The rows that files and run folders make; runs that differ only in their seed share one, and no two one name.
 
-    ``foreign`` says what the files among ``paths`` hold that do not say it. A folder of ``teach`` gives its members and
-    their ensemble; one of ``distill`` its averaged network, or the branch ensemble where that is what the student is
-    for. What the user should know besides is added to ``notes``.
-    Raises InputError for a path that holds neither or is given twice, runs that are not finished unless ``unfinished``,
-    networks made for other images or classes than the data's, and copies of one network where seeds are counted.
+    ``foreign`` says what the files hold that do not say it. A folder of ``teach`` gives its members and their ensemble;
+    one of ``distill`` its averaged network, or the branch ensemble where that is what the student is for; one of
+    several seeds the same, once for each of them. What the user should know besides is added to ``notes``.
+    Raises InputError for networks made for other images or classes than the data's, and copies of one network where
+    seeds are counted.
     """
     notes = [] if notes is None else notes
     foreign = foreign or Foreign()
     candidates: list[Candidate] = []
-    seeds: dict[str, Candidate] = {}
-    given = origins(paths, unfinished)
+    known: dict[tuple[Any, ...], list[Candidate]] = {}  # the rows of a run and of those that share them
     files = [one.path for one in given if one.path.is_file()]
     for one in given:
         stopped = one.unfinished()
@@ -66,31 +74,26 @@ def find_candidates(
             [network] = fit([network], [one.path], data, notes)
             candidates.append(Candidate(label.short, "student", [network], [], [one.path], label))
             continue
-        networks = fit([load_network(f) for f in one.files], one.files, data, notes)
-        check_copies(networks, one.files)
-        if one.is_teachers:
-            candidates += teacher_candidates(networks, one.files, one.path, mark)
-            continue
-        # A run made from Python saves no teachers and no data: what else differs cannot be seen
-        whole = {"teachers", "data"} <= set(one.config)
-        config = {k: v for k, v in one.config.items() if k not in APART}
-        key = json.dumps([config, one.files[0].name, stopped], default=str) if whole else str(one.path)
-        row = seeds.get(key)
-        if row is not None and one.config.get("seed") in (read_seed(f) for f in row.folders):
+        rows = rows_of_run(one, data, mark, notes)
+        key: tuple[Any, ...] = (one.whole or one.path, stopped)
+        if not one.whole and not one.is_teachers and {"teachers", "data"} <= set(one.config):
+            # A run made from Python saves no teachers and no data: what else differs cannot be seen
+            config = {k: v for k, v in one.config.items() if k not in APART}
+            key = (json.dumps([config, *(row.files[0].name for row in rows)], default=str), stopped)
+        before = known[key][0].folders if key in known and not one.whole else []
+        if before and one.config.get("seed") in map(read_seed, before):
             notes.append(f"{one.path} has the seed of another run of its row, so it counts as a row of its own")
-            row, key = None, f"{key} {one.path}"
-        if row is None:
-            path = one.path.resolve()
-            row = Candidate(path.name + mark, "student", [], label=Label(path.name + mark, path, "{}" + mark))
-            seeds[key] = row
-            candidates.append(row)
-        row.networks += networks
-        row.folders.append(one.path)
-        row.files += one.files
-        if len(row.folders) == 2:
-            first = row.folders[0].resolve()
+            key = (one.path, *key)
+        if key not in known:
+            known[key] = rows
+            candidates += rows
+            continue
+        join(known[key], rows)
+        if not one.whole and len(known[key][0].folders) == 2:
+            first = known[key][0].folders[0].resolve()
             name = re.sub(r"[-_]?(seed)?[-_]?\d+$", "", first.name) or one.path.name
-            row.label = Label(name + mark, first.with_name(name), "{}" + mark)
+            for row in known[key]:
+                row.label = label_of(first.with_name(name), row.over_time, mark)
     if not candidates:
         raise InputError("nothing to evaluate: expected at least one file or run folder")
     for candidate in candidates:
@@ -98,20 +101,62 @@ def find_candidates(
     return uniquely_named(candidates)
 
 
+def rows_of_run(one: Origin, data: Dataset, mark: str, notes: list[str]) -> list[Candidate]:
+    """The rows of the run that ``one`` is: of its networks, and of their averages over time where it kept any."""
+    place = (one.whole or one.path).resolve()
+    rows: list[Candidate] = []
+    for files in filter(None, (list(one.files), one.averages)):
+        networks = fit([load_network(file) for file in files], files, data, notes)
+        check_copies(networks, files)
+        over_time = files != list(one.files)
+        if one.is_teachers:
+            own = teacher_candidates(networks, files, place, (", EMA" if over_time else "") + mark)
+        else:
+            label = label_of(place, over_time, mark)
+            own = [Candidate(label.short, "student", networks, [], files, label)]
+        own[0].folders.append(one.path)
+        for row in own:
+            row.over_time = over_time
+        rows += own
+    return rows
+
+
+def label_of(place: Path, over_time: bool, mark: str) -> Label:
+    """What the row of the students in ``place`` may be called."""
+    end = (", EMA" if over_time else "") + mark
+    return Label(place.name + end, place, "{}" + end)
+
+
+def join(rows: Sequence[Candidate], more: Sequence[Candidate]) -> None:
+    """Add to each of the ``rows`` its own of ``more``, which are of another seed."""
+    for row, other in zip(rows, more, strict=True):
+        row.networks += other.networks
+        row.folders += other.folders
+        row.files += other.files
+
+
 def teacher_candidates(
     networks: Sequence[nn.Module], files: Sequence[Path], folder: Path | None = None, mark: str = ""
 ) -> list[Candidate]:
-    """The rows of teachers: each alone, as seeds of one row, and their ensemble."""
+    """The rows of teachers: each alone, as seeds of one row, and their ensemble. ``folder`` gives them their names."""
     path = folder.resolve() if folder else None
     prefix = "" if path is None or path.name == "teachers" else f"{path.name}: "
     form = "{}" if path and path.name == "teachers" else "{}: teachers"
     label = Label(f"{prefix}teachers{mark}", path, form + mark)
-    out = [Candidate(label.short, "teachers", list(networks), [folder] if folder else [], list(files), label)]
+    out = [Candidate(label.short, "teachers", list(networks), [], list(files), label)]
     if len(networks) > 1:
         kind = f"ensemble of {len(networks)}{mark}"
         label = Label(f"{prefix}{kind}", path, f"{{}}: {kind}")
         out.append(Candidate(label.short, "ensemble", [Teachers(networks)], [], list(files), label))
     return out
+
+
+def rows_of_teachers(sets: Sequence[tuple[Teachers, Sequence[Path]]]) -> list[Candidate]:
+    """The rows of teachers beside their students': of the sets that several seeds learned from, each row of all."""
+    rows, *others = (teacher_candidates(list(teachers.networks), files) for teachers, files in sets)
+    for more in others:
+        join(rows, more)
+    return rows
 
 
 def ensemble_of(candidates: Sequence[Candidate]) -> Candidate:
@@ -173,6 +218,35 @@ def digest_parameters(parameters: Iterable[Any]) -> str:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest() if any_ else ""
+
+
+def teacher_sets(
+    paths: Sequence[Path], seeds: Sequence[int], *, unfinished: bool = False, ema: bool = False
+) -> list[list[Origin]]:
+    """The teachers that ``paths`` stand for: one set for all ``seeds``, or one for each of them.
+
+    Where a path is a folder of several seeds, seed i of the students learns from its i-th. ``ema`` takes the averages
+    over time of the networks in folders. Raises InputError, besides what :func:`origins` does, where there are others
+    than as many.
+    """
+    given = origins(paths, unfinished)
+    for one in given:
+        members(one.path)  # which refuses a folder without teachers
+    given = [one.averaged() for one in given] if ema else given
+    wholes: dict[Path, list[Origin]] = {}
+    for one in given:
+        if one.whole:
+            wholes.setdefault(one.whole, []).append(one)
+    for whole, sets in wholes.items():
+        if len(sets) not in (1, len(seeds)):
+            expected = f"--seeds with {len(sets)} of them" if not seeds else "as many"
+            raise InputError(f"{whole} holds teachers of {len(sets)} seeds for {len(seeds) or 1} of students: expected "
+                             f"{expected}, or one of its folders, such as {sets[0].path}")  # fmt: skip
+    count = max((len(sets) for sets in wholes.values()), default=1)
+    several = [sets for sets in wholes.values() if len(sets) > 1]
+    return [
+        [one for one in given if not any(one in sets and one is not sets[i] for sets in several)] for i in range(count)
+    ]
 
 
 def read_seed(folder: Path) -> Any:

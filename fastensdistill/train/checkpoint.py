@@ -28,8 +28,13 @@ from fastensdistill.weights import read_tensors, save_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 # What may differ between a run and its continuation. Another engine changes the last bits, not the method; the kind of
-# device must be the same, since its generators' states are of no use to another.
-FREE = {"out", "resume", "tensorboard", "device", "engine", "teachers", "root", "unfinished"}
+# device must be the same, since its generators' states are of no use to another. Of an augmentation its parts count.
+FREE = {
+    "out", "resume", "tensorboard", "device", "engine", "teachers", "teacher_ema", "root", "unfinished", "seeds",
+    "augment",
+}  # fmt: skip
+# What a run from before there was a setting trained with, where its default is left to another setting.
+OFF: dict[str, Any] = {"cutout": 0, "erasing": 0, "trivial_augment": False}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,23 +73,28 @@ def save_checkpoint(folder: Path, state: dict[str, Any], fingerprint: dict[str, 
 
 
 def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The state in a run folder. Raises InputError where it is missing, damaged, or of a run with other settings.
-
-    A setting that the run does not know, as it is younger than the run, was not used: that is its default.
-    """
+    """The state in a run folder. Raises InputError where it is missing, damaged, or of a run with other settings."""
     tensors, card = read_tensors(folder / CHECKPOINT)
     if card.get("kind") != "checkpoint":
         raise InputError(f"{folder / CHECKPOINT} is not the checkpoint of a run")
-    defaults = {s.name: s.default for cls in (TeachRun, DistillRun) for s in settings_of(cls).values()}
-    younger = {key: defaults[key] for key in fingerprint if key in defaults and key not in card["fingerprint"]}
-    before, now = (json.loads(json.dumps(each, default=str)) for each in (card["fingerprint"] | younger, fingerprint))
+    check_continuation(folder, card["fingerprint"], fingerprint)
+    return unflatten(tensors | card["values"])
+
+
+def check_continuation(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError unless the run in ``folder``, of the settings ``before``, can go on with those of ``now``.
+
+    A setting that the run does not know, as it is younger than the run, was not used: that is its default.
+    """
+    defaults = {s.name: s.default for cls in (TeachRun, DistillRun) for s in settings_of(cls).values()} | OFF
+    younger = {key: defaults[key] for key in now if key in defaults and key not in before}
+    before, now = (json.loads(json.dumps(each, default=str)) for each in (before | younger, now))
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             raise InputError(
                 f"the run in {folder} was started with {key}={before.get(key)!r}, "
                 f"not {now.get(key)!r}: resume it with the same setting, or choose another folder"
             )
-    return unflatten(tensors | card["values"])
 
 
 def fingerprint(

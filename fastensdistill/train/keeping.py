@@ -14,7 +14,7 @@ A look that is not finite is never kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,6 +118,21 @@ def in_words(kept: Mapping[str, Score], last: Mapping[str, Score], steps_per_epo
     if images < FEW:
         line += f", by NLL {numbers(kept, 'nll', '.3f')} (last: {numbers(last, 'nll', '.3f')})"
     return line
+
+
+def as_record(kept: Mapping[str, Score], last: Mapping[str, Score], steps_per_epoch: int) -> dict[str, Any]:
+    """What a run ends with: the epochs of the weights that are kept, their scores, the last ones. A list of each where
+    there are several networks."""
+
+    def each(value: Callable[[Score], float], scores: Mapping[str, Score]) -> Any:
+        values = [value(score) for score in scores.values()]
+        return values[0] if len(values) == 1 else values
+
+    return {
+        "kept_epoch": each(lambda s: s.step / steps_per_epoch, kept),
+        "accuracy": each(lambda s: s.accuracy, kept), "nll": each(lambda s: s.nll, kept),
+        "last_accuracy": each(lambda s: s.accuracy, last), "last_nll": each(lambda s: s.nll, last),
+    }  # fmt: skip
 
 
 def warn_of_images(images: int) -> list[str]:

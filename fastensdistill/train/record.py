@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from fastensdistill.engine import parallel
 from fastensdistill.errors import InputError
 from fastensdistill.files import write_atomically
-from fastensdistill.train.keeping import Score
 from fastensdistill.train.progress import Piece, Progress, rate_in_words
 from fastensdistill.train.schedule import is_validation_epoch
 
@@ -168,22 +167,10 @@ class Recorder:
         self.looked_at = record["step"]
         self.progress.log()
 
-    def kept(self, kept: Mapping[str, Score], last: Mapping[str, Score], said: str, warnings: Sequence[str]) -> None:
-        """What the run ends with, by network: the epochs of the weights that are kept, their scores, the last ones.
-
-        ``said`` and ``warnings`` are what the user is told of them, for the report."""
-
-        def each(value: Callable[[Score], float], scores: Mapping[str, Score]) -> Any:
-            values = [value(score) for score in scores.values()]
-            return values[0] if len(values) == 1 else values
-
-        self.write({
-            "event": "kept", "step": self.progress.total, "epoch": float(self.epochs),
-            "kept_epoch": each(lambda s: s.step / self.steps_per_epoch, kept),
-            "accuracy": each(lambda s: s.accuracy, kept), "nll": each(lambda s: s.nll, kept),
-            "last_accuracy": each(lambda s: s.accuracy, last), "last_nll": each(lambda s: s.nll, last),
-            "said": said, "warnings": list(warnings),
-        })  # fmt: skip
+    def kept(self, record: dict[str, Any], step: int) -> None:
+        """What the run ends with after ``step``, as :func:`fastensdistill.train.keeping.as_record` puts it, and what
+        the user is told of it (``said``, ``warnings``), for the report."""
+        self.write({"event": "kept", "step": step, "epoch": float(self.epochs), **record})
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl``. Raises InputError if the file cannot be written."""
@@ -231,12 +218,16 @@ class Recorder:
         if "loss" in self.last:
             said.append(f"loss {self._loss():.4f}")
         if step == self.looked_at:
-            accuracy = self.last["accuracy"]
-            shown = " ".join(f"{100 * a:.2f}" for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
-            said.append(f"validation {shown} %")
+            said.append(f"validation {_percent(self.last['accuracy'])} %")
+            if "ema_accuracy" in self.last:
+                said[-1] += f", EMA {_percent(self.last['ema_accuracy'])} %"
         if self._pace():
             said.append(self._pace())
         return f"{self.progress.title}: {', '.join([*said, self.progress.left_in_words()])}"
+
+
+def _percent(accuracy: float | list[float]) -> str:
+    return " ".join(f"{100 * a:.2f}" for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
 
 
 def _drop_after(path: Path, step: int) -> None:

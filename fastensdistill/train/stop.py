@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,11 +18,11 @@ ASK_EVERY = 1.0  # seconds, about; asking costs well under a millisecond
 
 
 class Interrupted(Exception):
-    """A run stopped by a signal, after saving. ``signum`` is the signal."""
+    """A run stopped by a signal, after saving: by which, where in the run, and the folder to resume, if any."""
 
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
+    def __init__(self, signum: int, where: str, folder: Path | None = None):
+        super().__init__(f"stopped {where}" + (f"; resume {folder}" if folder else ""))
+        self.signum, self.where = signum, where
 
 
 class Stopper:

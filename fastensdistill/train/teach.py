@@ -28,7 +28,8 @@ class TeachTrainer(Trainer):
 
     Member i is bit for bit the network that training it alone with its seed gives (dropout aside, which draws from
     PyTorch's global generator). The weights that are kept end as ``teacher-{i}.safetensors``, the last ones as
-    ``last-{i}.safetensors``.
+    ``last-{i}.safetensors``; those of their averages over time, where ``config.ema_decay`` asks for them, as
+    ``ema-{i}.safetensors`` and ``last-ema-{i}.safetensors``.
 
     Args:
         networks: the modules, which are trained themselves: images (B, channels, H, W) in [0, 1] → logits (B, classes).
@@ -70,13 +71,22 @@ class TeachTrainer(Trainer):
         return self.teach.train_on(self.loaders)
 
     def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
-        members = self.evaluator.networks(list(self.networks.values()), self.validation)
-        scores = [Score.of(p, self.validation.labels) for p in members]
-        record: dict[str, Any] = {"accuracy": [s.accuracy for s in scores], "nll": [s.nll for s in scores]}
-        if len(members) > 1 and all(s.finite for s in scores):
-            record |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
-        return dict(zip(self.networks, scores, strict=True)), record
+        found = self.evaluator.networks(list(self.every.values()), self.validation)
+        scores: dict[str, Score] = {}
+        record: dict[str, Any] = {}
+        count = len(self.networks)
+        for prefix, names, members in (("", self.networks, found[:count]), ("ema_", self.averages, found[count:])):
+            own = {name: Score.of(p, self.validation.labels) for name, p in zip(names, members, strict=True)}
+            about: dict[str, Any] = {
+                "accuracy": [s.accuracy for s in own.values()], "nll": [s.nll for s in own.values()],
+            }  # fmt: skip
+            if len(members) > 1 and all(s.finite for s in own.values()):
+                about |= {"teacher_kl": metrics.pairwise_kl(members), "teacher_agreement": metrics.agreement(members)}
+            scores |= own
+            record |= {f"{prefix}{key}": value for key, value in about.items()} if own else {}
+        return scores, record
 
     def save_last(self, out: Path) -> None:
-        for i, (name, network) in enumerate(self.networks.items()):
-            save_network(out / f"last-{i}.safetensors", network, self.card(self.keeper.last[name]))
+        for name in (*self.averages, *self.networks):  # the teachers' last: they say that all was written
+            file = out / f"last-{name.removeprefix('teacher-')}.safetensors"
+            save_network(file, self.every[name], self.card(self.keeper.last[name]))

@@ -57,12 +57,13 @@ class Trainer:
     config's ``flip`` and ``pad`` say, or given whole; ``resume`` continues the run in ``out``. ``self.data`` is the
     data as the networks take it (grey images repeated to three channels for colour networks), ``self.config`` the
     config with the augmentation that is used.
-    After :meth:`fit`, ``kept`` says in one line which epoch's weights the networks hold, and ``warnings`` what should
-    make one doubt them.
+    After :meth:`fit`, ``networks`` and their ``averages`` over time hold the weights that were best; ``kept`` says in
+    one line which epoch's they are, and ``warnings`` what should make one doubt them.
     """
 
     title: str
     networks: dict[str, nn.Module]  # what is trained, by the name it is saved under
+    averages: dict[str, nn.Module]  # theirs over time, likewise; {} where ``ema_decay`` asks for none
     step: AnyStep
     engine: EngineChoice  # which engine trains, and why; prints as a line
     evaluator: Evaluator  # what the validation images go through
@@ -90,7 +91,7 @@ class Trainer:
         self.saved_config: Any = config  # what config.yaml shall hold; the command line puts its own settings there
         self.data_given = data if isinstance(data, str | Path) else None
         self.notes: list[str] = []  # to tell before the first step
-        self.step_index = 0
+        self.step_index, self.averages = 0, {}
         self.phase = "new"  # then running, stopped (by a signal; it can go on) or finished
         self.loaders: list[DeviceLoader] = []
         self.kept = ""
@@ -153,7 +154,7 @@ class Trainer:
             saved = parallel.from_first(saved)
             if saved is not None:
                 self.load_state_dict(checkpoint.with_own_part(saved, parallel.rank()))
-        self.not_finite = NotFinite(self.networks)
+        self.not_finite = NotFinite(self.every)
         with parallel.together():
             if self.first and not self.quiet:
                 with parallel.alone():
@@ -203,27 +204,22 @@ class Trainer:
                     recorder.resume(paused, validates)
                 if stop:
                     self.phase, self.random = "stopped", checkpoint.random_state(self.device)
-                    where = f"at step {self.step_index} of {total}"
-                    raise Interrupted(stop, f"stopped {where}" + (f"; resume {self.out}" if self.out else ""))
+                    raise Interrupted(stop, f"at step {self.step_index} of {total}", self.out)
             with parallel.together():
                 if self.first:
                     self.check_kept()
-                    kept = self.keeper.kept()
-                    self.kept = keeping.in_words(
-                        kept, self.keeper.last, self.steps_per_epoch, self.config.epochs, len(self.validation)
-                    )
                     with parallel.alone():
                         self.doubted = self.doubts()
-                    recorder.kept(kept, self.keeper.last, self.kept, [*self.warnings, *self.doubted])
+                    recorder.kept(self.kept_record(), total)
 
     def finish(self) -> None:
-        """Save the last weights, and leave the networks with those that are kept."""
+        """Save the last weights, and leave the networks and their averages with those that are kept."""
         with parallel.together():
             if self.first and self.out is not None:
                 self.save_last(self.out)
         for name, (_, weights) in self.keeper.best.items():
-            load_state(self.networks[name], weights)
-        for network in self.networks.values():
+            load_state(self.every[name], weights)
+        for network in self.every.values():
             parallel.same_start(network.state_dict().values())
             set_mode(network, False)
         if self.first:
@@ -236,9 +232,24 @@ class Trainer:
         scores, record = self.validate()
         for name, score in scores.items():
             score = replace(score, step=self.step_index)
-            if self.keeper.note(name, score, self.networks[name]) and self.out is not None:
-                save_network(self.out / f"{name}.safetensors", self.networks[name], self.card(score))
+            if self.keeper.note(name, score, self.every[name]) and self.out is not None:
+                save_network(self.out / f"{name}.safetensors", self.shipped(name), self.card(score))
         return record
+
+    def kept_record(self) -> dict[str, Any]:
+        """Which weights the networks and their averages end with, for the record; ``self.kept`` says it in one line."""
+        record: dict[str, Any] = {}
+        said = []
+        for prefix, networks in (("", self.networks), ("ema_", self.averages)):
+            if networks:
+                kept, last = ({n: scores[n] for n in networks} for scores in (self.keeper.kept(), self.keeper.last))
+                said.append(
+                    keeping.in_words(kept, last, self.steps_per_epoch, self.config.epochs, len(self.validation))
+                )
+                about = keeping.as_record(kept, last, self.steps_per_epoch)
+                record |= {f"{prefix}{key}": value for key, value in about.items()}
+        self.kept = "; EMA: ".join(said)
+        return {**record, "said": said[0], "warnings": [*self.warnings, *self.doubted]}
 
     def check_finite(self) -> None:
         """Raise DivergedError, with the last checkpoint kept, for weights or statistics that are no longer finite."""
@@ -248,7 +259,7 @@ class Trainer:
 
     def check_kept(self) -> None:
         """Raise DivergedError where a network has no weights to keep."""
-        for name in self.networks:
+        for name in self.every:
             if name not in self.keeper.best:
                 raise DivergedError(
                     f"no look at {name} after the warm-up gave finite predictions of the validation images; the last "
@@ -269,7 +280,7 @@ class Trainer:
             return
         state = self.state_dict()
         if parallel.processes() > 1:
-            parts = parallel.exchange(checkpoint.own_part(state, self.networks))
+            parts = parallel.exchange(checkpoint.own_part(state, self.every))
             state["processes"] = {str(i): part for i, part in enumerate(parts) if i > 0}
         if self.first:
             checkpoint.save_checkpoint(self.out, state, self.fingerprint)
@@ -279,7 +290,7 @@ class Trainer:
         return {
             "step_index": self.step_index,
             "total_steps": self.rate.total_steps,
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "networks": {name: network.state_dict() for name, network in self.every.items()},
             "step": self.step.state_dict(),
             "loaders": {str(i): loader.state_dict() for i, loader in enumerate(self.loaders)},
             "random": checkpoint.random_state(self.device),
@@ -289,7 +300,7 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """The way back from :meth:`state_dict`."""
         self.step_index = state["step_index"]
-        for name, network in self.networks.items():
+        for name, network in self.every.items():
             load_state(network, state["networks"][name])
         self.step.load_state_dict(state["step"])
         for i, loader in enumerate(self.loaders):
@@ -323,6 +334,15 @@ class Trainer:
             "validation_images": len(self.validation), "step": score.step,
             "epoch": score.step / self.steps_per_epoch, "epochs": self.config.epochs,
         }  # fmt: skip
+
+    @property
+    def every(self) -> dict[str, nn.Module]:
+        """The networks and their averages over time."""
+        return self.networks | self.averages
+
+    def shipped(self, name: str) -> nn.Module:
+        """What the file of the network ``name`` holds."""
+        return self.every[name]
 
     def frozen(self) -> Sequence[nn.Module]:
         """Networks the run learns from and does not change."""
