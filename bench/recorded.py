@@ -36,6 +36,7 @@ from fastensdistill.kernels.launch import KernelLaunch, record_launches
 from fastensdistill.kernels.layout import Partials
 from fastensdistill.kernels.ops import PORTABLE
 from fastensdistill.kernels.tiles import assume_arch
+from fastensdistill.network import gpu as gpus
 from fastensdistill.network.gpu import Gpu
 from fastensdistill.network.launch import INPUT, Group, Launch, Part, grad
 from fastensdistill.network.nodes import Conv, Layer, Network, Node
@@ -52,14 +53,14 @@ class Assumption(NamedTuple):
 
 
 ASSUMED = {
-    "held": Assumption(0.85, "of the memory's rate", "by kernels that do little else"),
+    "held": Assumption(gpus.HELD, "of the memory's rate", "by kernels that do little else"),
     "multiprocessors": Assumption(132, "", "of an H100 and of an H200"),
     # 50 GB into one multiprocessor. A tile of 128 x 64 then multiplies at 281 TFLOP/s at most.
     "L2": Assumption(6.6e12, "bytes a second", "into all; three quarters of 5,120 a cycle at 1.7 GHz, 5.5-7.0 likely"),
     "alone": Assumption(0.75, "of that", "a program that has a multiprocessor to itself waits or stores a quarter"),
     "step": Assumption(0.11e-6, "seconds of a multiprocessor", "a program's: 4 warps of 180 instructions, 4 a cycle"),
-    "least": Assumption(1.5e-6, "seconds", "a kernel that does next to nothing starts, waits for memory twice, stores"),
-    "gap": Assumption(1.2e-6, "seconds", "between two nodes of the captured graph, each depending on the one before"),
+    "least": Assumption(gpus.LEAST, "seconds", "a kernel that does next to nothing starts, waits for memory twice, stores"),
+    "gap": Assumption(gpus.GAP, "seconds", "between two nodes of the captured graph, each depending on the one before"),
 }  # fmt: skip
 HELD, L2, ALONE, STEP, LEAST, GAP = (ASSUMED[name].value for name in ("held", "L2", "alone", "step", "least", "gap"))
 MULTIPROCESSORS = int(ASSUMED["multiprocessors"].value)

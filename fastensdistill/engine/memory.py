@@ -26,12 +26,14 @@ from fastensdistill.engine.meta import AsOnGPU, meta_step
 from fastensdistill.engine.module_pass import ModuleWeights
 from fastensdistill.engine.parallel import alone
 from fastensdistill.engine.part_run import Buffers
+from fastensdistill.engine.seeds import SeedsStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import assume_arch, device_arch
 from fastensdistill.method.copying import copy_network
 from fastensdistill.network.launch import Launch, Part
 
+AnyFused = FusedStep | FusedTeachStep | SeedsStep
 JOINT = "distillation, forward"  # of what trains, and of the teachers that run with it
 ARCH = 90  # compute capability whose tiles count, where there is no GPU
 
@@ -119,12 +121,18 @@ class LiveHere(Storages, TorchDispatchMode):
         return result
 
 
-def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:
+def on_meta(step: AnyFused) -> AnyFused:
     """A twin of ``step`` on the meta device, not built. Raises InputError for a step that knows no image's shape."""
     config: Any = replace(step.config, precision=precision_on(step.config, step.device))
     if isinstance(step, FusedTeachStep):
         networks = [copy_network(network, meta=True) for network in step.networks]
         return FusedTeachStep(networks, config, image_shape=step.image_shape, implementations=step.implementations)
+    if isinstance(step, SeedsStep):
+        students = [copy_network(student, meta=True) for student in step.students]
+        return SeedsStep(
+            students, copy_network(step.teachers, meta=True), config, step.numbers, image_shape=step.image_shape,
+            implementations=step.implementations, networks=step.networks,
+        )  # fmt: skip
     step.check_traced()
     twin = FusedStep(
         copy_network(step.student, meta=True), copy_network(step.teachers, meta=True), config,
@@ -134,7 +142,7 @@ def on_meta(step: FusedStep | FusedTeachStep) -> FusedStep | FusedTeachStep:
     return twin
 
 
-def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
+def estimate(step: AnyFused, batch: int) -> Estimate:
     """Memory of ``step``, wherever it is, on ``batch`` images of this process; it is left as it is."""
     found: dict[str, PassMemory] = {}
     seen: set[tuple[int, str]] = set()  # launches, buffers of a part: micro-batches come again
@@ -175,13 +183,13 @@ def estimate(step: FusedStep | FusedTeachStep, batch: int) -> Estimate:
     return Estimate(stays(twin), [*found.values(), last], uncounted(twin), parts)
 
 
-def uncounted(step: FusedStep | FusedTeachStep) -> list[str]:
+def uncounted(step: AnyFused) -> list[str]:
     """What modules of ``step``, which has run on the meta device, have raised there."""
     weights = step.targets.weights.values() if isinstance(step, FusedStep) else ()
     return [one.uncounted for one in weights if isinstance(one, ModuleWeights) and one.uncounted]
 
 
-def stays(step: FusedStep | FusedTeachStep) -> dict[str, int]:
+def stays(step: AnyFused) -> dict[str, int]:
     """Bytes that ``step`` keeps for the whole run, by what they are; every storage counts where it is found first."""
     seen: set[int] = set()
     owners = {

@@ -192,18 +192,18 @@ ONE = MINUS_ONE = -2  # the same: the parameter is 1; the shift is −1
 class TrainedWeights(PackedWeights):
     """Those of what is trained, which :meth:`refresh` writes into the slots from ``first`` on.
 
-    They are the K branches of a student whose layers have factors, or the copies of a network without. In evaluation
-    mode, where factors are what a BatchNorm goes into the weights by, a network without has one branch, of zero
-    deviations. Slots before ``first`` are for networks that do not change. What training mode need not pack is the
-    memory of ``parameters`` itself: ``tensors`` of parameters are (copies, *shape) there, which is one set for all the
-    branches of a student.
+    They are the K branches of a student whose layers have factors, those of several students one after the other, or
+    the copies of a network without. In evaluation mode, where factors are what a BatchNorm goes into the weights by, a
+    network without has one branch, of zero deviations. Slots before ``first`` are for networks that do not change. What
+    training mode need not pack is the memory of ``parameters`` itself: ``tensors`` of parameters are (copies, *shape)
+    there, which is one set for all the branches of a student.
     """
 
     def __init__(self, part: Part, parameters: FlatParameters, dtype: torch.dtype, first: int = 0):
         self.parameters, self.first = parameters, first
         deviations = parameters.deviations if parameters.ranked else None
         if deviations is None and not part.training:
-            deviations = parameters.values.new_zeros(1, parameters.layout.factors)
+            deviations = parameters.values.new_zeros(parameters.copies, parameters.layout.factors)
         slots = first + (parameters.copies if deviations is None else len(deviations))
         more = deviations.numel() if deviations is not None and not part.training else 0
         super().__init__(part, slots, dtype, parameters.device, more)
@@ -223,7 +223,7 @@ class TrainedWeights(PackedWeights):
         for name in self.trained if part.training else ():
             self.tensors[name] = parameters.view(parameters.values, name)
         for slot in range(first, slots):
-            buffers = parameters.buffers[(slot - first) % parameters.copies]
+            buffers = parameters.buffers[(slot - first) // parameters.branches]
             self.write_scale_shift(slot, buffers, Affine)
             self.write_constants(slot, buffers)
         self.deviations = self.packed_deviations = deviations
@@ -239,7 +239,7 @@ class TrainedWeights(PackedWeights):
         """
         parameters, first = self.parameters, self.first
         index = torch.arange(deviations.numel()).view_as(deviations)
-        scales = torch.full(deviations.shape[1:], NONE)  # per deviation: of an s, its channel in the BatchNorm carried
+        scales = torch.full_like(index, NONE)  # per deviation: of an s, its channel in the BatchNorm carried
         columns = [torch.zeros(5, 0, dtype=torch.int64)]
 
         def add(rows: Tensor, deviation: Index = NONE, scale: Index = NONE, parameter: Index = NONE,
@@ -253,18 +253,19 @@ class TrainedWeights(PackedWeights):
             norm, bias, C = self.carried[node.name], self.layers[node.name].bias, offsets.out_channels
             s = slice(offsets.s, offsets.s + C)
             if norm:
-                scales[s] = parameters.channels(norm)
+                scales[:, s] = parameters.by_branch(parameters.norm_offsets[norm.name], C)
             if bias is not None:  # b'_k = s_k·scale·b + shift
-                b = offsets.bias + torch.arange(C) if node.bias else NONE
-                add(bias[first:], deviation=index[:, s], scale=scales[s], parameter=b, shift=scales[s])
+                b = parameters.by_branch(offsets.bias, C) if node.bias else NONE
+                add(bias[first:], deviation=index[:, s], scale=scales[:, s], parameter=b, shift=scales[:, s])
         for norm in parameters.network.norms:
             if norm.name in self.scale_shift:
-                (scale, shift), channels = self.scale_shift[norm.name], parameters.channels(norm)
+                (scale, shift), C = self.scale_shift[norm.name], norm.shape[0]
+                channels = parameters.by_branch(parameters.norm_offsets[norm.name], C)
                 add(scale[first:], scale=channels, parameter=ONE)
                 add(shift[first:], shift=channels)
         for name in () if self.part.training else self.trained:
             rows = self.tensors[name][first:].flatten().view(len(deviations), -1)
-            add(rows, parameter=parameters.offsets[name] + torch.arange(rows.shape[1]))
+            add(rows, parameter=parameters.by_branch(parameters.offsets[name], rows.shape[1]))
         if packed_deviations is not deviations:  # s'_k − 1 = s_k·scale − 1, and r_k as it is
             add(packed_deviations, deviation=index, scale=scales, parameter=ONE, shift=MINUS_ONE)
         return torch.cat(columns, 1)
@@ -276,6 +277,6 @@ class TrainedWeights(PackedWeights):
         if self.table is not None and self.deviations is not None:
             branch_rows(
                 self.values, self.table, flat.values, self.deviations, flat.running_mean, flat.running_var, flat.eps,
-                flat.layout.ranked,
+                flat.copies * flat.layout.ranked,
             )  # fmt: skip
         pack_weights(flat.values, self.packed_deviations, self.layout, self.packed, self.packed_gradient, self.first)

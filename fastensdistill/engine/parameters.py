@@ -30,12 +30,20 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass
 class NormWeights:
-    """A training-mode BatchNorm's own tensors, (Q, C) each; the running estimates are moved in place by a pass."""
+    """A training-mode BatchNorm's own tensors, (Q, C) each; the running estimates are moved in place by a pass.
+
+    ``center``, about which sums are taken, is the running mean by group, (1 or G, C): a copy where Q is neither.
+    """
 
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    copied: Tensor | None = None
+
+    @property
+    def center(self) -> Tensor:
+        return self.running_mean if self.copied is None else self.copied
 
 
 def flat_layout(network: Network, slots: int = 1) -> Layout:
@@ -75,14 +83,16 @@ def paths(network: Network, ranked: bool) -> dict[str, str]:
 class FlatParameters:
     """Parameters, momentum, gradients and running statistics of ``modules``, which share the architecture ``network``.
 
-    With ``ranked``, there is one module, whose layers are wrapped with rank-one factors; these are kept as deviations
-    from one, [K, factors]. Constructing it moves the modules' storage here: moving or casting them afterwards would
-    part them from it. What does not require gradients is left as it is, its momentum too.
+    With ``ranked``, their layers are wrapped with rank-one factors, ``branches`` of each; these are kept as deviations
+    from one, [copies · branches, factors], a module's rows one after the other. Constructing it moves the modules'
+    storage here: moving or casting them afterwards would part them from it. What does not require gradients is left as
+    it is, its momentum too.
     Raises InputError for parameters that the network does not contain, and for tied ones.
     """
 
     frozen: Tensor | None = None  # like ``values``: which of them are left as they are; None for none
     frozen_deviations: Tensor | None = None
+    branches = 1  # of a module: how many factors a layer has
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
         self.network, self.copies, self.ranked = network, len(modules), ranked
@@ -98,8 +108,8 @@ class FlatParameters:
         self.norm_offsets = dict(zip(norms, accumulate(channels, initial=0), strict=False))  # in running statistics
         self.values, self.momentum, self.gradient = (self._zeros(self.layout.size) for _ in range(3))
         self.running_mean, self.running_var = (self._zeros(sum(channels)) for _ in range(2))
-        eps = [torch.full((norm.shape[0],), norm.eps, dtype=self.dtype) for norm in network.norms]
-        self.eps = torch.cat([*eps, torch.zeros(0, dtype=self.dtype)]).to(self.device)  # per channel
+        eps = [torch.full((self.copies * norm.shape[0],), norm.eps, dtype=self.dtype) for norm in network.norms]
+        self.eps = torch.cat([*eps, torch.zeros(0, dtype=self.dtype)]).to(self.device)  # as the running statistics
         self.batches = torch.zeros(len(norms), self.copies, dtype=torch.int64, device=self.device)
         self.buffers = [dict(module.named_buffers(remove_duplicate=False)) for module in modules]
         for i, module in enumerate(modules):
@@ -114,7 +124,9 @@ class FlatParameters:
         self.deviations = self.deviation_momentum = like.new_zeros(0)
         self.factors: dict[str, tuple[int, int]] = {}
         if ranked:
-            self._adopt_factors(modules[0])
+            self._adopt_factors(modules)
+        self.center_index = self._means_by_branch()
+        self.centers = self.running_mean.new_zeros(len(self.center_index))
         self.flags: list[bool] = []
         self.follow()
 
@@ -164,15 +176,34 @@ class FlatParameters:
         start, C = self.copies * self.norm_offsets[norm.name], norm.shape[0]
         return flat[start : start + self.copies * C].view(self.copies, C)
 
-    def channels(self, norm: Norm) -> Tensor:
-        """Where the channels of a BatchNorm are among those of all, for one copy."""
-        return self.norm_offsets[norm.name] + torch.arange(norm.shape[0])
+    def by_branch(self, start: int, values: int) -> Tensor:
+        """(copies · branches, values): where each branch has what begins at ``start`` in a flat tensor of one copy."""
+        of_copies = self.copies * start + torch.arange(self.copies * values).view(self.copies, values)
+        return of_copies.repeat_interleave(self.branches, 0)
 
     def norm_weights(self, norm: Norm) -> NormWeights:
         scale, shift = (self.view(self.values, f"{norm.name}.{kind}") for kind in ("weight", "bias"))
-        return NormWeights(
-            scale, shift, *(self.norm_view(flat, norm) for flat in (self.running_mean, self.running_var))
-        )
+        mean, var = (self.norm_view(flat, norm) for flat in (self.running_mean, self.running_var))
+        if not len(self.centers):
+            return NormWeights(scale, shift, mean, var)
+        rows, C = self.copies * self.branches, norm.shape[0]
+        at = rows * self.norm_offsets[norm.name]
+        return NormWeights(scale, shift, mean, var, self.centers[at : at + rows * C].view(rows, C))
+
+    def _means_by_branch(self) -> Tensor:
+        """Which running mean each branch has of every BatchNorm, (copies · branches, C) one BatchNorm after the other.
+
+        Empty where all branches are of one module, or each is a module.
+        """
+        if self.copies == 1 or self.branches == 1:
+            return torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows = [self.by_branch(self.norm_offsets[norm.name], norm.shape[0]).flatten() for norm in self.network.norms]
+        return torch.cat([*rows, torch.zeros(0, dtype=torch.int64)]).to(self.device)
+
+    def copy_means(self) -> None:
+        """Copy the running means for who reads them by branch: once before a pass in training mode."""
+        if len(self.centers):
+            torch.index_select(self.running_mean, 0, self.center_index, out=self.centers)
 
     @torch.no_grad()
     def _adopt(self, i: int, module: nn.Module) -> None:
@@ -186,17 +217,23 @@ class FlatParameters:
             owner.num_batches_tracked = self.batches[j, i].copy_(owner.num_batches_tracked)
 
     @torch.no_grad()
-    def _adopt_factors(self, module: nn.Module) -> None:
-        K = len(module.get_parameter(f"{self.network.layers[0].name}.delta_r"))
+    def _adopt_factors(self, modules: Sequence[nn.Module]) -> None:
+        K = self.branches = len(modules[0].get_parameter(f"{self.network.layers[0].name}.delta_r"))
         self.deviations, self.deviation_momentum = (
-            torch.zeros(K, self.layout.factors, dtype=self.dtype, device=self.device) for _ in range(2)
+            torch.zeros(self.copies * K, self.layout.factors, dtype=self.dtype, device=self.device) for _ in range(2)
         )
         for layer in self.layout.layers:
             for kind, start, n in (("r", layer.r, layer.inputs), ("s", layer.s, layer.out_channels)):
-                factor = module.get_parameter(f"{layer.name}.delta_{kind}")
-                self.factors[f"{layer.name}.delta_{kind}"] = (start, n)
-                self.factor_views.append((factor, partial(torch.narrow, dim=1, start=start, length=n)))
-                move(factor, self.deviations[:, start : start + n])
+                name = f"{layer.name}.delta_{kind}"
+                self.factors[name] = (start, n)
+                for i, module in enumerate(modules):
+                    factor, view = module.get_parameter(name), partial(self._factor, name, i)
+                    self.factor_views.append((factor, view))
+                    move(factor, view(self.deviations))
+
+    def _factor(self, name: str, i: int, flat: Tensor) -> Tensor:
+        start, n = self.factors[name]
+        return flat[i * self.branches : (i + 1) * self.branches, start : start + n]
 
     def _part(self, name: str, i: int, flat: Tensor) -> Tensor:
         return self.view(flat, name)[i]
@@ -223,7 +260,7 @@ class FlatParameters:
     def momenta(self, i: int) -> dict[str, Tensor]:
         """Views of the momentum of module ``i``, by the module's own parameter names."""
         momenta = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
-        return momenta | {name: self.deviation_momentum[:, at : at + n] for name, (at, n) in self.factors.items()}
+        return momenta | {name: self._factor(name, i, self.deviation_momentum) for name in self.factors}
 
 
 def _frozen(views: Sequence[tuple[nn.Parameter, View]], like: Tensor) -> Tensor | None:

@@ -47,7 +47,7 @@ def conv(run: PartRun, launch: Launch) -> None:
     layer, options = run.weights.layers[launch.node], window(run, launch)
     norm = find(launch, "sums")
     if norm:
-        options["center"] = run.weights.norms[norm.arg].running_mean
+        options["center"] = run.weights.norms[norm.arg].center
     if step := find(launch, "activation"):
         user = run.node(step.arg)
         options["activation"] = user.kind if isinstance(user, Activation) else "relu"

@@ -76,7 +76,7 @@ def conv_arguments(run: PartRun, launch: Launch) -> dict[str, Any]:
     if following := find(launch, "scale_shift"):
         options["next_scale"], options["next_shift"] = run.weights.scale_shift[following.arg]
     if norm := find(launch, "sums"):
-        options["center"] = run.weights.norms[norm.arg].running_mean
+        options["center"] = run.weights.norms[norm.arg].center
     return {
         "x": flat(run.buffers[launch.reads[0]], node),
         "weight": layer.forward,
@@ -153,7 +153,7 @@ def weight_gradient(run: PartRun, launch: Launch) -> None:
 
 def norm_sums(run: PartRun, launch: Launch) -> None:
     """Partial sums for a BatchNorm in training mode, where no launch before could make them."""
-    z, center = run.read(launch.reads[0]), run.weights.norms[launch.node].running_mean
+    z, center = run.read(launch.reads[0]), run.weights.norms[launch.node].center
     run.buffers[launch.writes[0]] = batch_norm_sums(z, center)
 
 

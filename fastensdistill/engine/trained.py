@@ -8,7 +8,7 @@ from torch import Tensor
 from fastensdistill.engine.packed import TrainedWeights
 from fastensdistill.engine.parallel import average
 from fastensdistill.engine.parameters import FlatParameters
-from fastensdistill.engine.part_run import Execution
+from fastensdistill.engine.part_run import Execution, PartRun
 from fastensdistill.engine.partials import left_to_unfold
 from fastensdistill.engine.passes import Pass
 from fastensdistill.kernels.layout import weight_partials
@@ -18,7 +18,7 @@ from fastensdistill.network.launch import Part, grad
 
 
 class TrainedPass(Pass):
-    """The pass of what is trained, a student's K branches or copies each on its own, and its update.
+    """The pass of what is trained, the K branches of students or copies each on its own, and its update.
 
     Args:
         forward, backward: the parts of the plan that train it, a group per branch or copy.
@@ -59,6 +59,10 @@ class TrainedPass(Pass):
         """Pack the flat parameters: once before the first forward of a step."""
         self.weights.refresh()
 
+    def begin(self, images: Tensor, weight_index: Tensor | None = None) -> PartRun:
+        self.parameters.copy_means()
+        return super().begin(images, weight_index)
+
     def end(self) -> Tensor:
         """The logits, once it has run: one more batch that moved the running statistics."""
         self.parameters.batches.add_(1)
@@ -81,7 +85,7 @@ class TrainedPass(Pass):
         with flat.frozen_kept():
             sgd(flat.values, flat.momentum, flat.gradient, rate, momentum=momentum, weight_decay=decay)
             if flat.ranked:
-                K, moments = len(flat.deviations), flat.deviation_momentum
+                K, moments = flat.branches, flat.deviation_momentum
                 sgd(
                     flat.deviations, moments, self.factor_gradients, rate,
                     momentum=momentum, weight_decay=decay / K, scale=K,

@@ -1,6 +1,7 @@
 """BatchNorm in training mode, forward: statistics from partial sums, and application.
 
-The Q sets of groups which share statistics: one (all K branches of a student) or G (teachers, each its own).
+The Q sets of groups which share statistics: one (all K branches of a student), G (teachers, each its own) or a divisor
+of G between (several students); results have a row where Q is 1, else one per group.
 
     mean = center + S₁/n,  var = S₂/n − (S₁/n)²           (biased; S about center = the running mean)
     running = (1 − momentum) · running + momentum · (mean, correction · var)
@@ -19,13 +20,22 @@ from fastensdistill.kernels.launch import BATCH_SIZES, launch, row_stride, sizes
 from fastensdistill.kernels.operands import (
     accumulator,
     check_pair,
-    check_rows,
+    check_sets,
     check_shortcut,
     check_tensor,
 )
 from fastensdistill.kernels.ops import absent, define, present
 from fastensdistill.kernels.reference import pack_mask, shortcut, wide
-from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
+from fastensdistill.kernels.sums import (
+    SET_BLOCKS,
+    SET_TILE,
+    by_group,
+    fewer_rows,
+    result_rows,
+    set_grid,
+    set_sums,
+    sum_rows,
+)
 from fastensdistill.kernels.tiles import rows_tile
 
 
@@ -46,7 +56,7 @@ class StatisticsOperands(NamedTuple):
 class NormStatistics(NamedTuple):
     """Of the batch, as the normalisation and its backward read them."""
 
-    mean: Tensor  # each (Q, C) float32
+    mean: Tensor  # each (1 or G, C) float32
     inv_std: Tensor
     scale: Tensor
     shift: Tensor
@@ -77,7 +87,11 @@ def batch_norm_statistics_reference(o: StatisticsOperands) -> tuple[Tensor, Tens
     o.running_mean.lerp_(mean, o.momentum)
     o.running_var.lerp_(o.correction * var, o.momentum)
     inv_std = (var + o.eps).rsqrt()
-    return mean, inv_std, o.weight * inv_std, o.bias - o.weight * inv_std * mean
+    scale = o.weight * inv_std
+    mean, inv_std, scale, shift = (
+        by_group(rows, len(o.partials)) for rows in (mean, inv_std, scale, o.bias - scale * mean)
+    )
+    return mean, inv_std, scale, shift
 
 
 def batch_norm_apply_reference(o: ApplyOperands) -> tuple[Tensor, Tensor]:
@@ -92,7 +106,7 @@ def batch_norm_apply_reference(o: ApplyOperands) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_statistics_kernel(
     p_partials, p_weight, p_bias, p_running_mean, p_running_var, p_mean, p_inv_std, p_scale, p_shift,
-    n_rows, share, momentum, eps, correction,
+    n_rows, share, momentum, eps, correction, repeat,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -110,10 +124,13 @@ def batch_norm_statistics_kernel(
     tl.store(p_running_var + o, b_running_var + momentum * (correction * b_var - b_running_var), mask=m_c)
     b_inv_std = 1.0 / tl.sqrt_rn(b_var + eps)
     b_scale = tl.load(p_weight + o, mask=m_c, other=0.0) * b_inv_std
-    tl.store(p_mean + o, b_mean, mask=m_c)
-    tl.store(p_inv_std + o, b_inv_std, mask=m_c)
-    tl.store(p_scale + o, b_scale, mask=m_c)
-    tl.store(p_shift + o, tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean, mask=m_c)
+    b_shift = tl.load(p_bias + o, mask=m_c, other=0.0) - b_scale * b_mean
+    for i in range(repeat):  # a row of the set, or of each of its groups
+        o_row = (i_q * repeat + i) * C + o_c
+        tl.store(p_mean + o_row, b_mean, mask=m_c)
+        tl.store(p_inv_std + o_row, b_inv_std, mask=m_c)
+        tl.store(p_scale + o_row, b_scale, mask=m_c)
+        tl.store(p_shift + o_row, b_shift, mask=m_c)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -153,7 +170,8 @@ def batch_norm_apply_kernel(
 
 
 def _empty_statistics(o):
-    return tuple(torch.empty_like(o.weight) for _ in NormStatistics._fields)
+    sets, channels = o.weight.shape
+    return tuple(o.weight.new_empty(result_rows(len(o.partials), sets), channels) for _ in NormStatistics._fields)
 
 
 def _empty_output(o):
@@ -177,6 +195,7 @@ def _launch_statistics(o):
         p_shift=shift,
         n_rows=rows.shape[1],
         share=1.0 / o.values,
+        repeat=len(mean) // sets,
         C=channels,
         **SET_BLOCKS,
     )
@@ -224,12 +243,12 @@ def batch_norm_statistics(
     eps: float = 1e-5,
     correction: float = 1.0,
 ) -> NormStatistics:
-    """Mean, inverse deviation, scale and shift of each set, and the running estimates moved in place.
+    """Mean, inverse deviation, scale and shift of each set, by group, and the running estimates moved in place.
 
     Args:
         partials: (G, P, 2, C) float32, ``grouped_conv``'s statistics about ``center=running_mean``.
         count: values of a channel per **set** (all groups together where Q = 1).
-        weight, bias, running_mean, running_var: (Q, C) float32, Q = 1 or G.
+        weight, bias, running_mean, running_var: (Q, C) float32, Q a divisor of G.
         momentum, eps: of BatchNorm. correction: the running variance moves towards so many times the biased one,
             n/(n − 1) for PyTorch's unbiased one.
 
@@ -241,7 +260,7 @@ def batch_norm_statistics(
     o = StatisticsOperands(partials, count, weight, bias, running_mean, running_var, momentum, eps, correction)
     for name in ("weight", "bias", "running_mean", "running_var"):
         rows = getattr(o, name)
-        check_rows(name, rows, partials.shape[0], partials.shape[3])
+        check_sets(name, rows, partials.shape[0], partials.shape[3])
         if rows.shape != weight.shape:
             raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
     return NormStatistics(*_batch_norm_statistics(*o))

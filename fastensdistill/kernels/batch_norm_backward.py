@@ -15,10 +15,19 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
-from fastensdistill.kernels.operands import accumulator, check_out, check_rows, check_tensor
+from fastensdistill.kernels.operands import accumulator, check_out, check_sets, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.reference import leave, wide
-from fastensdistill.kernels.sums import SET_BLOCKS, SET_TILE, fewer_rows, set_grid, set_sums, sum_rows
+from fastensdistill.kernels.sums import (
+    SET_BLOCKS,
+    SET_TILE,
+    by_group,
+    fewer_rows,
+    result_rows,
+    set_grid,
+    set_sums,
+    sum_rows,
+)
 from fastensdistill.kernels.tiles import rows_tile
 
 
@@ -30,7 +39,7 @@ class NormBackwardOperands(NamedTuple):
     partials: Tensor  # (G, P, 2, C) float32: both sums of rows
     values: int  # n: so many a channel of a set has
     weight: Tensor  # γ (Q, C) float32
-    mean: Tensor  # (Q, C) float32
+    mean: Tensor  # (1 or G, C) float32
     inv_std: Tensor
     residual: Tensor | None  # (G, N, H, W, C)
     d_weight: Tensor  # dγ (Q, C) float32, written
@@ -60,23 +69,25 @@ class CoefficientOperands(NamedTuple):
 
 
 class NormCoefficients(NamedTuple):
-    """A, B and C of the equations, and gradients of the scale and the shift: all (Q, C) float32."""
+    """A, B and C of the equations, and gradients of the scale and the shift."""
 
-    a: Tensor
+    a: Tensor  # (1 or G, C) float32, by group
     b: Tensor
     c: Tensor
-    d_weight: Tensor
+    d_weight: Tensor  # (Q, C) float32
     d_bias: Tensor
 
 
 def batch_norm_coefficients_reference(o: CoefficientOperands) -> tuple[Tensor, Tensor, Tensor]:
-    first, second = set_sums(o.partials, o.weight.shape[0])
-    a = o.weight * o.inv_std
-    b = -a * o.inv_std * second / o.values
-    c = -a * first / o.values - b * o.mean
+    sets, groups = o.weight.shape[0], len(o.partials)
+    first, second = set_sums(o.partials, sets)
+    mean, inv_std = (rows[:: len(rows) // sets] for rows in (o.mean, o.inv_std))
+    a = o.weight * inv_std
+    b = -a * inv_std * second / o.values
+    c = -a * first / o.values - b * mean
     leave(second, o.d_weight, o.add)
     leave(first, o.d_bias, o.add)
-    return a, b, c
+    return by_group(a, groups), by_group(b, groups), by_group(c, groups)
 
 
 def per_channel(o: NormBackwardOperands) -> CoefficientOperands:
@@ -96,7 +107,7 @@ def batch_norm_backward_reference(o: NormBackwardOperands) -> Tensor:
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def batch_norm_coefficients_kernel(
     p_partials, p_weight, p_mean, p_inv_std, p_d_weight, p_d_bias, p_a, p_b, p_c,
-    n_rows, share,
+    n_rows, share, repeat,
     C: tl.constexpr, ADD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -105,18 +116,21 @@ def batch_norm_coefficients_kernel(
     m_c = o_c < C
     b_d_bias, b_d_weight = sum_rows(p_partials, i_q * n_rows, n_rows, o_c, m_c, C, BLOCK_R, BLOCK_C)
     o = i_q * C + o_c
-    b_inv = tl.load(p_inv_std + o, mask=m_c, other=0.0)
+    o_row = i_q * repeat * C + o_c  # of the set, or of its first group
+    b_inv = tl.load(p_inv_std + o_row, mask=m_c, other=0.0)
     b_a = tl.load(p_weight + o, mask=m_c, other=0.0) * b_inv
     b_b = -b_a * b_inv * b_d_weight * share
-    b_c = -b_a * b_d_bias * share - b_b * tl.load(p_mean + o, mask=m_c, other=0.0)
+    b_c = -b_a * b_d_bias * share - b_b * tl.load(p_mean + o_row, mask=m_c, other=0.0)
     if ADD:
         b_d_weight += tl.load(p_d_weight + o, mask=m_c, other=0.0)
         b_d_bias += tl.load(p_d_bias + o, mask=m_c, other=0.0)
     tl.store(p_d_weight + o, b_d_weight, mask=m_c)
     tl.store(p_d_bias + o, b_d_bias, mask=m_c)
-    tl.store(p_a + o, b_a, mask=m_c)
-    tl.store(p_b + o, b_b, mask=m_c)
-    tl.store(p_c + o, b_c, mask=m_c)
+    for _ in range(repeat):
+        tl.store(p_a + o_row, b_a, mask=m_c)
+        tl.store(p_b + o_row, b_b, mask=m_c)
+        tl.store(p_c + o_row, b_c, mask=m_c)
+        o_row += C
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -150,7 +164,7 @@ def _empty(o):
 
 
 def _empty_coefficients(o):
-    return tuple(torch.empty_like(o.weight) for _ in range(3))
+    return tuple(torch.empty_like(o.mean) for _ in range(3))
 
 
 def _launch_coefficients(o):
@@ -168,6 +182,7 @@ def _launch_coefficients(o):
         p_c=c,
         n_rows=rows.shape[1],
         share=1.0 / o.values,
+        repeat=len(a) // sets,
         C=channels,
         **SET_BLOCKS,
     )
@@ -177,7 +192,7 @@ def _launch_coefficients(o):
 def _launch(o):
     out = _empty(o)
     a, b, c = _launch_coefficients(per_channel(o))
-    sets, channels = o.weight.shape
+    rows, channels = a.shape
     tile = rows_tile(channels)
     groups, images, height, width, _ = o.d.shape
     positions = images * height * width
@@ -191,7 +206,7 @@ def _launch(o):
         p_c=c,
         p_out=out,
         positions=positions,
-        s_abc=0 if sets == 1 else channels,
+        s_abc=0 if rows == 1 else channels,
         C=channels,
     )
     return out
@@ -228,7 +243,7 @@ def batch_norm_backward(
     Args:
         d, z: (G, N, H, W, C), float32, float16 or bfloat16, which the result is too (float64: reference only).
         count: as of ``batch_norm_statistics``.
-        weight, mean, inv_std: (Q, C) float32.
+        weight: (Q, C) float32, Q a divisor of G. mean, inv_std: (1 or G, C), as ``batch_norm_statistics`` gives them.
         residual: another gradient of z, (G, N, H, W, C), which is added last.
         d_weight, d_bias: (Q, C) float32, where the parameters' gradients are written, with ``add`` on top of what they
             hold; without them in new memory.
@@ -249,10 +264,11 @@ def batch_norm_backward(
 
 
 def _check_sets(weight: Tensor, mean: Tensor, inv_std: Tensor, groups: int, channels: int) -> None:
-    for name, rows in (("weight", weight), ("mean", mean), ("inv_std", inv_std)):
-        check_rows(name, rows, groups, channels)
-        if rows.shape != weight.shape:
-            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {tuple(weight.shape)}")
+    check_sets("weight", weight, groups, channels)
+    wanted = (result_rows(groups, len(weight)), channels)
+    for name, rows in (("mean", mean), ("inv_std", inv_std)):
+        if not (tuple(rows.shape) == wanted and rows.is_contiguous()):
+            raise InputError(f"{name} has shape {tuple(rows.shape)}, expected {wanted}, contiguous")
 
 
 def _outputs(
@@ -273,7 +289,7 @@ def batch_norm_coefficients(
     d_bias: Tensor | None = None,
     add: bool = False,
 ) -> NormCoefficients:
-    """A, B and C of BatchNorm's gradient (Q, C), and the gradients of γ and β, from the sums (G, P, 2, C).
+    """A, B and C of BatchNorm's gradient (1 or G, C), and the gradients of γ and β, from the sums (G, P, 2, C).
 
     Arguments as of :func:`batch_norm_backward`. Raises InputError for shapes that disagree.
     """

@@ -61,8 +61,8 @@ class Layout:
     """Table of the layers of a network in its flat buffers.
 
     parameters [size]: every layer's W and b first (``ranked`` values), then ``plain`` values without factors, such as
-        those of batch norm. Of K plain networks [K · size], every parameter [K, *shape].
-    deviations [K, factors]: every layer's r − 1 and s − 1.
+        those of batch norm. Of several networks [copies · size], every parameter [copies, *shape].
+    deviations [K, factors]: every layer's r − 1 and s − 1. Of several networks their branches one after the other.
     packed, packed_gradient [packed_size]: per layer ``slots`` weights, one after the other.
     """
 
@@ -168,6 +168,15 @@ class Layout:
 def layers_of(fields: Sequence[int], width: int = FIELDS) -> list[LayerOffsets]:
     """The layers behind an op's integers, ``width`` of them each."""
     return [LayerOffsets("", *fields[at : at + width]) for at in range(0, len(fields), width)]
+
+
+def branch_weights(parameters: Tensor, layer: LayerOffsets, copies: int, K: int) -> Tensor:
+    """[K, Co, Ci, taps]: for each of K branches the weight of the network that it is of, K / copies neighbours each.
+
+    Of one network [1, Co, Ci, taps].
+    """
+    W = layer_weight(parameters, layer, copies)
+    return W if copies in (1, K) else W.repeat_interleave(K // copies, 0)
 
 
 def layer_weight(flat: Tensor, layer: LayerOffsets, copies: int = 1) -> Tensor:
@@ -291,18 +300,28 @@ def device_tables(
 
 
 def check_buffers(layout: Layout, parameters: Tensor, deviations: Tensor | None) -> int:
-    """K, how many networks the flat buffers hold; refuses those that fit neither the layout nor one another."""
+    """K, how many branches or plain networks the flat buffers hold, as many of each of the ``copies_of`` networks.
+
+    Raises InputError for buffers that fit neither the layout nor one another.
+    """
     if parameters.dtype not in (torch.float32, torch.float64):
         raise InputError(f"parameters has dtype {parameters.dtype}; expected float32 or float64")
-    if deviations is None:
-        K = copies = max(1, parameters.numel() // layout.size)
-    elif deviations.dim() != 2:
-        raise InputError(f"deviations has shape {tuple(deviations.shape)}; expected [K, {layout.factors}]")
-    else:
-        K, copies = len(deviations), 1
+    K = copies = copies_of(layout, parameters)
+    if deviations is not None:
+        if deviations.dim() != 2:
+            raise InputError(f"deviations has shape {tuple(deviations.shape)}; expected [K, {layout.factors}]")
+        K = len(deviations)
         check_flat("deviations", deviations, (K, layout.factors), parameters)
+        if K % copies:
+            raise InputError(f"deviations are of {K} branches and parameters of {copies} networks; expected as many "
+                             "branches of each")  # fmt: skip
     check_flat("parameters", parameters, (copies * layout.size,), parameters)
     return K
+
+
+def copies_of(layout: Layout, parameters: Tensor) -> int:
+    """How many networks the flat parameters are of."""
+    return max(1, parameters.numel() // layout.size)
 
 
 def check_flat(name: str, tensor: Tensor, shape: tuple[int, ...], parameters: Tensor) -> None:

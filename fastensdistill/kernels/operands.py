@@ -49,6 +49,15 @@ def check_rows(name: str, rows: Tensor | None, count: int, channels: int) -> Non
             raise InputError(f"{name} has shape {tuple(rows.shape)}, expected ({count} or 1, {channels}), contiguous")
 
 
+def check_sets(name: str, rows: Tensor, groups: int, channels: int) -> None:
+    """Per-channel parameters of sets of groups, each as many neighbours: shape (Q, channels), Q a divisor of groups."""
+    good = rows.dim() == 2 and rows.shape[1] == channels and rows.is_contiguous()
+    if not (good and rows.shape[0] > 0 and groups % rows.shape[0] == 0):
+        raise InputError(
+            f"{name} has shape {tuple(rows.shape)}, expected (a divisor of {groups}, {channels}), contiguous"
+        )
+
+
 def check_pair(names: str, first: Tensor | None, second: Tensor | None, count: int, channels: int) -> None:
     """Two per-slot parameters that only make sense together: both absent, or both of one shape."""
     if (first is None) != (second is None):

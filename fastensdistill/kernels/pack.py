@@ -3,8 +3,9 @@
     packed[k, t, i, o] = packed_gradient[k, taps − 1 − t, o, i] = W_k[o, i, t]
 
 with W_k = s_k ⊗ W ⊗ r_k for the branches of a rank-one student (r and s given as deviations from one), or W_k as it
-lies in the parameters of K plain networks, [K, *shape] per parameter. A linear layer over [C, H, W] has its inputs
-position by position: packed[k, p·C + c, o] = packed_gradient[k, o, p·C + c] = W_k[o, c·H·W + p].
+lies in the parameters of K plain networks, [K, *shape] per parameter. So lie those of several rank-one students, whose
+branches are one after the other, as many of each. A linear layer over [C, H, W] has its inputs position by position:
+ packed[k, p·C + c, o] = packed_gradient[k, o, p·C + c] = W_k[o, c·H·W + p].
 
 With channel groups r_k has the inputs of all groups, and W_k[o, i, t] those of the group of o:
 
@@ -33,11 +34,12 @@ from fastensdistill.kernels.layout import (
     LayerOffsets,
     Layout,
     Rows,
+    branch_weights,
     check_buffers,
     check_packed,
+    copies_of,
     device_tables,
     layer_factors,
-    layer_weight,
     layers_of,
 )
 from fastensdistill.kernels.ops import define, implementation
@@ -51,13 +53,14 @@ COLUMNS, GROUPED_COLUMNS = 15, 11
 class PackOperands(NamedTuple):
     """What ``pack_weights`` takes."""
 
-    parameters: Tensor  # [layout.size] of branches, [K · layout.size] of plain networks
+    parameters: Tensor  # [copies · layout.size]
     deviations: Tensor | None  # [K, layout.factors]; None for plain networks
     packed: Tensor  # [layout.packed_size], written
     packed_gradient: Tensor  # [layout.packed_size], written
     fields: list[int]  # layout.fields
     first_slot: int
     networks: int  # K
+    copies: int  # of whose parameters there are: 1, several students or, without deviations, K
 
 
 class BranchPackOperands(NamedTuple):
@@ -75,7 +78,7 @@ def pack_weights_reference(o: PackOperands) -> None:
     """Writes slots first_slot … first_slot + K − 1 of both packings, layer by layer."""
     for layer in layers_of(o.fields):
         K, n, P = o.networks, layer.weight_size, layer.positions
-        W = layer_weight(o.parameters, layer, K if o.deviations is None else 1)
+        W = branch_weights(o.parameters, layer, o.copies, K)
         if o.deviations is not None:
             r, s = layer_factors(o.deviations, layer)
             W = s * W * r
@@ -89,7 +92,7 @@ def pack_weights_reference(o: PackOperands) -> None:
 
 def pack_rank_one_reference(o: BranchPackOperands) -> None:
     fields = [value for layer in layers_of(o.fields, DENSE_FIELDS) for value in layer[1:]]
-    pack_weights_reference(PackOperands(*o._replace(fields=fields), networks=len(o.deviations)))
+    pack_weights_reference(PackOperands(*o._replace(fields=fields), networks=len(o.deviations), copies=1))
 
 
 def _table(fields: Sequence[int]) -> tuple[Rows, ...]:
@@ -129,7 +132,7 @@ def _grouped_rows(layer: LayerOffsets) -> Rows:
 @triton.jit
 def pack_kernel(
     p_parameters, p_deviations, p_packed, p_packed_gradient, p_table,
-    factors, first_slot,
+    factors, first_slot, copies, branches,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -152,12 +155,10 @@ def pack_kernel(
     slot = (first_slot + i_k) * size
     p_forward = p_packed + tl.load(p_row + 9) + slot
     p_gradient = p_packed_gradient + tl.load(p_row + 10) + slot
+    p_w = p_parameters + (copies * weight + i_k // branches * size)
     if p_deviations is not None:
-        p_w = p_parameters + weight
         p_r = p_deviations + i_k * factors + tl.load(p_row + 2)
         b_s = 1.0 + tl.load(p_deviations + i_k * factors + tl.load(p_row + 3) + o_o, mask=m_o, other=0.0)
-    else:
-        p_w = p_parameters + tl.num_programs(1) * weight + i_k * size
     o_w = (o_o * (C * taps))[:, None] + (o_i * taps)[None, :]
     o_f = o_o[:, None] + (o_i * CO)[None, :]
     o_g = (o_o * s_gradient)[:, None] + o_i[None, :]
@@ -174,7 +175,7 @@ def pack_kernel(
 @triton.jit
 def pack_grouped_kernel(
     p_parameters, p_deviations, p_packed, p_packed_gradient, p_table,
-    factors, first_slot,
+    factors, first_slot, copies, branches,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -191,15 +192,14 @@ def pack_grouped_kernel(
     m = m_o[:, None] & (o_j < C * taps)[None, :]
     i_c = o_j // taps
     i_t = o_j % taps
+    o_w = copies * weight + i_k // branches * size + (o_o * (C * taps))[:, None] + o_j[None, :]
     if p_deviations is not None:
-        o_w = weight + (o_o * (C * taps))[:, None] + o_j[None, :]
         p_factors = p_deviations + i_k * factors
         o_r = (o_o // tl.load(p_row + 7).to(tl.int32) * C)[:, None] + i_c[None, :]
         b_s = 1.0 + tl.load(p_factors + tl.load(p_row + 3) + o_o, mask=m_o, other=0.0)
         b_r = 1.0 + tl.load(p_factors + tl.load(p_row + 2) + o_r, mask=m, other=0.0)
         b_w = b_s[:, None] * tl.load(p_parameters + o_w, mask=m, other=0.0) * b_r
     else:
-        o_w = tl.num_programs(1) * weight + i_k * size + (o_o * (C * taps))[:, None] + o_j[None, :]
         b_w = tl.load(p_parameters + o_w, mask=m, other=0.0)
     b_stored = b_w.to(p_packed.dtype.element_ty)
     slot = tl.load(p_row + 10) + (first_slot + i_k) * size
@@ -215,7 +215,9 @@ def _launch(o):
     factors = 0 if o.deviations is None else o.deviations.shape[1]
     for kernel, table, columns in ((pack_kernel, dense, COLUMNS), (pack_grouped_kernel, grouped, GROUPED_COLUMNS)):
         grid = (len(table), o.networks)
-        launch(kernel, grid, PACK_TILE, o, p_table=table, factors=factors, COLUMNS=columns)
+        launch(
+            kernel, grid, PACK_TILE, o, p_table=table, factors=factors, branches=o.networks // o.copies, COLUMNS=columns
+        )
 
 
 _mutates = ("packed", "packed_gradient")
@@ -234,28 +236,33 @@ def pack_weights(
     """Writes the weights of K networks into slots first_slot … first_slot + K − 1 of both packings, in place.
 
     Args:
-        parameters: [layout.size] float32 or float64; without deviations [K · layout.size], every parameter
-            [K, *shape].
-        deviations: [K, layout.factors], r − 1 and s − 1 of K branches, or None for K plain networks.
+        parameters: [layout.size] float32 or float64; of several networks [copies · layout.size], every parameter
+            [copies, *shape]. Without deviations these are K.
+        deviations: [K, layout.factors], r − 1 and s − 1 of K branches, K / copies neighbours of each network; or None
+            for K plain networks.
         layout: the table of layers.
         packed, packed_gradient: [layout.packed_size], both bf16, fp16, float32 or float64; orders as above.
         first_slot: slot of the first network; other slots are left as they are.
 
-    The compiled extension serves branches in bf16 on a GPU where no layer has channel groups, Triton everything else
-    there but float64, the reference what is left.
+    The compiled extension serves one network's branches in bf16 on a GPU where no layer has channel groups, Triton
+    everything else there but float64, the reference what is left.
 
     Raises:
         InputError: a dtype, shape, device or slot that does not fit the layout.
     """
-    K = check_buffers(layout, parameters, deviations)
+    K, copies = check_buffers(layout, parameters, deviations), copies_of(layout, parameters)
     check_packed(layout, parameters, K, packed, packed_gradient, first_slot)
     parameters = parameters.detach().contiguous()
     if deviations is not None:
         deviations = deviations.detach().contiguous()
-        covered = packed.dtype == torch.bfloat16 and all(
-            layer.positions == layer.channel_groups == 1 and layer.taps <= EXTENSION_TAPS for layer in layout.layers
+        covered = (
+            copies == 1
+            and packed.dtype == torch.bfloat16
+            and all(
+                layer.positions == layer.channel_groups == 1 and layer.taps <= EXTENSION_TAPS for layer in layout.layers
+            )
         )
         if covered and implementation("pack_rank_one", parameters.device.type, parameters.dtype) == "extension":
             _pack_rank_one(parameters, deviations, packed, packed_gradient, layout.dense_fields, first_slot)
             return
-    _pack_weights(parameters, deviations, packed, packed_gradient, layout.fields, first_slot, K)
+    _pack_weights(parameters, deviations, packed, packed_gradient, layout.fields, first_slot, K, copies)

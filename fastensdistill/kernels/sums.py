@@ -4,8 +4,9 @@
     first, second [set, c] = Σ over the groups and rows of a set of partials        (sum_rows, set_sums)
 
 Partials (G, P, 2, C) hold two sums per channel, one row per program. The Q sets of groups that share a BatchNorm's
-statistics are one (all K branches of a student) or G (teachers, each its own). Weight gradients add the partial results
-of their splits (kept = 1).
+statistics, each of G / Q neighbours, are one (all K branches of a student), G (teachers, each its own) or between
+(several students of K branches). What is made of a set's sums and read by group has one row, or one per group
+(``result_rows``). Weight gradients add the partial results of their splits (kept = 1).
 """
 
 from torch import Tensor
@@ -24,9 +25,19 @@ FEW_ROWS = 4096
 
 def set_sums(partials: Tensor, sets: int) -> tuple[Tensor, Tensor]:
     """Both sums of each set, (Q, C), of partials (G, P, 2, C): the reference of ``sum_rows``."""
-    sums = partials.sum(1)
-    first, second = (sums.sum(0, keepdim=True) if sets == 1 else sums).unbind(1)
+    first, second = partials.sum(1).unflatten(0, (sets, -1)).sum(1).unbind(1)
     return first, second
+
+
+def result_rows(groups: int, sets: int) -> int:
+    """Rows of a result per channel that kernels read by group: one where all groups share it, else one per group."""
+    return 1 if sets == 1 else groups
+
+
+def by_group(rows: Tensor, groups: int) -> Tensor:
+    """(Q, C) as such a result: :func:`result_rows` of them."""
+    repeat = result_rows(groups, len(rows)) // len(rows)
+    return rows if repeat == 1 else rows.repeat_interleave(repeat, 0)
 
 
 @triton.jit

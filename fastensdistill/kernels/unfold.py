@@ -6,7 +6,7 @@
 The gradients dW_k come as the kernels of the weight gradients leave them: partial results [splits, K, …], in the order
 that ``layout.Order`` defines, and db_k as [K, Co]. A linear layer over [C, H, W] has its inputs position by position,
 channels innermost. dW leaves in the order of the parameters, [Co, Ci, taps]. Plain networks, K copies without factors,
-have their gradients summed and reordered alone.
+have their gradients summed and reordered alone. Of several students each has its own W and K neighbouring branches.
 With channel groups, r_k[i] stands for the r of the i-th input of the group that output o is in, and dr_k is summed over
 the outputs of one group.
 
@@ -32,8 +32,10 @@ from fastensdistill.kernels.layout import (
     LayerOffsets,
     Layout,
     Place,
+    branch_weights,
     check_buffers,
     check_flat,
+    copies_of,
     device_tables,
     layer_bias,
     layer_factors,
@@ -62,12 +64,13 @@ class UnfoldOperands(NamedTuple):
     """What ``unfold_gradients`` takes."""
 
     gradients: Tensor  # [memory.size], in the kernels' order
-    parameters: Tensor  # [layout.size] of branches, [K · layout.size] of plain networks
+    parameters: Tensor  # [copies · layout.size]
     deviations: Tensor | None  # [K, layout.factors]; None for plain networks
     gradient: Tensor  # like the parameters, written
     fields: list[int]  # layout.fields
     places: list[int]  # memory.fields
     networks: int  # K
+    copies: int  # of whose parameters there are: 1, several students or, without deviations, K
 
 
 def kernel_order(gradients: Tensor, layer: LayerOffsets, place: Place, K: int) -> Tensor:
@@ -92,14 +95,15 @@ def unfold_gradients_reference(o: UnfoldOperands) -> Tensor:
             layer_weight(o.gradient, layer, K).copy_(dW_k)
             continue
         r, s = layer_factors(o.deviations, layer)
-        layer_weight(o.gradient, layer)[0] = (s * dW_k * r).sum(0)
-        product = layer_weight(o.parameters, layer) * dW_k
+        layer_weight(o.gradient, layer, o.copies).copy_((s * dW_k * r).unflatten(0, (o.copies, -1)).sum(1))
+        product = branch_weights(o.parameters, layer, o.copies, K) * dW_k
         dr = (s * product).unflatten(1, (layer.channel_groups, -1)).sum((2, 4)).flatten(1)
         ds = (r * product).sum((2, 3))
         if layer.bias >= 0:
             db_k = o.gradients[place.bias : place.bias + K * layer.out_channels].view(K, -1)
-            layer_bias(o.gradient, layer)[0] = (s.flatten(1) * db_k).sum(0)
-            ds = ds + layer_bias(o.parameters, layer) * db_k
+            layer_bias(o.gradient, layer, o.copies).copy_((s.flatten(1) * db_k).unflatten(0, (o.copies, -1)).sum(1))
+            b = layer_bias(o.parameters, layer, o.copies)
+            ds = ds + b.repeat_interleave(K // o.copies, 0) * db_k
         factor_gradients[:, layer.r : layer.r + layer.inputs] = dr
         factor_gradients[:, layer.s : layer.s + layer.out_channels] = ds
     return factor_gradients
@@ -133,7 +137,7 @@ def sum_tile(p, o_in, o_out, m_in, m_out, in_innermost, splits, s_split, TERMS: 
 @triton.jit
 def unfold_kernel(
     p_gradients, p_parameters, p_deviations, p_gradient, p_partials, p_table,
-    K, factors, partials,
+    K, copies, factors, partials,
     COLUMNS: tl.constexpr, TERMS: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -161,11 +165,13 @@ def unfold_kernel(
     # about the order of lanes alone: no load of unknown alignment is made a wider one, so that a step does no harm
     o_w = (o_o * J)[:, None] + tl.max_contiguous(o_j, BLOCK_N)[None, :]
     m_w = m_o[:, None] & m_j[None, :]
+    i_copy = tl.program_id(1).to(tl.int64)
+    branches = K // copies
+    p_d += i_copy * branches * share
+    weight = copies * weight + i_copy * size
     if p_deviations is None:
-        i_k = tl.program_id(1).to(tl.int64)
-        p_d += i_k * share
         b_d = sum_tile(p_d, o_in, o_out, m_j, m_o, in_innermost, splits, K * share, TERMS)
-        tl.store(p_gradient + (K * weight + i_k * size) + o_w, tl.trans(b_d), mask=m_w)
+        tl.store(p_gradient + weight + o_w, tl.trans(b_d), mask=m_w)
     else:
         o_r = o_j // tl.load(p_row + 9).to(tl.int32)
         m_r = m_j
@@ -173,13 +179,14 @@ def unfold_kernel(
             i_group = o_o // tl.load(p_row + 22).to(tl.int32)
             o_r = o_r[:, None] + (i_group * tl.load(p_row + 23).to(tl.int32))[None, :]
             m_r = m_j[:, None] & m_o[None, :]
-        p_r = p_deviations + tl.load(p_row + 6)
-        p_s = p_deviations + tl.load(p_row + 7)
-        p_rows = p_partials + tl.load(p_row + 20)
-        p_columns = p_partials + tl.load(p_row + 21)
+        first = i_copy * branches
+        p_r = p_deviations + first * factors + tl.load(p_row + 6)
+        p_s = p_deviations + first * factors + tl.load(p_row + 7)
+        p_rows = p_partials + first * partials + tl.load(p_row + 20)
+        p_columns = p_partials + first * partials + tl.load(p_row + 21)
         b_w = tl.trans(tl.load(p_parameters + weight + o_w, mask=m_w, other=0.0))
         b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for _ in range(K):
+        for _ in range(branches):
             b_r = 1.0 + tl.load(p_r + o_r, mask=m_r, other=0.0)
             if not GROUPED:
                 b_r = b_r[:, None]
@@ -203,7 +210,7 @@ def unfold_kernel(
 @triton.jit
 def unfold_factors_kernel(
     p_gradients, p_parameters, p_deviations, p_gradient, p_factor_gradients, p_partials, p_table,
-    K, factors, partials,
+    K, copies, factors, partials,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -227,12 +234,14 @@ def unfold_factors_kernel(
         b_sums += tl.load(p_terms + o, mask=m_c[:, None] & (o_n < n_terms)[None, :], other=0.0)
     b_sum = tl.sum(b_sums, 1)
     if bias >= 0:
+        branches = K // copies
+        bias = copies * bias + i_k // branches * count
         b_b = tl.load(p_parameters + bias + o_c, mask=m_c, other=0.0)
         b_sum += b_b * tl.load(p_b + i_k * count, mask=m_c, other=0.0)
-        if i_k == 0:
+        if i_k % branches == 0:  # the first one of a network adds them up
             b_bias = tl.zeros((BLOCK_M,), tl.float32)
-            for k in range(K):
-                i_n = tl.cast(k, tl.int64)
+            for k in range(branches):
+                i_n = i_k + k
                 b_s = 1.0 + tl.load(p_deviations + i_n * factors + factor + o_c, mask=m_c, other=0.0)
                 b_bias += b_s * tl.load(p_b + i_n * count, mask=m_c, other=0.0)
             tl.store(p_gradient + bias + o_c, b_bias, mask=m_c)
@@ -261,7 +270,7 @@ def _launch(o):
         terms = TERMS if splits[table is grouped] > 1 else 1
         launch(
             unfold_kernel,
-            (len(table), K) if o.deviations is None else (len(table),),
+            (len(table), o.copies),
             UNFOLD_TILE,
             o,
             p_table=table,
@@ -301,9 +310,10 @@ def unfold_gradients(
         gradients: [memory.size], for every weight its partial results and for every bias [K, Co] where ``memory`` says,
             as the kernels leave them.
         memory: ``layout.gradients(K, …)``.
-        parameters: [layout.size] float32 or float64; without deviations [K · layout.size], every parameter
-            [K, *shape].
-        deviations: [K, layout.factors], r − 1 and s − 1 of K branches, or None for K plain networks.
+        parameters: [layout.size] float32 or float64; of several networks [copies · layout.size], every parameter
+            [copies, *shape]. Without deviations these are K.
+        deviations: [K, layout.factors], r − 1 and s − 1 of K branches, K / copies neighbours of each network; or None
+            for K plain networks.
         layout: the table of layers.
         gradient: as ``parameters``, contiguous; dW and db are written where W and b lie in these. Left as they are:
             what has no factors and, of plain networks, biases, whose gradients need no reordering.
@@ -327,4 +337,5 @@ def unfold_gradients(
     check_contiguous(("gradients", gradients), ("gradient", gradient))
     deviations = None if deviations is None else deviations.detach().contiguous()
     parameters = parameters.detach().contiguous()
-    return _unfold_gradients(gradients, parameters, deviations, gradient, layout.fields, memory.fields, K)
+    copies = copies_of(layout, parameters)
+    return _unfold_gradients(gradients, parameters, deviations, gradient, layout.fields, memory.fields, K, copies)

@@ -156,7 +156,7 @@ class Backward(Gradients):
         writes = [self.buffer(grad(name), (node.shape[0],), FLOAT, self.part.sets) for name in node.parameters]
         reads = [gradient, source, sums, batch]
         if self.on_load.gradients.get(source) is node:
-            rows = self.buffer(coefficients(node.name), (3, node.shape[0]), FLOAT, self.part.sets)
+            rows = self.buffer(coefficients(node.name), (3, node.shape[0]), FLOAT, self.part.rows)
             self.launch("norm coefficients", node, [sums, batch], [rows, *writes])
             self.gradient[source] = gradient
         elif source in self.needed:

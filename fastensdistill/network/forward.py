@@ -211,7 +211,7 @@ class Forward(Builder):
         channels = norm.shape[0]
         if norm.name not in self.summed:
             self.launch("norm sums", norm, [norm.inputs[0]], [self.sums_buffer(sums(norm.name), norm.name)])
-        batch = self.buffer(statistics(norm.name), (2, channels), FLOAT, self.part.sets)
+        batch = self.buffer(statistics(norm.name), (2, channels), FLOAT, self.part.rows)
         self.launch("norm statistics", norm, [sums(norm.name)], [batch])
 
     def finish_head(self) -> None:

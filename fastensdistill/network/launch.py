@@ -21,8 +21,9 @@ transforms the input as it is read, the epilogue the result before and while it 
               bits BUFFER                    write one bit per value, whether it is positive
               sums NORM                      per-channel sums which that BatchNorm needs next
 
-What a launch reads and writes are buffers, a share per group (of statistics per set of groups that have them together).
-Their names are made by the functions below and nowhere else:
+What a launch reads and writes are buffers, a share per group (of statistics one for all groups where these have them
+together; where only some do, the same one for each of these). Their names are made by the functions below and nowhere
+else:
 
     INPUT             (N, H, W, C)           the image in [0, 1], float32, one for all groups
     NODE              (N, H, W, C)           a node's value; the network's output (N, classes), float32
@@ -36,8 +37,8 @@ Their names are made by the functions below and nowhere else:
     recorded(NODE)    -                      what autograd keeps of a module that is no plan's, per group
     sums(NORM)        (rows, 2, C)           partial sums of x − running mean and of its square, float32
     grad_sums(NORM)   (rows, 2, C)           partial sums of a gradient and of its product with the normalised input
-    statistics(NORM)  per set                the batch's mean and 1/std, scale and shift, float32
-    coefficients(NORM) per set               A, B and C of its gradient, float32
+    statistics(NORM)  per set, or group      the batch's mean and 1/std, scale and shift, float32
+    coefficients(NORM) per set, or group     A, B and C of its gradient, float32
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Group:
         name: for printing, such as "T1".
         network: its index in the list given to ``plan``.
         statistics: None for evaluation mode; else groups with the same label take BatchNorm's mean and variance (and
-            have its scale, shift and running estimates) together. A part has one label or one per group.
+            have its scale, shift and running estimates) together: as many neighbours for each of a part's labels.
         gradient: None; "input", of the image (evaluation mode); or "parameters" (training mode).
     """
 
@@ -245,8 +246,13 @@ class Part:
 
     @property
     def sets(self) -> int:
-        """How many sets of groups share BatchNorm statistics: 1 or the number of groups."""
+        """How many sets of groups share BatchNorm statistics, each of as many neighbours."""
         return len({group.statistics for group in self.groups}) if self.training else len(self.groups)
+
+    @property
+    def rows(self) -> int:
+        """Rows of statistics and coefficients, as kernels read them: one for all groups, or one each."""
+        return 1 if self.sets == 1 else len(self.groups)
 
     def folded(self, node: Node | None) -> bool:
         """Whether this BatchNorm goes into the convolution's weights: evaluation mode, and nothing else reads that."""

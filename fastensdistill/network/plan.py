@@ -81,8 +81,12 @@ def plan(
 def check(part: Part) -> None:
     """Raise InputError for groups that no part can run together."""
     names = ", ".join(group.name for group in part.groups)
-    if part.training and part.sets not in (1, len(part.groups)):
-        raise InputError(f"{names} share {part.sets} sets of BatchNorm statistics; expected one, or one each")
+    if part.training:
+        each = len(part.groups) // part.sets
+        labels = [group.statistics for group in part.groups]
+        if labels != [label for label in dict.fromkeys(labels) for _ in range(each)]:
+            raise InputError(f"{names} share {part.sets} sets of BatchNorm statistics; expected sets of as many "
+                             "neighbours each")  # fmt: skip
     if part.training and len({group.gradient for group in part.groups}) > 1:
         raise InputError(f"{names} train together; expected all of them to ask for the parameters' gradient, or none")
 
@@ -90,9 +94,9 @@ def check(part: Part) -> None:
 Passes = dict[str, tuple[list[Group], str]]
 
 
-def branch_groups(branches: int, network: int = 0) -> list[Group]:
+def branch_groups(branches: int, network: int = 0, student: str = "S") -> list[Group]:
     """The branches of a student in training, which share BatchNorm's statistics."""
-    return [Group(f"S{k + 1}", network, "S", "parameters") for k in range(branches)]
+    return [Group(f"{student}{k + 1}", network, student, "parameters") for k in range(branches)]
 
 
 def drawn_groups(members: Iterable[str], differentiated: Collection[str], network: Callable[[str], int]) -> list[Group]:

@@ -53,6 +53,36 @@ def test_statistics(shared, rows, channels):
     check_op(batch_norm_statistics, partials, 30 * rows, *parameters, correction=1.25)
 
 
+@pytest.mark.parametrize(("sets", "each", "channels"), [(2, 3, 20), (3, 2, 33)])
+def test_several_sets_of_several_groups(sets, each, channels):
+    """Kernels as the reference; and to the bit each set's own, a row for every one of its groups."""
+    groups, rows, count = sets * each, 5, 90
+    partials = values(groups, rows, 2, channels)
+    partials[:, :, 1] = partials[:, :, 1].abs() + 1
+    parameters = [_rows(sets, channels, seed) for seed in range(4)]
+    check_op(batch_norm_statistics, partials, count, *parameters)
+    d, z = (values(groups, 1, 3, 5, channels, seed=s) for s in range(2))
+    alone = [
+        batch_norm_statistics(partials[q * each : (q + 1) * each], count, *(p[q : q + 1].clone() for p in parameters))
+        for q in range(sets)
+    ]
+    together = batch_norm_statistics(partials, count, *(p.clone() for p in parameters))
+    for name, found in together._asdict().items():
+        assert torch.equal(found, torch.cat([getattr(one, name) for one in alone]).repeat_interleave(each, 0)), name
+    given = parameters[0], together.mean, together.inv_std
+    check_op(batch_norm_coefficients, partials, count, *given, tolerance=2e-5)
+    check_op(batch_norm_backward, d, z, partials, count, *given, tolerance=2e-5)
+    found = batch_norm_backward(d, z, partials, count, *given)
+    for q, one in enumerate(alone):
+        own = slice(q * each, (q + 1) * each)
+        expected = batch_norm_backward(d[own], z[own], partials[own], count, given[0][q : q + 1], one.mean, one.inv_std)
+        assert torch.equal(found.d[own], expected.d)
+        assert torch.equal(found.d_weight[q : q + 1], expected.d_weight)
+        assert torch.equal(found.d_bias[q : q + 1], expected.d_bias)
+    with pytest.raises(InputError, match="expected \\(a divisor of"):
+        batch_norm_statistics(partials, count, *[_rows(4, channels, seed) for seed in range(4)])
+
+
 @each_dtype
 @each_sharing
 @each_shape

@@ -99,12 +99,44 @@ def test_the_kernel_is_the_reference(case, ranked, place, dtype):
     untyped(pack_weights)(parameters, deviations, layout, *right, first_slot=first)
     packed = [torch.full((layout.packed_size,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     given = None if deviations is None else deviations.to(DEVICE)
-    run_kernel(torch.ops.fastensdistill.pack_weights, parameters.to(DEVICE), given, *packed, layout.fields, first, K)
+    run_kernel(
+        torch.ops.fastensdistill.pack_weights,
+        parameters.to(DEVICE),
+        given,
+        *packed,
+        layout.fields,
+        first,
+        K,
+        1 if ranked else K,
+    )
     for name, actual, wanted in zip(("packed", "packed_gradient"), packed, right, strict=True):
         cut = dtype == torch.bfloat16 and DEVICE == "cpu"
         gap = (actual.cpu().float() - wanted.float()).abs()
         same = (gap <= cut * wanted.float().abs() / 128) | (actual.cpu().isnan() & wanted.isnan())
         assert same.all(), f"{name}: {int((~same).sum())} of {same.numel()} values differ"
+
+
+@pytest.mark.parametrize("call", [run_kernel, lambda op, *args, **more: op(*args, **more)], ids=["kernel", "reference"])
+@pytest.mark.parametrize("case", ["odd", "flat", "groups"])
+def test_branches_of_several_networks(case, call):
+    """To the bit those of each network alone."""
+    copies, K, first = 3, 2, 1
+    layout, parameters, _ = problem(case, copies, False, first + copies * K)
+    deviations = 0.3 * values(copies * K, layout.factors, seed=1)
+    packed = [torch.full((layout.packed_size,), torch.nan, device=DEVICE) for _ in range(2)]
+    call(pack_weights, parameters.to(DEVICE), deviations.to(DEVICE), layout, *packed, first_slot=first)
+    right = [torch.full((layout.packed_size,), torch.nan, device=DEVICE) for _ in range(2)]
+    for i in range(copies):
+        own = torch.zeros(layout.size)
+        for layer in layout.layers:
+            at = slice(layer.weight, layer.weight + layer.weight_size)
+            own[at] = layouts.layer_weight(parameters, layer, copies)[i].flatten()
+        rows = deviations[i * K : (i + 1) * K]
+        call(pack_weights, own.to(DEVICE), rows.to(DEVICE), layout, *right, first_slot=first + i * K)
+    for actual, wanted in zip(packed, right, strict=True):
+        assert torch.equal(actual.nan_to_num(7), wanted.nan_to_num(7))
+    with pytest.raises(InputError, match="of 5 branches and parameters of 3 networks"):
+        untyped(pack_weights)(parameters, deviations[:5], layout, *packed)
 
 
 def test_the_public_function_launches_one_kernel_whose_table_is_built_once(monkeypatch):

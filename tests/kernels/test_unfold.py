@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import record_launches
-from fastensdistill.kernels.layout import GradientLayout, Layout, Order, Partials, weight_partials
+from fastensdistill.kernels.layout import (
+    GradientLayout,
+    Layout,
+    Order,
+    Partials,
+    layer_bias,
+    layer_weight,
+    weight_partials,
+)
 from fastensdistill.kernels.unfold import unfold_factors_kernel, unfold_gradients, unfold_kernel
 from tests.compare import check_close
 from tests.kernels import layouts
@@ -135,6 +143,41 @@ def test_plain_networks(case, call):
     assert torch.equal(gradient.cpu(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
+@pytest.mark.parametrize("case", ["linear", "tiles", "positions", "both", "small-groups"])
+@pytest.mark.parametrize("call", [run_kernel, lambda op, *args: op(*args)], ids=["kernel", "reference"])
+def test_branches_of_several_networks(case, call):
+    """To the bit those of each network alone."""
+    layout, t = problem(case, torch.float32)
+    copies, K = 3, len(t["deviations"])
+    generator = torch.Generator().manual_seed(3)
+    parameters = torch.randn(copies, layout.size, generator=generator)
+    deviations = 0.3 * torch.randn(copies * K, layout.factors, generator=generator)
+    drawn = 0.1 * torch.randn(copies * K, layout.ranked, generator=generator)
+    flat, first = torch.zeros(copies * layout.size), CASES.index(case)
+    views = [(layer_weight, layer) for layer in layout.layers]
+    views += [(layer_bias, layer) for layer in layout.layers if layer.bias >= 0]
+    for view, layer in views:
+        for i in range(copies):
+            view(flat, layer, copies)[i] = view(parameters[i], layer)[0]
+    gradients, memory, _ = in_kernel_order(layout, drawn, first)
+    gradient = torch.full_like(flat, torch.nan, device=DEVICE)
+    factors = call(unfold_gradients, gradients, memory, flat.to(DEVICE), deviations.to(DEVICE), layout, gradient)
+    for i in range(copies):
+        own = slice(i * K, (i + 1) * K)
+        gradients, memory, _ = in_kernel_order(layout, drawn[own], first)
+        # the same partial results as among those of all
+        every, everything, _ = in_kernel_order(layout, drawn, first)
+        for layer, place, of_all in zip(layout.layers, memory.places, everything.places, strict=True):
+            part = weight_partials(every, layer, of_all, copies * K)[:, own]
+            weight_partials(gradients, layer, place, K).copy_(part)
+        one = torch.full((layout.size,), torch.nan, device=DEVICE)
+        given = parameters[i].to(DEVICE), deviations[own].to(DEVICE)
+        assert torch.equal(call(unfold_gradients, gradients, memory, *given, layout, one), factors[own])
+        for view, layer in views:
+            assert torch.equal(view(gradient, layer, copies)[i], view(one, layer)[0]), layer.name
+
+
 def test_launches():
     layout, t = problem("many-layers", torch.float32)
     flat, memory = t["parameters"], layout.gradients(2)
@@ -143,7 +186,7 @@ def test_launches():
         unfold_gradients(gradients, memory, flat, t["deviations"], layout, flat.clone())
         unfold_gradients(gradients, memory, flat.repeat(2), None, layout, flat.repeat(2))
     assert [launch.kernel for launch in launches] == [unfold_kernel, unfold_factors_kernel, unfold_kernel]
-    assert [launch.grid for launch in launches] == [(12,), (24, 2), (12, 2)]
+    assert [launch.grid for launch in launches] == [(12, 1), (24, 2), (12, 2)]
 
 
 def test_room_for_gradients():
