@@ -59,7 +59,7 @@ ASSUMED = {
     "L2": Assumption(6.6e12, "bytes a second", "into all; three quarters of 5,120 a cycle at 1.7 GHz, 5.5-7.0 likely"),
     "alone": Assumption(0.75, "of that", "a program that has a multiprocessor to itself waits or stores a quarter"),
     "step": Assumption(0.11e-6, "seconds of a multiprocessor", "a program's: 4 warps of 180 instructions, 4 a cycle"),
-    "least": Assumption(gpus.LEAST, "seconds", "a kernel that does next to nothing starts, waits for memory twice, stores"),
+    "least": Assumption(gpus.LEAST, "seconds", "a kernel that does next to nothing starts, waits for memory, stores"),
     "gap": Assumption(gpus.GAP, "seconds", "between two nodes of the captured graph, each depending on the one before"),
 }  # fmt: skip
 HELD, L2, ALONE, STEP, LEAST, GAP = (ASSUMED[name].value for name in ("held", "L2", "alone", "step", "least", "gap"))

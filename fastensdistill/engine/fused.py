@@ -49,7 +49,7 @@ from fastensdistill.engine.probe import compared
 from fastensdistill.engine.step import CapturedStep, mean_of_micro_batches
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.distillation_loss import distillation_loss
+from fastensdistill.kernels.distillation_loss import Loss, distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
 from fastensdistill.method.perturbation import PERTURBATIONS, Perturbed
 from fastensdistill.method.student import Student
@@ -99,6 +99,11 @@ def check_networks(
     return networks
 
 
+def student_loss(targets: Tensor, logits: Tensor, labels: Tensor, config: DistillConfig, student: Student) -> Loss:
+    """loss, loss_kd, loss_ce and the gradient of the logits (K, B, C) of ``student``'s branches."""
+    return distillation_loss(targets, logits, labels, config.temperature, config.alpha, student.target)
+
+
 class FusedStep(CapturedStep):
     """One step of distillation as a fixed list of launches; the interface of ``ReferenceStep``.
 
@@ -130,7 +135,7 @@ class FusedStep(CapturedStep):
         implementations: Dispatch | None = None,
     ):
         self.student, self.teachers = checked_student(student), checked_teachers(teachers)
-        self.config, self.target = checked_config(config, DistillConfig), student.target
+        self.config = checked_config(config, DistillConfig)
         super().__init__(config, student, 1, capture, implementations)
         self.perturbation = drawn_perturbation(config, self.teachers, student)
         self.generators = [self.perturbation.noise]
@@ -198,9 +203,7 @@ class FusedStep(CapturedStep):
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
         targets, logits = self._forward(images)
         self.branch_logits = logits = self.plain.branch_logits(logits)
-        *losses, grad_logits = distillation_loss(
-            targets, logits, labels[0], self.config.temperature, self.config.alpha, self.target
-        )
+        *losses, grad_logits = student_loss(targets, logits, labels[0], self.config, self.student)
         grad_logits = self.plain.group_logits(grad_logits)
         self.trained.backward(grad_logits / self.micro_batches if self.micro_batches > 1 else grad_logits, add)
         return losses

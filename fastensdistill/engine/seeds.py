@@ -29,7 +29,7 @@ from fastensdistill.engine.common import (
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
-from fastensdistill.engine.fused import check_networks
+from fastensdistill.engine.fused import check_networks, student_loss
 from fastensdistill.engine.parallel import processes
 from fastensdistill.engine.parameters import FlatParameters, function_tensors
 from fastensdistill.engine.passes import Pass
@@ -40,7 +40,6 @@ from fastensdistill.engine.seeds_perturb import SeedsPerturbation
 from fastensdistill.engine.step import Batch, CapturedStep, mean_of_micro_batches
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.distillation_loss import distillation_loss
 from fastensdistill.method.arguments import checked_config, checked_student, checked_teachers
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
@@ -175,15 +174,12 @@ class SeedsStep(CapturedStep):
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
         targets = self.targets(images.flatten(0, 1)).unflatten(1, images.shape[:2])  # (M, S, b, classes)
-        K, config = self.branches, self.config
+        K = self.branches
         logits = self.trained.forward(images.repeat_interleave(K, 0) if K > 1 else images)
         found = [
-            distillation_loss(
-                targets[:, s].contiguous(), logits[s * K : (s + 1) * K], labels[s], config.temperature, config.alpha,
-                self.students[s].target,
-            )
-            for s in range(self.batches)
-        ]  # fmt: skip
+            student_loss(targets[:, s].contiguous(), logits[s * K : (s + 1) * K], labels[s], self.config, student)
+            for s, student in enumerate(self.students)
+        ]
         *losses, grad_logits = zip(*found, strict=True)
         gradient = torch.cat(grad_logits)
         self.trained.backward(gradient / self.micro_batches if self.micro_batches > 1 else gradient, add)

@@ -10,7 +10,6 @@ every other node takes the least that one can. So what several students gain is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from fastensdistill.engine.graph_nodes import GraphNodes
 from fastensdistill.engine.memory import estimate, on_meta
 from fastensdistill.engine.parallel import alone
 from fastensdistill.engine.seeds import SeedsStep, check_students
-from fastensdistill.errors import InputError
 from fastensdistill.kernels.tiles import assume_arch
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.student import STUDENTS, Student
@@ -58,9 +56,10 @@ class SeedsGain(NamedTuple):
     def __str__(self) -> str:
         one, every = self.nodes
         return (
-            f"{self.seeds} seeds at once, predicted, not measured, on {self.gpu}: a step of each {self.apart * 1e3:.2f} "
-            f"ms one after another ({self.seeds} x {one} graph nodes), {self.together * 1e3:.2f} ms at once "
-            f"({every} nodes), {self.ratio:.2f} times faster, about {self.peak / 2**30:.2f} GiB"
+            f"{self.seeds} seeds at once, predicted, not measured, on {self.gpu}: a step of each "
+            f"{self.apart * 1e3:.2f} ms one after another ({self.seeds} x {one} graph nodes), "
+            f"{self.together * 1e3:.2f} ms at once ({every} nodes), {self.ratio:.2f} times faster, "
+            f"about {self.peak / 2**30:.2f} GiB"
         )
 
 
