@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastensdistill.data import DeviceLoader, Split
-from fastensdistill.data.augment import Draws
+from fastensdistill.data.augment import Augment, Draws, Tables, draw
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
@@ -49,20 +49,19 @@ def test_both_engines_teach_on_loaders():
 def test_reading_the_batch_waits_for_nothing(monkeypatch):
     """As for the step: on the meta device a value that is read back raises."""
     step = build("wrn28_1", 4, M=2, K=2)
-    own = DeviceLoader(
-        Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int64)), 4, device="cpu", generator=torch.Generator()
-    )
-    own.images, own.labels, own._index = (t.to("meta") for t in (own.images, own.labels, own._index))
-    own._permutation = own._permutation.to("meta")
-    monkeypatch.setattr(
-        "fastensdistill.data.loader.draw",
-        lambda count, *_: Draws(*(torch.zeros(count, dtype=torch.int64, device="meta") for _ in range(3))),
-    )
-    step.accept(own.batch_shape)
-    step.loaders = (own,)
-    with watched() as watch:
-        step.body_on_loaders()
-    assert watch.syncs == []
+    for augment in (Augment(1), Augment(resized_crop=(0.3, 1.0), trivial_augment=True, erasing=0.5)):
+        own = DeviceLoader(Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int64)), 4, device="cpu",
+                           generator=torch.Generator(), augment=augment)  # fmt: skip
+        own.images, own.labels, own._index = (t.to("meta") for t in (own.images, own.labels, own._index))
+        own._permutation = own._permutation.to("meta")
+        own._tables = Tables(*(None if table is None else table.to("meta") for table in own._tables))
+        drawn = Draws(*(None if d is None else d.to("meta") for d in draw(4, augment, torch.Generator())))
+        monkeypatch.setattr("fastensdistill.data.loader.draw", lambda *_, drawn=drawn: drawn)
+        step.accept(own.batch_shape)
+        step.loaders = (own,)
+        with watched() as watch:
+            step.body_on_loaders()
+        assert watch.syncs == []
 
 
 def test_a_loader_of_another_shape_is_refused():

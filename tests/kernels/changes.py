@@ -15,9 +15,9 @@ _SPACE = TrivialAugmentWide._AUGMENTATION_SPACE
 NAMES = dict(zip(OPERATIONS, _SPACE, strict=True))  # ours → torchvision's, which are in the same order
 
 
-def on_device(o):
-    """Operands with their tensors where kernels run."""
-    return type(o)(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in o))
+def on_device(o, device=DEVICE):
+    """Operands with their tensors elsewhere: where kernels run."""
+    return type(o)(*(x.to(device) if isinstance(x, Tensor) else x for x in o))
 
 
 def pictures(count: int, height: int, width: int, channels: int, seed: int = 0) -> Tensor:

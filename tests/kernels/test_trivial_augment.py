@@ -8,9 +8,9 @@ from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_m
 
 from fastensdistill.data.boxes import crop_sizes, erased_sizes
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.augment import ChangeOperands, augment
+from fastensdistill.kernels.augment import ChangeOperands, augment, augment_reference
 from fastensdistill.kernels.crop import CropOperands, chosen
-from fastensdistill.kernels.lookup_tables import lookup_tables
+from fastensdistill.kernels.lookup_tables import lookup_tables, lookup_tables_reference
 from fastensdistill.kernels.trivial_augment import BINS, OPERATIONS, ROWS, magnitude, trivial_rows
 from tests.kernels.both import DEVICE, run_kernel
 from tests.kernels.changes import batch_of, on_device, pictures, row_of, torchvision_change
@@ -78,11 +78,15 @@ def test_every_row_is_equally_likely():
     assert chosen(edges, "change", ROWS).tolist() == [0, ROWS - 1]
 
 
+def crops_of(height: int, width: int, resized: bool) -> torch.Tensor | None:
+    return crop_sizes(height, width, (0.08, 1.0)) if resized else None
+
+
 SETTINGS = [
     pytest.param((7, 5, 3), True, {"cutout": 2}, id="odd-resized-cutout"),
     pytest.param((20, 18, 3), False, {"erasing": 1 << 30}, id="over-a-block-erased"),
     pytest.param((9, 6, 1), False, {}, id="grey"),
-    pytest.param((2, 2, 3), True, {}, id="nothing-to-sharpen"),
+    pytest.param((2, 2, 3), False, {}, id="nothing-to-sharpen"),
 ]
 
 
@@ -90,7 +94,7 @@ SETTINGS = [
 def test_kernels_are_the_references(shape, resized, more):
     """Every operation once, on cropped and mirrored images."""
     height, width, _ = shape
-    crops = crop_sizes(height, width, (0.08, 1.0)) if resized else None
+    crops = crops_of(height, width, resized)
     if "erasing" in more:
         more = more | {"erased": erased_sizes(height, width)}
     rows = torch.tensor([row_of(name, (7 * i + 3) % BINS, bool(i % 2)) for i, name in enumerate(OPERATIONS)])
@@ -114,6 +118,30 @@ def test_statistics_of_large_images(name):
     batch, table = batch_of(images, rows, still=True), trivial_rows(224, 224)
     actual = run_kernel(lookup_tables, on_device(batch), table.to(DEVICE)).cpu()
     assert torch.equal(actual, lookup_tables(batch, table))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "resized"), [("sharpness", (64, 64, 3), False), ("rotate", (224, 224, 1), True)]
+)
+def test_pixels_of_large_images(name, shape, resized):
+    """Of many programs, each of which looks into what others compute."""
+    height, width, _ = shape
+    batch = batch_of(pictures(1, *shape), torch.tensor([row_of(name, 13, True)]), crops_of(height, width, resized))
+    table = trivial_rows(height, width)
+    change = ChangeOperands(table, lookup_tables(batch, table), cutout=height // 2)
+    device = on_device(batch)
+    actual = run_kernel(augment, *device[:5], crops=device.crops, change=on_device(change))
+    assert torch.equal(actual.cpu(), augment(*batch[:5], crops=batch.crops, change=change))
+
+
+def test_references_wait_for_nothing():
+    """A value that is read back raises on the meta device; a captured step would fail."""
+    table = trivial_rows(6, 5)
+    batch = batch_of(pictures(2, 6, 5, 3), torch.tensor([0, 1]), crop_sizes(6, 5, (0.08, 1.0)))
+    batch = on_device(batch, "meta")
+    tables = lookup_tables_reference(batch, table.to("meta"))
+    change = ChangeOperands(table.to("meta"), tables, 2, erased_sizes(6, 5).to("meta"), 9)
+    assert augment_reference(batch, change, "float32").shape == (2, 6, 5, 3)
 
 
 def test_refusals():
