@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from fastensdistill.cli import main
-from fastensdistill.config import DistillConfig, TeachConfig
+from fastensdistill.config import DistillConfig, DistillRun, TeachConfig
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.engine import parallel, select
 from fastensdistill.errors import InputError
@@ -26,6 +27,7 @@ from fastensdistill.method.student import LatentBE
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.train.record import DivergedError
+from fastensdistill.train.seeds import train_seeds
 from fastensdistill.train.setup import choose_device, seeded
 from fastensdistill.train.stop import Interrupted
 from fastensdistill.train.teach import TeachTrainer
@@ -103,6 +105,11 @@ def process(rank, folder):
         found[f"{name} stopped"] = (*refused(stopped.fit), stopped.step_index)
         make(out=out(f"{name}-stopped"), epochs=EPOCHS, resume=True, **settings).fit()
 
+    run = DistillRun(seeds=(0, 1), epochs=1, student="single", out=out("seeds"))
+    for resume in (False, True):  # the second time there is nothing left to do, of which only the first knows
+        ended, _ = train_seeds(replace(run, resume=resume), one_seed)
+        found[f"seeds {resume}"] = [path.name for path in ended]
+
     diverged = make(out=out("diverged"))
     if rank == 1:
         At(diverged, 6, lambda scalars: scalars | {"loss": scalars["loss"] * float("nan")})
@@ -125,6 +132,11 @@ def process(rank, folder):
     found["engine"] = str(make(epochs=1).fit().engine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def one_seed(run):
+    assert not run.resume
+    return make("single", out=run.out, seed=run.seed, epochs=run.epochs, perturbation="none")
 
 
 def no_kernel(*_):
@@ -200,6 +212,12 @@ def test_a_signal_to_one_stops_both_and_they_resume_bit_for_bit(folder, results,
     for key in [*running, "processes/1/step/pick", "processes/1/step/noise"]:
         assert not torch.equal(one[key], one[key.removeprefix("processes/1/")]), f"{key} is each process's own"
     assert not [k for k in one if k.startswith("processes/1/") and ("momentum" in k or k.endswith("weight"))]
+
+
+def test_several_seeds_are_shared_by_all_and_the_first_knows_which_are_done(folder, results):
+    for result in results:
+        assert result["seeds False"] == result["seeds True"] == ["seed-0", "seed-1"]
+    assert (folder / "seeds" / "seed-1" / "network.safetensors").is_file()
 
 
 def test_only_the_first_writes(folder, results):
