@@ -213,7 +213,7 @@ def evaluate(run: EvaluateRun) -> None:
         candidates = runs.uniquely_named([*candidates, runs.ensemble_of(candidates)])
     device = choose_device(run.device)
     found = comparison.compare(candidates, data, device)
-    say(line, [*data.notes, *notes])
+    say(line, [*data.notes, *notes], [f"{c.name}: {w}" for c in candidates for w in comparison.warned(c)])
     show([e.row for e in found], data)
     if run.out is not None:
         comparison.write(found, candidates, data, run.out, device, f"Evaluation on {data.name}", notes)
@@ -262,11 +262,11 @@ def export(run: ExportRun) -> None:
     about = {
         "data": data.name, "classes": list(card.get("classes") or data.classes), "image_size": list(data.image_size),
         "channels": data.channels, "macs": row.macs, "metrics": row.metrics[0].to_dict(),
-        "trained": {k: card[k] for k in (*comparison.KEPT_FACTS, "data") if k in card},
+        "trained": {k: card[k] for k in (*comparison.KEPT_FACTS, "data", "warnings") if k in card},
     }  # fmt: skip
     images = next(EvaluationSet(data.test, "cpu").batches(64))
     exported = export_network(network, run.out, images=images, formats=run.formats, card=about)
-    say(line, notes)
+    say(line, notes, card.get("warnings", ()))
     for e in exported:
         print(f"{e.format:12} {e.path}  checked on {len(images)} test images: relative error {e.error:.1e}")
 
@@ -301,13 +301,14 @@ def plan(run: PlanRun) -> None:
         print(f"graph nodes not counted: {error}")
 
 
-def say(line: str, notes: Sequence[str]) -> None:
-    """Which data was taken, and notes, on stderr; of several processes by the first alone. Not before what can fail: an
-    error is one line."""
+def say(line: str, notes: Sequence[str], warnings: Sequence[str] = ()) -> None:
+    """Which data was taken, notes and warnings, on stderr; of several processes by the first alone. Not before what can
+    fail: an error is one line."""
     from fastensdistill.engine import parallel
 
     if parallel.rank() == 0:
-        for text in [*([line] if line else []), *(f"note: {note}" for note in notes)]:
+        told = [*(f"note: {note}" for note in notes), *(f"warning: {warning}" for warning in warnings)]
+        for text in [*([line] if line else []), *told]:
             print(text, file=sys.stderr)
 
 

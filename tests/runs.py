@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.data.sources import Dataset, Split
@@ -44,14 +45,15 @@ def make(
     *,
     data: Dataset | None = None,
     resume: bool = False,
+    network: Callable[[], nn.Module] = lambda: tiny(4),
     **settings: Any,
 ) -> DistillTrainer:
-    """A distillation of two tiny teachers, not started; ``settings`` change its config."""
+    """A distillation of two tiny teachers, not started; ``settings`` change its config, ``network`` the student's."""
     settings = {"epochs": 4, "batch_size": 8, "student": kind, "learning_rate": 0.05, "device": "cpu", **settings}
     config = DistillConfig(**settings)
     teachers = Teachers([seeded(10 + i, lambda: tiny(4)) for i in range(2)])
     branches = 1 if kind == "single" else 2
-    student = seeded(config.seed, lambda: STUDENTS[kind](tiny(4), branches))
+    student = seeded(config.seed, lambda: STUDENTS[kind](network(), branches))
     return DistillTrainer(student, teachers, data or dataset(), config, out=out, resume=resume, quiet=True)
 
 

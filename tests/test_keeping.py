@@ -75,14 +75,12 @@ def test_what_is_warned_of():
         "60 validation images: .* standard error of 6.5 points".replace(".*", "accuracies near one half have a")
         in (keeping.warn_of_images(60)[0])
     )
-    assert keeping.warn_of_student(Score(0.7, 1.0, branches=0.72), [0.75, 0.8], 300) == []
+    assert keeping.warn_of_student(Score(0.7, 1.0), [0.75, 0.8], 300) == []
     (line,) = keeping.warn_of_student(Score(0.32, 1.0), [0.75, 0.81], 300)
     assert "32.0%" in line
     assert "its teachers have 78.0%" in line
     (line,) = keeping.warn_of_student(Score(0.10, 1.0), [0.24, 0.26], 5000)  # of a hundred classes
     assert "25.0%" in line
-    (line,) = keeping.warn_of_student(Score(0.62, 1.0, branches=0.9), [0.7], 300)
-    assert "the branches that it is the average of have 90.0%" in line
     assert keeping.warn_of_student(Score(0.5, 1.0), [0.75], 8) == []  # within the error of eight images
 
 
@@ -106,7 +104,7 @@ def test_a_run_says_and_saves_what_it_kept(tmp_path, capsys):
     def validate():
         scores, record = inner()
         states[trainer.step_index] = {k: v.clone() for k, v in trainer.student.state_dict().items()}
-        score = Score(scores["student"].accuracy, forced[trainer.step_index], scores["student"].branches)
+        score = Score(scores["student"].accuracy, forced[trainer.step_index], scores["student"].averaging)
         return {"student": score}, record | {"nll": score.nll}
 
     untyped(trainer).validate, trainer.config.warmup_epochs = validate, 1.0

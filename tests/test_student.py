@@ -101,6 +101,37 @@ def test_timm_network_with_its_own_convolution_class():
         check_close("branch 1", student(x, branches=[1])[0], student.branch(1)(x), 1e-11)
 
 
+def test_mixtures_of_factors():
+    """Average and branches among them, points between and beyond; each from its own merged weights. A copy."""
+    student = scatter(LatentBE(Odd(), 3)).double()
+    before = copy.deepcopy(student.state_dict())
+    rows = torch.tensor([[1, 1, 1], [0, 3, 0], [1.5, 0, 1.5], [4, -2, 1]], dtype=torch.float64) / 3
+    mixed, x = student.mixed(rows), torch.rand(2, 3, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        found = mixed(x)
+        check_close("average", found[0], student.average()(x), 1e-12)
+        check_close("branch 1", found[1], student.branch(1)(x), 1e-12)
+        for p, row in enumerate(rows):
+            one = LatentBE(Odd(), 1).double().eval()
+            one.load_state_dict({
+                k: (row[:, None] * v).sum(0, keepdim=True) if "delta_" in k else v for k, v in before.items()
+            })  # fmt: skip
+            check_close(f"point {p}", found[p], one(x)[0], 1e-12)
+        for tensor in mixed.state_dict().values():
+            tensor.fill_(7)
+    assert not any(m.training for m in mixed.modules())
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    halves, sums = torch.ones(1, 2) / 2, "rows that sum to one"
+    refused = [(halves, r"\(1, 2\): expected \(points, 3\)"), (halves[0], r"shape \(2,\)")]
+    refused += [(halves[:0], r"shape \(0, 2\)"), (torch.ones(2, 3), sums), (rows * torch.nan, sums)]
+    for wrong, said in refused:
+        with pytest.raises(InputError, match=said):
+            student.mixed(wrong)
+    with pytest.raises(InputError, match="a single student has no factors to mix"):
+        Single(tiny()).mixed(torch.ones(1, 1))
+
+
 def test_product_of_means_and_mean_of_products_differ_and_are_what_they_say():
     student = scatter(LatentBE(tiny(), 3)).double()
     layer = untyped(student).module.groups[0][0].conv1

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastensdistill.engine.common import State, state_of
 from fastensdistill.engine.parameters import FlatParameters, View
 from fastensdistill.errors import InputError
+from fastensdistill.method.rank_one_layer import mixed_factors
 from fastensdistill.method.student import BatchEnsemble, Hydra, LatentBE, MultiHead, Single, Student
 from fastensdistill.network.fold import fold_branches
 from fastensdistill.network.launch import Group
@@ -83,6 +84,13 @@ class PlainStudent:
         """
         return [state_of(self.student.module)]
 
+    def mixed(self, weights: Tensor) -> list[State]:
+        """State dicts of the networks that have the branches' factors mixed by rows of ``weights`` (P, K).
+
+        Raises InputError for a student whose branches have no factors.
+        """
+        raise InputError(f"a {self.student.kind} student has no factors to mix")
+
 
 class PlainBranches(PlainStudent):
     """K branches that differ by the rank-one factors of their layers."""
@@ -100,6 +108,13 @@ class PlainBranches(PlainStudent):
     def states(self) -> list[State]:
         return list(fold_branches(state_of(self.student.module), self.branches))
 
+    def mixed(self, weights: Tensor) -> list[State]:
+        state = state_of(self.student.module)
+        for name, value in state.items():
+            if name.endswith((".delta_r", ".delta_s")):
+                state[name] = mixed_factors(value, weights)
+        return list(fold_branches(state, len(weights)))
+
 
 class PlainAverage(PlainBranches):
     """The same, of which the average is deployed: the branch whose factors are the mean ones."""
@@ -109,13 +124,11 @@ class PlainAverage(PlainBranches):
         self.deployed = 1
 
     def states(self) -> list[State]:
-        state = state_of(self.student.module)
-        if self.branches == 1:  # it is its own average
+        K = self.branches
+        if K == 1:  # it is its own average
             return super().states()
-        for name, value in state.items():
-            if name.endswith((".delta_r", ".delta_s")):
-                state[name] = torch.cat([value.mean(0, keepdim=True), value])
-        return list(fold_branches(state, self.branches + 1))
+        unit = torch.eye(K, dtype=torch.float64)
+        return self.mixed(torch.cat([unit.mean(0, keepdim=True), unit]))
 
 
 class PlainHeads(PlainStudent):

@@ -173,6 +173,11 @@ def kept(candidate: Candidate) -> list[dict[str, Any]]:
     return [{key: card[key] for key in KEPT_FACTS if key in card} for card in cards]
 
 
+def warned(candidate: Candidate) -> list[str]:
+    """What the cards of a row's files warn of: that a network is worse than the branches it is the average of."""
+    return [line for file in candidate.files for line in read_card(file).get("warnings", ())]
+
+
 def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.device) -> dict[str, str]:
     """What a reader of the report has to know besides the numbers, in order."""
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
@@ -201,7 +206,8 @@ def told(candidates: Sequence[Candidate]) -> tuple[str, str]:
         if candidate.group == "ensemble":
             continue
         ends = [end for folder in candidate.folders if not candidate.over_time for end in _ends(folder)]
-        for warning in dict.fromkeys(line for end in ends for line in end.get("warnings", ())):
+        lines = [line for end in ends for line in end.get("warnings", ())] if ends else warned(candidate)
+        for warning in dict.fromkeys(lines):
             warnings.setdefault(warning, []).append(candidate.name)
         said = [end["said"] for end in ends if "said" in end]
         reached = [k for k in kept(candidate) if k.get("epoch") is not None]

@@ -82,6 +82,21 @@ class GroupedPredictor(Capturing):
         if self.capture:
             self.graphs = Captured(self._body, list, [], self.device)
 
+    def _batch(self, images: int, batch_size: int | None) -> int:
+        """Images of a batch: as few batches as there must be, evenly filled.
+
+        Unless ``batch_size`` says how many, the plan that stands stays for sets of another size where it takes at most
+        one batch more and at most a quarter of what it computes is for nothing: a validation and its sample share it.
+        """
+        most = max(1, min(MOST_IMAGES, MOST_AT_ONCE // len(self.shapes))) if batch_size is None else batch_size
+        check_batch_size(most)
+        built, fewest = len(self.images), max(1, -(-images // most))
+        if batch_size is None and built:
+            batches = -(-images // built)
+            if batches <= fewest + 1 and 3 * batches * built <= 4 * images:
+                return built
+        return -(-images // fewest) or 1
+
     def _body(self) -> dict[str, Tensor]:
         """Probabilities (E, B, classes) of ``images``: what is captured."""
         return {"probabilities": self.ensemble(self.images).float().softmax(-1)}
@@ -114,9 +129,7 @@ class GroupedPredictor(Capturing):
         and images of another shape.
         """
         E, N = len(self.shapes), len(images)
-        most = max(1, min(MOST_IMAGES, MOST_AT_ONCE // E)) if batch_size is None else batch_size
-        check_batch_size(most)
-        size = -(-N // max(1, -(-N // most))) or 1  # as few batches as there must be, evenly filled
+        size = self._batch(N, batch_size)
         if len(self.images) != size:
             self._build(size)
         result = torch.empty(E, N, self.classes, dtype=torch.float32, device=self.device)
@@ -167,11 +180,7 @@ class Evaluator:
         The fused engine reads the images once for all of them.
         """
 
-        def networks() -> list[nn.Module]:
-            plain = plain_student(student)
-            return len(plain.states()) * [plain.architecture()]
-
-        predictor, K = self._predictor("student", [student], networks), student.branches
+        predictor, K = self._of_student(student), student.branches
         if predictor is None:
             deployed = predict(student.deployed(), images)
             branches = deployed if len(deployed) == K else predict(student, images)
@@ -181,6 +190,29 @@ class Evaluator:
             probabilities = predictor(images)
             deployed, branches = probabilities[: plain.deployed], probabilities[-K:]
         return deployed, branches if K > 1 else None
+
+    def mixed(self, student: Student, weights: Tensor, images: EvaluationSet) -> Tensor:
+        """Probabilities (P, N, C) of the student with its branches' factors mixed by rows of ``weights`` (P, K).
+
+        The fused engine writes them into the slots of the student's own networks, so many at a time: the same launches
+        and the same captured graph. Plain PyTorch takes as many at once. Raises InputError as ``Student.mixed``.
+        """
+        predictor, parts = self._of_student(student), []
+        for points in weights.split(student.branches + 1 if predictor is None else len(predictor.shapes)):
+            if predictor is None:
+                parts.append(predict(student.mixed(points), images))
+            else:
+                unchanged = (len(predictor.shapes) - len(points)) * [None]
+                predictor.refresh([*plain_student(student).mixed(points), *unchanged])
+                parts.append(predictor(images)[: len(points)])
+        return torch.cat(parts)
+
+    def _of_student(self, student: Student) -> GroupedPredictor | None:
+        def networks() -> list[nn.Module]:
+            plain = plain_student(student)
+            return len(plain.states()) * [plain.architecture()]
+
+        return self._predictor("student", [student], networks)
 
     def networks(self, networks: Sequence[nn.Module], images: EvaluationSet, *, keep: bool = True) -> Tensor:
         """Probabilities (E, N, C) of plain networks, in their order; ``keep`` for the same ones again later."""

@@ -36,6 +36,13 @@ class Student(nn.Module):
         """Its rank-one factors, each once; none where it has none."""
         return []
 
+    def mixed(self, weights: Tensor) -> Student:
+        """A student whose branches have the factors of this one's mixed by rows of ``weights``.
+
+        Raises InputError for one whose branches have no factors.
+        """
+        raise InputError(f"a {self.kind} student has no factors to mix")
+
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for SGD; the learning rate of each is the schedule's times ``lr_scale``.
 

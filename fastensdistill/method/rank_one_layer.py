@@ -179,6 +179,14 @@ def channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
+def mixed_factors(deviations: Tensor, weights: Tensor) -> Tensor:
+    """Deviations (P, C) of factors mixed by rows of ``weights`` (P, K) that sum to one, from those (K, C) of branches.
+
+    A product and a sum, which no setting of matrix products rounds to TF32.
+    """
+    return (weights.to(deviations)[:, :, None] * deviations).sum(1)
+
+
 def has_hooks(layer: nn.Module) -> bool:
     """Whether anything was registered to run before or after the layer."""
     return bool(

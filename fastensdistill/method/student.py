@@ -23,7 +23,7 @@ from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.hydra import Hydra, MultiHead
 from fastensdistill.method.modes import set_mode
-from fastensdistill.method.rank_one_layer import RankOneLayer
+from fastensdistill.method.rank_one_layer import RankOneLayer, mixed_factors
 from fastensdistill.method.wrapping import ranked_copy
 
 __all__ = [
@@ -107,6 +107,31 @@ class BatchEnsemble(Student):
         return self._merge(
             lambda layer: _only(layer.effective(layer.r.mean(0, keepdim=True), layer.s.mean(0, keepdim=True)))
         )
+
+    @torch.no_grad()
+    def mixed(self, weights: Tensor) -> BatchEnsemble:
+        """A student of P branches whose factors are mixtures of this one's: ``r_p = Σ_k w[p, k] r_k``, s alike.
+
+        ``weights`` are (P, K), rows that sum to one: the row 1/K gives the average, the unit rows the branches, other
+        rows the networks between them, and beyond them where a weight is negative (docs/method.md, Averaging). In
+        evaluation mode; it shares nothing with this student. Raises InputError for other weights.
+        """
+        rows = weights.double()
+        if rows.ndim != 2 or rows.shape[1] != self.branches or not len(rows):
+            raise InputError(f"weights of shape {tuple(weights.shape)}: expected (points, {self.branches})")
+        if not bool(((rows.sum(1) - 1).abs() < 1e-5).all()):
+            raise InputError("weights: expected rows that sum to one")
+        mixed = BatchEnsemble.__new__(BatchEnsemble)
+        Student.__init__(mixed)
+        mixed.branches, mixed.checked = len(rows), set(self.checked)
+        mixed.module = copy_network(self.module, forget=True)
+        for layer in mixed.layers():
+            for name in ("delta_r", "delta_s"):
+                delta = getattr(layer, name)
+                setattr(layer, name, nn.Parameter(mixed_factors(delta, weights), delta.requires_grad))
+            layer.active = tuple(range(len(rows)))
+        set_mode(mixed, False)
+        return mixed
 
     def average_effective_weights(self) -> nn.Module:
         """One ordinary network whose weights are the mean of the branches' weights: ``mean_k(s_k ⊗ W ⊗ r_k)``.

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.landscape import Averaging
 
 FEW = 1000  # validation images below which the NLL decides
 Weights = dict[str, Tensor]
@@ -31,23 +32,28 @@ Weights = dict[str, Tensor]
 class Score:
     """One look: accuracy in [0, 1] and NLL in nats on the validation images, NaN where a prediction is not finite.
 
-    ``branches`` is the mean accuracy of the branches that the network is the average of, NaN where there are none.
+    ``averaging`` is what was found of the branches that the network is the average of, None where there are none.
     """
 
     accuracy: float
     nll: float
-    branches: float = math.nan
+    averaging: Averaging | None = None
     step: int = 0
 
     @classmethod
-    def of(cls, p: Tensor, labels: Tensor, branches: Tensor | None = None) -> Score:
-        """From probabilities (N, C) of what is deployed, and (K, N, C) of what it is the average of."""
+    def of(cls, p: Tensor, labels: Tensor) -> Score:
+        """From probabilities (N, C) of what is deployed."""
         if not bool(torch.isfinite(p).all()):
             return cls(math.nan, math.nan)
-        mean = math.nan
-        if branches is not None and bool(torch.isfinite(branches).all()):
-            mean = sum(metrics.accuracy(branch, labels) for branch in branches) / len(branches)
-        return cls(metrics.accuracy(p, labels), metrics.nll(p, labels), mean)
+        return cls(metrics.accuracy(p, labels), metrics.nll(p, labels))
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Score:
+        """The way back from ``asdict``, also of a run from before something was noted."""
+        values = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+        if values.get("averaging") is not None:
+            values["averaging"] = Averaging(**values["averaging"])
+        return cls(**values)
 
     @property
     def finite(self) -> bool:
@@ -97,9 +103,8 @@ class Keeper:
         """The way back from :meth:`state_dict`."""
         self.best = {}
         for name, kept in state.get("best", {}).items():
-            scores = {k: v for k, v in kept.items() if k != "weights"}
-            self.best[name] = Score(**scores), kept["weights"]
-        self.last = {name: Score(**score) for name, score in state.get("last", {}).items()}
+            self.best[name] = Score.from_dict(kept), kept["weights"]
+        self.last = {name: Score.from_dict(score) for name, score in state.get("last", {}).items()}
 
 
 def in_words(kept: Mapping[str, Score], last: Mapping[str, Score], steps_per_epoch: int, epochs: int,
@@ -145,19 +150,13 @@ def warn_of_images(images: int) -> list[str]:
 
 
 def warn_of_student(score: Score, teachers: list[float], images: int) -> list[str]:
-    """Lines where the kept student is far below its teachers' mean accuracy, or an average far below its branches."""
-    found = []
-    mean = sum(teachers) / len(teachers) if teachers else math.nan
-    for other, what, why in (
-        (mean, "its teachers", "train longer, lower learning_rate, or check that teachers and data fit"),
-        (score.branches, "the branches that it is the average of",
-         "they have parted: lower learning_rate or lengthen warmup_epochs"),
-    ):  # fmt: skip
-        gap = other - score.accuracy
-        error = math.sqrt(max(other * (1 - other), score.accuracy * (1 - score.accuracy)) / images)
-        if (gap > 0.2 or gap > other / 2) and gap > 2 * error:
-            found.append(
-                f"the student's validation accuracy is {100 * score.accuracy:.1f}%, {what} have {100 * other:.1f}%: "
-                + why
-            )
-    return found
+    """A line where the kept student is far below its teachers' mean accuracy."""
+    if not teachers:
+        return []
+    mean = sum(teachers) / len(teachers)
+    gap = mean - score.accuracy
+    error = math.sqrt(max(mean * (1 - mean), score.accuracy * (1 - score.accuracy)) / images)
+    if not ((gap > 0.2 or gap > mean / 2) and gap > 2 * error):
+        return []
+    return [f"the student's validation accuracy is {100 * score.accuracy:.1f}%, its teachers have {100 * mean:.1f}%: "
+            "train longer, lower learning_rate, or check that teachers and data fit"]  # fmt: skip

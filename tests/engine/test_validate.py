@@ -27,6 +27,7 @@ from tests.compare import check_close, relative_error
 from tests.engine.cases import batch, evaluated_parts, network, setting, steps
 from tests.engine.meta import watched
 from tests.network import models
+from tests.students import merged
 from tests.untyped import present, untyped
 
 SHAPE = (3, 6, 6)
@@ -131,6 +132,36 @@ def test_students(kind, engine):
         check_close("branches", present(branches), predict(student, split), 1e-9)
     assert ("hydra" in evaluator.reason) == (kind == "hydra" and engine == "fused")
     assert (evaluator.kept.get("student", ([], None))[1] is not None) == (kind != "hydra" and engine == "fused")
+
+
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+def test_networks_between_the_branches(engine, monkeypatch):
+    """More of them than slots, on a sample of the images; the student itself afterwards, with the same plan."""
+    student, _, _ = setting(K=3)
+    evaluator, split, sample = Evaluator(engine, SHAPE), images(15), images(13)
+    sizes: list[int] = []
+    right = Ensemble.plan
+    monkeypatch.setattr(Ensemble, "plan", lambda self, batch: untyped(sizes).append(batch) or right(self, batch))
+    weights = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.1
+    weights /= weights.sum(1, keepdim=True)
+    for _ in range(2):
+        deployed, branches = evaluator.student(student, split)
+        check_close("deployed", deployed, predict(student.average(), split), 1e-9)
+        check_close("branches", present(branches), predict(student, split), 1e-9)
+        between = evaluator.mixed(student, weights, sample)
+        for k, row in enumerate(weights):
+            check_close(f"point {k}", between[k], predict(merged(student, row), sample)[0], 1e-6)
+        with torch.no_grad():
+            student.layers()[0].layer.weight.mul_(1.3)
+    assert sizes == ([15] if engine == "fused" else [])
+
+
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("kind", ["single", "hydra"])
+def test_students_without_factors_have_nothing_between_them(kind, engine):
+    student, _, _ = setting(kind, K=1 if kind == "single" else 2)
+    with pytest.raises(InputError, match=f"a {kind} student has no factors to mix"):
+        Evaluator(engine, SHAPE).mixed(student, torch.ones(1, student.branches), images())
 
 
 def test_one_branch_is_its_own_average():

@@ -1,0 +1,100 @@
+"""Whether the average of a student's branches is as good as they are (docs/method.md, Averaging and its barrier).
+
+A network that has the branches' factors mixed by weights w, w_1 + … + w_K = 1, is a point of the space that the
+branches span: the average is 1/K everywhere, branch k the unit vector e_k, and half-way between the two lies the k-th
+midpoint. With NLL(w) a point's NLL, its excess over the branches is
+
+    excess(w) = NLL(w) − Σ_k w_k NLL(e_k)
+
+and the barrier is the largest excess of the average and the K midpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.inputs import EPSILON, as_labels, as_probabilities
+
+WAY_IMAGES = 1000  # of a validation set, at most, on which the midpoints are measured
+
+
+def spread(images: int, most: int = WAY_IMAGES) -> Tensor:
+    """Indices (n,) of all ``images``, or of ``most`` at even distances: a set may be sorted by class."""
+    return torch.arange(min(images, most)) * images // min(images, most)
+
+
+def midpoints(branches: int) -> Tensor:
+    """Weights (K, K) of the points half-way between the average and each branch."""
+    unit = torch.eye(branches, dtype=torch.float64)
+    return (unit.mean(0) + unit) / 2
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """What averaging does to a student, as measured on validation images; accuracies in [0, 1], NLL in nats.
+
+    Attributes:
+        accuracy, nll: of the average.
+        branch_accuracy, branch_nll: of every branch.
+        ensemble_accuracy, ensemble_nll: of the branches' mean prediction.
+        way_nll: at every midpoint.
+        barrier: see above, and its standard error.
+        gap: the branches' mean accuracy less the average's, and its standard error. Both errors are those of
+            differences image by image, which are far smaller than those of either accuracy.
+    """
+
+    accuracy: float
+    nll: float
+    branch_accuracy: list[float]
+    branch_nll: list[float]
+    ensemble_accuracy: float
+    ensemble_nll: float
+    way_nll: list[float]
+    barrier: float
+    barrier_error: float
+    gap: float
+    gap_error: float
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.jsonl holds of it beside the accuracies and NLL of average and branches."""
+        return {"way_nll": self.way_nll, "barrier": self.barrier, "barrier_error": self.barrier_error}
+
+
+def averaging(average: Tensor, branches: Tensor, way: Tensor, labels: Tensor, sample: Tensor) -> Averaging:
+    """From probabilities (N, C) of the average and (K, N, C) of the branches, and (K, n, C) at the midpoints.
+
+    ``sample`` are the indices (n,) of the images that the midpoints were measured on. Raises InputError for what are no
+    probabilities.
+    """
+    K = len(branches)
+    p = as_probabilities(torch.cat([average[None], branches]), 3)
+    labels = as_labels(labels, *p.shape[1:])
+    right = (p.argmax(2) == labels).double()  # (1 + K, N)
+    losses = -(p.gather(2, labels.expand(1 + K, -1)[..., None])[..., 0] + EPSILON).log()
+    sample = sample.cpu()
+    between = as_probabilities(way, 3)
+    there = -(between.gather(2, labels[sample].expand(K, -1)[..., None])[..., 0] + EPSILON).log()
+    points = torch.cat([losses[:1, sample], there])  # (1 + K, n): the average and the midpoints
+    weights = torch.cat([torch.full((1, K), 1 / K, dtype=torch.float64), midpoints(K)])
+    excess = points - weights @ losses[1:, sample]
+    worst = int(excess.mean(1).argmax())
+    lost = right[1:].mean(0) - right[0]
+    ensemble = p[1:].mean(0)
+    return Averaging(
+        accuracy=float(right[0].mean()), nll=float(losses[0].mean()),
+        branch_accuracy=right[1:].mean(1).tolist(), branch_nll=losses[1:].mean(1).tolist(),
+        ensemble_accuracy=metrics.accuracy(ensemble, labels), ensemble_nll=metrics.nll(ensemble, labels),
+        way_nll=there.mean(1).tolist(), barrier=float(excess[worst].mean()), barrier_error=_error(excess[worst]),
+        gap=float(lost.mean()), gap_error=_error(lost),
+    )  # fmt: skip
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean of ``values`` (n,); 0 for a single one."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
