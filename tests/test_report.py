@@ -31,11 +31,11 @@ from fastensdistill.evaluate.plots import (
     diversity_over_training,
     learning_curves,
     metric_dots,
-    perturbation_strip,
     png,
     reliability_diagram,
 )
 from fastensdistill.evaluate.report import Row, markdown_table, print_table, read_metrics, table, write_report
+from fastensdistill.evaluate.strips import Augmented, augmentation_strip, perturbation_strip
 from fastensdistill.evaluate.tables import short
 from tests.untyped import untyped
 
@@ -341,6 +341,25 @@ def test_strip_without_a_difference_says_so() -> None:
     assert "×4" in perturbation_strip(x, x / 2, titles, amplification=4).get_suptitle()
 
 
+def augmented(channels: int = 3, n: int = 4) -> Augmented:
+    x, y, titles = strip(channels, n)
+    return Augmented(x, [1 - x, y], titles, "moved by up to 4 pixels, mirrored at random")
+
+
+@pytest.mark.parametrize(("channels", "n"), [(1, 5), (3, 9)])
+def test_augmented_images_stand_below_their_own(channels: int, n: int) -> None:
+    given = augmented(channels, n)
+    figure = augmentation_strip(given)
+    assert figure.get_suptitle().replace("\n", " ").endswith(given.about)
+    images = [np.asarray(axes.images[0].get_array()).reshape(8, 8, -1) for axes in figure.axes if axes.images]
+    assert len(images) == 3 * n
+    columns = min(n, 8)
+    for i, row in enumerate([given.images, *given.versions]):
+        np.testing.assert_allclose(images[i * columns], row[0].permute(1, 2, 0).numpy(), atol=1e-7)
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == given.titles
+    assert [text.get_text() for axes in figure.axes for text in axes.texts][:3] == ["image", "augmented", ""]
+
+
 NAMES = [f"run {i} with a name that is long, $cost_{i} and, _all of its settings & <tags>" for i in range(12)]
 MANY = {
     "learning": lambda: learning_curves({name: run(0.8) for name in NAMES}),
@@ -381,6 +400,9 @@ REFUSED = [
     pytest.param(lambda: perturbation_strip(*strip(2)), "1 or 3", id="two-channels"),
     pytest.param(lambda: perturbation_strip(strip()[0] * 255, *strip()[1:]), r"in \[0, 1\]", id="bytes"),
     pytest.param(lambda: perturbation_strip(*strip(), amplification=0.0), "above zero", id="amplification"),
+    pytest.param(lambda: augmentation_strip(augmented()._replace(titles=["a"])), "1 titles", id="few-augmented"),
+    pytest.param(lambda: augmentation_strip(augmented()._replace(versions=[])), "found .*none", id="none-augmented"),
+    pytest.param(lambda: augmentation_strip(augmented()._replace(images=strip(1)[0])), "as many", id="other-channels"),
 ]
 
 
@@ -393,10 +415,10 @@ def test_pictures_refuse(call, message: str) -> None:
 def test_pictures_leave_matplotlib_alone() -> None:
     """Importing the report loads no matplotlib, and drawing leaves pyplot's figures and the settings as they were."""
     code = (
-        "import sys, torch; from fastensdistill.evaluate import report, plots\n"
+        "import sys, torch; from fastensdistill.evaluate import report, plots, strips\n"
         "assert not any(m.split('.')[0] == 'matplotlib' for m in sys.modules)\n"
         "import matplotlib; before = dict(matplotlib.rcParams)\n"
-        "x = torch.rand(1, 1, 4, 4); plots.png(plots.perturbation_strip(x, x, ['a']))\n"
+        "x = torch.rand(1, 1, 4, 4); plots.png(strips.perturbation_strip(x, x, ['a']))\n"
         "assert dict(matplotlib.rcParams) == before\n"
         "from matplotlib import pyplot; assert pyplot.get_fignums() == []\n"
     )
@@ -440,6 +462,7 @@ def write(folder: Path, **changes) -> Path:
         "curves": {"KD, seed 0": run(0.8), "LatentBE": run(0.8, branches=True)},
         "reliability": {"KD": predictions()},
         "strip": strip(),
+        "augmented": augmented(),
         "facts": {"dataset": 'a <set> & "more"', "seeds": "0, 1"},
     }
     return write_report(folder, **(everything | changes))
@@ -466,7 +489,7 @@ def test_report_says_what_it_was_given(tmp_path: Path) -> None:
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
     images = page.images()
-    names = ["metrics", "reliability", "learning_curves", "diversity", "perturbation"]
+    names = ["metrics", "reliability", "learning_curves", "diversity", "augmentation", "perturbation"]
     assert images == [(path.parent / f"{name}.png").read_bytes() for name in names]
     for image in map(pixels, images):
         assert min(image.shape[:2]) > 300
@@ -475,7 +498,7 @@ def test_report_says_what_it_was_given(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([f"{name}.png" for name in names] + ["report.html"])
 
 
-EMPTY: dict[str, Any] = {"rows": [], "curves": {}, "reliability": {}, "strip": None, "facts": {}}
+EMPTY: dict[str, Any] = {"rows": [], "curves": {}, "reliability": {}, "strip": None, "augmented": None, "facts": {}}
 
 
 @pytest.mark.parametrize(
@@ -488,8 +511,9 @@ EMPTY: dict[str, Any] = {"rows": [], "curves": {}, "reliability": {}, "strip": N
         ({"curves": {"KD": []}}, [], []),
         ({"reliability": {"KD": predictions()}}, ["reliability"], ["Reliability"]),
         ({"strip": strip(1)}, ["perturbation"], ["Perturbation"]),
+        ({"augmented": augmented(1)}, ["augmentation"], ["Augmentation"]),
     ],
-    ids=["nothing", "one-seed", "seeds", "curves", "empty-curves", "reliability", "strip"],
+    ids=["nothing", "one-seed", "seeds", "curves", "empty-curves", "reliability", "strip", "augmented"],
 )
 def test_parts_without_data_are_left_out(tmp_path: Path, given: dict, pictures: list[str], headings: list[str]) -> None:
     page = Page(write(tmp_path, **(EMPTY | given)).read_text(encoding="utf-8"))

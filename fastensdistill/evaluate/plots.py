@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
@@ -216,67 +215,6 @@ def diversity_over_training(runs: Mapping[str, Records], *, styles: Mapping[str,
 
 
 @styled
-def perturbation_strip(
-    images: Tensor, perturbed: Tensor, titles: Sequence[str], amplification: float | None = None
-) -> Figure:
-    """Images, the same images perturbed, and their difference about grey; eight in a row.
-
-    Args:
-        images: (n, 1 or 3, H, W) in [0, 1].
-        perturbed: the same shape.
-        titles: n short texts, one above each image.
-        amplification: factor on the difference; None chooses it so that the largest difference fills the range.
-
-    Raises:
-        InputError: shapes that disagree, nothing to show, values outside [0, 1], or an amplification not above zero.
-    """
-    x, y = _as_images(images, "images"), _as_images(perturbed, "perturbed images")
-    if x.shape != y.shape or len(titles) != len(x):
-        raise InputError(
-            f"perturbation strip: expected as many perturbed images and titles as images, "
-            f"found {tuple(images.shape)}, {tuple(perturbed.shape)} and {len(titles)} titles"
-        )
-    difference = y - x
-    most = float(np.abs(difference).max())
-    if amplification is None:
-        amplification = 0.5 / most if most > 0 else 1.0
-    elif not (math.isfinite(amplification) and amplification > 0):
-        raise InputError(f"perturbation strip: expected an amplification above zero, found {amplification}")
-    rms = 255 * float(np.sqrt(np.square(difference).mean()))
-    factor = f"×{amplification:.3g}"
-    columns = min(len(x), 8)
-    blocks = math.ceil(len(x) / columns)
-    wrapped = [textwrap.fill(title, 14, max_lines=3, placeholder=" …") for title in titles]
-    lines = max(title.count("\n") + 1 for title in wrapped)
-    size, left = min(1.9, max(1.22, 6 / columns)), 0.95
-    height = blocks * (3 * size + 0.17 * lines + 0.1) + 0.75
-    figure = empty_figure(max(size * columns + left, 4.6), height, hspace=0.01, wspace=0.01, h_pad=0.03, w_pad=0.03)
-    figure.suptitle(
-        f"Images before and after perturbation\ndifference {factor}, root mean square change {rms:.2f}/255"
-        if most > 0
-        else "Images before and after perturbation\nno difference"
-    )
-    rows = (("image", x), ("perturbed", y), (f"difference\n{factor}", 0.5 + amplification * difference))
-    all_axes = figure.subplots(3 * blocks, columns, squeeze=False)
-    for axes in all_axes.ravel():
-        axes.axis("off")
-    for i in range(len(x)):
-        for row, (_, stack) in enumerate(rows):
-            axes = all_axes[3 * (i // columns) + row, i % columns]
-            axes.imshow(
-                np.clip(stack[i], 0, 1).squeeze(-1) if x.shape[-1] == 1 else np.clip(stack[i], 0, 1),
-                cmap="gray",
-                vmin=0,
-                vmax=1,
-                interpolation="nearest",
-            )
-        all_axes[3 * (i // columns), i % columns].set_title(wrapped[i], fontsize=9, loc="center")
-    for row, axes in enumerate(all_axes[:, 0]):
-        axes.text(-0.08, 0.5, rows[row % 3][0], transform=axes.transAxes, ha="right", va="center", fontsize=9)
-    return figure
-
-
-@styled
 def metric_dots(
     values: Mapping[str, Mapping[str, Sequence[float]]], *, styles: Mapping[str, LineStyle] | None = None
 ) -> Figure:
@@ -322,13 +260,3 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": ""})
     return buffer.getvalue()
-
-
-def _as_images(images: Tensor, name: str) -> np.ndarray:
-    """(n, H, W, C) float64 array of checked images."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise InputError(f"{name}: expected shape (n, 1 or 3, H, W), found {tuple(images.shape)}")
-    array = images.detach().to("cpu", torch.float64).permute(0, 2, 3, 1).numpy()
-    if not (array.min() >= 0 and array.max() <= 1):
-        raise InputError(f"{name}: expected values in [0, 1], found {array.min():.4g} to {array.max():.4g}")
-    return array

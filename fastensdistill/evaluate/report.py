@@ -20,10 +20,10 @@ from fastensdistill.evaluate.plots import (
     learning_curves,
     line_styles,
     metric_dots,
-    perturbation_strip,
     png,
     reliability_diagram,
 )
+from fastensdistill.evaluate.strips import Augmented, augmentation_strip, perturbation_strip
 from fastensdistill.evaluate.tables import COLUMNS, Row, html_table, markdown_table, print_table, table, values
 from fastensdistill.files import expanded, write_atomically
 
@@ -74,6 +74,8 @@ _CAPTIONS = {
     "LatentBE as its averaged network. Thin lines are single seeds; a dot marks the weights that a run ended with.",
     "diversity": "How far branches are apart from one another, and teachers likewise. Branches start equal; the closer "
     "they come to the teachers' line, the more of the ensemble's disagreement they hold.",
+    "augmentation": "Above, training images; below each, three of the images that a network sees in its place. Of what "
+    "is shown for one image nothing should make it another class's, unless it was mixed with the image to its left.",
     "perturbation": "Above, test images; in the middle, what the student would be trained on instead; below, the "
     "difference about grey, amplified as the picture says.",
 }
@@ -82,6 +84,7 @@ _TITLES = {
     "reliability": "Reliability",
     "learning_curves": "Learning curves",
     "diversity": "Diversity over training",
+    "augmentation": "Augmentation",
     "perturbation": "Perturbation",
 }
 
@@ -121,6 +124,7 @@ def write_report(
     reliability: Mapping[str, tuple[Tensor, Tensor]],
     strip: tuple[Tensor, Tensor, Sequence[str]] | None,
     facts: Mapping[str, str],
+    augmented: Augmented | None = None,
 ) -> Path:
     """Write ``report.html`` and its pictures into ``folder``, which is made where it is missing.
 
@@ -135,6 +139,7 @@ def write_report(
         reliability: name -> ((N, C) probabilities, (N,) labels), on test images.
         strip: (images (n, 1 or 3, H, W) in [0, 1], the same perturbed, n titles).
         facts: what a reader has to know besides, in order: dataset, recipe, seeds, hardware, versions.
+        augmented: training images and what the last run's augmentation makes of them.
 
     Returns:
         The path of ``report.html``.
@@ -154,6 +159,8 @@ def write_report(
         pictures["learning_curves"] = png(learning_curves(curves, styles=styles))
     if any(len(series(records, "validation", "branch_kl")[0]) for records in curves.values()):
         pictures["diversity"] = png(diversity_over_training(curves, styles=styles))
+    if augmented is not None:
+        pictures["augmentation"] = png(augmentation_strip(augmented))
     if strip is not None:
         pictures["perturbation"] = png(perturbation_strip(*strip))
 
