@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastensdistill.config import DataConfig, DistillRun, TeachRun, check_device_name
+from fastensdistill.config import AugmentConfig, DataConfig, DistillRun, TeachRun, check_device_name
 from fastensdistill.errors import InputError
 from fastensdistill.export import FORMATS
 from fastensdistill.files import expanded
@@ -84,7 +84,7 @@ class DoctorRun(Settings):
 
 
 @dataclass
-class PlanRun(Settings):
+class PlanRun(AugmentConfig):
     """Print a training step: launches, groups, shapes, fusions, work, least time on a named GPU, nodes of its graph."""
 
     model: str = setting("wrn28_4", check=check_name, positional=True)
@@ -287,14 +287,22 @@ def doctor(run: DoctorRun) -> None:
 
 def plan(run: PlanRun) -> None:
     """Print the launches of a training step, the least time it takes, and the nodes of its graph."""
+    from fastensdistill.data.augment import augment_cost
+    from fastensdistill.data.presets import Photographs, augmentation, choose_augment, switches
     from fastensdistill.engine.dispatch import PREDICTED, Dispatch, decisions
     from fastensdistill.engine.graph_nodes import count_step
+    from fastensdistill.models import image_size
     from fastensdistill.network.table import print_plan
 
     arch, numbers = GPUS[run.gpu].arch, (run.model, run.teachers, run.branches, run.batch)
+    size, gpu = image_size(run.model), GPUS[run.gpu]
+    augment = choose_augment(Photographs((size, size)), **switches(run))
     rows = Dispatch(predicted=PREDICTED, built=True)
     parts = print_plan(*numbers, run.gpu, fusions=rows.fusions(arch), on_load=run.on_load)
     print(*decisions(parts, arch), sep="\n")
+    cost = augment_cost(augment, (run.batch, 3, size, size))
+    print(f"reading a batch, {augmentation(augment)}: {cost.launches} launches, {cost.moved / 1e6:.2f} MB, at least "
+          f"{cost.moved / gpu.bandwidth * 1e6:.1f} us on {gpu.name}")  # fmt: skip
     try:
         print(count_step(*numbers, arch, implementations=rows if run.on_load else None))
     except InputError as error:  # passes can be planned that no step consists of

@@ -21,6 +21,7 @@ from fastensdistill.settings import Settings, setting
 
 ENGINES = ("auto", "reference", "captured", "fused")
 OPTIMIZERS = ("sgd", "adamw")
+AUGMENTS = ("none", "standard", "strong")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SCHEDULES = ("cosine", "step", "constant")
 MILESTONES = (0.3, 0.6, 0.8)  # of step: Zagoruyko and Komodakis, "Wide Residual Networks", 2016, 60, 120, 160 of 200
@@ -46,7 +47,41 @@ def _numbers(values: tuple[float, ...] | tuple[int, ...]) -> str:
 
 
 @dataclass
-class TrainConfig(Settings):
+class AugmentConfig(Settings):
+    """How training images are changed at random."""
+
+    augment: str = setting("standard", choices=AUGMENTS)
+    """none, standard (images are moved, and mirrored where that is known to keep the class), or strong (TrivialAugment
+    and a cutout of half the image, too). Those below that are set go before it."""
+    flip: bool | None = None
+    """Mirror training images at random. Unset: only where that is known to keep the class (CIFAR, ImageNet's classes),
+    never for digits, .npz files and folders of your own."""
+    pad: int | None = setting(None, least=0)
+    """Pixels by which training images are moved at random, zeros behind them. Unset: an eighth of their size."""
+    resized_crop: tuple[float, ...] | None = setting(None, above=0, most=1)
+    """Least and largest share of a training image's area, such as 0.25 1: a random box of that size is enlarged to the
+    image's, in the place of moving it."""
+    trivial_augment: bool | None = None
+    """Apply one random operation to a training image: TrivialAugment, the wide ranges. It shears and rotates, too."""
+    cutout: int | None = setting(None, least=0)
+    """Side, in pixels, of a black square at a random place of a training image; 0 for none."""
+    erasing: float | None = setting(None, least=0, most=1)
+    """Probability of a black box of 2 to 33% of a training image; 0 for none."""
+    mixup: float = setting(0.0, least=0, most=1000)
+    """α of the Beta(α, α) by which a training image, and its label, are blended with another's; 0 for none."""
+    cutmix: float = setting(0.0, least=0, most=1000)
+    """α of the Beta(α, α) that says what share of a training image is another's, and of its label; 0 for none. Of mixup
+    and cutmix, if both are set, each image is drawn to have one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        crop = self.resized_crop
+        if crop is not None and (len(crop) != 2 or crop[0] > crop[1]):
+            raise InputError(f"resized_crop={_numbers(crop)}: expected two shares, the smaller one first")
+
+
+@dataclass
+class TrainConfig(AugmentConfig):
     """How a network is trained."""
 
     epochs: int = setting(200, least=1, most=10**6)
@@ -85,11 +120,6 @@ class TrainConfig(Settings):
     update, and in the first steps less. Unset: there is none."""
     seed: int = setting(0, least=0, most=2**62)
     """Seed of the initialisation, the order of the images, their augmentation and every random choice."""
-    flip: bool | None = None
-    """Mirror training images at random. Unset: only where that is known to keep the class (CIFAR, ImageNet's classes),
-    never for digits, .npz files and folders of your own."""
-    pad: int | None = setting(None, least=0)
-    """Pixels by which training images are moved at random, zeros behind them. Unset: an eighth of their size."""
     device: str = setting("auto", check=check_device_name)
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
     precision: str = setting("auto", choices=PRECISIONS, check=check_precision)

@@ -8,13 +8,10 @@ import torch
 
 from fastensdistill.data import (
     Augment,
-    Dataset,
     DeviceLoader,
     EvaluationSet,
     Split,
     augment,
-    choose_augment,
-    load_dataset,
 )
 from fastensdistill.errors import InputError
 from tests.compare import check_close
@@ -92,37 +89,6 @@ def test_every_offset_and_flip_is_equally_likely():
     share = 1 / len(seen)  # 5 x 5 offsets x 2
     five_sigma = 5 * (share * (1 - share) / count) ** 0.5
     assert max(abs(number / count - share) for number in seen.values()) < five_sigma
-
-
-def data_of(size: tuple[int, int] = (6, 5), channels: int = 3, mirrors: bool = False) -> Dataset:
-    split = random_split(4, size, channels)
-    return Dataset("set", split, split, split, tuple("abcd"), (0.5,) * channels, (0.2,) * channels, mirrors=mirrors)
-
-
-@pytest.mark.parametrize(("data", "setting", "expected"), [
-    pytest.param(data_of((32, 32), mirrors=True), {}, Augment(pad=4, flip=True), id="photographs"),
-    pytest.param(data_of((64, 64)), {}, Augment(pad=8, flip=False), id="symmetry-unknown"),
-    pytest.param(data_of((28, 40)), {"flip": True}, Augment(pad=3, flip=True), id="flips-asked-for"),
-    pytest.param(data_of((32, 32), mirrors=True), {"flip": False, "pad": 0}, Augment(0, False), id="none"),
-    pytest.param(data_of((32, 32)), {"given": Augment(2, True)}, Augment(2, True), id="given"),
-    pytest.param(data_of(), {"given": Augment(2, True), "pad": 2, "flip": True}, Augment(2, True), id="given-twice"),
-])  # fmt: skip
-def test_augmentation_is_what_is_set_and_else_what_is_safe(data, setting, expected):
-    assert choose_augment(data, **setting) == expected
-
-
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"pad": 5}, "pad is 5; expected a whole number from 0 to 4 for images of 6x5"),
-    ({"given": Augment(2, False), "flip": True}, "the config says flip=True, pad=None; expected one of them"),
-    ({"given": Augment(2, False), "pad": 1}, "the config says flip=None, pad=1"),
-])  # fmt: skip
-def test_augmentation_that_does_not_fit_is_refused(setting, message):
-    with pytest.raises(InputError, match=message):
-        choose_augment(data_of(), **setting)
-
-
-def test_digits_are_never_mirrored():
-    assert choose_augment(load_dataset("digits", limit=10)) == Augment(1, flip=False)
 
 
 @pytest.mark.parametrize("pad", [-1, 5, 1.0, True], ids=["negative", "whole-image", "float", "bool"])

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fastensdistill.data.boxes import crop_sizes, erased_sizes
-from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.kernels import augment as kernels
 from fastensdistill.kernels.crop import NUMBER_BITS, NUMBERS, CropOperands
@@ -108,23 +107,6 @@ def _is_range(value: object) -> bool:
         and all(_is_number(share) for share in value)
         and 0 < value[0] <= value[1] <= 1
     )
-
-
-def choose_augment(
-    data: Dataset, flip: bool | None = None, pad: int | None = None, given: Augment | None = None
-) -> Augment:
-    """The augmentation of a run: ``given``, or what is set, and else what is safe for the data.
-
-    Flips are on only where an image and its mirror image are known to be of one class (``Dataset.mirrors``: CIFAR,
-    ImageNet and its parts); a mirrored digit, hand or arrow is another symbol. The crop moves an image by an eighth of
-    its size at most (4 pixels at 32x32), with zeros around it.
-    Raises ``InputError`` for a pad that does not fit the images, and where ``given`` is not what is set.
-    """
-    if given is not None and (flip not in (None, given.flip) or pad not in (None, given.pad)):
-        raise InputError(f"augment is {given}, and the config says flip={flip}, pad={pad}; expected one of them")
-    chosen = given or Augment(min(data.image_size) // 8 if pad is None else pad, data.mirrors if flip is None else flip)
-    chosen.check(data.image_size, data.channels)
-    return chosen
 
 
 class Draws(NamedTuple):
@@ -241,7 +223,7 @@ def augment_images(
 
 
 class AugmentCost(NamedTuple):
-    """What an augmentation is predicted to cost a batch; the labels and the choice of the images are not in it."""
+    """What an augmentation is predicted to cost a batch; the choice of the images is not in it, nor are labels."""
 
     launches: int  # draws and kernels
     moved: int  # bytes read from and written to the device's memory for a batch
@@ -249,15 +231,19 @@ class AugmentCost(NamedTuple):
 
 
 def augment_cost(augment: Augment, batch_shape: tuple[int, ...], itemsize: int = 4) -> AugmentCost:
-    """The cost of :func:`draw` and :func:`augment_images` for batches (B, C, H, W) of ``itemsize`` bytes a value."""
+    """The cost of drawing, :func:`augment_images` and mixing for batches (B, C, H, W) of ``itemsize`` bytes a value."""
     batch, channels, height, width = batch_shape
     values = math.prod(batch_shape)
-    moved = values * (1 + itemsize)
+    moved, mixing = values * (1 + itemsize), 0
+    if augment.mixes:  # two kinds of draws, and one kernel that reads two images for each that it writes
+        mixing, moved = 3, moved + 3 * values * itemsize
     padded = augment.pad > 0 and augment.resized_crop is None
     if not (padded or augment.flip or augment.drawn):
-        return AugmentCost(3, moved + 2 * values + 2 * values * itemsize, 0)  # gathered, made floating, divided
+        return AugmentCost(
+            3 + mixing, moved + 2 * values + 2 * values * itemsize, 0
+        )  # gathered, made floating, divided
     # dy and dx: drawn, and three launches that make them shifts; flips are always made bytes; and the last kernel
-    launches = (5 if padded else 1) + augment.flip + augment.drawn + 1 + 1
+    launches = (5 if padded else 1) + augment.flip + augment.drawn + 1 + 1 + mixing
     if augment.trivial_augment:
         launches += 1
         # of 14 operations three need to see the image before; tables are written and read

@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import EvaluationSet
+from fastensdistill.data.presets import augmentation, recorded
 from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.augmented import augmented
 from fastensdistill.evaluate.origin import origin, read_config
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.report import Row, read_metrics, write_report
@@ -36,7 +38,6 @@ from fastensdistill.weights import load_network, read_card
 STRIP = 8  # images beside their perturbed versions
 SHOWN = (
     "model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "engine", "precision",
-    "flip", "pad",
 )  # fmt: skip
 KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
 
@@ -153,7 +154,7 @@ def write(
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_report(
         out, title=title, rows=[e.row for e in evaluated], curves=curves, reliability=reliability, strip=strip,
-        facts=facts,
+        facts=facts, augmented=augmented([folder for c in candidates for folder in c.folders], data),
     )  # fmt: skip
 
 
@@ -183,6 +184,7 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
     found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
     found["schedule"] = {in_words(c) or "cosine" for c in configs} - {"cosine"}
+    found["augmentation"] = {augmentation(augment) for augment in (recorded(c, data) for c in configs) if augment}
     counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()
     few, many = (f"{n:,} ({data.classes[counts.index(n)]})" for n in (min(counts), max(counts)))
     kept_weights, warnings = told(candidates)

@@ -49,7 +49,7 @@ class DistillTrainer(Trainer):
         config: the recipe; its defaults are the paper's.
         out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
         resume: continue the run in ``out`` from its checkpoint, bit for bit.
-        augment: crops and flips of the training images; None is what suits the data.
+        augment: what is changed at random of the training images; None is what the config says and suits the data.
         tensorboard: also write TensorBoard events to ``out`` (needs the extra).
         quiet: print nothing on stderr.
 

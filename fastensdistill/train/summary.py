@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from fastensdistill.config import DistillConfig
-from fastensdistill.data.augment import Augment
+from fastensdistill.data.presets import SWITCHES, augmentation, doubts
 from fastensdistill.data.sources import Dataset
 from fastensdistill.engine.common import precision_on
 from fastensdistill.engine.select import no_cuda
@@ -55,7 +55,8 @@ def describe(trainer: Trainer) -> str:
         count = f"a student of {_several(len(about.teachers), 'teacher')}, {seeds}"
         lines |= _about_student(about)
     told_lines = [("", f"{trainer.title}: {count}{where}"), *lines.items()]
-    told_lines += [("note", note) for note in (*data.notes, *trainer.notes)]
+    notes = (*data.notes, *doubts(trainer.augment, data), *trainer.notes)
+    told_lines += [("note", note) for note in notes]
     width = min(WIDTH, max(40, Console(stderr=True).width)) if sys.stderr.isatty() else WIDTH
     return "\n".join(_line(label, text, width) for label, text in told_lines)
 
@@ -92,12 +93,6 @@ def per_class(data: Dataset) -> str:
     return f"{data.num_classes}: {', '.join(named)}; training images: {spread}"
 
 
-def augmentation(augment: Augment) -> str:
-    """What is done to an image at random, in words."""
-    moved = f"moved by up to {_several(augment.pad, 'pixel')}" if augment.pad else "not moved"
-    return f"{moved}, {'mirrored at random' if augment.flip else 'not mirrored'}"
-
-
 def models(networks: list[nn.Module]) -> str:
     """Of networks, what they are and how many parameters each has: "2 of preresnet (blocks 1 1), 1,384 parameters"."""
     found = Counter(_model(network) for network in networks)
@@ -107,9 +102,8 @@ def models(networks: list[nn.Module]) -> str:
 def used(trainer: Trainer) -> Any:
     """The settings that config.yaml holds, with what "auto" meant in them: engine, precision and augmentation."""
     settings = trainer.saved_config
-    resolved = {"engine": trainer.engine.name, "precision": precision_on(trainer.config, trainer.device),
-                "flip": trainer.augment.flip, "pad": trainer.augment.pad}  # fmt: skip
-    return dataclasses.replace(settings, **resolved)
+    resolved = {"engine": trainer.engine.name, "precision": precision_on(trainer.config, trainer.device)}
+    return dataclasses.replace(settings, **resolved, **{name: getattr(trainer.augment, name) for name in SWITCHES})
 
 
 def source(trainer: Trainer) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class TeachTrainer(Trainer):
         config: the recipe; its defaults are the paper's, for as many members as there are networks.
         out: the run's folder, for its settings, checkpoint, metrics and networks; None writes nothing.
         resume: continue the run in ``out`` from its checkpoint, bit for bit.
-        augment: crops and flips of the training images; None is what suits the data.
+        augment: what is changed at random of the training images; None is what the config says and suits the data.
         tensorboard: also write TensorBoard events to ``out`` (needs the extra).
         quiet: print nothing on stderr.
 

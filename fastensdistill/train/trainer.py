@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import TrainConfig
-from fastensdistill.data.augment import Augment, choose_augment
+from fastensdistill.data.augment import Augment
 from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import DeviceLoader, EvaluationSet
+from fastensdistill.data.presets import SWITCHES, choose_augment, switches
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import precision_on
@@ -54,7 +55,7 @@ class Trainer:
     """What both trainers share.
 
     ``data`` is a dataset or the name of one; ``out`` the run's folder, or None for no files; ``augment`` is what the
-    config's ``flip`` and ``pad`` say, or given whole; ``resume`` continues the run in ``out``. ``self.data`` is the
+    config's settings say, or given whole; ``resume`` continues the run in ``out``. ``self.data`` is the
     data as the networks take it (grey images repeated to three channels for colour networks), ``self.config`` the
     config with the augmentation that is used.
     After :meth:`fit`, ``networks`` and their ``averages`` over time hold the weights that were best; ``kept`` says in
@@ -82,8 +83,8 @@ class Trainer:
             self.data = load_dataset(data) if isinstance(data, str | Path) else data
             check_arguments(self.data, out, augment)
             self.data = for_networks(self.data, networks)
-            self.augment = choose_augment(self.data, config.flip, config.pad, augment)
-        self.config = config = replace(config, flip=self.augment.flip, pad=self.augment.pad)
+            self.augment = choose_augment(self.data, given=augment, **switches(config))
+        self.config = config = replace(config, **{name: getattr(self.augment, name) for name in SWITCHES})
         self.first = parallel.rank() == 0
         self.out = None if out is None else expanded(out)
         self.resume, self.tensorboard, self.quiet = resume, tensorboard, quiet
@@ -324,7 +325,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(seed)
         return DeviceLoader(
             images, self.config.batch_size, device=self.device, generator=generator, augment=self.augment,
-            share=(parallel.rank(), parallel.processes()),
+            share=(parallel.rank(), parallel.processes()), classes=self.data.num_classes,
         )  # fmt: skip
 
     def card(self, score: Score) -> dict[str, Any]:
