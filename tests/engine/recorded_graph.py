@@ -11,11 +11,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
 from fastensdistill.engine.graph import Results, warm_up
+from fastensdistill.engine.host_reads import HostReads
+from tests.untyped import untyped
 
 
 class Recording(TorchDispatchMode):
@@ -72,3 +75,11 @@ class RecordedGraphs:
                 generator.set_state(value)
             self.made[key] = recording, {name: value.detach() for name, value in results.items()}
         return replay
+
+
+def recorded(step: CapturedReferenceStep | CapturedTeachStep, named: dict[str, nn.Module]) -> RecordedGraphs:
+    """Graphs by the stand-in, which refuses what the host would read, for ``step``."""
+    bodies = step.bodies
+    graphs = RecordedGraphs(bodies.state, lambda: HostReads(named, torch.device("cpu"), refuse=True))
+    bodies.graphs = untyped(graphs)
+    return graphs

@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastensdistill.data import Augment, DeviceLoader, Split
 from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
-from fastensdistill.engine.host_reads import HostReadError, HostReads
+from fastensdistill.engine.host_reads import HostReadError
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.errors import InputError
 from tests.engine.captured_cases import KINDS, of_kind
 from tests.engine.cases import CLASSES, batch, network, setting, steps, teach_setting
-from tests.engine.recorded_graph import RecordedGraphs
+from tests.engine.recorded_graph import RecordedGraphs, recorded
 from tests.engine.updates import TEACHING, UPDATES, averages
-from tests.untyped import untyped
 
 COUNT = 4  # of steps, of which some replay
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,14 +36,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd, all": UPDATES["sgd, all"],
     "adamw, all": UPDATES["adamw, all"],
 }
-
-
-def recorded(step: CapturedReferenceStep | CapturedTeachStep, named: dict[str, nn.Module]) -> RecordedGraphs:
-    """Graphs by the stand-in, which refuses what the host would read, for ``step``."""
-    bodies = step.bodies
-    graphs = RecordedGraphs(bodies.state, lambda: HostReads(named, torch.device("cpu"), refuse=True))
-    bodies.graphs = untyped(graphs)
-    return graphs
 
 
 def both(**options: Any) -> tuple[ReferenceStep, CapturedReferenceStep, RecordedGraphs]:
