@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastensdistill.data.sources import load_dataset as load_dataset
     from fastensdistill.engine.fused import FusedStep as FusedStep
     from fastensdistill.engine.reference import ReferenceStep as ReferenceStep
+    from fastensdistill.engine.seeds import SeedsStep as SeedsStep
     from fastensdistill.errors import InputError as InputError
     from fastensdistill.evaluate.predict import predict as predict
     from fastensdistill.export import export_network as export_network
@@ -52,6 +53,7 @@ _HOMES = {
     "data.sources": ("Dataset", "Split", "load_dataset"),
     "engine.fused": ("FusedStep",),
     "engine.reference": ("ReferenceStep",),
+    "engine.seeds": ("SeedsStep",),
     "errors": ("InputError",),
     "evaluate.predict": ("predict",),
     "export": ("export_network",),

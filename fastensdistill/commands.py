@@ -97,6 +97,8 @@ class PlanRun(AugmentConfig):
     """Images in a batch."""
     gpu: str = setting("h200", choices=GPUS)
     """a100, h100, h200 or b200."""
+    seeds: int = setting(1, least=1, most=64)
+    """Also say what it is predicted to give to train so many students at once, each of its own seed."""
     on_load: bool = setting(False)
     """Show the launches of convolutions that take in BatchNorm, its gradient and shortcuts as they load."""
 
@@ -291,6 +293,7 @@ def plan(run: PlanRun) -> None:
     from fastensdistill.data.presets import Photographs, augmentation, choose_augment, switches
     from fastensdistill.engine.dispatch import PREDICTED, Dispatch, decisions
     from fastensdistill.engine.graph_nodes import count_step
+    from fastensdistill.engine.seeds_gain import predicted_for_model
     from fastensdistill.models import image_size
     from fastensdistill.network.table import print_plan
 
@@ -304,7 +307,10 @@ def plan(run: PlanRun) -> None:
     print(f"reading a batch, {augmentation(augment)}: {cost.launches} launches, {cost.moved / 1e6:.2f} MB, at least "
           f"{cost.moved / gpu.bandwidth * 1e6:.1f} us on {gpu.name}")  # fmt: skip
     try:
-        print(count_step(*numbers, arch, implementations=rows if run.on_load else None))
+        implementations = rows if run.on_load else None
+        print(count_step(*numbers, arch, implementations=implementations))
+        if run.seeds > 1:
+            print(predicted_for_model(run.model, run.seeds, *numbers[1:], gpu, implementations))
     except InputError as error:  # passes can be planned that no step consists of
         print(f"graph nodes not counted: {error}")
 

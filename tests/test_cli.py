@@ -298,8 +298,10 @@ def test_runs_from_python_share_no_row(npz, tmp_path):
 
 
 def test_plan_counts_graph_nodes(capsys):
-    assert main(["plan", "wrn28_1", "--batch", "8"]) == 0
-    assert re.search(r"^\d+ graph nodes: \d+ Triton, 6 PyTorch, 5 extension$", capsys.readouterr().out, re.M)
+    assert main(["plan", "wrn28_1", "--batch", "8", "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ graph nodes: \d+ Triton, 6 PyTorch, 5 extension$", out, re.M)
+    assert out.splitlines()[-1].startswith("2 seeds at once, predicted, not measured, on H200: a step of each ")
     assert main(["plan", "wrn28_1", "--teachers", "1"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("graph nodes not counted: perturbation 'tdiv-sdiv' needs at least 2 teachers")

@@ -33,7 +33,7 @@ from fastensdistill.network.gpu import HELD, Gpu
 from fastensdistill.network.launch import Launch, Part
 from fastensdistill.network.nodes import Layer
 
-ENOUGH = 1.3  # times faster: from here on seeds are trained at once
+ENOUGH = 1.3  # times faster: from here on it pays to train seeds at once
 TILE = 128 * 64  # values of a product's result that a program computes
 STREAM = 2**14  # values that a program of a memory-bound launch goes through
 
@@ -53,13 +53,18 @@ class SeedsGain(NamedTuple):
         """How many times faster they are at once."""
         return self.apart / self.together
 
+    @property
+    def worth_it(self) -> bool:
+        """Whether that is enough to train them at once."""
+        return self.ratio >= ENOUGH
+
     def __str__(self) -> str:
         one, every = self.nodes
         return (
             f"{self.seeds} seeds at once, predicted, not measured, on {self.gpu}: a step of each "
             f"{self.apart * 1e3:.2f} ms one after another ({self.seeds} x {one} graph nodes), "
             f"{self.together * 1e3:.2f} ms at once ({every} nodes), {self.ratio:.2f} times faster, "
-            f"about {self.peak / 2**30:.2f} GiB"
+            f"about {self.peak / 2**30:.2f} GiB: {'worth it' if self.worth_it else 'not worth it'} (from {ENOUGH} on)"
         )
 
 
@@ -138,15 +143,6 @@ def joint_seeds_gain(
     one = FusedStep(copy_network(students[0], meta=True), frozen, config, **options)
     one.train_as(networks)
     return seeds_gain(one, together, config.batch_size, gpu)
-
-
-def worth_it(gain: SeedsGain, free: float) -> str:
-    """Why seeds are not trained at once, in words, given so many ``free`` bytes; "" where they are."""
-    if gain.ratio < ENOUGH:
-        return f"{gain.ratio:.2f} times faster at once, predicted; expected at least {ENOUGH}"
-    if gain.peak > free:
-        return f"about {gain.peak / 2**30:.2f} GiB at once, of {free / 2**30:.2f} free"
-    return ""
 
 
 def predicted_for_model(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastensdistill.errors import InputError
 from fastensdistill.network.launch import Launch
 
 # What is assumed of every node of a captured graph, and has not been measured
@@ -52,11 +51,3 @@ GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 312e12, 2.04e12, "datasheet", 80, 108),
     "b200": Gpu("B200", 2250e12, 8.0e12, "datasheet", 100, 148),
 }
-
-
-def gpu_named(name: str, arch: int) -> Gpu:
-    """The one that a device of this ``name`` and compute capability is. Raises InputError for one that is none."""
-    for key, gpu in GPUS.items():
-        if key.upper() in name.upper() and gpu.arch == arch:
-            return gpu
-    raise InputError(f"no rates are known of {name}; expected one of {', '.join(one.name for one in GPUS.values())}")

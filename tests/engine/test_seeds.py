@@ -15,13 +15,15 @@ from fastensdistill.data.loader import DeviceLoader
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.memory import estimate
 from fastensdistill.engine.seeds import SeedsStep
+from fastensdistill.engine.seeds_gain import joint_seeds_gain
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.network.gpu import GAP, GPUS, HELD, LEAST
 from tests.compare import check_close
 from tests.datasets import arrays
-from tests.engine.cases import CLASSES, batch, network, scattered, setting
+from tests.engine.cases import CLASSES, Everything, batch, network, scattered, setting
 from tests.network import models
 from tests.untyped import untyped
 
@@ -215,6 +217,55 @@ def test_refuses(case):
     with pytest.raises(InputError, match=message) as caught:
         refused(**untyped(changes))
     assert "\n" not in str(caught.value)
+
+
+def test_kernels_that_take_in_what_stands_around_them():
+    """Statistics, coefficients and second sources on load, as wgmma kernels have them."""
+    students, teachers, config = several(2, student=models.resnet, teacher=models.resnet)
+    others = copy.deepcopy(students)
+    everything = {"implementations": Everything()}
+    together = SeedsStep(students, teachers, config, [0, 1], image_shape=SHAPE, **untyped(everything))
+    steps = alone(others, teachers, config, [0, 1], **everything)
+    train(together, steps, 2)
+    check_same(students, together, others, steps, 1e-9)
+    kinds = {step.kind for part in together.trained.parts for launch in part.launches for step in launch.prologue}
+    assert {"batch_norm", "norm_gradient"} <= kinds
+
+
+def test_a_node_takes_its_share_of_the_device():
+    gpu = GPUS["h100"]
+    assert gpu.node_time(0, 0, 1) == LEAST + GAP
+    assert gpu.node_time(798e9, 0, 132) == pytest.approx(1e-3 + GAP)
+    assert gpu.node_time(798e9, 0, 33) == pytest.approx(4e-3 + GAP)
+    assert gpu.node_time(798e9, 0, 1320) == gpu.node_time(798e9, 0, 132)
+    assert gpu.node_time(0, 3e9, 66) == pytest.approx(2e-3 / HELD + GAP)
+    assert {name: one.multiprocessors for name, one in GPUS.items()} == {
+        "h200": 132, "h100": 132, "a100": 108, "b200": 148
+    }  # fmt: skip
+
+
+def test_small_students_gain_and_large_batches_do_not():
+    """Fewer nodes and fuller ones: near as many times as there are seeds at first, and nearly nothing in the end."""
+    students, teachers, config = several(3, dtype=torch.float32, batch_size=4, precision="bf16")
+    small = joint_seeds_gain(students, teachers, config, SHAPE, GPUS["h100"])
+    one, every = small.nodes
+    assert one < every < 2 * one
+    assert small.worth_it
+    assert 2 < small.ratio < 3
+    assert small.ratio == small.apart / small.together
+    lower = 3 * one * (LEAST + GAP)
+    assert small.apart == pytest.approx(lower, rel=0.3)
+    assert str(small).startswith("3 seeds at once, predicted, not measured, on H100 SXM: a step of each ")
+    assert str(small).endswith("worth it (from 1.3 on)")
+    large = dataclasses.replace(config, batch_size=2**18)
+    found = joint_seeds_gain(students, teachers, large, SHAPE, GPUS["h100"])
+    assert 0.8 < found.ratio < 1.1
+    assert not found.worth_it
+    assert found.peak > 1000 * small.peak
+    assert not any(p.device.type == "meta" for student in students for p in student.parameters())
+    hydras, teachers, config = several(2, kind="hydra")
+    with pytest.raises(InputError, match="hydra students are trained one after another"):
+        joint_seeds_gain(hydras, teachers, config, SHAPE, GPUS["h100"])
 
 
 def test_memory():
