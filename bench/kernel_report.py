@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from bench import cuda_report, depthwise, elementwise
 from fastensdistill.data.augment import Augment, augment_images, draw, make_tables
+from fastensdistill.data.mixing import Mixing
 from fastensdistill.engine.joint import run_together
 from fastensdistill.engine.packed import PackedWeights
 from fastensdistill.engine.part_run import PartRun
@@ -109,6 +110,12 @@ def record(name: str, groups: int = 4, batch: int | None = None) -> dict[str, Ke
         for augment in AUGMENTATIONS:
             draws = draw(batch, augment, torch.Generator())
             augment_images(images, index, draws, augment, make_tables(augment, (size, size), "cpu"))
+        mixing = Mixing(0.2, 1.0, classes, torch.device("cpu"), torch.float32)
+        mixing(
+            torch.empty(batch, 3, size, size),
+            torch.zeros(batch, dtype=torch.int64),
+            mixing.draw(batch, torch.Generator()),
+        )
     return {key(launch): _without_values(launch) for launch in sorted(launches, key=programs)}
 
 

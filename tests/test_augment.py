@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from fastensdistill.data import Augment, DeviceLoader, Split
 from fastensdistill.data.augment import Draws, augment_cost, augment_images, draw, make_tables
 from fastensdistill.data.boxes import crop_sizes, erased_sizes
+from fastensdistill.data.mixing import Mixing
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.crop import NUMBERS, CropOperands, chosen, crop_box
 from tests.kernels.changes import pictures
@@ -246,6 +247,8 @@ COSTS = [
     pytest.param(STRONG, id="strong"),
     pytest.param(RESIZED, id="resized"),
     pytest.param(Augment(0, False, cutout=2), id="cutout"),
+    pytest.param(Augment(0, False, mixup=0.2), id="mixup"),
+    pytest.param(Augment(2, True, mixup=0.2, cutmix=1.0), id="mixed"),
 ]
 
 
@@ -253,9 +256,11 @@ COSTS = [
 def test_cost_is_what_is_launched(augment):
     images = pictures(4, 10, 8, 3).permute(0, 3, 1, 2)
     tables = make_tables(augment, (10, 8), "cpu")
-    index = torch.arange(4)
+    index, mixing = torch.arange(4), Mixing(augment.mixup, augment.cutmix, 4, torch.device("cpu"), torch.float32)
     with Launches() as seen:
-        augment_images(images, index, draw(4, augment, seeded()), augment, tables)
+        augmented = augment_images(images, index, draw(4, augment, seeded()), augment, tables)
+        if augment.mixes:
+            mixing(augmented, index, mixing.draw(4, seeded()))
     cost = augment_cost(augment, (4, 3, 10, 8))
     assert cost.launches == len(seen.names), seen.names
     assert cost.held == tables.nbytes

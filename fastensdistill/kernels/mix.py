@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.launch import BATCH_SIZES, launch, tl, triton
 from fastensdistill.kernels.operands import FLOATING, accumulator, check_device, check_tensor
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
@@ -101,15 +101,15 @@ def mix_reference(
     return mixed.to(images.dtype), probabilities.to(images.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def mix_kernel(
     p_images, p_labels, p_gammas, p_uniforms, p_mixed, p_probabilities,
-    share, inverse_mixup, inverse_cutmix, n_images, classes,
+    share, inverse_mixup, inverse_cutmix, N, classes,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    i_before = (i_b + n_images - 1) % n_images
+    i_before = (i_b + N - 1) % N
     i_n = tl.program_id(1)
     BLOCKS: tl.constexpr = (H * W * C + BLOCK_N - 1) // BLOCK_N  # behind them, blocks of classes
     boxed = tl.load(p_uniforms + 5 * i_b) < share
@@ -156,7 +156,7 @@ def _launch(images, labels, draws, classes, mixup, cutmix):
         mix_kernel, (count, blocks), MIX_TILE, draws,
         p_images=images, p_labels=labels, p_mixed=mixed, p_probabilities=probabilities,
         share=cutmix_share(mixup, cutmix), inverse_mixup=inverse(mixup), inverse_cutmix=inverse(cutmix),
-        n_images=count, classes=classes, H=height, W=width, C=channels,
+        N=count, classes=classes, H=height, W=width, C=channels,
     )  # fmt: skip
     return mixed, probabilities
 
