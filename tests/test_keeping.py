@@ -183,8 +183,8 @@ def test_what_was_kept_survives_a_stop(tmp_path):
 
 def test_predictions_that_are_never_finite_leave_nothing_to_keep(tmp_path):
     trainer = make(out=tmp_path, epochs=2, perturbation="none")
-    inner = trainer.evaluator.student
-    untyped(trainer.evaluator).student = lambda *a: tuple(p * NAN for p in untyped(inner)(*a))
+    inner = trainer.evaluator.students
+    untyped(trainer.evaluator).students = lambda *a: [tuple(p * NAN for p in one) for one in untyped(inner)(*a)]
     with pytest.raises(DivergedError, match=r"no look at student .* finite .*learning_rate=0.05"):
         trainer.fit()
     assert not (tmp_path / "network.safetensors").exists()
@@ -193,12 +193,13 @@ def test_predictions_that_are_never_finite_leave_nothing_to_keep(tmp_path):
 
 def test_a_look_that_is_not_finite_does_not_end_the_run():
     trainer = make(epochs=3, perturbation="none")
-    inner = trainer.evaluator.student
+    inner = trainer.evaluator.students
 
     def broken(*arguments):
-        return tuple(p * (NAN if trainer.step_index == 10 else 1) for p in untyped(inner)(*arguments))
+        factor = NAN if trainer.step_index == 10 else 1
+        return [tuple(p * factor for p in one) for one in untyped(inner)(*arguments)]
 
-    untyped(trainer.evaluator).student = broken
+    untyped(trainer.evaluator).students = broken
     trainer.fit()
     images = EvaluationSet(dataset().validation, "cpu")
     p = predict(trainer.student.deployed(), images).mean(0)

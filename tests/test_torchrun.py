@@ -41,7 +41,7 @@ from tests.untyped import untyped
 # Every network of the package in both engines, per-process pairs and noise, statistics of each process its own.
 RUNS: dict[str, dict[str, Any]] = {
     "fused": {"engine": "fused", "perturbation": "tdiv-sdiv"},
-    "reference": {"engine": "reference", "perturbation": "gaussian", "kind": "hydra"},
+    "reference": {"engine": "reference", "perturbation": "gaussian", "kind": "hydra", "ema_decay": 0.9},
 }
 EPOCHS = 3  # of five steps
 

@@ -37,7 +37,8 @@ from fastensdistill.weights import load_network, read_card
 
 STRIP = 8  # images beside their perturbed versions
 SHOWN = (
-    "model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "engine", "precision",
+    "model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "ema_decay", "engine",
+    "precision",
 )  # fmt: skip
 KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
 

@@ -63,10 +63,10 @@ class Origin:
         return files if self.path.is_dir() and all(file.is_file() for file in files) else []
 
     def averaged(self) -> Origin:
-        """The same run's averages over time. Raises InputError where it kept none; a file stays as it is."""
-        if self.path.is_dir() and not self.averages:
-            raise InputError(f"{self.path} holds no averages over time: expected a run with --ema-decay")
-        return replace(self, files=tuple(self.averages)) if self.averages else self
+        """The averages over time of the run in a folder. Raises InputError where there are none."""
+        if not self.averages:
+            raise InputError(f"{self.path} holds no average over time: expected the folder of a run with --ema-decay")
+        return replace(self, files=tuple(self.averages))
 
     def data(self) -> dict[str, Any] | None:
         """Name or path of the data and its settings, or None where nothing is said."""

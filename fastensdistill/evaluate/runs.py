@@ -232,7 +232,7 @@ def teacher_sets(
     given = origins(paths, unfinished)
     for one in given:
         members(one.path)  # which refuses a folder without teachers
-    given = [one.averaged() for one in given] if ema else given
+    given = [one.averaged() if one.path.is_dir() else one for one in given] if ema else given
     wholes: dict[Path, list[Origin]] = {}
     for one in given:
         if one.whole:

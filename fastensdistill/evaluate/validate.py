@@ -179,17 +179,24 @@ class Evaluator:
 
         The fused engine reads the images once for all of them.
         """
+        [found] = self.students([student], images)
+        return found
 
-        predictor, K = self._of_student(student), student.branches
+    def students(self, students: Sequence[Student], images: EvaluationSet) -> list[tuple[Tensor, Tensor | None]]:
+        """:meth:`student` for several of one kind, such as a student and its average over time: all at once."""
+        predictor, K = self._of_students(students), students[0].branches
+        found: list[tuple[Tensor, Tensor]] = []
         if predictor is None:
-            deployed = predict(student.deployed(), images)
-            branches = deployed if len(deployed) == K else predict(student, images)
+            for student in students:
+                deployed = predict(student.deployed(), images)
+                found.append((deployed, deployed if len(deployed) == K else predict(student, images)))
         else:
-            plain = plain_student(student)
-            predictor.refresh(plain.states())
-            probabilities = predictor(images)
-            deployed, branches = probabilities[: plain.deployed], probabilities[-K:]
-        return deployed, branches if K > 1 else None
+            plain = [plain_student(student) for student in students]
+            states = [one.states() for one in plain]
+            predictor.refresh([state for of_one in states for state in of_one])
+            each = predictor(images).split([len(of_one) for of_one in states])
+            found = [(p[: one.deployed], p[-K:]) for one, p in zip(plain, each, strict=True)]
+        return [(deployed, branches if K > 1 else None) for deployed, branches in found]
 
     def mixed(self, student: Student, weights: Tensor, images: EvaluationSet) -> Tensor:
         """Probabilities (P, N, C) of the student with its branches' factors mixed by rows of ``weights`` (P, K).
@@ -197,7 +204,10 @@ class Evaluator:
         The fused engine writes them into the slots of the student's own networks, so many at a time: the same launches
         and the same captured graph. Plain PyTorch takes as many at once. Raises InputError as ``Student.mixed``.
         """
-        predictor, parts = self._of_student(student), []
+        before, _ = self.kept.get("student", ([], None))
+        predictor = self._of_students([one for one in before if isinstance(one, Student)] if student in before
+                                      else [student])  # fmt: skip
+        parts = []
         for points in weights.split(student.branches + 1 if predictor is None else len(predictor.shapes)):
             if predictor is None:
                 parts.append(predict(student.mixed(points), images))
@@ -207,12 +217,12 @@ class Evaluator:
                 parts.append(predictor(images)[: len(points)])
         return torch.cat(parts)
 
-    def _of_student(self, student: Student) -> GroupedPredictor | None:
+    def _of_students(self, students: Sequence[Student]) -> GroupedPredictor | None:
         def networks() -> list[nn.Module]:
-            plain = plain_student(student)
-            return len(plain.states()) * [plain.architecture()]
+            plain = [plain_student(student) for student in students]
+            return sum(len(one.states()) for one in plain) * [plain[0].architecture()]
 
-        return self._predictor("student", [student], networks)
+        return self._predictor("student", list(students), networks)
 
     def networks(self, networks: Sequence[nn.Module], images: EvaluationSet, *, keep: bool = True) -> Tensor:
         """Probabilities (E, N, C) of plain networks, in their order; ``keep`` for the same ones again later."""

@@ -30,7 +30,8 @@ from fastensdistill.train.setup import check_statistics, ready_student, ready_te
 from fastensdistill.train.trainer import State, Trainer
 from fastensdistill.weights import save_network
 
-DEPLOYED = {"student": "network.safetensors"}  # the file of the network that is deployed, by the name it is kept under
+# The file of the network that is deployed, by the name it is kept under
+DEPLOYED = {"student": "network.safetensors", "ema": "ema.safetensors"}
 
 
 class DistillTrainer(Trainer):
@@ -38,7 +39,8 @@ class DistillTrainer(Trainer):
 
     After :meth:`fit`, ``student.average()`` is the network that is kept. The run's folder holds it as
     ``network.safetensors``, beside the student itself, ``student.safetensors``, and ``last.safetensors``, the network
-    that the last step left.
+    that the last step left. Where ``config.ema_decay`` asks for an average over time, ``averages["ema"]`` is a student
+    of the same kind, validated and kept at its best by itself: ``ema.safetensors`` and ``last-ema.safetensors``.
     ``config.branches`` may be left unset: the student says how many it has, and of which kind it is.
 
     Args:
@@ -83,6 +85,7 @@ class DistillTrainer(Trainer):
             self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
             check_statistics(config, self.engine)
         self.step = self.distil
+        self.averages = dict(zip(["ema"], getattr(self.distil, "averages", []), strict=False))
         self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
         self.sampled = index = landscape.spread(len(self.validation))
         split = self.data.validation
@@ -95,21 +98,26 @@ class DistillTrainer(Trainer):
         return self.distil.train_on(self.loaders[0])
 
     def validate(self) -> tuple[dict[str, Score], dict[str, Any]]:
-        score, record = self.assess(self.student)
-        parting = self.guard.look(score.averaging, self.step_index / self.steps_per_epoch, self.config)
+        students = {name: one for name, one in self.every.items() if isinstance(one, Student)}
+        found = self.evaluator.students(list(students.values()), self.validation)
+        scores: dict[str, Score] = {}
+        record: dict[str, Any] = {}
+        for (name, student), (members, branches) in zip(students.items(), found, strict=True):
+            scores[name], about = self.assess(student, members, branches)
+            record |= about if name == "student" else {f"ema_{key}": value for key, value in about.items()}
+        parting = self.guard.look(scores["student"].averaging, self.step_index / self.steps_per_epoch, self.config)
         for line in parting:  # what the run ends with is warned of at its end
             self.say(f"warning: {line}")
-        return {"student": score}, record | self.about_teachers() | ({"warnings": parting} if parting else {})
+        return scores, record | self.about_teachers() | ({"warnings": parting} if parting else {})
 
-    def assess(self, student: Student) -> tuple[Score, dict[str, Any]]:
-        """What ``student`` does on the validation images: its score and record.
+    def assess(self, student: Student, members: Tensor, branches: Tensor | None) -> tuple[Score, dict[str, Any]]:
+        """What ``student`` does on the validation images, of which these are the probabilities: its score and record.
 
         Of an average also what its branches do, and on at most 1,000 images the K networks half-way to them. In the
         fused engine these are one more pass of the same launches over that sample: a validation on 5,000 images costs a
         fifth more, one on 1,000 or fewer twice as much.
         """
         labels = self.validation.labels
-        members, branches = self.evaluator.student(student, self.validation)
         score = Score.of(members.mean(0), labels)
         record: dict[str, Any] = {"accuracy": score.accuracy, "nll": score.nll}
         if branches is None or not bool(torch.isfinite(branches).all()):
@@ -141,22 +149,34 @@ class DistillTrainer(Trainer):
         return self._about_teachers
 
     def save_last(self, out: Path) -> None:
-        save_network(out / "last.safetensors", self.student.deployed(), self.card(self.keeper.last["student"]))
+        for name, file in (("ema", "last-ema"), ("student", "last")):  # this order: the latter says that all is written
+            if name in self.every:
+                save_network(out / f"{file}.safetensors", self.deployed(name), self.card(self.keeper.last[name]))
+
+    def kept_file(self, name: str) -> nn.Module:
+        return self.deployed(name) if name in self.averages else self.every[name]
+
+    def deployed(self, name: str) -> nn.Module:
+        """The network that the student, or its average over time, is for."""
+        student = self.every[name]
+        assert isinstance(student, Student)
+        return student.deployed()
 
     def finish(self) -> None:
         super().finish()
-        deployed = self.student.deployed()
         with parallel.together():
-            if self.first and self.out is not None and deployed is not self.student:
-                card, parted = self.card(self.keeper.kept()["student"]), self.parted("student")
-                save_network(
-                    self.out / "network.safetensors", deployed, card | ({"warnings": parted} if parted else {})
-                )
+            if self.first and self.out is not None:
+                for name in self.every:
+                    parted, deployed = self.parted(name), self.deployed(name)
+                    if parted or (name == "student" and deployed is not self.student):
+                        card = self.card(self.keeper.kept()[name]) | ({"warnings": parted} if parted else {})
+                        save_network(self.out / DEPLOYED[name], deployed, card)
 
     def doubts(self) -> list[str]:
         teachers = self.about_teachers()["teacher_accuracy"]
         kept = self.keeper.kept()["student"]
-        return [*keeping.warn_of_student(kept, teachers, len(self.validation)), *self.parted("student")]
+        parted = [line for name in self.every for line in self.parted(name)]
+        return [*keeping.warn_of_student(kept, teachers, len(self.validation)), *parted]
 
     def parted(self, name: str) -> list[str]:
         """A line where the network that is kept as ``name`` averages branches that have parted."""

@@ -3,7 +3,8 @@
     out/config.yaml             the settings, with all seeds
     out/seed-0, out/seed-1, ... the runs, each with its own seed in its config.yaml
 
-They are trained one after another. A seed that has come to its end is not touched again.
+They are trained one after another. A seed that has come to its end is not touched again. A step of several students
+(``engine/seeds.py``) would take the place of :func:`train_seeds`' loop, for seeds that begin together.
 """
 
 from __future__ import annotations
@@ -77,8 +78,7 @@ def check_whole(run: Run) -> None:
         numbers = (" ".join(map(str, some)) for some in (seeds, run.seeds))
         raise InputError("{} holds runs of the seeds {}: expected these, and more if need be, not {}".format(
             run.out, *numbers))  # fmt: skip
-    free = checkpoint.FREE - {"augment"}  # no run is asked for its parts where all have ended
-    before, now = ({k: v for k, v in s.items() if k not in free} for s in (saved, vars(run)))
+    before, now = ({k: v for k, v in s.items() if k not in checkpoint.FREE} for s in (saved, vars(run)))
     checkpoint.check_continuation(run.out, before, now)
 
 

@@ -40,6 +40,7 @@ def describe(trainer: Trainer) -> str:
     then = in_words(vars(config))
     rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
     rate += f", then {then}" if then else ""
+    rate += f", averages over time of decay {config.ema_decay:g}" if config.ema_decay else ""
     size = f"{data.image_size[0]}x{data.image_size[1]}, {_several(data.channels, 'channel')}"
     device = "" if trainer.engine.reason == no_cuda(trainer.device) else f" on {trainer.device}"  # said there
     lines = {

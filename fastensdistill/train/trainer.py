@@ -234,7 +234,7 @@ class Trainer:
         for name, score in scores.items():
             score = replace(score, step=self.step_index)
             if self.keeper.note(name, score, self.every[name]) and self.out is not None:
-                save_network(self.out / f"{name}.safetensors", self.shipped(name), self.card(score))
+                save_network(self.out / f"{name}.safetensors", self.kept_file(name), self.card(score))
         return record
 
     def kept_record(self) -> dict[str, Any]:
@@ -341,8 +341,8 @@ class Trainer:
         """The networks and their averages over time."""
         return self.networks | self.averages
 
-    def shipped(self, name: str) -> nn.Module:
-        """What the file of the network ``name`` holds."""
+    def kept_file(self, name: str) -> nn.Module:
+        """What the file of the best weights of ``name`` holds."""
         return self.every[name]
 
     def frozen(self) -> Sequence[nn.Module]:
