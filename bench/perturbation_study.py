@@ -1,6 +1,6 @@
 """When does the perturbation help? The runs of docs/studies/perturbation.md, which says why they are as they are.
 
-    python -m bench.perturbation_study FILE.npz [--out runs/perturbation] [--workers N] [--json FILE] [--smoke]
+    python -m bench.perturbation_study FILE.npz [--out runs/perturbation] [--workers N] [--json FILE] [--png FILE]
 
 FILE.npz holds CIFAR-100 as ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``; classes are counted
 in alphabetical order. Every run that ends is a file in the folder ``--out``, and the same call goes on with those that
@@ -30,6 +30,7 @@ from bench.common import describe_host, save, table
 from fastensdistill.data.sources import measure
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
+from fastensdistill.evaluate.plots import metric_dots, png
 from fastensdistill.evaluate.report import read_metrics
 from fastensdistill.files import write_atomically
 from fastensdistill.method.student import STUDENTS
@@ -230,22 +231,34 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def picture(students: Sequence[dict[str, Any]]) -> bytes:
+    """A PNG: test NLL and accuracy of every seed, in both conditions, of the ways that both have."""
+    panels = {
+        f"{title}, teachers {condition}": {
+            way: [factor * s[name] for s in students if (s["condition"], s["way"]) == (condition, way)]
+            for way, (*_, where) in WAYS.items() if where == BOTH
+        }
+        for name, title, factor in (("nll", "Test NLL", 1), ("accuracy", "ACC %", 100)) for condition in TEACHERS
+    }  # fmt: skip
+    return png(metric_dots(panels))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/perturbation"), help="folder of what every run found")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument("--json", type=Path, help="write all results there, once all runs have ended")
+    parser.add_argument("--png", type=Path, help="draw them there")
     parser.add_argument("--pilot", action="store_true", help="other classes, one seed that is not reported")
     options = parser.parse_args(argv)
     classes, seeds = (PILOT_CLASSES, PILOT_SEEDS) if options.pilot else (CLASSES, SEEDS)
     teachers = [Run(condition, "teachers", TEACHER_SEED) for condition in TEACHERS]
-    main, secondary = [
-        [Run(condition, way, seed) for seed in seeds for way, (*_, where) in WAYS.items() for condition in where
-         if (where == BOTH) == both]
-        for both in (True, False)
+    students = [
+        Run(condition, way, seed)
+        for both in (True, False) for seed in seeds  # what is in one condition alone comes last
+        for way, (*_, where) in WAYS.items() if (where == BOTH) == both for condition in where
     ]  # fmt: skip
-    students = [*main, *secondary]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         for runs in (teachers, students):
             missing = [run for run in runs if not (options.out / f"{run.name}.json").is_file()]
@@ -254,7 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(done.result(), flush=True)
     found = [json.loads((options.out / f"{run.name}.json").read_text()) for run in (*teachers, *students)]
     print(report(found))
-    differences = compare([r for r in found if r["way"] != "teachers"])
+    measured = [r for r in found if r["way"] != "teachers"]
+    if options.png:
+        write_atomically(options.png, picture(measured))
+    differences = compare(measured)
     save(options.json, "perturbation", describe_host(torch.device("cpu")), options.pilot, runs=found,
          differences=differences)  # fmt: skip
     return 0

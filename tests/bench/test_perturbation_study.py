@@ -69,5 +69,6 @@ def test_every_kind_of_run_leaves_its_numbers(cifar, tmp_path, monkeypatch):
     assert [run["way"] for run in found] == ways
     assert all(0 <= run["accuracy"] <= 1 and run["nll"] > 0 for run in found[1:])
     assert ["branch_kl" in run for run in found[1:]] == [False, True, True, True]
+    assert study.picture([run | {"condition": c} for run in found[1:] for c in study.BOTH])[:4] == b"\x89PNG"
     text = study.report(found)
     assert "TDiv-SDiv 4/255 − noise 4/255" in text
