@@ -13,6 +13,7 @@ import torch
 from bench import kernels, loader, report, roof, scaling, startup, throughput
 from bench.common import ROOT, Meter, interleave, quantile, table
 from fastensdistill import cli, commands
+from fastensdistill.config import DistillRun
 from fastensdistill.engine.dispatch import Choice, ConvShape, Dispatch
 
 CPU = torch.device("cpu")
@@ -184,26 +185,36 @@ def accuracy_commands(folder: Path, **environment: str) -> list[list[str]]:
 
 
 def test_the_comparison_of_the_paper_runs_by_one_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "summarize", lambda *_: None)  # each run's own report
+    monkeypatch.setattr(commands, "summarize", lambda *_: None)  # reports of their own
+    monkeypatch.setattr(commands, "conclude", lambda *_: None)
     for line in accuracy_commands(tmp_path, TEACH="--model preresnet --blocks 1 --in-planes 4 --members 2"):
         assert cli.main(line) == 0, line
     rows = json.loads((tmp_path / "report" / "results.json").read_text())
     assert all(name in json.dumps(rows) for name in ("teachers", "ensemble of 2", "kd", "latentbe", "tdiv-sdiv"))
-    assert len(list(tmp_path.glob("*/student.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*/seed-0/student.safetensors"))) == 3
 
 
-def test_the_comparison_has_seeds_and_says_what_it_takes(tmp_path):
+def test_the_comparison_has_seeds_recipes_and_says_what_it_takes(tmp_path):
     usage = subprocess.run(["bash", ROOT / "bench" / "accuracy.sh"], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
     assert "bench/accuracy.sh DATA OUT" in usage.stdout
-    lines = accuracy_commands(tmp_path, SEEDS="3 5")
-    assert [line[0] for line in lines] == ["teach", *["distill"] * 6, "evaluate"]
-    for line in lines:
-        assert cli.parse(line[0], line[1:]), line
-    (tmp_path / "kd-3").mkdir()
-    (tmp_path / "kd-3" / "checkpoint.safetensors").touch()
-    again = accuracy_commands(tmp_path, SEEDS="3 5")
-    assert [line for line in again if "--resume" in line] == [[*lines[1], "--resume"]]
+    lines = accuracy_commands(tmp_path, SEEDS="3 5", RECIPES="paper strong")
+    assert [line[0] for line in lines] == [*["teach", *["distill"] * 3] * 2, "evaluate"]
+    runs = [cli.parse(line[0], line[1:]) for line in lines]
+    assert [list(run.seeds) for run in runs if isinstance(run, DistillRun)] == [[3, 5]] * 6
+    assert [run.augment for run in runs[:-1]] == ["standard"] * 4 + ["strong"] * 4
+    assert runs[4].mixup > 0
+    folders = [run.out for run in runs[:-1]]
+    assert list(runs[-1].paths) == folders
+    assert len(set(folders)) == 8
+    (folders[5] / "config.yaml").parent.mkdir(parents=True)
+    (folders[5] / "config.yaml").touch()
+    again = accuracy_commands(tmp_path, SEEDS="3 5", RECIPES="paper strong")
+    assert [line for line in again if "--resume" in line] == [[*lines[5], "--resume"]]
+    environment = os.environ | {"RECIPES": "weak"}
+    script = ["bash", ROOT / "bench" / "accuracy.sh", "digits", tmp_path]
+    refused = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr) == (2, "RECIPES=weak: expected paper, strong, or both\n")
 
 
 def test_a_table_of_implementations_is_what_was_faster_in_all_launches_of_a_shape():
