@@ -33,6 +33,12 @@ class EvaluationSet:
         """Memory of the set on the device, in bytes."""
         return self.images.nbytes + self.labels.nbytes
 
+    def part(self, index: Tensor) -> EvaluationSet:
+        """The images at ``index`` (n,), a copy."""
+        part = object.__new__(EvaluationSet)
+        part.images, part.labels, part.dtype = self.images[index], self.labels[index], self.dtype
+        return part
+
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Images ``(B, C, H, W)`` in [0, 1], channels_last, in the order of ``labels``; the last batch may be smaller.
 

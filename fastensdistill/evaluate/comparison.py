@@ -22,6 +22,7 @@ from fastensdistill.data.sources import Dataset
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.augmented import augmented
+from fastensdistill.evaluate.landscape import Landscape, landscape
 from fastensdistill.evaluate.origin import origin, read_config
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.evaluate.report import Row, read_metrics, write_report
@@ -40,6 +41,8 @@ SHOWN = (
     "model", "epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "alpha", "ema_decay", "engine",
     "precision",
 )  # fmt: skip
+MOST_LANDSCAPES = 3  # students whose branches are drawn with the loss around them
+BUDGETS = {"cpu": 1e10, "cuda": 1e14}  # multiply-accumulates for each: some 4 seconds of a core, predicted for a GPU
 KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
 
 
@@ -145,6 +148,7 @@ def write(
     labels = torch.from_numpy(data.test.labels)
     reliability = {e.row.name: (e.probabilities, labels) for e in evaluated}
     strip = perturbed(candidates, data, notes)
+    around = landscapes(candidates, data, device, notes)
     rows = [
         {"name": e.row.name, "group": e.row.group, "files": [str(f) for f in c.files], "kept": kept(c),
          "parameters": e.row.parameters, "macs": e.row.macs, "metrics": [m.to_dict() for m in e.row.metrics]}
@@ -155,7 +159,7 @@ def write(
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_report(
         out, title=title, rows=[e.row for e in evaluated], curves=curves, reliability=reliability, strip=strip,
-        facts=facts, augmented=augmented([folder for c in candidates for folder in c.folders], data),
+        facts=facts, augmented=augmented([folder for c in candidates for folder in c.folders], data), landscapes=around,
     )  # fmt: skip
 
 
@@ -245,6 +249,29 @@ def perturbed(candidates: Sequence[Candidate], data: Dataset, notes: list[str]) 
         if strip is not None:
             return strip
     return None
+
+
+def landscapes(
+    candidates: Sequence[Candidate], data: Dataset, device: torch.device, notes: list[str]
+) -> dict[str, Landscape]:
+    """The loss around the branches of the first students that ship their average, three at most, in bounded time."""
+    found: dict[str, Landscape] = {}
+    for candidate in candidates:
+        file = candidate.folders[0] / "student.safetensors" if candidate.folders else None
+        if file is None or not file.is_file() or candidate.over_time or len(found) == MOST_LANDSCAPES:
+            continue
+        [student] = fit([load_network(file)], [file], data, [])
+        if not isinstance(student, Student) or student.branches == 1 or student.deployed() is student:
+            continue
+        own, student = for_networks(data, [student]), student.to(device)
+        macs = count_macs(student.deployed(), (own.channels, *own.image_size))
+        images = EvaluationSet(own.validation, device)
+        one = landscape(student, images, macs, BUDGETS[device.type])
+        if one is None:
+            notes.append(f"the loss around the branches of {candidate.name} is not drawn: it would take too long here")
+        else:
+            found[candidate.name] = one
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.evaluate import metrics
 from fastensdistill.evaluate.inputs import EPSILON, as_labels, as_probabilities
+from fastensdistill.evaluate.predict import predict
+from fastensdistill.method.student import Student
 
 WAY_IMAGES = 1000  # of a validation set, at most, on which the midpoints are measured
 
@@ -93,6 +96,83 @@ def averaging(average: Tensor, branches: Tensor, way: Tensor, labels: Tensor, sa
         way_nll=there.mean(1).tolist(), barrier=float(excess[worst].mean()), barrier_error=_error(excess[worst]),
         gap=float(lost.mean()), gap_error=_error(lost),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """NLL of the networks around a student's branches, as a report draws them (``landscape_plots``).
+
+    Attributes:
+        steps: positions (T,) on the ways: 0 is the average, 1 the branch.
+        ways: NLL (K, T) on the way from the average to each branch, and a little beyond both.
+        chosen: the three branches that the plane goes through; () where there are only two.
+        corners: where (3, 2) they lie in it: an equilateral triangle, whose centre is the average of the three.
+        x, y: the grid's coordinates (X,) and (Y,).
+        plane: NLL (Y, X) on it.
+        images: on how many images.
+        classes: how many there are: a guess among them has the NLL log(classes).
+    """
+
+    steps: Tensor
+    ways: Tensor
+    chosen: tuple[int, ...]
+    corners: Tensor
+    x: Tensor
+    y: Tensor
+    plane: Tensor
+    images: int
+    classes: int
+
+
+GRIDS = ((13, 13), (13, 9), (7, 7))  # points of a way, and of the plane's side: the first that can be paid for
+FEWEST_IMAGES, MOST_IMAGES = 80, 300
+AT_ONCE = 8  # networks
+
+
+def landscape(student: Student, images: EvaluationSet, macs: int, budget: float) -> Landscape | None:
+    """Measure it with so many multiply-accumulates at most: as fine a grid, on as many images, as they allow.
+
+    ``macs`` are those of one image in one branch. None where they do not suffice for the coarsest grid on 80 images,
+    or on all that there are. Raises InputError for a student without factors.
+    """
+    K = student.branches
+    for T, side in GRIDS:
+        points = K * T + (side * side if K > 2 else 0)
+        count = min(len(images), MOST_IMAGES, int(budget / (points * max(macs, 1))))
+        if count >= min(FEWEST_IMAGES, len(images)):
+            break
+    else:
+        return None
+    index = spread(len(images), count).to(images.images.device)
+    batch, labels = images.part(index), images.labels[index]
+    unit = torch.eye(K, dtype=torch.float64)
+    average, steps = unit.mean(0), torch.linspace(-0.25, 1.25, T, dtype=torch.float64)
+    rows = [average + t * (unit[k] - average) for k in range(K) for t in steps]
+    corners = torch.tensor([(-1, 0), (1, 0), (0, 3**0.5)], dtype=torch.float64)
+    x, y = (torch.linspace(*ends, side, dtype=torch.float64) for ends in ((-1.8, 1.8), (-0.75, 2.4)))
+    ways = _nll(student, torch.stack(rows), batch, labels).view(K, T)
+    chosen: tuple[int, ...] = ()
+    plane = torch.empty(0, 0, dtype=torch.float64)
+    if K > 2:
+        half, end = (int((steps - at).abs().argmin()) for at in (0.5, 1.0))
+        worst = int((ways[:, half] - ways[:, end] / 2).nan_to_num(math.inf).argmax())  # of all, the highest barrier
+        chosen = (worst, *[k for k in range(K) if k != worst][:2])
+        column, row = torch.meshgrid(x, y, indexing="xy")
+        places = torch.stack([column, row, torch.ones_like(row)]).flatten(1)
+        weights = torch.zeros(side * side, K, dtype=torch.float64)  # what the three weigh to give these places
+        weights[:, list(chosen)] = torch.linalg.solve(torch.cat([corners, torch.ones(3, 1)], 1).T, places).T
+        plane = _nll(student, weights, batch, labels).view(side, side)
+    return Landscape(steps, ways, chosen, corners, x, y, plane, count, len(predict(student, batch)[0, 0]))
+
+
+def _nll(student: Student, weights: Tensor, images: EvaluationSet, labels: Tensor) -> Tensor:
+    """NLL (P,) of the networks at ``weights`` (P, K), NaN where a prediction is not finite."""
+    found = []
+    for part in weights.split(AT_ONCE):
+        p = predict(student.mixed(part), images).cpu().double()
+        right = p.gather(2, labels.cpu().expand(len(part), -1)[..., None])[..., 0]
+        found.append(-(right + EPSILON).log().mean(1))
+    return torch.cat(found)
 
 
 def _error(values: Tensor) -> float:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.drawing import series
+from fastensdistill.evaluate.landscape import Landscape
+from fastensdistill.evaluate.landscape_plots import barrier_over_training, loss_around_branches
 from fastensdistill.evaluate.plots import (
     FEW,
     diversity_over_training,
@@ -74,6 +76,15 @@ _CAPTIONS = {
     "LatentBE as its averaged network. Thin lines are single seeds; a dot marks the weights that a run ended with.",
     "diversity": "How far branches are apart from one another, and teachers likewise. Branches start equal; the closer "
     "they come to the teachers' line, the more of the ensemble's disagreement they hold.",
+    "barrier": "A student that ships the average of its branches is as good as they are only while no wall of loss "
+    "stands between them. The barrier is how far the average, or a network half-way from it to a branch, lies above "
+    "what the branches' own losses give; below zero the average is better than its branches. In the shaded region the "
+    "branches have parted: a lower learning rate or a longer warm-up keeps them together.",
+    "landscape": "Left, the loss of networks whose factors lie between the average (star) and each branch (dots), and "
+    "a little beyond. Right, the plane through three branches, drawn as an equilateral triangle; light is good. In one "
+    "basin the branches and all that lies between them are light, so that the average is as good as they are; a dark "
+    "wall between them is why an average fails. On some validation images, with the weights that were kept; of a row "
+    "with several seeds it is the first.",
     "augmentation": "Above, training images; below each, three of the images that a network sees in its place. Of what "
     "is shown for one image nothing should make it another class's, unless it was mixed with the image to its left.",
     "perturbation": "Above, test images; in the middle, what the student would be trained on instead; below, the "
@@ -84,6 +95,8 @@ _TITLES = {
     "reliability": "Reliability",
     "learning_curves": "Learning curves",
     "diversity": "Diversity over training",
+    "barrier": "The average and its branches",
+    "landscape": "The loss around the branches",
     "augmentation": "Augmentation",
     "perturbation": "Perturbation",
 }
@@ -125,6 +138,7 @@ def write_report(
     strip: tuple[Tensor, Tensor, Sequence[str]] | None,
     facts: Mapping[str, str],
     augmented: Augmented | None = None,
+    landscapes: Mapping[str, Landscape] | None = None,
 ) -> Path:
     """Write ``report.html`` and its pictures into ``folder``, which is made where it is missing.
 
@@ -139,6 +153,7 @@ def write_report(
         reliability: name -> ((N, C) probabilities, (N,) labels), on test images.
         strip: (images (n, 1 or 3, H, W) in [0, 1], the same perturbed, n titles).
         facts: what a reader has to know besides, in order: dataset, recipe, seeds, hardware, versions.
+        landscapes: name -> the loss around a student's branches.
         augmented: training images and what the last run's augmentation makes of them.
 
     Returns:
@@ -159,6 +174,10 @@ def write_report(
         pictures["learning_curves"] = png(learning_curves(curves, styles=styles))
     if any(len(series(records, "validation", "branch_kl")[0]) for records in curves.values()):
         pictures["diversity"] = png(diversity_over_training(curves, styles=styles))
+    if any(len(series(records, "validation", "barrier")[0]) for records in curves.values()):
+        pictures["barrier"] = png(barrier_over_training(curves, styles=styles))
+    if landscapes:
+        pictures["landscape"] = png(loss_around_branches(landscapes))
     if augmented is not None:
         pictures["augmentation"] = png(augmentation_strip(augmented))
     if strip is not None:
