@@ -20,7 +20,7 @@ def test_packing(case, dtype, strided):
     layout, t = layouts.problem(case, dtype, slots=layouts.CASES[case][0] + 2)
     operands = [t["parameters"], t["deviations"]]
     expected = torch.full((2, layout.packed_size), torch.nan, dtype=torch.bfloat16)
-    pack_weights_reference(untyped(PackOperands)(*operands, *expected, layout.fields, 1, len(operands[1])))
+    pack_weights_reference(untyped(PackOperands)(*operands, *expected, layout.fields, 1, len(operands[1]), 1))
     if strided:
         operands = [torch.stack([x, x], -1)[..., 0] for x in operands]
     packed = torch.full_like(expected, torch.nan)
