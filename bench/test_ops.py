@@ -11,7 +11,7 @@ from bench.contenders import CONTENDERS, Gate
 from bench.elementwise import Case
 from bench.setting import METHODS, Setting, batches, drawn_pairs, make
 from bench.throughput import cycle
-from fastensdistill.kernels.distillation_loss import distillation_loss, distillation_loss_reference
+from fastensdistill.kernels.distillation_loss import LossTerms, distillation_loss, distillation_loss_reference
 from fastensdistill.kernels.perturb_step import perturb_step, perturb_step_reference
 from tests.compare import check_close
 
@@ -31,7 +31,7 @@ def timed(benchmark, call) -> None:
 def test_distillation_loss(benchmark, classes):
     teacher, branch = 3 * torch.randn(2, 4, 128, classes, device=DEVICE)
     labels = torch.randint(classes, (128,), device=DEVICE)
-    expected = distillation_loss_reference(teacher.double(), branch.double(), labels, 4.0, 1.0, False)
+    expected = distillation_loss_reference(teacher.double(), branch.double(), labels, LossTerms(4.0, 1.0, False))
     actual = distillation_loss(teacher, branch, labels, 4.0, 1.0)
     check_close("loss", actual[0], expected[0], 1e-5)
     check_close("gradient", actual[3], expected[3], 1e-5)

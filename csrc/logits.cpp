@@ -1,4 +1,4 @@
-// The loss, the diversity seeds and both together for CUDA tensors: operands, outputs, registration.
+// The loss and the diversity seeds for CUDA tensors: operands, outputs, registration.
 #include "distillation_loss.h"
 #include "operands.h"
 
@@ -83,75 +83,63 @@ std::tuple<Tensor, Tensor> ods_seed(Tensor logits, Tensor weights, double temper
   return {gradient, confidence};
 }
 
-// What both ops of the loss take; `pair` is null for the loss alone.
-struct LossInputs {
-  Tensor teacher, branch, labels;
-  const Tensor* pair;
-  double temperature, alpha;
-  bool mean_target;
-
-  void check(const char* op) const {
-    const Operands operands{op, branch};
-    const ScalarType type = branch.scalar_type();
-    operands.check_floating("branch_logits", branch, "[K, B, C]");
-    operands.check("teacher_logits", teacher, type, {ANY, branch.size(1), branch.size(2)});
-    operands.check_floating("teacher_logits", teacher, "[M, B, C]");
-    operands.check("labels", labels, ScalarType::Long, {branch.size(1)});
-    if (pair != nullptr) operands.check("pair", *pair, ScalarType::Long, {2});
-    if (mean_target && teacher.size(0) > MAX_MEAN_TEACHERS)
-      operands.refuse("teacher_logits", text_of(teacher),
-                      "a mean of at most " + std::to_string(MAX_MEAN_TEACHERS) + " teachers");
-    operands.check_device("branch_logits");
-  }
-};
-
 using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// t and s: outputs of the teachers' and the branches' pair, where there is one.
-LossOutputs run_loss(const LossInputs& in, const PairOutput* t, const PairOutput* s) {
-  const Tensor teacher = packed_copy(in.teacher), branch = packed_copy(in.branch), labels = packed_copy(in.labels);
-  const Optional pair = in.pair != nullptr ? Optional(packed_copy(*in.pair)) : std::nullopt;
-  const int64_t M = teacher.size(0), K = branch.size(0), B = branch.size(1), C = branch.size(2);
+LossOutputs distillation_loss(
+    Tensor teacher_logits, Tensor branch_logits, Tensor labels, double temperature, double alpha, bool mean_target,
+    double label_smoothing, bool standardize, std::vector<double> weights) {
+  const Operands operands{"distillation_loss", branch_logits};
+  const ScalarType type = branch_logits.scalar_type();
+  operands.check_floating("branch_logits", branch_logits, "[K, B, C]");
+  const int64_t M = teacher_logits.size(0), K = branch_logits.size(0), B = branch_logits.size(1),
+                C = branch_logits.size(2);
+  operands.check("teacher_logits", teacher_logits, type, {ANY, B, C});
+  operands.check_floating("teacher_logits", teacher_logits, "[M, B, C]");
+  const bool soft = labels.scalar_type() == arithmetic(type);
+  operands.check("labels", labels, soft ? arithmetic(type) : ScalarType::Long, soft ? Sizes{B, C} : Sizes{B});
+  const std::string most = std::to_string(MAX_MEAN_TEACHERS);
+  if (mean_target && M > MAX_MEAN_TEACHERS)
+    operands.refuse("teacher_logits", text_of(teacher_logits), "a mean of at most " + most + " teachers");
+  const int64_t weighted = int64_t(weights.size());
+  if (weighted > MAX_MEAN_TEACHERS || (weighted > 0 && weighted != (mean_target ? M : K)))
+    operands.refuse("weights", std::to_string(weighted) + " numbers",
+                    (mean_target ? "one for each teacher" : "one for each branch") + (", at most " + most));
+  operands.check_device("branch_logits");
+
+  const Tensor teacher = packed_copy(teacher_logits), branch = packed_copy(branch_logits), y = packed_copy(labels);
   const Tensor loss = new_scalar(branch, 2 * K * B), kd = new_scalar(branch), ce = new_scalar(branch);
   const Tensor gradient = new_tensor(branch, {K, B, C}, branch.scalar_type());
   const Launches launch(branch);
-  dispatch(branch.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  dispatch(type, [&](auto of_type) {
+    using T = typename decltype(of_type)::type;
     using A = typename Arithmetic<T>::type;
-    A* values = pointer<A>(loss);
-    LossRows<T> rows{{}, pointer<T>(teacher), pointer<T>(branch), pointer<int64_t>(labels), pointer<T>(gradient),
-                     values + 1, values + 1 + K * B, M, K, B, int(C), in.mean_target, A(in.temperature), A(in.alpha),
-                     pointer<int64_t>(pair), nullptr, nullptr, nullptr, nullptr};
-    LossScalars<A> scalars{{}, rows.row_kd, rows.row_ce, values, pointer<A>(kd), pointer<A>(ce), K * B,
-                           rows.temperature, rows.alpha, {}};
-    if (pair) {
-      A *tdiv = pointer<A>(t->value), *sdiv = pointer<A>(s->value);
-      rows.grad_teacher_a = pointer<T>(t->gradient);
-      rows.grad_branch_a = pointer<T>(s->gradient);
-      rows.row_tdiv = tdiv + 1;
-      rows.row_sdiv = sdiv + 1;
-      scalars.diversity = {{}, {rows.row_tdiv, rows.row_sdiv}, {tdiv, sdiv}, B};
+    A *const values = pointer<A>(loss), *const row_kd = values + 1, *const row_ce = row_kd + K * B;
+    const auto launch_rows = [&](auto rows) {
+      rows.teacher = pointer<T>(teacher);
+      rows.branch = pointer<T>(branch);
+      rows.labels = soft ? nullptr : pointer<int64_t>(y);
+      rows.gradient = pointer<T>(gradient);
+      rows.row_kd = row_kd;
+      rows.row_ce = row_ce;
+      rows.M = M, rows.K = K, rows.B = B, rows.C = int(C);
+      rows.mean_target = mean_target, rows.temperature = A(temperature), rows.alpha = A(alpha);
+      launch(rows);
+    };
+    if (soft || label_smoothing != 0 || standardize || weighted > 0) {
+      LossRows<T, true> rows{};
+      rows.options.probabilities = soft ? pointer<A>(y) : nullptr;
+      rows.options.smoothing = A(label_smoothing);
+      rows.options.standardize = standardize;
+      rows.options.weighted = int(weighted);
+      for (int64_t i = 0; i < weighted; ++i) rows.options.weights[i] = A(weights[i]);
+      launch_rows(rows);
+    } else {
+      launch_rows(LossRows<T>{});
     }
-    launch(rows);
-    launch(scalars);
+    launch(LossScalars<A>{
+        {}, row_kd, row_ce, values, pointer<A>(kd), pointer<A>(ce), K * B, A(temperature), A(alpha)});
   });
   return {loss, kd, ce, gradient};
-}
-
-LossOutputs distillation_loss(
-    Tensor teacher_logits, Tensor branch_logits, Tensor labels, double temperature, double alpha, bool mean_target) {
-  const LossInputs in{teacher_logits, branch_logits, labels, nullptr, temperature, alpha, mean_target};
-  in.check("distillation_loss");
-  return run_loss(in, nullptr, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_and_diversify(
-    Tensor teacher_logits, Tensor branch_logits, Tensor labels, Tensor pair, double temperature, double alpha,
-    bool mean_target) {
-  const LossInputs in{teacher_logits, branch_logits, labels, &pair, temperature, alpha, mean_target};
-  in.check("distill_and_diversify");
-  const PairOutput t(branch_logits), s(branch_logits);
-  return std::tuple_cat(run_loss(in, &t, &s), std::make_tuple(t.value, s.value, t.gradient, s.gradient));
 }
 
 }  // namespace
@@ -162,5 +150,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastensdistill, FED_KEY, library) {
   library.impl("diversity_seed", TORCH_BOX(&fed::diversity_seed));
   library.impl("ods_seed", TORCH_BOX(&fed::ods_seed));
   library.impl("distillation_loss", TORCH_BOX(&fed::distillation_loss));
-  library.impl("distill_and_diversify", TORCH_BOX(&fed::distill_and_diversify));
 }

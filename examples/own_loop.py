@@ -3,8 +3,9 @@
     python examples/own_loop.py [--epochs 6]
 
 1. ``ReferenceStep`` is one whole step of the method: perturb, distil, update. ``FusedStep`` takes its place on a GPU.
-2. With your own optimiser and schedule, ``distill_and_diversify`` gives the loss and, from the same logits, the
-   gradients of TDiv - SDiv. Here each batch is used twice: as it is, and perturbed by what its first use found out.
+2. With your own optimiser and schedule, ``distillation_loss`` gives the loss and ``diversity_seed``, from the same
+   logits, the gradients of TDiv - SDiv. Here each batch is used twice: as it is, and perturbed by what its first use
+   found out.
 """
 
 import argparse
@@ -47,9 +48,9 @@ def with_your_optimiser(student: fed.LatentBE, teachers: fed.Teachers, data: fed
             pair = torch.randperm(len(teachers))[:2]
             x = images.requires_grad_()
             teacher_logits, branch_logits = teachers(x), student(x)  # (M, B, classes), (K, B, classes)
-            loss, *_, tdiv, sdiv, grad_teacher, grad_branch = fed.distill_and_diversify(
-                teacher_logits.detach(), branch_logits, labels, pair, temperature=4.0, alpha=1.0
-            )
+            loss, *_ = fed.distillation_loss(teacher_logits.detach(), branch_logits, labels, temperature=4.0, alpha=1.0)
+            members = teacher_logits[pair].detach(), branch_logits[pair].detach()
+            tdiv, sdiv, grad_teacher, grad_branch = fed.diversity_seed(*members)
             outputs, grads = [teacher_logits[pair[0]], branch_logits[pair[0]]], [grad_teacher, grad_branch]
             (g,) = torch.autograd.grad(outputs, x, grads, retain_graph=True)
             update(loss)

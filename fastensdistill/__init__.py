@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fastensdistill.errors import InputError as InputError
     from fastensdistill.evaluate.predict import predict as predict
     from fastensdistill.export import export_network as export_network
-    from fastensdistill.kernels.distillation_loss import distill_and_diversify as distill_and_diversify
     from fastensdistill.kernels.distillation_loss import distillation_loss as distillation_loss
+    from fastensdistill.kernels.diversity_seed import diversity_seed as diversity_seed
     from fastensdistill.method.student import BatchEnsemble as BatchEnsemble
     from fastensdistill.method.student import Hydra as Hydra
     from fastensdistill.method.student import LatentBE as LatentBE
@@ -57,7 +57,8 @@ _HOMES = {
     "errors": ("InputError",),
     "evaluate.predict": ("predict",),
     "export": ("export_network",),
-    "kernels.distillation_loss": ("distill_and_diversify", "distillation_loss"),
+    "kernels.distillation_loss": ("distillation_loss",),
+    "kernels.diversity_seed": ("diversity_seed",),
     "method.student": ("BatchEnsemble", "Hydra", "LatentBE", "Single", "reestimate_batch_norm"),
     "method.teachers": ("Teachers",),
     "models": ("create_model",),

@@ -19,7 +19,7 @@ from fastensdistill.models import create_model, image_size
 
 # What the extension launches for each of its ops that have no Triton kernel
 EXTENSION = {
-    "distillation_loss": 2, "distill_and_diversify": 2, "diversity_seed": 2, "teacher_diversity_seed": 2,
+    "distillation_loss": 2, "diversity_seed": 2, "teacher_diversity_seed": 2,
     "ods_seed": 1, "perturb_step": 1, "halo_conv": 1, "halo_data_gradient": 1, "wgmma_conv": 1,
     "wgmma_data_gradient": 1, "wgmma_joint_conv": 1, "wgmma_weight_gradient": 1,
 }  # fmt: skip

@@ -55,8 +55,7 @@ def empty_value(logits: Tensor) -> Tensor:
     return logits.new_empty((), dtype=accumulator(logits.dtype))
 
 
-def empty_seeds(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of ``diversity_seed`` of logits [.., B, C], unwritten."""
+def _empty_seeds(teacher_pair: Tensor, branch_pair: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = teacher_pair.shape[1:]
     gradients = teacher_pair.new_empty(shape), branch_pair.new_empty(shape)
     return empty_value(teacher_pair), empty_value(branch_pair), *gradients
@@ -94,7 +93,7 @@ def _pair_backward(ctx: Any, grad_tdiv: Tensor, grad_sdiv: Tensor, *unused: Tens
 
 
 _teacher_diversity_seed = define("teacher_diversity_seed", teacher_diversity_seed_reference, _empty_teacher_seed)
-_diversity_seed = define("diversity_seed", diversity_seed_reference, empty_seeds)
+_diversity_seed = define("diversity_seed", diversity_seed_reference, _empty_seeds)
 _ods_seed = define("ods_seed", ods_seed_reference, _empty_ods)
 for _name, _backward in (("teacher_diversity_seed", _teacher_backward), ("diversity_seed", _pair_backward)):
     torch.library.register_autograd(f"fastensdistill::{_name}", _backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Part of the library's file name. Raised whenever a schema changes, so that a build of another interface is left aside.
-INTERFACE = 4
+INTERFACE = 5
 DISABLE = "FASTENSDISTILL_NO_EXTENSION"
 LIBRARY = Path(__file__).with_name(f"_extension_v{INTERFACE}.so")
 BUILD_REPORT = Path(__file__).with_name("_build.json")

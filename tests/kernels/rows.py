@@ -72,8 +72,7 @@ def operands(name: str, dtype: torch.dtype, grad: bool) -> tuple:
     deviations = torch.randn(2, LAYOUT.factors, dtype=dtype)
     packed = tuple(torch.zeros(LAYOUT.packed_size, dtype=torch.bfloat16) for _ in range(2))
     return {
-        "distillation_loss": (teacher, branch, labels, 4.0, 0.9, False),
-        "distill_and_diversify": (teacher, branch, labels, torch.tensor([1, 0]), 4.0, 0.9, True),
+        "distillation_loss": (teacher, branch, labels, 4.0, 0.9, False, 0.1, True, [0.5, 1.5]),
         "teacher_diversity_seed": (teacher.requires_grad_(grad),),
         "diversity_seed": (teacher, branch),
         "ods_seed": (teacher[0].detach(), branch[0].detach(), 2.0),

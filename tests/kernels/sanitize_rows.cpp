@@ -46,59 +46,94 @@ double pair_value(const std::vector<T>& logits, int64_t a, int64_t b, int64_t B,
   return value;
 }
 
+// z̃: of mean 0 and standard deviation 1, Bessel's.
+Row standardized(Row z) {
+  double mean = 0, square = 0;
+  for (double value : z) mean += value / double(z.size());
+  for (double value : z) square += (value - mean) * (value - mean) / double(z.size() - 1);
+  for (double& value : z) value = (value - mean) / (std::sqrt(square) + 1e-7);
+  return z;
+}
+
+// The paper's loss; or, with `options`, that of labels as probabilities, smoothed, standardised logits and weights.
 template <class T>
-void loss_case(Line& line, int64_t M, int64_t K, int64_t B, int C, bool mean, bool with_pair) {
+void loss_case(Line& line, int64_t M, int64_t K, int64_t B, int C, bool mean, bool options) {
   using A = typename Arithmetic<T>::type;
-  const double temperature = 2, alpha = 0.75;
+  const double temperature = 2, alpha = 0.75, smoothing = options ? 0.1 : 0;
   Numbers numbers(C + 2 * mean);
   const auto teacher = numbers.list<T>(M * B * C, 4), branch = numbers.list<T>(K * B * C, 4);
+  const auto probabilities = numbers.list<A>(B * C, 0.01, 0.02);
   std::vector<int64_t> labels(B);
   for (int64_t b = 0; b < B; ++b) labels[b] = (7 * b + 3) % C;
-  const std::vector<int64_t> pair{1, 0};
 
-  const Buffer<T> d_teacher(teacher), d_branch(branch), gradient(K * B * C), grad_a(B * C), grad_b(B * C);
-  const Buffer<int64_t> d_labels(labels), d_pair(pair);
-  const Buffer<A> rows(2 * K * B), row_tdiv(B), row_sdiv(B), scalars(3), diversities(2);
-  LossRows<T> loss{{}, d_teacher, d_branch, d_labels, gradient, rows, rows + K * B, M, K, B, C, mean, A(temperature),
-                   A(alpha), nullptr, nullptr, nullptr, nullptr, nullptr};
-  LossScalars<A> finish{{}, rows, rows + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature), A(alpha), {}};
-  if (with_pair) {
-    loss.pair = d_pair;
-    loss.grad_teacher_a = grad_a;
-    loss.grad_branch_a = grad_b;
-    loss.row_tdiv = row_tdiv;
-    loss.row_sdiv = row_sdiv;
-    finish.diversity = {{}, {row_tdiv, row_sdiv}, {diversities, diversities + 1}, B};
+  const Buffer<T> d_teacher(teacher), d_branch(branch), gradient(K * B * C);
+  const Buffer<int64_t> d_labels(labels);
+  const Buffer<A> d_probabilities(probabilities), rows(2 * K * B), scalars(3);
+  const auto ran = [&](auto loss) {
+    loss.teacher = d_teacher, loss.branch = d_branch, loss.labels = options ? nullptr : d_labels.operator int64_t*();
+    loss.gradient = gradient, loss.row_kd = rows, loss.row_ce = rows + K * B;
+    loss.M = M, loss.K = K, loss.B = B, loss.C = C, loss.mean_target = mean;
+    loss.temperature = A(temperature), loss.alpha = A(alpha);
+    return line.ran(launch(loss, nullptr));
+  };
+  std::vector<double> weights(mean ? M : K, mean ? 1 / double(M) : 1);
+  LossRows<T, true> with_options{};
+  if (options) {
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] *= i == 0 ? 0.5 : 1 + 0.5 / double(weights.size() - 1);
+    with_options.options.probabilities = d_probabilities;
+    with_options.options.smoothing = A(smoothing);
+    with_options.options.standardize = true;
+    with_options.options.weighted = int(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) with_options.options.weights[i] = A(weights[i]);
   }
-  if (!line.ran(launch(loss, nullptr)) || !line.ran(launch(finish, nullptr))) return;
+  if (!(options ? ran(with_options) : ran(LossRows<T>{}))) return;
+  LossScalars<A> finish{{}, rows, rows + K * B, scalars, scalars + 1, scalars + 2, K * B, A(temperature), A(alpha)};
+  if (!line.ran(launch(finish, nullptr))) return;
 
+  const auto scaled = [&](const auto& logits, int64_t row) {
+    Row z = row_of(logits, row, C);
+    if (options) z = standardized(z);
+    for (double& value : z) value /= temperature;
+    return z;
+  };
   Row expected(K * B * C);
   double kd = 0, ce = 0;
   for (int64_t k = 0; k < K; ++k)
     for (int64_t b = 0; b < B; ++b) {
       Row target(C);
       for (int64_t m = mean ? 0 : k % M; m < (mean ? M : k % M + 1); ++m) {
-        const Row p = softmax(row_of(teacher, m * B + b, C, 1 / temperature));
-        for (int c = 0; c < C; ++c) target[c] += p[c] / double(mean ? M : 1);
+        const Row p = softmax(scaled(teacher, m * B + b));
+        for (int c = 0; c < C; ++c) target[c] += p[c] * (mean ? weights[m] : 1);
       }
-      const Row soft = log_softmax(row_of(branch, k * B + b, C, 1 / temperature));
-      const Row hard = log_softmax(row_of(branch, k * B + b, C));
-      ce -= hard[labels[b]] / double(K * B);
+      double total = 0;
+      const Row z = row_of(branch, k * B + b, C), moved = scaled(branch, k * B + b);
+      const Row soft = log_softmax(moved), hard = log_softmax(z);
+      Row label(C), back(C);
       for (int c = 0; c < C; ++c) {
-        kd -= target[c] * soft[c] * temperature * temperature / double(K * B);
-        expected[(k * B + b) * C + c] = (alpha * temperature * (std::exp(soft[c]) - target[c]) +
-                                         (1 - alpha) * (std::exp(hard[c]) - (c == labels[b]))) / double(K * B);
+        const double own = options ? double(probabilities[b * C + c]) : c == labels[b];
+        label[c] = (1 - smoothing) * own + smoothing / C;
+        total += label[c];
+      }
+      const double weight = mean ? 1 : weights[k];
+      double inner = 0, square = 0, middle = 0;
+      for (int c = 0; c < C; ++c) {
+        ce -= label[c] * hard[c] / double(K * B);
+        kd -= weight * target[c] * soft[c] * temperature * temperature / double(K * B);
+        back[c] = alpha * temperature * weight * (std::exp(soft[c]) - target[c]);
+        inner += back[c] * moved[c] * temperature;
+        middle += z[c] / C;
+      }
+      for (int c = 0; c < C; ++c) square += (z[c] - middle) * (z[c] - middle) / (C - 1);
+      const double sigma = std::sqrt(square), spread = sigma + 1e-7;
+      for (int c = 0; c < C; ++c) {
+        const double pulled = back[c] - moved[c] * temperature * inner * spread / (sigma * (C - 1));
+        expected[(k * B + b) * C + c] =
+            ((options ? pulled / spread : back[c]) + (1 - alpha) * (std::exp(hard[c]) * total - label[c])) /
+            double(K * B);
       }
     }
   line.compare("gradient", gradient.read(), expected);
   line.compare("loss", scalars.read(), {(1 - alpha) * ce + alpha * kd, kd, ce});
-  if (!with_pair) return;
-  Row of_teacher(B * C), of_branch(B * C);
-  const double tdiv = pair_value(teacher, 1, 0, B, C, 1, of_teacher);
-  const double sdiv = pair_value(branch, 1, 0, B, C, -1, of_branch);
-  line.compare("diversities", diversities.read(), {tdiv, sdiv});
-  line.compare("grad_teacher_a", grad_a.read(), of_teacher);
-  line.compare("grad_branch_a", grad_b.read(), of_branch);
 }
 
 template <class T>

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastensdistill.kernels import extension
-from fastensdistill.kernels.distillation_loss import distill_and_diversify, distill_and_diversify_reference
+from fastensdistill.kernels.distillation_loss import LossTerms, distillation_loss, distillation_loss_reference, shares
 from fastensdistill.kernels.diversity_seed import (
     diversity_seed,
     diversity_seed_reference,
@@ -40,14 +40,18 @@ def test_cuda_kernels_are_built():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", rows.LOSSES)
 @pytest.mark.parametrize("target", ["one-to-one", "mean"])
-def test_loss_and_diversity(case, dtype, target):
-    M, K, _, _ = rows.LOSSES[case]
+@pytest.mark.parametrize("options", [False, True], ids=["", "every-option"])
+def test_loss(case, dtype, target, options):
+    M, K, _, C = rows.LOSSES[case]
     teacher, branch, labels = (t.to(DEVICE) for t in rows.logits(rows.LOSSES[case], dtype))
-    pair = torch.tensor([min(M, K) - 1, 0], device=DEVICE)
-    actual = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7, target)
-    wide = (teacher.double(), branch.double(), labels, pair, 4.0, 0.7, target == "mean")
-    check(actual, distill_and_diversify_reference(*wide))
-    again = distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7, target)
+    given = {"label_smoothing": 0.1, "standardize_logits": True, "teacher_weights": [*range(1, M + 1)]}
+    y = torch.nn.functional.one_hot(labels, C).double().add(1 / C).div(2) if options else labels
+    actual = distillation_loss(teacher, branch, y, 4.0, 0.7, target, **(given if options else {}))
+    terms = LossTerms(4.0, 0.7, target == "mean")
+    if options:
+        terms = terms._replace(label_smoothing=0.1, standardize=True, weights=shares(range(1, M + 1), M, K, target))
+    check(actual, distillation_loss_reference(teacher.double(), branch.double(), y, terms))
+    again = distillation_loss(teacher, branch, y, 4.0, 0.7, target, **(given if options else {}))
     assert all(torch.equal(one, other) for one, other in zip(actual, again, strict=True)), "not reproducible"
 
 
@@ -84,16 +88,15 @@ def test_packing(case, dtype):
 
 
 def test_inside_a_captured_graph():
-    """A new pair, new logits and new factors take effect at replay: nothing was read on the host at capture."""
+    """New labels, new logits and new factors take effect at replay: nothing was read on the host at capture."""
     teacher, branch, labels = (t.to(DEVICE) for t in rows.logits(rows.LOSSES["cifar100"], torch.float32))
-    pair = torch.tensor([0, 1], device=DEVICE)
     layout, t = layouts.problem("tiles", torch.float32)
     parameters, deviations = (t[name].to(DEVICE) for name in ("parameters", "deviations"))
     packed, expected = torch.zeros(2, 2, layout.packed_size, dtype=torch.bfloat16, device=DEVICE)
 
     def step():
         pack_weights(parameters, deviations, layout, packed[0], packed[1])
-        return distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7)
+        return distillation_loss(teacher, branch, labels, 4.0, 0.7, teacher_weights=(1, 2, 3, 4))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -103,11 +106,12 @@ def test_inside_a_captured_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step()
-    pair.copy_(torch.tensor([3, 2]))
+    labels.copy_(labels.flip(0))
     branch.mul_(0.5)
     deviations.mul_(0.5)
     graph.replay()
     pack_weights(parameters, deviations, layout, expected[0], expected[1])
     assert torch.equal(packed, expected)
-    for one, other in zip(outputs, distill_and_diversify(teacher, branch, labels, pair, 4.0, 0.7), strict=True):
+    launched = distillation_loss(teacher, branch, labels, 4.0, 0.7, teacher_weights=(1, 2, 3, 4))
+    for one, other in zip(outputs, launched, strict=True):
         assert torch.equal(one, other)

@@ -25,7 +25,7 @@ from tests.untyped import untyped
 
 ROOT = Path(__file__).parents[2]
 FIRST = {  # the operand whose device the others have to be on
-    "distillation_loss": "branch_logits", "distill_and_diversify": "branch_logits",
+    "distillation_loss": "branch_logits",
     "teacher_diversity_seed": "teacher_pair", "diversity_seed": "teacher_pair", "ods_seed": "logits",
     "perturb_step": "images", "pack_rank_one": "parameters", "halo_conv": "x", "halo_data_gradient": "d",
     "wgmma_conv": "x", "wgmma_data_gradient": "d", "wgmma_weight_gradient": "x",
@@ -120,11 +120,11 @@ def cut(name: str, **dims: tuple[int, ...]) -> dict[str, object]:
 
 LOGITS = {"no images": 1, "no classes": 2}
 EMPTY = {
-    **{f"{name} of {what}": (name, {"teacher_logits": (dim,), "branch_logits": (dim,)}
-                             | ({"labels": (0,)} if dim == 1 else {}))
-       for name in ("distillation_loss", "distill_and_diversify") for what, dim in LOGITS.items()},
-    **{f"{name} of no {who}s": (name, {f"{who}_logits": (0,)})
-       for name in ("distillation_loss", "distill_and_diversify") for who in ("teacher", "branch")},
+    **{f"distillation_loss of {what}": ("distillation_loss", {"teacher_logits": (dim,), "branch_logits": (dim,)}
+                                        | ({"labels": (0,)} if dim == 1 else {}))
+       for what, dim in LOGITS.items()},
+    **{f"distillation_loss of no {who}s": ("distillation_loss", {f"{who}_logits": (0,)})
+       for who in ("teacher", "branch")},
     **{f"teacher_diversity_seed of {what}": ("teacher_diversity_seed", {"teacher_pair": (dim,)})
        for what, dim in LOGITS.items()},
     **{f"diversity_seed of {what}": ("diversity_seed", {"teacher_pair": (dim,), "branch_pair": (dim,)})
@@ -160,6 +160,18 @@ def test_a_mean_of_too_many_teachers():
     refuses(
         "distillation_loss", good | {"teacher_logits": many}, "teacher_logits is .*; expected a mean of at most 256"
     )
+
+
+def test_labels_and_weights_of_other_numbers():
+    good = arguments("distillation_loss")
+    _, B, C = good["branch_logits"].shape
+    for labels in (torch.rand(B, C, dtype=torch.float64), torch.rand(B, C + 1), torch.rand(B)):
+        refuses("distillation_loss", good | {"labels": labels}, "labels is float.*; expected ")
+    for mean, whose in ((False, "branch"), (True, "teacher")):
+        wrong = good | {"mean_target": mean, "weights": [1.0] * 3}
+        refuses("distillation_loss", wrong, f"weights is 3 numbers; expected one for each {whose}, at most 256")
+    many = good["branch_logits"][:1].expand(257, -1, -1)
+    refuses("distillation_loss", good | {"branch_logits": many, "weights": [1.0] * 257}, "weights is 257 numbers; ")
 
 
 # number in a layer's nine → a value that leaves the buffers, or divides by zero

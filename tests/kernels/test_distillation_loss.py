@@ -1,8 +1,10 @@
-"""distillation_loss and distill_and_diversify against the definition, differentiated by autograd."""
+"""distillation_loss against the definition, differentiated by autograd."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,11 +13,11 @@ from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import (
-    distill_and_diversify,
+    LossTerms,
     distillation_loss,
     distillation_loss_reference,
+    shares,
 )
-from fastensdistill.kernels.diversity_seed import diversity_seed
 from tests.compare import check_close
 from tests.kernels.rounding import rounding
 from tests.kernels.rows import LOSSES, logits
@@ -27,17 +29,29 @@ DTYPES = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.
 
 
 def definition(
-    teacher: Tensor, branch: Tensor, labels: Tensor, temperature: float, alpha: float, target: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    teacher: Tensor, branch: Tensor, labels: Tensor, temperature: float, alpha: float, target: str,
+    label_smoothing: float = 0.0, standardize_logits: bool = False, teacher_weights: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, its two terms and the gradient in float64, from torch.nn.functional and autograd."""
     t, s = teacher.double(), branch.double().requires_grad_()
+    labels = labels.double() if labels.is_floating_point() else labels
+    M, K = len(t), len(s)
+    w = torch.tensor(teacher_weights or [1.0] * M, dtype=torch.float64)
+    v = w[torch.arange(K) % M]
+    v = v / v.mean() if target == "one-to-one" else torch.ones(K)
+
+    def scaled(z: Tensor) -> Tensor:
+        if standardize_logits:
+            z = (z - z.mean(-1, keepdim=True)) / (1e-7 + torch.std(z, dim=-1, keepdim=True))
+        return z / temperature
+
     kd, ce = [], []
-    for k in range(len(s)):
-        p = F.softmax(t[k % len(t)] / temperature, 1)
+    for k in range(K):
+        p = F.softmax(scaled(t[k % M]), 1)
         if target == "mean":
-            p = torch.stack([F.softmax(z / temperature, 1) for z in t]).mean(0)
-        kd.append(temperature**2 * F.cross_entropy(s[k] / temperature, p))
-        ce.append(F.cross_entropy(s[k], labels))
+            p = torch.stack([w[m] / w.sum() * F.softmax(scaled(t[m]), 1) for m in range(M)]).sum(0)
+        kd.append(temperature**2 * v[k] * F.cross_entropy(scaled(s[k]), p))
+        ce.append(F.cross_entropy(s[k], labels, label_smoothing=label_smoothing))
     loss_kd, loss_ce = torch.stack(kd).mean(), torch.stack(ce).mean()
     loss = (1 - alpha) * loss_ce + alpha * loss_kd
     (gradient,) = torch.autograd.grad(loss, s)
@@ -63,6 +77,103 @@ def test_equals_the_definition(case, dtype, temperature, alpha, target):
     check_close(NAMES[3], actual[3], expected[3], rounding(expected[3], dtype))
 
 
+# id: case of LOSSES, teachers' weights
+OPTIONS = {
+    "two-classes": ("two-classes", (1.0, 3.0)),
+    "more-branches": ("more-branches", (0.0, 2.0, 0.5)),  # ten classes
+    "more-teachers": ("more-teachers", (3.0, 1.0, 0.0, 0.0, 2.0)),
+    "imagenet": ("imagenet", (2.0, 5.0)),
+}
+SWITCHES = {"label_smoothing": (0.0, 0.1), "standardize_logits": (False, True), "soft": (False, True)}
+
+
+def soft(labels: Tensor, C: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Probabilities, some of them 0."""
+    g = torch.Generator().manual_seed(C)
+    y = (torch.rand(len(labels), C, generator=g, dtype=torch.float64) - 0.5).relu() + 3 * F.one_hot(labels, C)
+    return (y / y.sum(1, keepdim=True)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", ["one-to-one", "mean"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_combination_of_options(case, target, dtype):
+    name, weights = OPTIONS[case]
+    teacher, branch, labels = logits(LOSSES[name], dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exact = 1e-12 if dtype == torch.float64 else DTYPES[dtype]
+    for smoothing, standardize, as_soft in itertools.product(*SWITCHES.values()):
+        for alpha, given in itertools.product((1.0, 0.3), ((), weights)):
+            y = soft(labels, branch.shape[-1], wide) if as_soft else labels
+            options = {
+                "label_smoothing": smoothing, "standardize_logits": standardize, "teacher_weights": given
+            }  # fmt: skip
+            actual = untyped(distillation_loss)(teacher, branch, y, 2.5, alpha, target, **options)
+            expected = untyped(definition)(teacher, branch, y, 2.5, alpha, target, **options)
+            about = f"of {options}, alpha {alpha}, soft {as_soft}"
+            for what, a, e in zip(NAMES[:3], actual, expected, strict=False):
+                check_close(f"{what} {about}", a, e, exact)
+            bound = 1e-12 if dtype == torch.float64 else rounding(expected[3], dtype)
+            if standardize and name == "two-classes":  # of which only the 1e-7 leaves a gradient: terms cancel
+                terms = definition(teacher, branch, y, 2.5, alpha, target, smoothing)[3]
+                bound *= max(1, float(terms.norm() / expected[3].norm()))
+            check_close(f"{NAMES[3]} {about}", actual[3], expected[3], bound)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_options_that_are_off_change_no_bit(alpha):
+    teacher, branch, labels = logits(LOSSES["more-branches"], torch.float32)
+    for target in ("one-to-one", "mean"):
+        expected = distillation_loss(teacher, branch, labels, 4.0, alpha, target)
+        same = distillation_loss(
+            teacher, branch, labels, 4.0, alpha, target, label_smoothing=0.0, standardize_logits=False,
+            teacher_weights=(0.7, 0.7, 0.7),
+        )  # fmt: skip
+        assert all(torch.equal(a, e) for a, e in zip(same, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_logits_are_standardised_to_zero(dtype):
+    """A standard deviation of nothing; values whose mean would be rounded."""
+    teacher, branch, labels = logits((2, 2, 3, 10), dtype)
+    teacher[0, 0], branch[0, 1], branch[1, 2] = 0.1, 1e4 / 3, 0.0
+    outputs = distillation_loss(teacher, branch, labels, 4.0, 0.5, standardize_logits=True)
+    expected = definition(teacher, branch, labels, 4.0, 0.5, "one-to-one", standardize_logits=True)
+    for name, a, e in zip(NAMES[:3], outputs, expected, strict=False):
+        check_close(name, a, e, DTYPES[dtype])
+    assert not outputs[3].isnan().any()
+    others = [b for b in range(3) if b == 0]
+    check_close("gradient", outputs[3][:, others], expected[3][:, others], rounding(expected[3][:, others], dtype))
+
+
+@pytest.mark.parametrize("target", ["one-to-one", "mean"])
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_gradcheck_of_options(alpha, target):
+    """Of labels that add up to anything."""
+    teacher, branch, labels = logits((2, 3, 2, 5), torch.float64)
+    y = 0.7 * soft(labels, 5)
+
+    def loss(z):
+        return distillation_loss(
+            teacher, z, y, 3.0, alpha, target, label_smoothing=0.2, standardize_logits=True, teacher_weights=(1, 3)
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, branch.requires_grad_())
+
+
+def test_probabilities_that_are_nan_have_no_say_with_the_teachers_alone():
+    teacher, branch, labels = logits(LOSSES["more-branches"], torch.float32)
+    y = soft(labels, 10, torch.float32)
+    y[2, 3] = math.nan
+    loss, _, ce, gradient = distillation_loss(teacher, branch, y, 4.0, 1.0)
+    assert math.isnan(ce)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    loss, _, _, gradient = distillation_loss(teacher, branch, y, 4.0, 0.5)
+    assert math.isnan(loss)
+    assert gradient.isnan().any(-1).nonzero()[:, 1].unique().tolist() == [2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("target", ["one-to-one", "mean"])
 def test_extreme_logits(dtype, target):
@@ -78,14 +189,16 @@ def test_reference_computes_the_same_as_the_op():
     operands = logits(LOSSES["more-branches"], torch.float64)
     for mean in (False, True):
         actual = distillation_loss(*operands, 4.0, 0.7, "mean" if mean else "one-to-one")
-        for name, a, e in zip(NAMES, actual, distillation_loss_reference(*operands, 4.0, 0.7, mean), strict=True):
+        expected = distillation_loss_reference(*operands, LossTerms(4.0, 0.7, mean))
+        for name, a, e in zip(NAMES, actual, expected, strict=True):
             check_close(name, a, e, 1e-12)
 
 
 def test_every_output_is_written(uninitialised_is_nan):
     teacher, branch, labels = logits(LOSSES["more-branches"], torch.float32)
-    outputs = distill_and_diversify(teacher, branch, labels, torch.tensor([2, 0]), 4.0, 0.5)
-    assert all(torch.isfinite(output).all() for output in outputs)
+    for options in ({}, {"label_smoothing": 0.1, "standardize_logits": True, "teacher_weights": (1, 2, 3)}):
+        outputs = untyped(distillation_loss)(teacher, branch, labels, 4.0, 0.5, **options)
+        assert all(torch.isfinite(output).all() for output in outputs)
 
 
 def test_operands_that_are_not_contiguous():
@@ -162,30 +275,6 @@ def test_nan_logit_spoils_its_rows_only():
     assert rows.nonzero().tolist() == [[1, 3]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", ["more-branches", "more-teachers", "cifar100"])
-def test_both_at_once(case, dtype):
-    operands = logits(LOSSES[case], dtype)
-    teacher, branch, _ = operands
-    pair = torch.tensor([1, 0])
-    actual = distill_and_diversify(*operands, pair, 4.0, 0.8)
-    expected = (*distillation_loss(*operands, 4.0, 0.8), *diversity_seed(teacher[pair], branch[pair]))
-    names = (*NAMES, "tdiv", "sdiv", "grad_teacher_a", "grad_branch_a")
-    for name, a, e in zip(names, actual, expected, strict=True):
-        check_close(name, a, e, 1e-12 if dtype == torch.float64 else 1e-6)
-    branch.requires_grad_()
-    (gradient,) = torch.autograd.grad(distill_and_diversify(*operands, pair, 4.0, 0.8)[0], branch)
-    check_close("gradient", gradient, actual[3], 1e-12)
-
-
-@pytest.mark.parametrize("pair", [(2, 0), (0, -1), (3, 3)])
-def test_pair_outside_gives_nan_seeds(pair):
-    operands = logits((3, 2, 4, 5), torch.float32)  # min(M, K) = 2
-    outputs = distill_and_diversify(*operands, torch.tensor(pair), 4.0, 0.8)
-    assert all(output.isnan().all() for output in outputs[4:])
-    assert all(output.isfinite().all() for output in outputs[:4])
-
-
 T, S, Y = logits((2, 2, 3, 5), torch.float32)
 REFUSED = {
     "integer-logits": ((T.int(), S, Y, 4.0, 1.0), "teacher_logits has dtype torch.int32"),
@@ -195,7 +284,9 @@ REFUSED = {
     "no-classes": ((T[..., :0], S[..., :0], Y, 4.0, 1.0), "none of them empty"),
     "devices-differ": ((T.to("meta"), S, Y, 4.0, 1.0), "teacher_logits is on meta but branch_logits is on cpu"),
     "trainable-teacher": ((T.clone().requires_grad_(), S, Y, 4.0, 1.0), "teachers are frozen"),
-    "narrow-labels": ((T, S, Y.int(), 4.0, 1.0), "labels has dtype torch.int32; expected torch.int64"),
+    "narrow-labels": ((T, S, Y.int(), 4.0, 1.0), "labels has dtype torch.int32; expected torch.int64, or floating"),
+    "probabilities-of-others": ((T, S, S[0, :, 1:], 4.0, 1.0), r"labels has shape \(3, 4\); expected \(3, 5\), a prob"),
+    "trainable-labels": ((T, S, S[0].clone().requires_grad_(), 4.0, 1.0), "labels requires gradients"),
     "too-few-labels": ((T, S, Y[:2], 4.0, 1.0), r"labels has shape \(2,\); expected \(3,\)"),
     "cold": ((T, S, Y, 0.0, 1.0), "temperature is 0.0"),
     "alpha": ((T, S, Y, 4.0, 1.5), "alpha is 1.5"),
@@ -210,7 +301,29 @@ def test_refuses(case):
         untyped(distillation_loss)(*operands)
 
 
-@pytest.mark.parametrize("pair", [torch.tensor([0.0, 1.0]), torch.tensor([0, 1, 1])], ids=["float", "three"])
-def test_refuses_a_pair(pair):
-    with pytest.raises(InputError, match=r"expected two torch\.int64"):
-        distill_and_diversify(T, S, Y, pair, 4.0, 1.0)
+REFUSED_OPTIONS = {
+    "smoothing": ({"label_smoothing": 1.1}, "label_smoothing is 1.1; expected a number from 0 to 1"),
+    "no-smoothing": ({"label_smoothing": math.nan}, "label_smoothing is nan; expected a number from 0 to 1"),
+    "count": ({"teacher_weights": (1, 2, 3)}, "teacher_weights has 3 numbers for 2 teachers; expected one for each"),
+    "negative": ({"teacher_weights": (1, -2)}, r"teacher_weights is \[1.0, -2.0\]; expected finite numbers of at l"),
+    "infinite": ({"teacher_weights": (1, math.inf)}, "expected finite numbers of at least 0"),
+    "all-zero": ({"teacher_weights": (0, 0)}, "teacher_weights are all 0; expected one above 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OPTIONS)
+def test_refuses_options(case):
+    options, message = REFUSED_OPTIONS[case]
+    with pytest.raises(InputError, match=message):
+        untyped(distillation_loss)(T, S, Y, 4.0, 1.0, **options)
+
+
+def test_shares():
+    assert shares([1, 3], 2, 5, "mean") == [0.25, 0.75]
+    assert shares([1, 3], 2, 3, "one-to-one") == pytest.approx([0.6, 1.8, 0.6])  # mean 1
+    assert shares([1e308, 1e308, 0], 3, 3, "mean") == [0.5, 0.5, 0.0]  # whose sum is more than a float holds
+    for equal in ([], [2, 2], [0.3, 0.3]):
+        assert shares(equal, 2, 4, "mean") == shares(equal, 2, 4, "one-to-one") == []
+    assert shares([5, 1], 2, 1, "one-to-one") == []  # the one branch has the first teacher
+    with pytest.raises(InputError, match="teacher_weights of the teachers that 1 branches learn from are all 0"):
+        shares([0, 1], 2, 1, "one-to-one")

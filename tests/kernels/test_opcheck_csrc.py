@@ -11,7 +11,7 @@ from tests.kernels.rows import operands
 
 OPS = torch.ops.fastensdistill
 pytestmark = pytest.mark.usefixtures("each_implementation")
-DIFFERENTIABLE = ("distill_and_diversify", "distillation_loss", "diversity_seed", "teacher_diversity_seed")
+DIFFERENTIABLE = ("distillation_loss", "diversity_seed", "teacher_diversity_seed")
 NAMES = [*DIFFERENTIABLE, "ods_seed", "pack_rank_one", "perturb_step"]
 
 
