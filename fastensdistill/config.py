@@ -14,6 +14,7 @@ from typing import Any
 
 from fastensdistill.errors import InputError
 from fastensdistill.files import expanded
+from fastensdistill.kernels.distillation_loss import TARGETS
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.models import SHAPED, check_name
@@ -109,6 +110,8 @@ class TrainConfig(AugmentConfig):
     """AdamW's decay of the mean squared gradient."""
     weight_decay: float = setting(5e-4, least=0, most=100)
     """λ of the decay in the loss (AdamW: beside it) of all parameters; rank-one factors are pulled towards one."""
+    label_smoothing: float = setting(0.0, least=0, below=1)
+    """ε of the cross-entropy: the share of a label that is spread evenly over all classes."""
     decay_norm_and_bias: bool = True
     """Whether scales and shifts of normalisation layers, and biases, decay too: false spares all parameters of one
     dimension, and those called bias."""
@@ -189,6 +192,14 @@ class DistillConfig(TrainConfig):
     """τ of the distillation loss, on both sides."""
     alpha: float = setting(1.0, least=0, most=1)
     """Share of the distillation loss; 1 − alpha goes to the labels' cross-entropy."""
+    target: str | None = setting(None, choices=TARGETS)
+    """one-to-one (branch k learns from teacher k mod M) or mean (every branch from the mean of all teachers). Unset:
+    mean for a single student, else one-to-one."""
+    teacher_weights: tuple[float, ...] = setting((), least=0, most=1e6)
+    """A weight for each teacher: its share of the mean, or how much its branches count. Unset: all count alike."""
+    standardize_logits: bool = False
+    """Whether the distillation loss takes logits of mean 0 and standard deviation 1, of teachers and student alike: it
+    then compares their order and proportions, not their size. Its authors take temperature 2 or 3."""
     factor_rate: float = setting(1.0, least=0, most=1e6)
     """Learning rate of the rank-one factors, as a multiple of learning_rate."""
 
@@ -196,6 +207,11 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         if self.student == "single" and self.branches is not None and self.branches > 1:
             raise InputError(f"branches={self.branches} for a single student: expected 1, or none given")
+        if self.teacher_weights and not any(self.teacher_weights):
+            raise InputError(f"teacher_weights={_numbers(self.teacher_weights)}: expected one above 0")
+        if self.label_smoothing and self.alpha == 1:
+            raise InputError(f"label_smoothing={self.label_smoothing:g} with alpha=1, where labels have no weight: "
+                             "expected alpha below 1")  # fmt: skip
 
 
 @dataclass

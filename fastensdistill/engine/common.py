@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig, TrainConfig
 from fastensdistill.engine.parallel import rank
+from fastensdistill.kernels.distillation_loss import shares
 from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
@@ -75,6 +77,20 @@ def drawn_perturbation(config: DistillConfig, teachers: Teachers, student: Stude
         config.perturbation, len(teachers), student.branches, size=config.step_size, temperature=config.temperature,
         pick=torch.Generator().manual_seed(seed), noise=torch.Generator(on).manual_seed(seed + 1),
     )  # fmt: skip
+
+
+def loss_options(config: DistillConfig, student: Student, teachers: int) -> dict[str, Any]:
+    """What ``config`` says of the loss, as ``kernels.distillation_loss`` takes it.
+
+    Raises InputError for weights that do not fit so many teachers, and those of ``student``'s branches.
+    """
+    target = config.target or student.target
+    shares(config.teacher_weights, teachers, student.branches, target)
+    return {
+        "temperature": config.temperature, "alpha": config.alpha, "target": target,
+        "label_smoothing": config.label_smoothing, "standardize_logits": config.standardize_logits,
+        "teacher_weights": config.teacher_weights,
+    }  # fmt: skip
 
 
 def drawn_state(perturbation: Perturbation) -> State:

@@ -36,6 +36,7 @@ from fastensdistill.engine.common import (
     drawn_perturbation,
     drawn_state,
     load_drawn_state,
+    loss_options,
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
@@ -101,7 +102,7 @@ def check_networks(
 
 def student_loss(targets: Tensor, logits: Tensor, labels: Tensor, config: DistillConfig, student: Student) -> Loss:
     """loss, loss_kd, loss_ce and the gradient of the logits (K, B, C) of ``student``'s branches."""
-    return distillation_loss(targets, logits, labels, config.temperature, config.alpha, student.target)
+    return distillation_loss(targets, logits, labels, **loss_options(config, student, len(targets)))
 
 
 class FusedStep(CapturedStep):
@@ -136,6 +137,7 @@ class FusedStep(CapturedStep):
     ):
         self.student, self.teachers = checked_student(student), checked_teachers(teachers)
         self.config = checked_config(config, DistillConfig)
+        loss_options(self.config, self.student, len(self.teachers))  # raises for weights that do not fit
         super().__init__(config, student, 1, capture, implementations)
         self.perturbation = drawn_perturbation(config, self.teachers, student)
         self.generators = [self.perturbation.noise]

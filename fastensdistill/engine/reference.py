@@ -31,6 +31,7 @@ from fastensdistill.engine.common import (
     drawn_state,
     float32_products,
     load_drawn_state,
+    loss_options,
     slower_statistics,
 )
 from fastensdistill.engine.optimizer import Optimizer
@@ -74,7 +75,8 @@ class ReferenceStep:
         self.student, self.teachers, self.config, self.num_classes = student, teachers, config, num_classes
         self.device = next(student.parameters()).device
         check_class_count(num_classes)
-        self.target, self.perturbation = student.target, drawn_perturbation(config, teachers, student)
+        self.loss = loss_options(config, student, len(teachers))
+        self.perturbation = drawn_perturbation(config, teachers, student)
         self.optimizer = Optimizer(student, config)
         self.dtype, self.first = dtype_of(student), FirstBatch()
         same_start(student.state_dict().values())
@@ -120,9 +122,7 @@ class ReferenceStep:
                 teacher_logits = self.teachers(images)
             branch_logits = self.student(images)
         self.first.see_logits({"student": branch_logits, "teachers": teacher_logits}, self.num_classes)
-        *losses, _ = distillation_loss(
-            teacher_logits, branch_logits, labels, self.config.temperature, self.config.alpha, self.target
-        )
+        *losses, _ = distillation_loss(teacher_logits, branch_logits, labels, **self.loss)
         return losses
 
     def set_learning_rate(self, rate: float) -> None:
@@ -202,7 +202,8 @@ class TeachStep:
         check_columns(labels, logits.shape[-1])
         self.first.see(labels=labels, classes=logits.shape[-1])
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        return [F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)]
+        labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
+        return [F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)]
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.optimizers:

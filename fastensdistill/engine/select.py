@@ -20,7 +20,7 @@ from torch import nn
 from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.engine import proof
 from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
-from fastensdistill.engine.common import ImageShape
+from fastensdistill.engine.common import ImageShape, loss_options
 from fastensdistill.engine.covered import covered
 from fastensdistill.engine.dispatch import PREDICTED, Dispatch
 from fastensdistill.engine.fused import FusedStep, check_networks
@@ -270,6 +270,7 @@ def distillation_step(
 ) -> tuple[ReferenceStep | FusedStep, EngineChoice]:
     """The step of the chosen engine, and the choice."""
     device = next(student.parameters()).device
+    loss_options(config, student, len(teachers))  # raises, for every engine alike, before any is looked at
     choice = choose_engine(config, student, teachers, device, image_shape)
     about = student, teachers, config, image_shape, num_classes
     attempts = Attempts(

@@ -86,7 +86,9 @@ class FusedTeachStep(CapturedStep):
         return {"loss": loss}
 
     def _gradients(self, images: Tensor, labels: Tensor, add: bool) -> list[Tensor]:
-        rows, grad_logits = cross_entropy(self.trained.forward(images).log_softmax(-1), labels)
+        rows, grad_logits = cross_entropy(
+            self.trained.forward(images).log_softmax(-1), labels, self.config.label_smoothing
+        )
         self.trained.backward(grad_logits.div_(self.micro_batches * rows.shape[1]), add)
         return [rows.mean(1)]
 

@@ -43,6 +43,7 @@ SHOWN = (
 )  # fmt: skip
 MOST_LANDSCAPES = 3  # students whose branches are drawn with the loss around them
 BUDGETS = {"cpu": 1e10, "cuda": 1e14}  # multiply-accumulates for each: some 4 seconds of a core, predicted for a GPU
+SET = ("label_smoothing", "standardize_logits", "target", "teacher_weights")  # shown where they are set
 KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
 
 
@@ -188,6 +189,9 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     """What a reader of the report has to know besides the numbers, in order."""
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
     found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
+    for k in SET:
+        values = {_shown(c[k]) if c[k] else "" for c in configs if k in c}
+        found[k] = values if values != {""} else set()
     found["schedule"] = {in_words(c) or "cosine" for c in configs} - {"cosine"}
     found["augmentation"] = {augmentation(augment) for augment in (recorded(c, data) for c in configs) if augment}
     counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()

@@ -15,21 +15,14 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, loader, setting, teach_setting
+from tests.kernels.losses import soft
 
 KINDS = {"latent-be": 3, "batch-ensemble": 2, "single": 1, "hydra": 2}  # with K; two teachers
 
 
-def soft(labels: Tensor, seed: int = 0) -> Tensor:
-    """Probabilities of which the label has most; some are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    p = torch.rand(len(labels), CLASSES, generator=generator, dtype=torch.float64).sub(0.4).relu()
-    p += 2 * F.one_hot(labels, CLASSES)
-    return p / p.sum(1, keepdim=True)
-
-
 def given(i: int, B: int = 4) -> tuple[Tensor, Tensor]:
     images, labels = batch(i, B)
-    return images, soft(labels, i)
+    return images, soft(labels, CLASSES)
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["given", "read"])
@@ -136,7 +129,7 @@ def test_what_are_no_probabilities_is_refused(case):
 def test_a_step_that_was_built_for_the_other_kind_refuses():
     student, teachers, config = setting()
     images, labels = batch(0)
-    for first, later in ((labels, soft(labels)), (soft(labels), labels)):
+    for first, later in ((labels, soft(labels, CLASSES)), (soft(labels, CLASSES), labels)):
         for step in (
             CapturedReferenceStep(copy.deepcopy(student), teachers, config, num_classes=CLASSES),
             FusedStep(copy.deepcopy(student), teachers, config),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def test_cuda_kernels_are_built():
 def test_loss(case, dtype, target, options):
     M, K, _, C = rows.LOSSES[case]
     teacher, branch, labels = (t.to(DEVICE) for t in rows.logits(rows.LOSSES[case], dtype))
-    given = {"label_smoothing": 0.1, "standardize_logits": True, "teacher_weights": [*range(1, M + 1)]}
+    given: dict[str, Any] = {"label_smoothing": 0.1, "standardize_logits": True, "teacher_weights": [*range(1, M + 1)]}
     y = torch.nn.functional.one_hot(labels, C).double().add(1 / C).div(2) if options else labels
     actual = distillation_loss(teacher, branch, y, 4.0, 0.7, target, **(given if options else {}))
     terms = LossTerms(4.0, 0.7, target == "mean")

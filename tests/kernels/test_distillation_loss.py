@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fastensdistill.errors import InputError
 from fastensdistill.kernels.distillation_loss import (
@@ -19,6 +17,7 @@ from fastensdistill.kernels.distillation_loss import (
     shares,
 )
 from tests.compare import check_close
+from tests.kernels.losses import definition, soft
 from tests.kernels.rounding import rounding
 from tests.kernels.rows import LOSSES, logits
 from tests.untyped import present, untyped
@@ -26,36 +25,6 @@ from tests.untyped import present, untyped
 pytestmark = pytest.mark.usefixtures("each_implementation")
 # Float32 arithmetic errs as much in every narrower dtype; the gradient is rounded to it as well.
 DTYPES = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
-
-
-def definition(
-    teacher: Tensor, branch: Tensor, labels: Tensor, temperature: float, alpha: float, target: str,
-    label_smoothing: float = 0.0, standardize_logits: bool = False, teacher_weights: Sequence[float] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, its two terms and the gradient in float64, from torch.nn.functional and autograd."""
-    t, s = teacher.double(), branch.double().requires_grad_()
-    labels = labels.double() if labels.is_floating_point() else labels
-    M, K = len(t), len(s)
-    w = torch.tensor(teacher_weights or [1.0] * M, dtype=torch.float64)
-    v = w[torch.arange(K) % M]
-    v = v / v.mean() if target == "one-to-one" else torch.ones(K)
-
-    def scaled(z: Tensor) -> Tensor:
-        if standardize_logits:
-            z = (z - z.mean(-1, keepdim=True)) / (1e-7 + torch.std(z, dim=-1, keepdim=True))
-        return z / temperature
-
-    kd, ce = [], []
-    for k in range(K):
-        p = F.softmax(scaled(t[k % M]), 1)
-        if target == "mean":
-            p = torch.stack([w[m] / w.sum() * F.softmax(scaled(t[m]), 1) for m in range(M)]).sum(0)
-        kd.append(temperature**2 * v[k] * F.cross_entropy(scaled(s[k]), p))
-        ce.append(F.cross_entropy(s[k], labels, label_smoothing=label_smoothing))
-    loss_kd, loss_ce = torch.stack(kd).mean(), torch.stack(ce).mean()
-    loss = (1 - alpha) * loss_ce + alpha * loss_kd
-    (gradient,) = torch.autograd.grad(loss, s)
-    return loss.detach(), loss_kd.detach(), loss_ce.detach(), gradient
 
 
 NAMES = ("loss", "loss_kd", "loss_ce", "grad_branch_logits")
@@ -85,13 +54,6 @@ OPTIONS = {
     "imagenet": ("imagenet", (2.0, 5.0)),
 }
 SWITCHES = {"label_smoothing": (0.0, 0.1), "standardize_logits": (False, True), "soft": (False, True)}
-
-
-def soft(labels: Tensor, C: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Probabilities, some of them 0."""
-    g = torch.Generator().manual_seed(C)
-    y = (torch.rand(len(labels), C, generator=g, dtype=torch.float64) - 0.5).relu() + 3 * F.one_hot(labels, C)
-    return (y / y.sum(1, keepdim=True)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -301,7 +263,7 @@ def test_refuses(case):
         untyped(distillation_loss)(*operands)
 
 
-REFUSED_OPTIONS = {
+REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing": ({"label_smoothing": 1.1}, "label_smoothing is 1.1; expected a number from 0 to 1"),
     "no-smoothing": ({"label_smoothing": math.nan}, "label_smoothing is nan; expected a number from 0 to 1"),
     "count": ({"teacher_weights": (1, 2, 3)}, "teacher_weights has 3 numbers for 2 teachers; expected one for each"),
