@@ -42,10 +42,15 @@ BOTH: dict[str, dict[str, Any]] = {  # settings of teach and distill
     "mixup": {"mixup": 0.4},
     "cutmix": {"cutmix": 1.0},
     "mixup and cutmix, in parts": {"mixup": 0.4, "cutmix": 1.0, "micro_batches": 2},
+    "label smoothing": {"label_smoothing": 0.1},
+    "label smoothing, mixup": {"label_smoothing": 0.1, "mixup": 0.4},
     "all": {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "erasing": 0.2},
 }  # fmt: skip
 DISTILL: dict[str, dict[str, Any]] = {  # of distill alone; every student also learns from labels
     "perturbed, all": {**BOTH["all"], "perturbation": "tdiv-sdiv"},
+    "standardised logits": {"standardize_logits": True},
+    "weights, one-to-one": {"teacher_weights": (1.0, 3.0)},
+    "weights, mean": {"teacher_weights": (0.0, 1.0), "target": "mean", "standardize_logits": True},
 }
 RATES = (0.05, 0.025, 0.0, 0.04)  # of schedules nothing else reaches a step
 """A learning rate for each step."""

@@ -62,7 +62,7 @@ def verify_distillation(
         for layer in [m for m in moved.modules() if isinstance(m, RankOneLayer)]:
             for factor in (layer.delta_r, layer.delta_s):
                 factor.add_((0.1 * torch.randn(factor.shape, generator=generator)).to(factor))
-    images, labels = few_images(moved, shape, num_classes, generator)
+    images, labels = labelled(few_images(moved, shape, num_classes, generator), num_classes, config)
     plain = _undecayed(config)
     exact, own, other = (copy_network(moved) for _ in range(3))
     reference = ReferenceStep(exact, teachers, replace(plain, precision="fp32"), num_classes=num_classes)
@@ -106,7 +106,7 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
     """1 − cosine between the engines of the update of all networks. Raises DisagreementError above the limit."""
     classes = class_count(networks[0], shape)
     generator = torch.Generator().manual_seed(0)
-    batches = [few_images(network, shape, classes, generator) for network in networks]
+    batches = [labelled(few_images(network, shape, classes, generator), classes, config) for network in networks]
     images = batches[0][0]
     plain = _undecayed(config)
     before = nn.ModuleList(networks)
@@ -136,7 +136,8 @@ def verify_captured_distillation(
     one = ReferenceStep(launched, frozen[0], config, num_classes=num_classes)
     other = CapturedReferenceStep(replayed, frozen[1], config, num_classes=num_classes)
     generator = torch.Generator().manual_seed(0)
-    batches = [few_images(student, shape, num_classes, generator) for _ in range(STEPS)]
+    few = (few_images(student, shape, num_classes, generator) for _ in range(STEPS))
+    batches = [labelled(one, num_classes, config) for one in few]
     return {"update": _compare_captured(student, (launched, one), (replayed, other), batches, config)}
 
 
@@ -147,7 +148,8 @@ def verify_captured_teaching(networks: Sequence[nn.Module], config: TeachConfig,
     launched, replayed = (copy_network(before) for _ in range(2))
     one, other = TeachStep(list(launched), config), CapturedTeachStep(list(replayed), config)
     generator = torch.Generator().manual_seed(0)
-    batches = [([few_images(own, shape, classes, generator) for own in networks],) for _ in range(STEPS)]
+    few = ([few_images(own, shape, classes, generator) for own in networks] for _ in range(STEPS))
+    batches = [([labelled(one, classes, config) for one in own],) for own in few]
     return {"update": _compare_captured(before, (launched, one), (replayed, other), batches, config)}
 
 
@@ -206,6 +208,15 @@ def few_images(
     images = 0.7 * colours[:, :, : shape[1]] + 0.25 * torch.rand(count, *shape, generator=generator) + 0.025
     labels = torch.randint(num_classes, (count,), generator=generator)
     return images.to(device, memory_format=torch.channels_last), labels.to(device)
+
+
+def labelled(batch: tuple[Tensor, Tensor], classes: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The batch with labels as those of a run of ``config`` are: probabilities where its images are mixed."""
+    images, labels = batch
+    if not (config.mixup or config.cutmix):
+        return batch
+    y = torch.nn.functional.one_hot(labels, classes).to(images.dtype)
+    return images, 0.7 * y + 0.3 * y.roll(1, 0)
 
 
 def _changes(before: nn.Module, after: nn.Module) -> list[Tensor]:

@@ -102,11 +102,27 @@ def test_teachers_are_smoothed_by_all_engines(as_soft):
 
 
 def test_the_comparison_before_a_run_takes_them():
-    student, teachers, config = parts("latent-be", dtype=torch.float32, **SETTINGS["everything"])
+    student, teachers, config = parts("latent-be", dtype=torch.float32, **SETTINGS["everything"], mixup=0.2)
     assert max(verify_distillation(student, teachers, config, (3, 6, 6), CLASSES).values()) < 1e-3
     networks, own = teach_setting(1, torch.float32)
-    own.label_smoothing = 0.1
+    own.label_smoothing, own.cutmix = 0.1, 1.0
     assert max(verify_teaching(networks, own, (3, 6, 6)).values()) < 1e-3
+
+
+def test_the_comparison_before_a_run_mixes_labels_where_the_run_does(monkeypatch):
+    seen = []
+
+    def losses(self, images, labels):
+        seen.append(labels)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ReferenceStep, "losses", losses)
+    for mixup in (0.0, 0.2):
+        student, teachers, config = setting(perturbation="none", mixup=mixup, dtype=torch.float32)
+        with pytest.raises(ZeroDivisionError):
+            verify_distillation(student, teachers, config, (3, 6, 6), CLASSES)
+    assert [labels.ndim for labels in seen] == [1, 2]
+    check_close("sums", seen[1].sum(1), torch.ones(len(seen[1])), 1e-6)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
