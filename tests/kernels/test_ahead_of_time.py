@@ -101,6 +101,43 @@ def test_kernels_over_all_parameters():
         assert row["occupancy"] * row["warps"] >= 16, row
 
 
+UPDATES = """
+import json
+import torch
+from bench.kernel_report import compile_launch
+from fastensdistill.kernels import adamw, clip_factors, launch, move_average, sgd, update
+
+flat, one = torch.empty(6000), torch.zeros(1)
+average = update.Average(flat, one[0], 0.9)
+with launch.record_launches() as launches:
+    for runs in ([(0, 4000), (4004, 1200)], [(0, 4000), (4001, 1200)]):  # by 16 bytes, and by 4
+        given = {"average": average, "clip": one, "runs": update.fields_of(update.Run(*run) for run in runs)}
+        adamw.adamw(flat, flat, flat, flat, one[0], one, beta1=0.9, beta2=0.999, weight_decay=0.1, **given)
+        sgd.sgd(flat, flat, flat, one[0], momentum=0.9, weight_decay=0.1, **given)
+    clip_factors.clip_factors(flat, most=1.0)
+    move_average.move_average(flat, flat, one[0], 0.9)
+chosen = {80: launches[:1], 90: launches, 100: launches[:1]}
+print(json.dumps([compile_launch(launch, arch) for arch in chosen for launch in chosen[arch]]))
+"""
+
+
+def test_kernels_of_the_update():
+    """With a table of runs and all that they can do, without spills; by 16 bytes where runs begin at such."""
+    done = _python("-c", UPDATES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    names = ["adamw_kernel", "sgd_kernel", "adamw_kernel", "sgd_kernel"]
+    last = ["squares_kernel", "clip_factors_kernel", "move_average_kernel"]
+    assert [row["kernel"] for row in rows] == ["adamw_kernel", *names, *last, "adamw_kernel"]
+    for row in rows:
+        assert failures(row, 0) == [], row
+        assert row["registers"] <= 128, row
+    wide = [row["16-byte loads"] for row in rows if row["arch"] == 90]
+    assert wide[:2] == [10, 8]
+    assert wide[2:4] == [0, 0]
+    assert min(wide[4], wide[6]) > 0
+
+
 OF_OTHER_NODES = """
 import json
 import torch

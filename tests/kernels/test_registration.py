@@ -14,11 +14,13 @@ from fastensdistill.errors import InputError
 from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops)
     activation,
     activation_gradient,
+    adamw,
     augment,
     batch_norm,
     batch_norm_backward,
     batch_norm_sums,
     branch_rows,
+    clip_factors,
     conv_data_gradient,
     conv_weight_gradient,
     depthwise_conv,
@@ -35,6 +37,7 @@ from fastensdistill.kernels import (  # noqa: F401  (importing registers the ops
     layer_norm,
     lookup_tables,
     mix,
+    move_average,
     ops,
     pack,
     perturb_step,
@@ -81,6 +84,8 @@ CROP = (torch.zeros(4, 5, 5, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.i
         torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8))  # fmt: skip
 NUMBERS, SIZES = torch.arange(20, dtype=torch.int32).view(2, 10) << 26, torch.tensor([[3, 2]], dtype=torch.int32)
 NO_CHANGE, TRIVIAL = augment.ChangeOperands(), trivial_rows(5, 5)
+ZERO = torch.zeros(())
+RUNS = [0, 4, 0, 0, 1, 1, 5, 3, 1, 0, 0, 1]  # of values: 0 .. 4 of network 0, 5 .. 8 of network 1, which do not decay
 CALLS = {
     "grouped_conv": _conv(),
     "grouped_conv, everything": _conv(**EVERYTHING),
@@ -137,7 +142,16 @@ CALLS = {
                          LAYOUT.fields, MEMORY.fields, 2, 1),
     "unfold_gradients, copies": (values(MEMORY.size), values(2 * LAYOUT.size), None, values(2 * LAYOUT.size),
                                  LAYOUT.fields, MEMORY.fields, 2, 2),
-    "sgd": (values(9), values(9, seed=1), values(9, seed=2), torch.tensor(0.1), 4.0, 0.9, 5e-4),
+    "sgd": (values(9), values(9, seed=1), values(9, seed=2), ZERO, None, None, None, [], 4.0, 0.9, 5e-4, 0.0),
+    "sgd, everything": (*(values(9, seed=i) for i in range(3)), ZERO, values(9, seed=3), ZERO.clone(), torch.ones(2),
+                        RUNS, 4.0, 0.9, 5e-4, 0.9),
+    "adamw": (*(values(9, seed=i).abs() for i in range(4)), ZERO, torch.ones(1), None, None, None, [], 1.0, 0.9, 0.99,
+              0.1, 0.0),
+    "adamw, everything": (*(values(9, seed=i).abs() for i in range(4)), ZERO, torch.ones(1), values(9, seed=4),
+                          ZERO.clone(), torch.ones(2), RUNS, 1.0, 0.9, 0.99, 0.1, 0.9),
+    "clip_factors": (values(9), None, [], [], 1, 2.0),
+    "clip_factors, two": (values(9), values(2, 3), RUNS, [0, 6, 1, 0, 1, 1], 2, 2.0),
+    "move_average": (values(9), values(9, seed=1), ZERO, 0.9),
     "branch_rows": (torch.zeros(4), torch.tensor([[2, 0], [1, -1], [0, -1], [-2, 3], [-1, 0]]), values(9),
                     DEVIATIONS, values(2), values(2, seed=1).abs(), torch.full((2,), 1e-5), 5),
     "augment": (*CROP, None, None, *NO_CHANGE, "float16"),
