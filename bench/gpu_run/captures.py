@@ -165,9 +165,8 @@ class Parts:
         return {}
 
     def update(self) -> Tensors:
-        config = self.step.config
         self.step.trained.finish()
-        self.step.trained.update(self.step.rate, config.momentum, config.weight_decay)
+        self.step.update()
         return {}
 
     def whole(self) -> Tensors:

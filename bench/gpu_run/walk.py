@@ -123,12 +123,12 @@ def changed(parameters: Any) -> list[Tensor]:
 def watched(step: Any, sink: Sink) -> Iterator[None]:
     """Within, ``sink(key, tensor)`` is told of everything as it comes to be; tensors that are overwritten as copies."""
     watch = Watch(step, sink)
-    step.execution.watch, finish, update = watch, step.trained.finish, step.trained.update
-    step.trained.finish, step.trained.update = watch.after_finish(finish), watch.around_update(update)
+    step.execution.watch, finish, update = watch, step.trained.finish, step.update
+    step.trained.finish, step.update = watch.after_finish(finish), watch.around_update(update)
     try:
         yield
     finally:
-        del step.execution.watch, step.trained.finish, step.trained.update
+        del step.execution.watch, step.trained.finish, step.update
 
 
 class Watch:

@@ -161,7 +161,7 @@ class FusedStep(CapturedStep):
         """Take over the student's parameters; ``networks`` are its teachers' architectures and, last, its own."""
         self.plain = plain_student(self.student)
         self.classes = self.plain.classes(networks[-1])
-        self.adopt(self.plain.take_over(networks[-1]))
+        self.adopt(self.plain.take_over(networks[-1]), [self.student])
         self.networks = networks
 
     def _plan(self, images: int) -> None:
@@ -281,12 +281,14 @@ class FusedStep(CapturedStep):
             self.perturber = drawn
             self.draw.copy_(place)
 
-    def _momenta(self) -> dict[str, Tensor]:
+    @property
+    def averages(self) -> list[nn.Module]:
         self.check_traced()
-        names = {id(p): name for name, p in self.student.module.named_parameters()}
-        momenta = self.plain.momenta(self.parameters)
-        parameters = [p for group in self.student.parameter_groups(0.0) for p in group["params"]]
-        return {f"momentum.{i}": momenta[names[id(p)]] for i, p in enumerate(parameters)}
+        return super().averages
+
+    def _state(self) -> State:
+        self.check_traced()
+        return super()._state()
 
     def check_traced(self) -> None:
         """Raise InputError as long as no image's shape is known, by which networks are traced."""
@@ -294,7 +296,7 @@ class FusedStep(CapturedStep):
             raise InputError("the step has not seen an image; give image_shape=(channels, H, W) when creating it")
 
     def state_dict(self) -> State:
-        """Momentum and generators, as the reference engine's; the student's weights are the student's own."""
+        """The optimiser's state and generators, as the reference engine's; weights and averages are their own."""
         return super().state_dict() | drawn_state(self.perturbation)
 
     def load_state_dict(self, state: State) -> None:

@@ -194,7 +194,7 @@ def stays(step: AnyFused) -> dict[str, int]:
     seen: set[int] = set()
     owners = {
         "teachers: as modules": getattr(step, "teachers", None),
-        "weights, momentum, gradients": step.parameters,
+        "weights, moments, gradients": [step.parameters, step.rule],
         "gradients as the kernels leave them": step.trained.layer_gradients,
         "packed for training": step.trained,
         "packed for evaluation": [getattr(step, name, None) for name in ("perturbers", "targets")],

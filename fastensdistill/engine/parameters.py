@@ -9,8 +9,7 @@ PyTorch computes with (the parameters of ``Function`` nodes), each once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -85,13 +84,10 @@ class FlatParameters:
 
     With ``ranked``, their layers are wrapped with rank-one factors, ``branches`` of each; these are kept as deviations
     from one, [copies · branches, factors], a module's rows one after the other. Constructing it moves the modules'
-    storage here: moving or casting them afterwards would part them from it. What does not require gradients is left as
-    it is, its momentum too.
+    storage here: moving or casting them afterwards would part them from it.
     Raises InputError for parameters that the network does not contain, and for tied ones.
     """
 
-    frozen: Tensor | None = None  # like ``values``: which of them are left as they are; None for none
-    frozen_deviations: Tensor | None = None
     branches = 1  # of a module: how many factors a layer has
 
     def __init__(self, modules: Sequence[nn.Module], network: Network, ranked: bool):
@@ -242,36 +238,7 @@ class FlatParameters:
         """Take in which parameters require gradients; whether that has changed since the last call."""
         flags = [parameter.requires_grad for parameter, _ in (*self.views, *self.factor_views)]
         changed, self.flags = flags != self.flags, flags
-        if changed:
-            self.frozen = _frozen(self.views, self.values)
-            self.frozen_deviations = _frozen(self.factor_views, self.deviations)
         return changed
-
-    @contextmanager
-    def frozen_kept(self) -> Iterator[None]:
-        """What is frozen has its value and momentum back afterwards, to the bit."""
-        flat, factors = (self.values, self.momentum), (self.deviations, self.deviation_momentum)
-        pairs = [(self.frozen, tensor) for tensor in flat] + [(self.frozen_deviations, tensor) for tensor in factors]
-        copies = [(mask, tensor, tensor.clone()) for mask, tensor in pairs if mask is not None]
-        yield
-        for mask, tensor, before in copies:
-            tensor.copy_(torch.where(mask, before, tensor))
-
-    def momenta(self, i: int) -> dict[str, Tensor]:
-        """Views of the momentum of module ``i``, by the module's own parameter names."""
-        momenta = {path: self.view(self.momentum, name)[i] for name, path in self.paths.items()}
-        return momenta | {name: self._factor(name, i, self.deviation_momentum) for name in self.factors}
-
-
-def _frozen(views: Sequence[tuple[nn.Parameter, View]], like: Tensor) -> Tensor | None:
-    """Where in a tensor like ``like`` the parameters lie that do not require gradients; None if all do."""
-    frozen = [view for parameter, view in views if not parameter.requires_grad]
-    if not frozen:
-        return None
-    mask = torch.zeros_like(like, dtype=torch.bool)
-    for view in frozen:
-        view(mask).fill_(True)
-    return mask
 
 
 def move(parameter: nn.Parameter, view: Tensor) -> None:

@@ -73,10 +73,6 @@ class PlainStudent:
         """Back: logits of the groups, or gradients of theirs, from those of the branches."""
         return logits
 
-    def momenta(self, parameters: FlatParameters) -> dict[str, Tensor]:
-        """Views of the momentum, by the names of the student's parameters."""
-        return parameters.momenta(0)
-
     def states(self) -> list[State]:
         """State dicts of its networks; what they share is the student's own memory.
 
@@ -179,13 +175,6 @@ class PlainHeads(PlainStudent):
     def group_logits(self, logits: Tensor) -> Tensor:
         """(K, B, C) → (1, B, K·C)."""
         return logits.transpose(0, 1).flatten(1)[None]
-
-    def momenta(self, parameters: FlatParameters) -> dict[str, Tensor]:
-        momenta = super().momenta(parameters)
-        for name, _ in self.layer.named_parameters():
-            for k, rows in enumerate(momenta.pop(f"{self.path}.{name}").chunk(self.branches)):
-                momenta[f"{self.path}.heads.{k}.{name}"] = rows
-        return momenta
 
     def states(self) -> list[State]:
         raise InputError("a hydra student is not made of plain networks that share an architecture")

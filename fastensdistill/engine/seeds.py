@@ -144,7 +144,7 @@ class SeedsStep(CapturedStep):
         self.plain = [plain_student(student) for student in self.students]
         self.branches, self.classes = self.plain[0].groups, self.plain[0].classes(self.networks[-1])
         trained = [plain.trained for plain in self.plain]
-        self.adopt(FlatParameters(trained, self.networks[-1], self.plain[0].ranked))
+        self.adopt(FlatParameters(trained, self.networks[-1], self.plain[0].ranked), self.students)
         self.seeds = [OneSeed(self, number) for number in range(self.batches)]
 
     def _plan(self, images: int) -> None:
@@ -220,7 +220,7 @@ class SeedsStep(CapturedStep):
         return [*perturbing, *((one, ("distillation, teachers", "")) for one in self.targets.passes), *super().passes()]
 
     def state_dict(self) -> State:
-        """Momentum and generators of all students, each one's names behind its number."""
+        """The optimiser's state and generators of all students, each one's names behind its number."""
         return {f"{s}.{name}": value for s, one in enumerate(self.seeds) for name, value in one.state_dict().items()}
 
     def load_state_dict(self, state: State) -> None:
@@ -236,21 +236,18 @@ class OneSeed:
     def __init__(self, step: SeedsStep, number: int):
         self.step, self.number = step, number
 
-    def _momenta(self) -> dict[str, Tensor]:
-        student = self.step.students[self.number]
-        names = {id(p): name for name, p in student.module.named_parameters()}
-        momenta = self.step.parameters.momenta(self.number)
-        parameters = [p for group in student.parameter_groups(0.0) for p in group["params"]]
-        return {f"momentum.{i}": momenta[names[id(p)]] for i, p in enumerate(parameters)}
+    def _state(self) -> State:
+        """Views of its optimiser's state; averages are moved as often for all."""
+        return self.step.rule.state_of(self.number) | self.step.rule.shared_state()
 
     def state_dict(self) -> State:
-        """Momentum and generators; the student's weights are its own."""
-        found = {name: buffer.clone() for name, buffer in self._momenta().items()}
+        """The optimiser's state and generators; weights and averages are the networks' own."""
+        found = {name: tensor.clone() for name, tensor in self._state().items()}
         return found | drawn_state(self.step.perturbations[self.number])
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where :meth:`state_dict` was taken, or that of a step of either engine with this student alone."""
-        for name, buffer in self._momenta().items():
-            buffer.copy_(state[name]) if name in state else buffer.zero_()
+        for name, tensor in self._state().items():
+            tensor.copy_(state[name]) if name in state else tensor.zero_()
         load_drawn_state(self.step.perturbations[self.number], dict(state))

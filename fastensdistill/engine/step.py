@@ -17,6 +17,7 @@ from fastensdistill.config import TrainConfig
 from fastensdistill.engine.checks import FirstBatch, check_images, check_kind, check_labels, check_micro_batches
 from fastensdistill.engine.common import Scalars, State, arithmetic
 from fastensdistill.engine.dispatch import Dispatch
+from fastensdistill.engine.flat_update import FlatUpdate
 from fastensdistill.engine.graph import Captured, Capturing, Graphs
 from fastensdistill.engine.joint import JointPass
 from fastensdistill.engine.parallel import same_start
@@ -46,14 +47,15 @@ def mean_of_micro_batches(scalars: Sequence[Sequence[Tensor]]) -> Sequence[Tenso
 class CapturedStep(Capturing):
     """A step over N batches of one shape, as a fixed list of launches.
 
-    A kind of step says what these are (``_plan``, ``_launch_all``, ``_gradients``), how momentum is named
-    (``_momenta``), what ``classes`` labels may be of and, where not every step launches the same, which launches are
-    this step's (``_key``). Tests and benchmarks build, load and launch it by the public methods, too.
+    A kind of step says what these are (``_plan``, ``_launch_all``, ``_gradients``), which networks it trains
+    (``adopt``), what ``classes`` labels may be of and, where not every step launches the same, which launches are this
+    step's (``_key``). Tests and benchmarks build, load and launch it by the public methods, too.
     """
 
     graphs: Graphs | None = None
     joint: JointPass | None = None  # the teachers of the student's architecture run with what is trained
     parameters: FlatParameters
+    rule: FlatUpdate
     trained: TrainedPass
     classes: int
     images: Tensor  # (N, B, H, W, channels), from ``build`` on
@@ -65,10 +67,6 @@ class CapturedStep(Capturing):
         self, config: TrainConfig, network: nn.Module, batches: int, capture: bool, implementations: Dispatch | None
     ):
         """``network`` is one of those that are trained; ``batches`` is N."""
-        plain = TrainConfig(learning_rate=config.learning_rate)
-        for name in ("optimizer", "ema_decay", "clip_norm", "decay_norm_and_bias", "factor_rate"):
-            if getattr(config, name, 1.0) != getattr(plain, name, 1.0):
-                raise InputError(f"the fused engine has no {name}={getattr(config, name)} yet; use engine='reference'")
         like = next(network.parameters())
         self.batches, self.device, self.first = batches, like.device, FirstBatch()
         self.dtype, self.precision = arithmetic(config, network)
@@ -79,7 +77,7 @@ class CapturedStep(Capturing):
             self.precision, self.implementations, config.sync_batch_norm, self.micro_batches, fusions,
             self.implementations.joint_op,
         )  # fmt: skip
-        self.momentum, self.weight_decay = config.momentum, config.weight_decay
+        self.settings = config
         self.capture = capture and like.device.type == "cuda"
         self.generators: list[torch.Generator] = []  # that the launches draw from, beside the loaders'
 
@@ -98,10 +96,6 @@ class CapturedStep(Capturing):
         """
         raise NotImplementedError
 
-    def _momenta(self) -> dict[str, Tensor]:
-        """Views of the momentum, named as the reference engine names its own."""
-        raise NotImplementedError
-
     def _key(self) -> Hashable:
         """What decides which launches this step makes."""
         return None
@@ -110,10 +104,19 @@ class CapturedStep(Capturing):
         """Become, one after another, every step that what is drawn can make of this one."""
         yield
 
-    def adopt(self, parameters: FlatParameters) -> None:
-        """Train these from here on; several processes all begin with the first one's."""
+    def adopt(self, parameters: FlatParameters, networks: Sequence[nn.Module]) -> None:
+        """Train these, the parameters of ``networks``, from here on; several processes begin with the first one's."""
         same_start(parameters.state())
-        self.parameters = parameters
+        self.parameters, self.rule = parameters, FlatUpdate(networks, parameters, self.settings)
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        """The average over time of each network that is trained; [] where the config's ``ema_decay`` asks for none."""
+        return self.rule.averages
+
+    def state(self) -> list[Tensor]:
+        """Everything a step changes."""
+        return self.parameters.state() + self.rule.state()
 
     @refusing("the fused engine")
     def build(self, shape: Sequence[int]) -> None:
@@ -123,7 +126,7 @@ class CapturedStep(Capturing):
         self.images = torch.zeros(self.batches, B, H, W, C, dtype=self.rate.dtype, device=self.device)
         self.labels = torch.zeros(self.batches, B, dtype=torch.int64, device=self.device)
         self._plan(B // self.micro_batches)
-        self.graphs = Graphs(self.parameters.state, self.device) if self.capture else None
+        self.graphs = Graphs(self.state, self.device) if self.capture else None
         self.built = True
 
     def passes(self) -> list[tuple[Pass, tuple[str, str]]]:
@@ -175,8 +178,10 @@ class CapturedStep(Capturing):
 
     def follow(self) -> None:
         """Parameters may have been frozen, or may require gradients again, since the last step."""
-        if self.parameters.follow() and self.graphs:
-            self.graphs = Graphs(self.parameters.state, self.device)
+        if self.parameters.follow():
+            self.rule.follow()
+            if self.graphs:
+                self.graphs = Graphs(self.state, self.device)
 
     def body(self) -> Scalars:
         """The step as it is captured, on the static inputs."""
@@ -215,19 +220,28 @@ class CapturedStep(Capturing):
         pairs = zip(images, labels.chunk(self.micro_batches, 1), strict=True)
         losses = [self._gradients(x, of_them, add=i > 0) for i, (x, of_them) in enumerate(pairs)]
         self.trained.finish()
-        self.trained.update(self.rate, self.momentum, self.weight_decay)
+        self.update()
         return mean_of_micro_batches(losses)
 
     def set_learning_rate(self, rate: float) -> None:
         """That of the steps from now on."""
         self.rate.fill_(rate)
 
+    def update(self) -> None:
+        """Move the parameters by their gradients."""
+        self.rule(self.rate, self.trained.factor_gradients)
+        del self.trained.factor_gradients
+
+    def _state(self) -> State:
+        """Views of the optimiser's state, named as in the reference engine."""
+        return self.rule.state_of(0) | self.rule.shared_state()
+
     def state_dict(self) -> State:
-        """Momentum, as the reference engine's; weights are the networks' own."""
-        return {name: buffer.clone() for name, buffer in self._momenta().items()}
+        """The optimiser's state, as the reference engine's; weights and averages are the networks' own."""
+        return {name: tensor.clone() for name, tensor in self._state().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """Go on from where :meth:`state_dict` was taken, of either engine."""
-        for name, buffer in self._momenta().items():
-            buffer.copy_(state[name]) if name in state else buffer.zero_()
+        for name, tensor in self._state().items():
+            tensor.copy_(state[name]) if name in state else tensor.zero_()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastensdistill.config import TeachConfig
-from fastensdistill.engine.common import ImageShape, Scalars
+from fastensdistill.engine.common import ImageShape, Scalars, State
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.probe import compared
@@ -72,7 +72,7 @@ class FusedTeachStep(CapturedStep):
         self.network, self.image_shape = common_architecture(self.networks, image_shape), image_shape
         self.classes = self.network.by_name[self.network.output].shape[0]
         super().__init__(config, self.networks[0], len(self.networks), capture, implementations)
-        self.adopt(FlatParameters(self.networks, self.network, ranked=False))
+        self.adopt(FlatParameters(self.networks, self.network, ranked=False), self.networks)
 
     def _plan(self, images: int) -> None:
         (forward,), (backward,) = (
@@ -110,10 +110,6 @@ class FusedTeachStep(CapturedStep):
         if len(sources) != self.batches:
             raise InputError(f"{len(sources)} {kind} for {self.batches} networks: expected as many")
 
-    def _momenta(self) -> dict[str, Tensor]:
-        return {
-            f"{m}.momentum.{i}": momenta[name]
-            for m, network in enumerate(self.networks)
-            for momenta in [self.parameters.momenta(m)]
-            for i, (name, _) in enumerate(network.named_parameters())
-        }
+    def _state(self) -> State:
+        every = {f"{m}.{name}": x for m in range(self.batches) for name, x in self.rule.state_of(m).items()}
+        return every | self.rule.shared_state()

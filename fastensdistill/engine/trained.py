@@ -1,4 +1,4 @@
-"""What a step trains: its passes in training mode, the gradients of the flat parameters, their update; no autograd."""
+"""What a step trains: its passes in training mode, and the gradients of the flat parameters; no autograd."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from fastensdistill.engine.part_run import Execution, PartRun
 from fastensdistill.engine.partials import left_to_unfold
 from fastensdistill.engine.passes import Pass
 from fastensdistill.kernels.layout import weight_partials
-from fastensdistill.kernels.sgd import sgd
 from fastensdistill.kernels.unfold import unfold_gradients
 from fastensdistill.network.launch import Part, grad
 
 
 class TrainedPass(Pass):
-    """The pass of what is trained, the K branches of students or copies each on its own, and its update.
+    """The pass of what is trained, the K branches of students or copies each on its own.
 
     Args:
         forward, backward: the parts of the plan that train it, a group per branch or copy.
-        parameters: what the update changes.
+        parameters: what is trained.
         dtype: of activations and packed weights.
     """
 
@@ -78,16 +77,3 @@ class TrainedPass(Pass):
         if flat.ranked:
             average(self.factor_gradients)
         average(flat.gradient)
-
-    def update(self, rate: Tensor, momentum: float, decay: float) -> None:
-        """Nesterov; r and s with K times the rate and 1/K of the decay (docs/method.md, Loss)."""
-        flat = self.parameters
-        with flat.frozen_kept():
-            sgd(flat.values, flat.momentum, flat.gradient, rate, momentum=momentum, weight_decay=decay)
-            if flat.ranked:
-                K, moments = flat.branches, flat.deviation_momentum
-                sgd(
-                    flat.deviations, moments, self.factor_gradients, rate,
-                    momentum=momentum, weight_decay=decay / K, scale=K,
-                )  # fmt: skip
-        del self.factor_gradients

@@ -4,7 +4,8 @@ Compilers have turned correct kernels into wrong ones without a word, on one GPU
 random images costs next to nothing beside a run. What is compared are directions: faults (a sign, a mask, a miscompiled
 tile) turn them. Reduced precision may turn them four times as far as PyTorch's own in that precision does. The networks
 given are left as they are. No kernel is compiled for a batch size (``kernels.launch.BATCH_SIZES``), so those
-compared here are the run's own; sums of many rows, which so few images do without, are compared on their own.
+compared here are the run's own; sums of many rows, which so few images do without, and AdamW's step are compared on
+their own.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.reference import ReferenceStep, TeachStep
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import runs_kernel
+from fastensdistill.kernels.adamw import adamw
+from fastensdistill.kernels.clip_factors import clip_factors
+from fastensdistill.kernels.launch import references_only, runs_kernel
 from fastensdistill.kernels.sums import add_rows
+from fastensdistill.kernels.update import Average, Run, fields_of
 from fastensdistill.method.calls import call
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
@@ -41,6 +45,7 @@ STEPS = 3  # of which the captured step replays two as they are and one that its
 ALLOWED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}
 MARGIN = 4
 ROWS = (1, 37, 48)  # sets, rows and values that are added up
+VALUES = 3001  # that AdamW moves
 Config = TypeVar("Config", bound=TrainConfig)
 Step = TypeVar("Step")
 
@@ -71,6 +76,8 @@ def verify_distillation(
     found: dict[str, float] = {}
     precision = precision_on(config, images.device)
     verify_sums(images.device)
+    if config.optimizer == "adamw":
+        verify_adamw(images.device)
     steps = reference, same, fused
     with generators_kept(teachers):
         perturbed = reference.perturb(images)
@@ -120,6 +127,8 @@ def verify_teaching(networks: Sequence[nn.Module], config: TeachConfig, shape: I
         step(batches)
     precision = precision_on(config, images.device)
     verify_sums(images.device)
+    if config.optimizer == "adamw":
+        verify_adamw(images.device)
     return {"update": _judge("update", precision, *(_changes(before, after) for after in (exact, own, other)))}
 
 
@@ -193,9 +202,34 @@ def verify_sums(device: torch.device) -> None:
         _judge("sum of rows", "fp32", [exact], [own], [add_rows(rows, 1)])
 
 
+def verify_adamw(device: torch.device) -> None:
+    """A step of AdamW by its kernel, with clipping and an average, where kernels run. Raises DisagreementError."""
+    if not runs_kernel(device.type, torch.float32):
+        return
+    drawn = torch.rand(4, VALUES, generator=torch.Generator().manual_seed(0)).to(device) + 0.01
+
+    def changes(dtype: torch.dtype) -> list[Tensor]:
+        p, m, s, g = drawn.to(dtype)
+        before, average, scalar = p.clone(), p.clone(), p.new_ones(1)
+        runs = fields_of([Run(0, VALUES - 5), Run(VALUES - 4, 4, decays=0)])
+        adamw(
+            p, m.clone(), s.clone(), g - 0.5, scalar[0], scalar, beta1=0.9, beta2=0.999, weight_decay=0.1,
+            average=Average(average, scalar[0], 0.9), clip=clip_factors(g, most=1.0), runs=runs,
+        )  # fmt: skip
+        return [p - before, average - before]
+
+    exact = changes(torch.float64)
+    with references_only("adamw", "clip_factors"):
+        own = changes(torch.float32)
+    _judge("step of AdamW", "fp32", exact, own, changes(torch.float32))
+
+
 def _undecayed(config: Config) -> Config:
-    """In one part, and without weight decay, which is the same in both engines and would hide a small gradient."""
-    return replace(config, weight_decay=0.0, micro_batches=1)
+    """In one part, by SGD alone, and without decay, which is the same in both engines and would hide a small gradient.
+
+    AdamW makes whole steps of gradients that are nothing but rounding, and of these the direction is nobody's.
+    """
+    return replace(config, optimizer="sgd", weight_decay=0.0, micro_batches=1)
 
 
 def few_images(

@@ -33,6 +33,7 @@ from fastensdistill.kernels.update import (
     check_runs,
     check_scalars,
     cut,
+    of_run,
     runs_of,
 )
 
@@ -62,18 +63,17 @@ class AdamwOperands(NamedTuple):
 
 def adamw_reference(o: AdamwOperands) -> None:
     rate = o.scale * o.rate
-    flat = [None if x is None else x.view(-1) for x in (o.p, o.m, o.s, o.g.contiguous(), o.average)]
     for run in runs_of(o.runs, o.p.numel()):
-        p, m, s, g, e = (None if x is None else x[run.start : run.start + run.count] for x in flat)
+        p, m, s, g = (of_run(x, run) for x in (o.p, o.m, o.s, o.g.contiguous()))
         if run.moves:
             g = g if o.clip is None else g * o.clip[run.network]
-            t = o.counts[run.counter] + 1
+            first, second = (_correction(beta, o.counts[run.counter] + 1) for beta in (o.beta1, o.beta2))
             p.mul_(1 - rate * (o.weight_decay * run.decays))
             m.lerp_(g, 1 - o.beta1)
             s.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
-            first, second = (_correction(beta, t) for beta in (o.beta1, o.beta2))
             p.sub_(m / (s.sqrt() / second.sqrt() + EPSILON) * (rate / first))
-        if e is not None and o.updates is not None:
+        if o.average is not None and o.updates is not None:
+            e = of_run(o.average, run)
             e.add_((p - e).mul_(average_weight(o.updates, o.average_decay)))
 
 

@@ -19,7 +19,7 @@ from fastensdistill.kernels.layout import Rows, device_tables
 from fastensdistill.kernels.operands import check_like
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
-from fastensdistill.kernels.update import Run, block_values, check_runs, cut, fields_of, runs_of
+from fastensdistill.kernels.update import Run, block_values, check_runs, cut, fields_of, of_run, runs_of
 
 SQUARES_TILE = Tile(0, 4096, 0, 8, 1, "16 values a thread; 1,434 partial sums of WRN-28-4's 5.9 million")
 NORM_TILE = Tile(0, 1024, 0, 8, 1, "one program a network: latency decides")
@@ -47,11 +47,10 @@ def moving(fields: Sequence[int], values: Tensor | None) -> list[Run]:
 
 
 def clip_factors_reference(o: ClipOperands) -> Tensor:
-    pairs = [(o.g, moving(o.runs, o.g)), (o.factor_g, moving(o.factor_runs, o.factor_g))]
     squares = [o.g.new_zeros(()) for _ in range(o.networks)]
-    for g, runs in pairs:
-        for n, first, count in ((run.network, run.start, run.count) for run in runs):
-            squares[n] = squares[n] + g.reshape(-1)[first : first + count].square().sum()
+    for g, fields in ((o.g, o.runs), (o.factor_g, o.factor_runs)):
+        for run, x in [(run, g.contiguous()) for run in moving(fields, g)] if g is not None else []:
+            squares[run.network] = squares[run.network] + of_run(x, run).square().sum()
     return (o.most / (torch.stack(squares).sqrt() + LITTLE)).clamp(max=1.0)
 
 
@@ -87,7 +86,7 @@ def _launch(o):
     for g, fields in ((o.g, o.runs), (o.factor_g, o.factor_runs)):
         runs = moving(fields, g)
         of_networks = [[run for run in runs if run.network == n] for n in range(o.networks)]
-        counts += [sum(-(-run.count // block) for run in own) for own in of_networks]
+        counts += [sum(-(-run.size // block) for run in own) for own in of_networks]
         squares.append((g, runs))
     partial = o.g.new_empty(sum(counts))
     at = 0

@@ -29,6 +29,7 @@ from fastensdistill.kernels.update import (
     check_runs,
     check_scalars,
     cut,
+    of_run,
     runs_of,
 )
 
@@ -54,15 +55,15 @@ class SgdOperands(NamedTuple):
 
 def sgd_reference(o: SgdOperands) -> None:
     rate = o.rate if o.scale == 1 else o.scale * o.rate
-    flat = [None if tensor is None else tensor.view(-1) for tensor in (o.p, o.v, o.g.contiguous(), o.average)]
     for run in runs_of(o.runs, o.p.numel()):
-        p, v, g, e = (None if t is None else t[run.start : run.start + run.count] for t in flat)
+        p, v, g = (of_run(x, run) for x in (o.p, o.v, o.g.contiguous()))
         if run.moves:
             g = g if o.clip is None else g * o.clip[run.network]
             g = g.add(p, alpha=o.weight_decay * run.decays)
             v.mul_(o.momentum).add_(g)
             p.sub_(g.add_(v, alpha=o.momentum).mul_(rate))
-        if e is not None and o.updates is not None:
+        if o.average is not None and o.updates is not None:
+            e = of_run(o.average, run)
             e.add_((p - e).mul_(average_weight(o.updates, o.average_decay)))
 
 

@@ -12,6 +12,7 @@ Source: the beginning is that of TensorFlow's ExponentialMovingAverage.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,10 +24,10 @@ from fastensdistill.kernels.operands import check_contiguous, check_like
 
 
 class Run(NamedTuple):
-    """Values ``start`` .. ``start + count`` of a flat tensor, which an update treats alike."""
+    """Values ``start`` .. ``start + size`` of a flat tensor, which an update treats alike."""
 
     start: int
-    count: int
+    size: int
     network: int = 0  # whose norm clips the gradient
     counter: int = 0  # which of the counts is that of its steps
     decays: int = 1  # 0 or 1
@@ -55,29 +56,39 @@ def fields_of(runs: Iterable[Run]) -> list[int]:
     return [value for run in runs for value in run]
 
 
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """``runs`` by network, those that follow one another and are treated alike as one."""
+    found: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.network, run.start)):
+        last = found[-1] if found else None
+        if last is not None and last.start + last.size == run.start and last[2:] == run[2:]:
+            found[-1] = last._replace(size=last.size + run.size)
+        elif run.size:
+            found.append(run)
+    return found
+
+
 def unit(fields: Sequence[int]) -> int:
-    """What every run's start and count are multiples of: 1, 2 or 4 values, so that a thread may load 16 bytes."""
-    return math.gcd(4, *(value for run in runs_of(fields, 4) for value in (run.start, run.count)))
+    """What every run's start and size are multiples of: 1, 2 or 4 values, so that a thread may load 16 bytes."""
+    return math.gcd(4, *(value for run in runs_of(fields, 4) for value in (run.start, run.size)))
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """Runs cut into blocks of at most so many values: called with the runs' integers, the rows of their table.
 
-    A row is that of a run, its start and count in units.
+    A row is that of a run, its start and size in units.
     """
 
     values: int
 
-    def rows(self, fields: Sequence[int]) -> Rows:
-        per, found = unit(fields), []
+    def __call__(self, fields: Sequence[int]) -> tuple[Rows, ...]:
+        per, found = unit(fields), Rows()
         for run in runs_of(fields, 0):
-            for at in range(run.start, run.start + run.count, self.values):
-                count = min(self.values, run.start + run.count - at)
+            for at in range(run.start, run.start + run.size, self.values):
+                count = min(self.values, run.start + run.size - at)
                 found.append((at // per, count // per, *run[2:]))
-        return found
-
-    def __call__(self, fields: Sequence[int]) -> tuple[Rows]:
-        return (self.rows(fields),)
+        return (found,)
 
 
 class Cut(NamedTuple):
@@ -123,6 +134,11 @@ def averaged(p_average, p_updates, b_p, o, m, least):
     tl.store(p_average + o, b_e + weight * (b_p - b_e), mask=m)
 
 
+def of_run(tensor: Tensor, run: Run) -> Tensor:
+    """The values of ``run`` in a contiguous tensor, in place."""
+    return tensor.view(-1)[run.start : run.start + run.size]
+
+
 def average_weight(updates: Tensor, decay: float) -> Tensor:
     """w, a scalar on the device, of the update after so many ``updates``."""
     return (9.0 / (10.0 + updates)).clamp_(min=1 - decay)
@@ -131,7 +147,7 @@ def average_weight(updates: Tensor, decay: float) -> Tensor:
 def check_runs(fields: Sequence[int], values: Tensor, clip: Tensor | None, counts: Tensor | None = None) -> None:
     """Raise InputError for runs that are not of ``values``, or whose network or count is not there."""
     for run in runs_of(fields, values.numel()) if fields else []:
-        of_values = run.start >= 0 and 0 < run.count <= values.numel() - run.start
+        of_values = run.start >= 0 and 0 < run.size <= values.numel() - run.start
         known = [0 <= i < len(x) for i, x in ((run.network, clip), (run.counter, counts)) if x is not None]
         if not (of_values and all(known)):
             sizes = (("factors", clip), ("counts", counts))

@@ -20,7 +20,7 @@ from bench.gpu_run.steps import COVERED, METHODS, check_step
 from bench.gpu_run.walk import walk
 from bench.launches import compare, prepare
 from bench.setting import Setting
-from fastensdistill.engine import fused, graph, planned_ops, trained
+from fastensdistill.engine import flat_update, fused, graph, planned_ops
 from fastensdistill.engine.dispatch import Choice, ConvShape
 from fastensdistill.engine.graph import Captured
 from fastensdistill.engine.part_run import Execution
@@ -450,7 +450,7 @@ WALKED = {
     "a gradient that is not where it is read": (planned_ops, "conv_weight_gradient", lost, {
         "pass": "distillation, backward", "op": "weight gradient", "node": "groups.1.0.shortcut",
     }),
-    "no momentum": (trained, "sgd", forgetful, {"pass": "update", "buffer": "parameters"}),
+    "no momentum": (flat_update, "sgd", forgetful, {"pass": "update", "buffer": "parameters"}),
     "no perturbation": (perturbation, "perturb_step", unmoved, {"pass": "distillation, teachers", "op": "given",
                                                               "buffer": "perturbation of the images"}),
 }  # fmt: skip
@@ -557,7 +557,7 @@ def test_what_differs_outside_of_any_launch_is_told_by_its_part(here, monkeypatc
         if StandIn.replaying:
             p.mul_(2)
 
-    monkeypatch.setattr(trained, "sgd", spoiled)
+    monkeypatch.setattr(flat_update, "sgd", spoiled)
     row = diagnose_capture(here, SETTING)
     assert (row["differs_in"], row["launch"], row["how"]) == ("un-fold and update", None, "parameters, deviations")
 

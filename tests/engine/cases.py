@@ -13,6 +13,7 @@ from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import PackedWeights, TrainedWeights
 from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.evaluate.validate import GroupedPredictor
+from fastensdistill.kernels.update import runs_of
 from fastensdistill.method.student import STUDENTS, Student
 from fastensdistill.method.teachers import Teachers
 from fastensdistill.models.preresnet import PreResNet
@@ -98,7 +99,7 @@ def teach_setting(M=3, dtype=torch.float64):
 
 def state(step: FusedStep | FusedTeachStep) -> list[Tensor]:
     """All that a step changes, where it lies."""
-    return step.parameters.state()
+    return step.state()
 
 
 def static_inputs(step: FusedStep) -> list[Tensor]:
@@ -113,8 +114,10 @@ def gradients(step: FusedStep | FusedTeachStep) -> list[Tensor]:
 
 def left_as_they_are(step: FusedStep | FusedTeachStep, name: str) -> tuple[Tensor, int]:
     """Which values (copies, …) of a parameter are frozen, and how many of all parameters are."""
-    frozen = step.parameters.frozen
-    assert frozen is not None
+    values = step.parameters.values
+    frozen = torch.zeros_like(values, dtype=torch.bool)
+    for run in runs_of(step.rule.runs[0], len(values)):
+        frozen[run.start : run.start + run.size] = not run.moves
     return step.parameters.view(frozen, name), int(frozen.sum())
 
 
@@ -148,4 +151,4 @@ def trained_parts(step: FusedStep | FusedTeachStep) -> tuple[Part, Part]:
 def update(step: FusedStep | FusedTeachStep) -> None:
     """All that a step does after its last backward pass."""
     step.trained.finish()
-    step.trained.update(step.rate, step.config.momentum, step.config.weight_decay)
+    step.update()

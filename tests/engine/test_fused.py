@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastensdistill.engine import planned_ops, trained
+from fastensdistill.engine import flat_update, planned_ops
 from fastensdistill.engine.fused import FusedStep
 from fastensdistill.engine.packed import TrainedWeights
 from fastensdistill.engine.perturb import FusedPerturbation
@@ -59,12 +59,12 @@ def stale_branches(monkeypatch):
 
 
 def no_decay_of_factors(monkeypatch):
-    right = trained.sgd
+    right = flat_update.sgd
 
     def wrong(p, v, g, rate, *, weight_decay, **options):
         right(p, v, g, rate, weight_decay=0.0 if p.dim() == 2 else weight_decay, **options)
 
-    monkeypatch.setattr(trained, "sgd", wrong)
+    monkeypatch.setattr(flat_update, "sgd", wrong)
 
 
 FAULTS = {

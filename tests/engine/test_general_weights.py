@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastensdistill.config import DistillConfig
 from fastensdistill.engine.common import state_of
+from fastensdistill.engine.flat_update import FlatUpdate
+from fastensdistill.engine.optimizer import positions
 from fastensdistill.engine.packed import TrainedWeights, pack
 from fastensdistill.engine.parameters import FlatParameters
 from fastensdistill.engine.part_run import Execution
 from fastensdistill.engine.trained import TrainedPass
 from fastensdistill.errors import InputError
+from fastensdistill.kernels.adamw import adamw_kernel
 from fastensdistill.kernels.branch_rows import branch_rows_kernel
+from fastensdistill.kernels.clip_factors import clip_factors_kernel, squares_kernel
 from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.kernels.pack import pack_grouped_kernel, pack_kernel
 from fastensdistill.kernels.sgd import sgd_kernel
@@ -82,6 +87,7 @@ def test_a_step_is_autograds(dtype, kernels, tolerance):
     expected.backward(d)
     run = trained(own.module, general.network(), dtype)
     flat = run.parameters
+    rule = FlatUpdate([own], flat, DistillConfig(weight_decay=5e-4))
     with kernels():
         logits = step(run, images.permute(0, 2, 3, 1)[None].contiguous().to(dtype), d.to(dtype))
     check_close("logits", logits, expected, tolerance)
@@ -96,12 +102,15 @@ def test_a_step_is_autograds(dtype, kernels, tolerance):
         group["lr"] *= group["lr_scale"]
     optimizer.step()
     with kernels():
-        run.update(torch.tensor(0.1, dtype=dtype), 0.9, 5e-4)
-    momenta = flat.momenta(0)
-    assert momenta.keys() == wanted.keys()
-    for name, parameter in own.module.named_parameters():
+        rule(torch.tensor(0.1, dtype=dtype), run.factor_gradients)
+    momenta = rule.state_of(0)
+    names = {id(p): name for name, p in own.module.named_parameters()}
+    for i, parameter in enumerate(positions(own)):
+        name = names[id(parameter)]
         check_close(name, parameter, wanted[name], tolerance)
-        check_close(f"momentum of {name}", momenta[name], optimizer.state[wanted[name]]["momentum_buffer"], tolerance)
+        moved = optimizer.state[wanted[name]]["momentum_buffer"]
+        check_close(f"momentum of {name}", momenta[f"momentum.{i}"], moved, tolerance)
+    assert len(momenta) == len(wanted)
 
 
 def evaluated(norm: bool, dtype: torch.dtype, first: int = 0) -> tuple[BatchEnsemble, TrainedWeights]:
@@ -148,16 +157,22 @@ def test_launches():
     """However many parameters PyTorch computes with, they are written where the biases are."""
     _, weights = evaluated(norm=True, dtype=torch.float32)
     assert launched(weights.refresh) == ([branch_rows_kernel, pack_kernel, pack_grouped_kernel], [])
-    run = trained(student(dtype=torch.float32).module, general.network(), torch.float32)
+    own = student(dtype=torch.float32)
+    run = trained(own.module, general.network(), torch.float32)
     assert launched(run.refresh) == ([branch_rows_kernel, pack_kernel, pack_grouped_kernel], [])
     rate = torch.tensor(0.1)
 
-    def update() -> None:
+    def update(rule: FlatUpdate) -> None:
         run.finish()
-        run.update(rate, 0.9, 0.0)
+        rule(rate, run.factor_gradients)
 
     unfold = [unfold_kernel, unfold_kernel, unfold_factors_kernel]
-    assert launched(update) == ([*unfold, sgd_kernel, sgd_kernel], [])
+    rule = FlatUpdate([own], run.parameters, DistillConfig())
+    assert launched(lambda: update(rule)) == ([*unfold, sgd_kernel, sgd_kernel], [])
+    config = DistillConfig(optimizer="adamw", clip_norm=1.0, ema_decay=0.9, decay_norm_and_bias=False)
+    rule = FlatUpdate([own], run.parameters, config)
+    norms, more = [squares_kernel, squares_kernel, clip_factors_kernel], [adamw_kernel, adamw_kernel]
+    assert launched(lambda: update(rule)) == ([*unfold, *norms, *more], ["copy_", "add_"])
 
 
 def test_in_training_they_are_the_parameters_themselves():
@@ -191,15 +206,17 @@ def test_frozen_ones_stay_and_are_thawed():
     for name in frozen:
         own.module.get_parameter(name).requires_grad_(False)
     run = trained(own.module, general.network(), torch.float64)
+    rule = FlatUpdate([own], run.parameters, DistillConfig(weight_decay=5e-4))
     images, d = torch.rand(1, B, SIDE, SIDE, 3, dtype=torch.float64), torch.randn(K, B, 168, dtype=torch.float64)
     for thawed in (False, True):
         before = copy.deepcopy(own.module.state_dict())
         step(run, images, d)
-        run.update(torch.tensor(0.1, dtype=torch.float64), 0.9, 5e-4)
+        rule(torch.tensor(0.1, dtype=torch.float64), run.factor_gradients)
         moved_now = {name for name, p in own.module.named_parameters() if not torch.equal(p, before[name])}
         assert moved_now == {name for name, _ in own.module.named_parameters() if thawed or name not in frozen}
         own.module.requires_grad_(True)
         assert run.parameters.follow() != thawed
+        rule.follow()
 
 
 def test_states_go_there_and_back():

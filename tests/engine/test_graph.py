@@ -107,7 +107,7 @@ def test_warm_up_leaves_no_trace():
         return step.body()
 
     with torch.no_grad():
-        warm_up(body, step.parameters.state, step.generators)
+        warm_up(body, step.state, step.generators)
     assert len(ran) == 2
     for name, value in (student.state_dict() | step.state_dict()).items():
         assert torch.equal(value, before[name]), name
@@ -417,7 +417,7 @@ def test_all_graphs_of_unlike_teachers_are_made_at_the_first_step(fake_cuda):
         config.seed += 2 * len(averaged)  # as a process of its own
         step = FusedStep(student, teachers, config)
         step.load(batch(0))
-        step.graphs = Graphs(step.parameters.state, torch.device("cpu")) if capture else None
+        step.graphs = Graphs(step.state, torch.device("cpu")) if capture else None
         assert len(step.perturbers) == 3
         averaged.append([])
         for i in range(6):

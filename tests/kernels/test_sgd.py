@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.compare import check_close
 from tests.kernels.both import check_op, values
 
 SHAPES = {"one": (1,), "few": (5,), "one-block": (1024,), "past-a-block": (2051,), "branches": (3, 701)}
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "usual": {"momentum": 0.9, "weight_decay": 5e-4},
     "factors": {"momentum": 0.9, "weight_decay": 1.25e-4, "scale": 4.0},
     "plain": {"momentum": 0.0, "weight_decay": 0.0},

@@ -74,7 +74,7 @@ def test_runs_take_the_steps_of_pytorchs_parameters(kind, clip):
     p, e = values(SIZE).double(), values(SIZE, seed=9).double()
     expected, before = e.clone(), p.clone()
     moments = [torch.zeros_like(p) for _ in range(2)]
-    own = [nn.Parameter(p[run.start : run.start + run.count].clone()) for run in runs]
+    own = [nn.Parameter(p[run.start : run.start + run.size].clone()) for run in runs]
     groups = [{"params": [q], "weight_decay": 0.1 * run.decays} for q, run in zip(own, runs, strict=True)]
     rule: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.04, momentum=0.9, nesterov=True)
     if kind == "adamw":
@@ -86,7 +86,7 @@ def test_runs_take_the_steps_of_pytorchs_parameters(kind, clip):
         g = values(SIZE, seed=20 + i).double()
         now = [run._replace(moves=int(i > 0 or k != late)) for k, run in enumerate(runs)]
         for k, (q, run) in enumerate(zip(own, runs, strict=True)):
-            q.grad = g[run.start : run.start + run.count].clone() if now[k].moves else None
+            q.grad = g[run.start : run.start + run.size].clone() if now[k].moves else None
         for network in (0, 1):
             nn.utils.clip_grad_norm_([q for q, run in zip(own, runs, strict=True) if run.network == network], clip)
         rule.step()
@@ -96,9 +96,9 @@ def test_runs_take_the_steps_of_pytorchs_parameters(kind, clip):
         if kind == "sgd":
             sgd(p, moments[0], g, rate, momentum=0.9, weight_decay=0.1, **given)
         else:
-            adamw(p, *moments, g, rate, counts, beta1=0.8, beta2=0.99, weight_decay=0.1, **given)
+            adamw(p, moments[0], moments[1], g, rate, counts, beta1=0.8, beta2=0.99, weight_decay=0.1, **given)
         for k, (q, run) in enumerate(zip(own, runs, strict=True)):
-            part = slice(run.start, run.start + run.count)
+            part = slice(run.start, run.start + run.size)
             check_close(f"step {i}, run {k}", p[part], q, 1e-12)
             expected[part].lerp_(q.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
             check_close(f"step {i}, average of run {k}", e[part], expected[part], 1e-12)
@@ -106,7 +106,7 @@ def test_runs_take_the_steps_of_pytorchs_parameters(kind, clip):
         updates += 1
     outside = torch.ones(SIZE, dtype=torch.bool)
     for run in runs:
-        outside[run.start : run.start + run.count] = False
+        outside[run.start : run.start + run.size] = False
     assert torch.equal(p[outside], before[outside])
     assert torch.equal(e[outside], values(SIZE, seed=9).double()[outside])
 
@@ -128,7 +128,7 @@ def test_clipping_by_its_kernels_is_pytorchs(runs, factors):
     for n in range(networks):
         parts = [(g, run) for run in runs or [Run(0, SIZE)]]
         parts += [(more.flatten(), run) for run in of_factors or [Run(0, 2100)] if factors]
-        own = [x[run.start : run.start + run.count].double() for x, run in parts if run.network == n and run.moves]
+        own = [x[run.start : run.start + run.size].double() for x, run in parts if run.network == n and run.moves]
         q = nn.Parameter(torch.cat(own))
         q.grad = q.detach().clone()
         nn.utils.clip_grad_norm_([q], 20.0)
