@@ -95,7 +95,7 @@ def build(
     engine = fused_engine(problem, remedies.dispatch_on(context.device), capture)
     engine.step.build((setting.batch, 3, setting.size, setting.size))
     if capture and context.rehearse:
-        engine.step.graphs = StandInGraphs(engine.step.parameters.state, context.device)
+        engine.step.graphs = StandInGraphs(engine.step.state, context.device)
     return engine
 
 

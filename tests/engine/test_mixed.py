@@ -200,7 +200,7 @@ def test_what_is_captured_is_what_is_launched(perturbation):
 
     (student, launched), (other, captured) = make(), make()
     named = {f"teacher {m}": own for m, own in enumerate(captured.teachers.networks)}
-    graphs = RecordedGraphs(captured.parameters.state, lambda: HostReads(named, torch.device("cpu"), refuse=True))
+    graphs = RecordedGraphs(captured.state, lambda: HostReads(named, torch.device("cpu"), refuse=True))
     untyped(captured).graphs = graphs
     for expected, actual in zip(steps(launched, 4), steps(captured, 4), strict=True):
         for name, value in expected.items():
