@@ -129,6 +129,7 @@ def block_field(p_blocks, COLUMN: tl.constexpr):
 
 @triton.jit
 def averaged(p_average, p_updates, b_p, o, m, least):
+    """Moves the average of the values at ``o`` towards ``b_p``."""
     weight = tl.maximum(9.0 / (10.0 + tl.load(p_updates)), least)
     b_e = tl.load(p_average + o, mask=m, other=0.0)
     tl.store(p_average + o, b_e + weight * (b_p - b_e), mask=m)

@@ -284,6 +284,6 @@ def test_memory():
     together = SeedsStep(students, teachers, config, [0, 1, 2], image_shape=SHAPE)
     single, several_ = estimate(one, 4), estimate(together, 4)
     assert single.peak < several_.peak < 3 * single.peak
-    for what in ("weights, momentum, gradients", "packed for training"):
+    for what in ("weights, moments, gradients", "packed for training"):
         assert several_.fixed[what] == pytest.approx(3 * single.fixed[what], rel=0.1)
     assert several_.fixed["packed for evaluation"] < 3 * single.fixed["packed for evaluation"]
