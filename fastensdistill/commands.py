@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastensdistill.config import AugmentConfig, DataConfig, DistillRun, TeachRun, check_device_name
+from fastensdistill.config import OPTIMIZERS, AugmentConfig, DataConfig, DistillRun, TeachRun, check_device_name
 from fastensdistill.errors import InputError
 from fastensdistill.export import FORMATS
 from fastensdistill.files import expanded
@@ -97,6 +97,12 @@ class PlanRun(AugmentConfig):
     """Images in a batch."""
     gpu: str = setting("h200", choices=GPUS)
     """a100, h100, h200 or b200."""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """sgd or adamw, of the update."""
+    ema_decay: float | None = setting(None, above=0, below=1)
+    """With an average over time."""
+    clip_norm: float | None = setting(None, above=0, most=1e38)
+    """With clipping."""
     seeds: int = setting(1, least=1, most=64)
     """Also say what it is predicted to give to train so many students at once, each of its own seed."""
     on_load: bool = setting(False)
@@ -294,6 +300,7 @@ def plan(run: PlanRun) -> None:
     from fastensdistill.engine.dispatch import PREDICTED, Dispatch, decisions
     from fastensdistill.engine.graph_nodes import count_step
     from fastensdistill.engine.seeds_gain import predicted_for_model
+    from fastensdistill.engine.update_cost import update_cost
     from fastensdistill.models import image_size
     from fastensdistill.network.table import print_plan
 
@@ -306,9 +313,13 @@ def plan(run: PlanRun) -> None:
     cost = augment_cost(augment, (run.batch, 3, size, size))
     print(f"reading a batch, {augmentation(augment)}: {cost.launches} launches, {cost.moved / 1e6:.2f} MB, at least "
           f"{cost.moved / gpu.bandwidth * 1e6:.1f} us on {gpu.name}")  # fmt: skip
+    update: dict[str, Any] = {"optimizer": run.optimizer, "ema_decay": run.ema_decay, "clip_norm": run.clip_norm}
+    values, moved = update_cost(run.model, run.branches, run.optimizer, bool(run.ema_decay), bool(run.clip_norm))
+    print(f"update of {values:,} values by {run.optimizer}: {moved / 1e6:.2f} MB, at least "
+          f"{moved / gpu.bandwidth * 1e6:.1f} us on {gpu.name}")  # fmt: skip
     try:
         implementations = rows if run.on_load else None
-        print(count_step(*numbers, arch, implementations=implementations))
+        print(count_step(*numbers, arch, implementations=implementations, **update))
         if run.seeds > 1:
             print(predicted_for_model(run.model, run.seeds, *numbers[1:], gpu, implementations))
     except InputError as error:  # passes can be planned that no step consists of

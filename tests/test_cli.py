@@ -25,7 +25,7 @@ from fastensdistill.models import create_model
 from fastensdistill.train.distill import DistillTrainer
 from fastensdistill.weights import load_network, read_tensors, save_network
 from tests.runs import NETWORK, dataset
-from tests.untyped import untyped
+from tests.untyped import present, untyped
 
 SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--device", "cpu"]
 
@@ -297,11 +297,29 @@ def test_runs_from_python_share_no_row(npz, tmp_path):
     assert [c.name for c in find_candidates(paths, load_dataset(npz))] == ["narrow", "wide"]
 
 
-def test_plan_counts_graph_nodes(capsys):
-    assert main(["plan", "wrn28_1", "--batch", "8", "--seeds", "2"]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"^\d+ graph nodes: \d+ Triton, 6 PyTorch, 5 extension$", out, re.M)
-    assert out.splitlines()[-1].startswith("2 seeds at once, predicted, not measured, on H200: a step of each ")
+def test_plan_counts_graph_nodes_and_says_what_reading_and_updating_cost(capsys):
+    """An update reads and writes each value and moment, and reads each gradient."""
+    patterns = (
+        r"^reading a batch, (.*): (\d+) launches, ([\d.]+) MB, at least [\d.]+ us on H200$",
+        r"^update of ([\d,]+) values by (\w+): ([\d.]+) MB, at least [\d.]+ us on H200$",
+        r"^(\d+) graph nodes: \d+ Triton, \d+ PyTorch, 5 extension$",
+    )
+    told = []
+    for flags in ("", "--augment strong --mixup 0.2 --optimizer adamw --ema-decay 0.999 --clip-norm 1"):
+        assert main(["plan", "wrn28_1", "--batch", "8", *flags.split()]) == 0
+        out = capsys.readouterr().out
+        told.append([present(re.search(pattern, out, re.M)) for pattern in patterns])
+    (plain, sgd, nodes), (strong, adamw, more) = told
+    assert " 6 PyTorch," in nodes[0]
+    assert plain[1] == "moved by up to 4 pixels, mirrored at random"
+    assert strong[1].endswith("TrivialAugment, a cutout of 16 pixels, mixup 0.2")
+    assert int(strong[2]) > int(plain[2])
+    assert float(strong[3]) > float(plain[3])
+    values = sum(p.numel() for p in LatentBE(create_model("wrn28_1", 100), 4).parameters())
+    assert sgd[1] == adamw[1] == f"{values:,}"
+    assert (sgd[2], adamw[2]) == ("sgd", "adamw")
+    assert (sgd[3], adamw[3]) == (f"{20 * values / 1e6:.2f}", f"{40 * values / 1e6:.2f}")
+    assert int(more[1]) > int(nodes[1]), "clipping has launches of its own"
     assert main(["plan", "wrn28_1", "--teachers", "1"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("graph nodes not counted: perturbation 'tdiv-sdiv' needs at least 2 teachers")
