@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastensdistill.config import TeachConfig, TrainConfig
+from fastensdistill.config import DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data import Dataset, DeviceLoader, Split, choose_augment
 from fastensdistill.data.presets import switches
 from fastensdistill.engine.captured import CapturedReferenceStep, CapturedTeachStep
@@ -24,11 +26,18 @@ from fastensdistill.engine.teach import FusedTeachStep
 from fastensdistill.models.preresnet import PreResNet
 from fastensdistill.network.nodes import Network
 from fastensdistill.network.trace import trace
+from fastensdistill.train.setup import seeded
+from fastensdistill.train.stop import Interrupted
+from fastensdistill.train.teach import TeachTrainer
+from fastensdistill.train.trainer import Trainer
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, setting
 from tests.engine.recorded_graph import recorded
 from tests.engine.updates import averages
 from tests.network.models import moved
+from tests.networks import tiny
+from tests.runs import StopAt, make
+from tests.runs import dataset as quadrants
 
 SIZE, BATCH, STEPS = 8, 4, 4
 BOTH: dict[str, dict[str, Any]] = {  # settings of teach and distill
@@ -44,14 +53,26 @@ BOTH: dict[str, dict[str, Any]] = {  # settings of teach and distill
     "mixup and cutmix, in parts": {"mixup": 0.4, "cutmix": 1.0, "micro_batches": 2},
     "label smoothing": {"label_smoothing": 0.1},
     "label smoothing, mixup": {"label_smoothing": 0.1, "mixup": 0.4},
-    "all": {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "erasing": 0.2},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.8},
+    "average over time": {"ema_decay": 0.3},
+    "clipping": {"clip_norm": 0.05},
+    "norms and biases spared": {"decay_norm_and_bias": False, "weight_decay": 0.1},
+    "all": {
+        "augment": "strong", "erasing": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "optimizer": "adamw",
+        "ema_decay": 0.3, "clip_norm": 0.05, "decay_norm_and_bias": False, "weight_decay": 0.1,
+    },
 }  # fmt: skip
-DISTILL: dict[str, dict[str, Any]] = {  # of distill alone; every student also learns from labels
-    "perturbed, all": {**BOTH["all"], "perturbation": "tdiv-sdiv"},
+DISTILL: dict[str, dict[str, Any]] = {  # of distill alone
+    "factors' rate": {"factor_rate": 0.3},
     "standardised logits": {"standardize_logits": True},
+    "each branch the mean": {"target": "mean"},
     "weights, one-to-one": {"teacher_weights": (1.0, 3.0)},
     "weights, mean": {"teacher_weights": (0.0, 1.0), "target": "mean", "standardize_logits": True},
-}
+    "perturbed, all": {
+        **BOTH["all"], "perturbation": "tdiv-sdiv", "factor_rate": 0.3, "standardize_logits": True, "target": "mean",
+        "teacher_weights": (0.2, 0.8),
+    },
+}  # fmt: skip
 RATES = (0.05, 0.025, 0.0, 0.04)  # of schedules nothing else reaches a step
 """A learning rate for each step."""
 
@@ -93,7 +114,7 @@ class Run:
         """What a checkpoint has of it."""
         return copy.deepcopy({
             "networks": [network.state_dict() for network in self.networks],
-            "averages": [network.state_dict() for network in getattr(self.step, "averages", [])],
+            "averages": [network.state_dict() for network in self.step.averages],
             "step": self.step.state_dict(),
             "loaders": [loader.state_dict() for loader in self.loaders],
         })  # fmt: skip
@@ -101,7 +122,7 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         for kind, owners in (
             ("networks", self.networks),
-            ("averages", getattr(self.step, "averages", [])),
+            ("averages", self.step.averages),
             ("loaders", self.loaders),
         ):
             assert len(owners) == len(state[kind])
@@ -196,3 +217,44 @@ def test_engines_agree_and_each_goes_on_bit_for_bit(make: Callable[..., Run], mo
         found = resumed.values()
         for name, value in run.values().items():
             assert torch.equal(found[name], value), f"{engine}, resumed: {name}"
+
+
+def trainer(kind: str, out: Path, resume: bool = False) -> Trainer:
+    """A run with every setting, by the fused engine."""
+    shared = {**BOTH["all"], "epochs": 3, "batch_size": 8, "engine": "fused", "schedule": "step", "milestones": (0.5,)}
+    if kind == "distill":
+        more = {k: v for k, v in DISTILL["perturbed, all"].items() if k not in shared}
+        return make(out=out, resume=resume, learning_rate=0.01, alpha=0.7, **shared, **more)
+    networks = [seeded(i, lambda: tiny(4)) for i in range(2)]
+    config = TeachConfig(members=2, learning_rate=0.01, device="cpu", **shared)
+    return TeachTrainer(networks, quadrants(), config, out=out, resume=resume, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["distill", "teach"])
+def test_a_run_with_every_setting_is_stopped_and_resumed_bit_for_bit(kind, tmp_path):
+    whole = trainer(kind, tmp_path / "whole").fit()
+    stopped = trainer(kind, tmp_path / "stopped")
+    StopAt(stopped, 7)
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    resumed = trainer(kind, tmp_path / "stopped", resume=True).fit()
+    assert whole.engine.name == resumed.engine.name == "fused"
+    files = sorted(file.name for file in (tmp_path / "whole").glob("*.safetensors"))
+    assert any(name.startswith("ema") for name in files)
+    assert files == sorted(file.name for file in (tmp_path / "stopped").glob("*.safetensors"))
+    for name in files:
+        one, two = (load_file(tmp_path / folder / name) for folder in ("whole", "stopped"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+
+
+def test_the_table_has_every_setting_of_a_recipe():
+    """A new setting of training needs a row, or a reason here why none of its values can differ between engines."""
+    elsewhere = {
+        "epochs", "learning_rate", "warmup_epochs", "schedule", "milestones", "gamma", "seed",  # of the trainer
+        "device", "engine", "precision",
+        "pad", "momentum", "beta2", "sync_batch_norm", "members",  # tests of the update, of several processes
+        "student", "branches", "perturbation", "step_size", "temperature", "alpha", "batch_size",  # tests/engine
+    }  # fmt: skip
+    told = {name for row in (*BOTH.values(), *DISTILL.values()) for name in row}
+    assert {f.name for config in (TeachConfig, DistillConfig) for f in fields(config)} <= told | elsewhere
