@@ -28,16 +28,19 @@ for recipe in $RECIPES; do # before anything is trained
 done
 # shellcheck disable=SC2086  # lists of words are meant
 for recipe in $RECIPES; do
-    at=$OUT all='' teachers='' students=''
+    at=$OUT all='' teachers='' students='' single=''
     if [ "$recipe" = strong ]; then
         at=$OUT/strong
-        all='--augment strong --ema-decay 0.999' teachers='--mixup 0.2' students='--teacher-ema'
+        all='--augment strong --ema-decay 0.999' teachers='--mixup 0.2'
+        students='--teacher-ema' single='--standardize-logits'
     fi
     train "$at/teachers" teach $TEACH $all $teachers "$@"
     for way in 'kd single none' 'latentbe latent-be none' 'tdiv-sdiv latent-be tdiv-sdiv'; do
         read -r name student perturbation <<<"$way"
+        own="$all $students"
+        [ "$student" = single ] && own="$own $single"
         train "$at/$name" distill --teachers "$at/teachers" --student "$student" --perturbation "$perturbation" \
-            --seeds $SEEDS $all $students "$@"
+            --seeds $SEEDS $own "$@"
     done
 done
 "$PY" -m fastensdistill evaluate "${FOLDERS[@]}" --data "$DATA" --out "$OUT/report"

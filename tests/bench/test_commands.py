@@ -203,6 +203,7 @@ def test_the_comparison_has_seeds_recipes_and_says_what_it_takes(tmp_path):
     runs = [cli.parse(line[0], line[1:]) for line in lines]
     assert [list(run.seeds) for run in runs if isinstance(run, DistillRun)] == [[3, 5]] * 6
     assert [run.augment for run in runs[:-1]] == ["standard"] * 4 + ["strong"] * 4
+    assert [run.standardize_logits for run in runs if isinstance(run, DistillRun)] == [False] * 3 + [True, False, False]
     assert runs[4].mixup > 0
     folders = [run.out for run in runs[:-1]]
     assert list(runs[-1].paths) == folders
