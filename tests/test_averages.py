@@ -57,7 +57,9 @@ def records(folder, event):
     return [record for record in read_metrics(folder / "metrics.jsonl") if record["event"] == event]
 
 
-@pytest.mark.parametrize(("kind", "engine"), [*((kind, "reference") for kind in STUDENTS)])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [*((kind, "reference") for kind in STUDENTS), ("latent-be", "fused"), ("single", "fused")]
+)
 def test_an_average_over_time_is_validated_and_kept_by_itself(kind, engine, tmp_path):
     """The student is best after its second epoch, its average after the third of four: these are what their files
     hold."""
@@ -107,7 +109,7 @@ def test_without_a_decay_there_is_none(tmp_path):
     assert not any(key.startswith("ema") for record in read_metrics(tmp_path / "metrics.jsonl") for key in record)
 
 
-@pytest.mark.parametrize(("step", "engine"), [(2, "reference"), (13, "reference")])
+@pytest.mark.parametrize(("step", "engine"), [(2, "reference"), (13, "reference"), (7, "fused")])
 def test_interrupted_and_resumed_is_bit_equal(step, engine, tmp_path):
     whole = make(out=tmp_path / "whole", ema_decay=DECAY, engine=engine).fit()
     stopped = make(out=tmp_path / "stopped", ema_decay=DECAY, engine=engine)

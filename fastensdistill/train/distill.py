@@ -85,7 +85,7 @@ class DistillTrainer(Trainer):
             self.distil, self.engine = distillation_step(self.student, self.teachers, config, shape, classes)
             check_statistics(config, self.engine)
         self.step = self.distil
-        self.averages = dict(zip(["ema"], getattr(self.distil, "averages", []), strict=False))
+        self.averages = dict(zip(["ema"], self.distil.averages, strict=False))
         self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
         self.sampled = index = landscape.spread(len(self.validation))
         split = self.data.validation

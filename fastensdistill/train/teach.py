@@ -65,7 +65,7 @@ class TeachTrainer(Trainer):
             self.teach, self.engine = teaching_step(list(self.networks.values()), config, shape)
             check_statistics(config, self.engine)
         self.step = self.teach
-        self.averages = {f"ema-{i}": network for i, network in enumerate(getattr(self.teach, "averages", []))}
+        self.averages = {f"ema-{i}": network for i, network in enumerate(self.teach.averages)}
         self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
 
     def train_step(self) -> dict[str, Tensor]:
