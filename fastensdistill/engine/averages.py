@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from fastensdistill.engine.common import State
 from fastensdistill.kernels.operands import accumulator
+from fastensdistill.kernels.update import average_weight
 from fastensdistill.method.copying import copy_network
 from fastensdistill.method.modes import set_mode
 from fastensdistill.network.overlap import load_state
-
-WARM = 9.0, 10.0  # numerator, and what is added to t
 
 
 def averaged(network: nn.Module) -> nn.Module:
@@ -47,7 +46,7 @@ class Averages:
         """One update, after that of the networks."""
         if self.decay is None:
             return
-        weight = (WARM[0] / (WARM[1] + self.updates)).clamp_(min=1 - self.decay)
+        weight = average_weight(self.updates, self.decay)
         averages, values = [], []
         for network, average in zip(self.networks, self.modules, strict=True):
             for value, own in zip(_tensors(network), _tensors(average), strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.launch import tl, triton
 from fastensdistill.kernels.operands import check_contiguous, check_like
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
@@ -32,7 +32,7 @@ from fastensdistill.kernels.update import (
     check_like_values,
     check_runs,
     check_scalars,
-    cut,
+    launch_update,
     of_run,
     runs_of,
 )
@@ -119,26 +119,10 @@ def adamw_kernel(
 
 
 def _launch(o):
-    over = cut(o.runs, o.p, ADAMW_TILE.BLOCK_N)
-    launch(
-        adamw_kernel,
-        (over.programs,),
-        ADAMW_TILE,
-        o,
-        p_g=o.g.contiguous(),
-        p_blocks=over.blocks,
-        count=o.p.numel(),
-        rest1=1 - o.beta1,
-        rest2=1 - o.beta2,
-        log_beta1=_log2(o.beta1),
-        log_beta2=_log2(o.beta2),
-        epsilon=EPSILON,
-        least=1 - o.average_decay,
-        UNIT=over.unit,
-        RUNS=over.blocks is not None,
-        AVERAGE=o.average is not None,
-        CLIP=o.clip is not None,
-    )
+    launch_update(
+        adamw_kernel, ADAMW_TILE, o, rest1=1 - o.beta1, rest2=1 - o.beta2, log_beta1=_log2(o.beta1),
+        log_beta2=_log2(o.beta2), epsilon=EPSILON,
+    )  # fmt: skip
 
 
 def _log2(beta: float) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import launch, tl, triton
+from fastensdistill.kernels.launch import tl, triton
 from fastensdistill.kernels.operands import check_contiguous, check_like
 from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
@@ -28,7 +28,7 @@ from fastensdistill.kernels.update import (
     check_like_values,
     check_runs,
     check_scalars,
-    cut,
+    launch_update,
     of_run,
     runs_of,
 )
@@ -92,21 +92,7 @@ def sgd_kernel(
 
 
 def _launch(o):
-    over = cut(o.runs, o.p, SGD_TILE.BLOCK_N)
-    launch(
-        sgd_kernel,
-        (over.programs,),
-        SGD_TILE,
-        o,
-        p_g=o.g.contiguous(),
-        p_blocks=over.blocks,
-        count=o.p.numel(),
-        least=1 - o.average_decay,
-        UNIT=over.unit,
-        RUNS=over.blocks is not None,
-        AVERAGE=o.average is not None,
-        CLIP=o.clip is not None,
-    )
+    launch_update(sgd_kernel, SGD_TILE, o)
 
 
 _sgd = define("sgd", sgd_reference, launcher=_launch, mutates=("p", "v", "average"))

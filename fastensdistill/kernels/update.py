@@ -13,14 +13,15 @@ Source: the beginning is that of TensorFlow's ExponentialMovingAverage.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastensdistill.errors import InputError
-from fastensdistill.kernels.launch import tl, triton
+from fastensdistill.kernels.launch import launch, tl, triton
 from fastensdistill.kernels.layout import Rows, device_tables
 from fastensdistill.kernels.operands import check_contiguous, check_like
+from fastensdistill.kernels.tiles import Tile
 
 
 class Run(NamedTuple):
@@ -105,6 +106,16 @@ def cut(fields: Sequence[int], values: Tensor, block: int) -> Cut:
         return Cut(-(-values.numel() // block), None, 1)
     (table,) = device_tables(Blocks(block), fields, values.device)
     return Cut(len(table), table, unit(fields))
+
+
+def launch_update(kernel: Any, tile: Tile, o: Any, **arguments: Any) -> None:
+    """Launch an update's ``kernel`` on its operands ``o``, with what all updates take and ``arguments`` of its own."""
+    over = cut(o.runs, o.p, tile.BLOCK_N)
+    launch(
+        kernel, (over.programs,), tile, o, p_g=o.g.contiguous(), p_blocks=over.blocks, count=o.p.numel(),
+        least=1 - o.average_decay, UNIT=over.unit, RUNS=over.blocks is not None, AVERAGE=o.average is not None,
+        CLIP=o.clip is not None, **arguments,
+    )  # fmt: skip
 
 
 @triton.jit
