@@ -460,7 +460,8 @@ def test_a_report_says_what_the_runs_said_and_that_their_teachers_are_gone(npz, 
     gone = [str(tmp_path / "gone" / f"teacher-{i}.safetensors") for i in range(2)]
     run = make_run(tmp_path / "run", npz, seeds=(0,), teachers=gone)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "teachers": gone}))
+    shown = {"optimizer": "adamw", "factor_rate": 1.0, "teacher_weights": [1.0, 2.5], "decay_norm_and_bias": False}
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, **shown, "target": None, "teachers": gone}))
     said = {"said": "kept epoch 2 of 3", "warnings": ["few images", "a low rate"]}
     end = {"event": "kept", "step": 2, "epoch": 2.0, **said}
     (run / "metrics.jsonl").write_text(json.dumps(end))
@@ -470,4 +471,6 @@ def test_a_report_says_what_the_runs_said_and_that_their_teachers_are_gone(npz, 
     assert facts["note"] == "; ".join([*notes, f"the teachers of run are not in {tmp_path / 'gone'} any more"])
     assert facts["kept weights"] == "run: kept epoch 2 of 3"
     assert facts["warnings"] == "run: few images; run: a low rate"
+    assert (facts["optimizer"], facts["teacher_weights"], facts["decay_norm_and_bias"]) == ("adamw", "1.0 2.5", "no")
+    assert not {"factor_rate", "target", "label_smoothing"} & set(facts)  # as the paper has them
     assert not (tmp_path / "out" / "perturbation.png").exists()

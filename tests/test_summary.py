@@ -43,7 +43,9 @@ def lines_of(block):
 def test_what_is_said_of_a_student(kind, tmp_path, capsys):
     branches = 1 if kind == "single" else 2
     perturbation = "tdiv" if kind == "single" else "tdiv-sdiv"
-    stepped = {"schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1} if kind == "hydra" else {}
+    stepped = (
+        {"schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1, "optimizer": "adamw"} if kind == "hydra" else {}
+    )
     config = DistillConfig(
         epochs=1, batch_size=8, student=kind, device="cpu", seed=3, perturbation=perturbation, **untyped(stepped)
     )
@@ -56,9 +58,9 @@ def test_what_is_said_of_a_student(kind, tmp_path, capsys):
     assert len(block.splitlines()) <= 14
     told = lines_of(block)
     assert block.startswith(f"distill: a student of 2 teachers, seed 3, into {tmp_path / 'run'}\n")
-    assert told["recipe"] == "1 epoch of 5 steps, batch 8, learning rate 0.1, warm-up 0.1 epochs" + (
-        ", then times 0.1 at 50 75 % of the run" if stepped else ""
-    )
+    rate = "learning rate 0.1, warm-up 0.1 epochs"
+    rate = f"AdamW, {rate}, then times 0.1 at 50 75 % of the run" if stepped else rate
+    assert told["recipe"] == f"1 epoch of 5 steps, batch 8, {rate}"
     assert told["data"] == "quadrants: 40 training, 24 validation, 24 test images"
     counts = np.bincount(dataset().train.labels, minlength=4)
     low, high = (f"{n} ({'abcd'[list(counts).index(n)]})" for n in (counts.min(), counts.max()))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastensdistill.config import DistillRun
 from fastensdistill.data.channels import for_networks
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.presets import augmentation, recorded
@@ -32,6 +33,7 @@ from fastensdistill.method.modes import evaluating
 from fastensdistill.method.perturbation import Perturbation
 from fastensdistill.method.student import Student
 from fastensdistill.method.teachers import Teachers
+from fastensdistill.settings import settings_of
 from fastensdistill.train.progress import Piece, Progress, shown
 from fastensdistill.train.schedule import in_words
 from fastensdistill.weights import load_network, read_card
@@ -43,7 +45,10 @@ SHOWN = (
 )  # fmt: skip
 MOST_LANDSCAPES = 3  # students whose branches are drawn with the loss around them
 BUDGETS = {"cpu": 1e10, "cuda": 1e14}  # multiply-accumulates for each: some 4 seconds of a core, predicted for a GPU
-SET = ("label_smoothing", "standardize_logits", "target", "teacher_weights")  # shown where they are set
+SET = (  # shown where they are not the paper's
+    "optimizer", "clip_norm", "decay_norm_and_bias", "factor_rate", "label_smoothing", "standardize_logits", "target",
+    "teacher_weights",
+)  # fmt: skip
 KEPT_FACTS = ("epoch", "step", "validation_accuracy", "validation_nll")  # of a card, about the weights that were kept
 
 
@@ -190,8 +195,8 @@ def facts_about(candidates: Sequence[Candidate], data: Dataset, device: torch.de
     configs: list[dict[str, Any]] = [c for c in (read_config(f) for x in candidates for f in x.folders) if c]
     found = {k: {_shown(c[k]) for c in configs if c.get(k) is not None} for k in SHOWN}
     for k in SET:
-        values = {_shown(c[k]) if c[k] else "" for c in configs if k in c}
-        found[k] = values if values != {""} else set()
+        values = {_shown(c[k]) for c in configs if k in c}
+        found[k] = values if values != {_shown(settings_of(DistillRun)[k].default)} else set()
     found["schedule"] = {in_words(c) or "cosine" for c in configs} - {"cosine"}
     found["augmentation"] = {augmentation(augment) for augment in (recorded(c, data) for c in configs) if augment}
     counts = torch.bincount(torch.from_numpy(data.test.labels), minlength=data.num_classes).tolist()
@@ -279,4 +284,6 @@ def landscapes(
 
 
 def _shown(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -38,7 +38,8 @@ def describe(trainer: Trainer) -> str:
     where = f", into {trainer.out}" if trainer.out is not None else ""
     length = f"{_several(config.epochs, 'epoch')} of {_several(trainer.steps_per_epoch, 'step')}"
     then = in_words(vars(config))
-    rate = f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
+    rate = "AdamW, " if config.optimizer == "adamw" else ""
+    rate += f"learning rate {config.learning_rate:g}, warm-up {config.warmup_epochs:g} epochs"
     rate += f", then {then}" if then else ""
     rate += f", averages over time of decay {config.ema_decay:g}" if config.ema_decay else ""
     size = f"{data.image_size[0]}x{data.image_size[1]}, {_several(data.channels, 'channel')}"
