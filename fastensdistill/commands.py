@@ -321,7 +321,7 @@ def plan(run: PlanRun) -> None:
         implementations = rows if run.on_load else None
         print(count_step(*numbers, arch, implementations=implementations, **update))
         if run.seeds > 1:
-            print(predicted_for_model(run.model, run.seeds, *numbers[1:], gpu, implementations))
+            print(predicted_for_model(run.model, run.seeds, *numbers[1:], gpu, implementations, **update))
     except InputError as error:  # passes can be planned that no step consists of
         print(f"graph nodes not counted: {error}")
 
