@@ -65,8 +65,10 @@ def test_one_branch_alone_is_seen_on_its_way():
     pull_apart(student, 3)
     found = measured(student)
     assert found.accuracy == 1
-    assert found.way_nll[3] == max(found.way_nll)
-    assert found.barrier == pytest.approx(found.way_nll[3] - 0.5 * (sum(found.branch_nll) / 8 + found.branch_nll[3]))
+    assert found.midpoint_nll[3] == max(found.midpoint_nll)
+    assert found.barrier == pytest.approx(
+        found.midpoint_nll[3] - 0.5 * (sum(found.branch_nll) / 8 + found.branch_nll[3])
+    )
     assert collapse.parted(found)
     assert not collapse.behind(found)
 
@@ -88,7 +90,7 @@ def test_numbers_against_merged_state_dicts(engine, images):
     assert found.accuracy == metrics.accuracy(average, labels)
     assert found.nll == pytest.approx(metrics.nll(average, labels), rel=1e-6)
     assert found.branch_nll == pytest.approx([metrics.nll(p, labels) for p in branches], rel=1e-6)
-    assert found.way_nll == pytest.approx([metrics.nll(p[index], labels[index]) for p in middle], rel=1e-6)
+    assert found.midpoint_nll == pytest.approx([metrics.nll(p[index], labels[index]) for p in middle], rel=1e-6)
     assert found.ensemble_nll == pytest.approx(metrics.nll(torch.stack(branches).mean(0), labels), rel=1e-6)
     losses = [-(p[torch.arange(24), labels] + 1e-8).log()[index] for p in (average, *branches, *middle)]
     mean = sum(losses[1:4]) / 3
@@ -155,6 +157,8 @@ def test_what_is_said_at_the_end():
             f"{name} is the average of branches that have parted: it has {numbers}. Better than it are the branches as "
             f"an ensemble, which is student.safetensors, and branch 1 alone. {change}"
         ]
+    (line,) = collapse.at_the_end(apart, apart, CONFIG, "ema.safetensors")
+    assert "Better than it are the branches as an ensemble and branch 1 alone." in line
     assert collapse.at_the_end(fine, apart, CONFIG, name) == [
         f"the branches parted: at the end their average has {numbers}. {name} is from before that, with 90.0%. {change}"
     ]
@@ -198,7 +202,7 @@ def test_a_run_says_it_in_time_and_at_the_end(tmp_path, capsys):
     *looks, kept = records(tmp_path / "apart")
     assert ["warnings" in look for look in looks] == [False, True, False]
     assert [look["barrier"] > 1 for look in looks] == [False, True, True]
-    assert all(len(look["branch_nll"]) == len(look["way_nll"]) == 2 for look in looks)
+    assert all(len(look["branch_nll"]) == len(look["midpoint_nll"]) == 2 for look in looks)
     shown = capsys.readouterr().err.splitlines()
     (line,) = [line for line in shown if "they are parting" in line]
     assert line == f"warning: {looks[1]['warnings'][0]}"

@@ -75,7 +75,8 @@ def test_a_planted_wall_is_in_the_pictures(tmp_path):
     assert float(way[5]) < 0.1
     records = [
         {"event": "validation", "epoch": e, "accuracy": 0.5, "nll": 1.0, "branch_accuracy": [0.6, 0.7],
-         "branch_nll": [0.9, 0.8], "way_nll": [1.5, 0.9], "barrier": barrier, "branch_kl": 0.1, "branch_agreement": 0.9}
+         "branch_nll": [0.9, 0.8], "midpoint_nll": [1.5, 0.9], "barrier": barrier, "branch_kl": 0.1,
+         "branch_agreement": 0.9}
         for e, barrier in enumerate((-0.2, 0.05, 2.0), 1)
     ]  # fmt: skip
     other = [{"event": "validation", "epoch": 1, "accuracy": 0.5, "nll": 1.0}]

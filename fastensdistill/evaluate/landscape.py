@@ -24,10 +24,11 @@ from fastensdistill.evaluate.inputs import EPSILON, as_labels, as_probabilities
 from fastensdistill.evaluate.predict import predict
 from fastensdistill.method.student import Student
 
-WAY_IMAGES = 1000  # of a validation set, at most, on which the midpoints are measured
+BARRIER = 0.1  # nats: above it branches have parted (train/collapse.py)
+MIDPOINT_IMAGES = 1000  # of a validation set, at most, on which the midpoints are measured
 
 
-def spread(images: int, most: int = WAY_IMAGES) -> Tensor:
+def spread(images: int, most: int = MIDPOINT_IMAGES) -> Tensor:
     """Indices (n,) of all ``images``, or of ``most`` at even distances: a set may be sorted by class."""
     return torch.arange(min(images, most)) * images // min(images, most)
 
@@ -46,7 +47,7 @@ class Averaging:
         accuracy, nll: of the average.
         branch_accuracy, branch_nll: of every branch.
         ensemble_accuracy, ensemble_nll: of the branches' mean prediction.
-        way_nll: at every midpoint.
+        midpoint_nll: at every midpoint.
         barrier: see above, and its standard error.
         gap: the branches' mean accuracy less the average's, and its standard error. Both errors are those of
             differences image by image, which are far smaller than those of either accuracy.
@@ -58,7 +59,7 @@ class Averaging:
     branch_nll: list[float]
     ensemble_accuracy: float
     ensemble_nll: float
-    way_nll: list[float]
+    midpoint_nll: list[float]
     barrier: float
     barrier_error: float
     gap: float
@@ -66,7 +67,7 @@ class Averaging:
 
     def record(self) -> dict[str, Any]:
         """What metrics.jsonl holds of it beside the accuracies and NLL of average and branches."""
-        return {"way_nll": self.way_nll, "barrier": self.barrier, "barrier_error": self.barrier_error}
+        return {"midpoint_nll": self.midpoint_nll, "barrier": self.barrier, "barrier_error": self.barrier_error}
 
 
 def averaging(average: Tensor, branches: Tensor, way: Tensor, labels: Tensor, sample: Tensor) -> Averaging:
@@ -93,7 +94,7 @@ def averaging(average: Tensor, branches: Tensor, way: Tensor, labels: Tensor, sa
         accuracy=float(right[0].mean()), nll=float(losses[0].mean()),
         branch_accuracy=right[1:].mean(1).tolist(), branch_nll=losses[1:].mean(1).tolist(),
         ensemble_accuracy=metrics.accuracy(ensemble, labels), ensemble_nll=metrics.nll(ensemble, labels),
-        way_nll=there.mean(1).tolist(), barrier=float(excess[worst].mean()), barrier_error=_error(excess[worst]),
+        midpoint_nll=there.mean(1).tolist(), barrier=float(excess[worst].mean()), barrier_error=_error(excess[worst]),
         gap=float(lost.mean()), gap_error=_error(lost),
     )  # fmt: skip
 
@@ -103,8 +104,8 @@ class Landscape:
     """NLL of the networks around a student's branches, as a report draws them (``landscape_plots``).
 
     Attributes:
-        steps: positions (T,) on the ways: 0 is the average, 1 the branch.
-        ways: NLL (K, T) on the way from the average to each branch, and a little beyond both.
+        steps: positions (T,) along the lines: 0 is the average, 1 the branch.
+        ways: NLL (K, T) along the straight line from the average to each branch, and a little beyond both.
         chosen: the three branches that the plane goes through; () where there are only two.
         corners: where (3, 2) they lie in it: an equilateral triangle, whose centre is the average of the three.
         x, y: the grid's coordinates (X,) and (Y,).

@@ -24,12 +24,11 @@ from fastensdistill.evaluate.drawing import (
     styled,
     whole_epochs,
 )
-from fastensdistill.evaluate.landscape import Landscape
+from fastensdistill.evaluate.landscape import BARRIER, Landscape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LIMIT = 0.1  # nats: a barrier above it is warned of (train/collapse.py)
 BRANCHES: dict[str, Any] = {"linestyle": (0, (5, 2)), "linewidth": 1.6}
 HALFWAY: dict[str, Any] = {"linestyle": (0, (1, 1.3)), "linewidth": 1.6}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # of branches
@@ -69,11 +68,11 @@ def barrier_over_training(runs: Mapping[str, Records], *, styles: Mapping[str, L
             epochs, values = series(records, "validation", f"branch_{key}")
             panel.plot(epochs, factor * values.mean(1), color=colour, **BRANCHES)
             if key == "nll":
-                epochs, values = series(records, "validation", "way_nll")
+                epochs, values = series(records, "validation", "midpoint_nll")
                 panel.plot(epochs, values.max(1), color=colour, **HALFWAY)
         panel.set(title=title, ylabel=label)
     draw_runs(axes[2], runs, styles, "validation", "barrier", 1.0)
-    axes[2].set_yscale("symlog", linthresh=LIMIT)
+    axes[2].set_yscale("symlog", linthresh=BARRIER)
     low, high = axes[2].get_ylim()
     axes[2].set(ylim=(min(low, -0.05), max(high, 0.3)), title="Barrier", ylabel="barrier, nats")
     ticks = [
@@ -83,9 +82,10 @@ def barrier_over_training(runs: Mapping[str, Records], *, styles: Mapping[str, L
     ]
     axes[2].set(yticks=ticks, yticklabels=[f"{v:g}" for v in ticks])
     axes[2].minorticks_off()
-    axes[2].axhspan(LIMIT, max(high, 0.3), color="#D55E00", alpha=0.08, linewidth=0)
-    axes[2].annotate("above 0.1 the branches part", (0.98, LIMIT), xycoords=("axes fraction", "data"), ha="right",
-                     va="bottom", xytext=(0, 3), textcoords="offset points", fontsize=8.5, color=QUIET)  # fmt: skip
+    axes[2].axhspan(BARRIER, max(high, 0.3), color="#D55E00", alpha=0.08, linewidth=0)
+    axes[2].annotate(f"above {BARRIER:g} the branches part", (0.98, BARRIER), xycoords=("axes fraction", "data"),
+                     ha="right", va="bottom", xytext=(0, 3), textcoords="offset points", fontsize=8.5,
+                     color=QUIET)  # fmt: skip
     for panel in axes:
         panel.set_xlabel("epoch")
         whole_epochs(panel)
@@ -96,7 +96,7 @@ def barrier_over_training(runs: Mapping[str, Records], *, styles: Mapping[str, L
 
 @styled
 def loss_around_branches(landscapes: Mapping[str, Landscape]) -> Figure:
-    """For each student the NLL on the ways from the average to its branches, and in the plane of three of them.
+    """For each student the NLL along the lines from the average to its branches, and in the plane of three of them.
 
     Args:
         landscapes: name -> what ``landscape.landscape`` measured.

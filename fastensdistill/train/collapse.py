@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastensdistill.config import TrainConfig
-from fastensdistill.evaluate.landscape import Averaging
+from fastensdistill.evaluate.landscape import BARRIER, Averaging
 from fastensdistill.train.keeping import Score
 
-BARRIER = 0.1  # nats
 GAP = 0.05  # of accuracy
 ERRORS = 3.0
 MORE_BARRIER, MORE_GAP = 2.0, 0.2  # times the barrier, and of accuracy, that are worth a second line
@@ -100,5 +99,6 @@ def at_the_end(kept: Score, last: Score, config: TrainConfig, name: str) -> list
         return [f"the branches parted: at the end their average has {numbers}. {name} is from before that, with "
                 f"{100 * kept.accuracy:.1f}%. {change}"]  # fmt: skip
     best = max(range(len(found.branch_accuracy)), key=lambda k: (found.branch_accuracy[k], -found.branch_nll[k]))
+    file = ", which is student.safetensors," if name == "network.safetensors" else ""  # those of an EMA have none
     return [f"{name} is the average of branches that have parted: it has {numbers}. Better than it are the branches as "
-            f"an ensemble, which is student.safetensors, and branch {best} alone. {change}"]  # fmt: skip
+            f"an ensemble{file} and branch {best} alone. {change}"]  # fmt: skip
