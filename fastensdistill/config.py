@@ -53,7 +53,7 @@ class AugmentConfig(Settings):
 
     augment: str = setting("standard", choices=AUGMENTS)
     """none, standard (images are moved, and mirrored where that is known to keep the class), or strong (TrivialAugment
-    and a cutout of half the image, too). Those below that are set go before it."""
+    and a cutout of half the image's side, too). The settings below override it."""
     flip: bool | None = None
     """Mirror training images at random. Unset: only where that is known to keep the class (CIFAR, ImageNet's classes),
     never for digits, .npz files and folders of your own."""
@@ -61,7 +61,7 @@ class AugmentConfig(Settings):
     """Pixels by which training images are moved at random, zeros behind them. Unset: an eighth of their size."""
     resized_crop: tuple[float, ...] | None = setting(None, above=0, most=1)
     """Least and largest share of a training image's area, such as 0.25 1: a random box of that size is enlarged to the
-    image's, in the place of moving it."""
+    image's, instead of moving the image."""
     trivial_augment: bool | None = None
     """Apply one random operation to a training image: TrivialAugment, the wide ranges. It shears and rotates, too."""
     cutout: int | None = setting(None, least=0)
@@ -71,8 +71,8 @@ class AugmentConfig(Settings):
     mixup: float = setting(0.0, least=0, most=1000)
     """α of the Beta(α, α) by which a training image, and its label, are blended with another's; 0 for none."""
     cutmix: float = setting(0.0, least=0, most=1000)
-    """α of the Beta(α, α) that says what share of a training image is another's, and of its label; 0 for none. Of mixup
-    and cutmix, if both are set, each image is drawn to have one."""
+    """α of the Beta(α, α) that says what share of a training image, and of its label, is another's; 0 for none. If
+    mixup is set too, each image gets one of the two at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,8 +119,8 @@ class TrainConfig(AugmentConfig):
     """Norm to which a network's gradients are scaled down where theirs, over all of its parameters, is larger. Unset:
     they are left as they are."""
     ema_decay: float | None = setting(None, above=0, below=1)
-    """Decay of an average of the weights over time, a further network: of its weights it keeps this share at each
-    update, and in the first steps less. Unset: there is none."""
+    """Decay of an average of the weights over time (EMA), which is kept as a further network: the share of itself that
+    the average keeps at each update, less in the first ones. Unset: there is no average."""
     seed: int = setting(0, least=0, most=2**62)
     """Seed of the initialisation, the order of the images, their augmentation and every random choice."""
     device: str = setting("auto", check=check_device_name)

@@ -1,4 +1,4 @@
-"""The whole split on the device as uint8; shuffling, crop, flip and cast are batched tensor code there."""
+"""The whole split on the device as uint8; shuffling, augmentation and cast are batched tensor code there."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fastensdistill.kernels.operands import accumulator
 class Mixing:
     """Mixes batches of images of ``classes`` classes; ``mixup`` and ``cutmix`` are α of their Beta(α, α), 0 for none.
 
-    Of both, each image is drawn to have one, and so is λ for each image. The image before the first is the last one.
+    With both, each image gets one of them at random; λ is drawn for each image. The image before the first is the last.
     """
 
     def __init__(

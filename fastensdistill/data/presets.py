@@ -12,7 +12,7 @@ from fastensdistill.kernels.trivial_augment import BINS, OPERATIONS, magnitude
 
 NOTABLE = 0.01  # share of images that are all black
 SWITCHES = tuple(f.name for f in fields(Augment))
-"""The settings that go before a preset. Each is unset where it is None; mixup and cutmix, which no preset has, at 0."""
+"""The settings that override a preset. Each is unset where it is None; mixup and cutmix, which no preset has, at 0."""
 
 
 class Images(Protocol):

@@ -3,7 +3,7 @@
 For networks that the fused engine cannot plan. Nothing is rewritten: what is captured are the bodies of
 ``engine.reference``, on tensors that never move.
 
-    read       a graph for the loaders      images and labels of the next batch, cropped and flipped
+    read       a graph for the loaders      images and labels of the next batch, augmented
     perturb    a graph for each choice      images → perturbed images, diversities
     distil     one graph                    perturbed images, labels → weights, momentum, statistics, losses
 
@@ -162,7 +162,7 @@ class CapturedReferenceStep(ReferenceStep):
         return self.bodies.capture_error
 
     def train_on(self, loader: DeviceLoader) -> Scalars:
-        """A step on the loader's next batch, which is read, cropped and flipped by a graph too."""
+        """A step on the loader's next batch, which is read and augmented by a graph too."""
         self.bodies.load_next([loader])
         (images,), (labels,) = self.bodies.images, self.bodies.labels
         self._check(images, labels)

@@ -13,7 +13,7 @@ Teachers and branches are groups of the same launches; in distillation too, wher
 their architecture is the same, a layer is one launch with two sides (``engine.joint``). The backward pass is written
 out; autograd sees nothing. A step reads the images, the labels, the index of the drawn pair and the learning rate from
 tensors that never move, and the noise from a generator the graph knows: one captured graph serves the whole run, or one
-per pair of architectures that drawn teachers have. ``train_on`` puts the reading of the batch, its crops and flips into
+per pair of architectures that drawn teachers have. ``train_on`` puts the reading and augmentation of the batch into
 the graph too. Ops allocate their results; inside a capture these come from a pool that the graphs share, at the same
 addresses in every replay, and since each buffer is freed after its last reader the pool is as large as
 ``engine.memory`` says beforehand.

@@ -1,7 +1,7 @@
 """What all fused steps share: inputs that never move, one body that is launched or replayed, checks, learning rate.
 
 A step reads its batches, the learning rate and what was drawn from tensors that never move, so that a graph captured
-once serves the whole run. Given loaders, the graph contains the reading of the batch, its crops and flips too. A key
+once serves the whole run. Given loaders, the graph contains the reading and augmentation of the batch too. A key
 says which launches a body makes: each has a graph of its own, in one pool of memory.
 """
 

@@ -101,7 +101,7 @@ class FusedTeachStep(CapturedStep):
 
     @torch.no_grad()
     def train_on(self, loaders: Sequence[DeviceLoader]) -> Scalars:
-        """A step on the next batch of each network's own loader, read, cropped and flipped in the captured graph."""
+        """A step on the next batch of each network's own loader, read and augmented in the captured graph."""
         self._check_count(loaders, "loaders")
         self.advance(tuple(loaders))
         return self._run(self.loaders)

@@ -46,7 +46,7 @@ class Mixed(NamedTuple):
 
 
 def cutmix_share(mixup: float, cutmix: float) -> float:
-    """The share of images that are mixed by a box; of both, half of them are."""
+    """The share of images that are mixed by a box: where both are on, half of them."""
     return 0.5 if mixup > 0 and cutmix > 0 else float(cutmix > 0)
 
 
@@ -174,7 +174,7 @@ def mix(images: Tensor, labels: Tensor, draws: MixDraws, *, classes: int, mixup:
             float32, or float64 with float64 images; contiguous.
         classes: columns of the probabilities.
         mixup: α of mixup's Beta(α, α); 0 for none.
-        cutmix: α of cutmix's; 0 for none. Of both, each image is drawn to have one.
+        cutmix: α of cutmix's; 0 for none. With both, each image gets one of them at random.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, and neither of the two.
