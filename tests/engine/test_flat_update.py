@@ -19,7 +19,7 @@ from fastensdistill.kernels.launch import use_kernels
 from fastensdistill.models.preresnet import PreResNet
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
-from tests.engine.test_frozen import FROZEN, frozen
+from tests.engine.frozen import FROZEN, frozen
 from tests.engine.updates import TEACHING, UPDATES, averages, check_averages
 from tests.network import models
 
