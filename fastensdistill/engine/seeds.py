@@ -240,6 +240,10 @@ class OneSeed:
         """Views of its optimiser's state; averages are moved as often for all."""
         return self.step.rule.state_of(self.number) | self.step.rule.shared_state()
 
+    def set_learning_rate(self, rate: float) -> None:
+        """That of all seeds, which have the same."""
+        self.step.set_learning_rate(rate)
+
     def state_dict(self) -> State:
         """The optimiser's state and generators; weights and averages are the networks' own."""
         found = {name: tensor.clone() for name, tensor in self._state().items()}

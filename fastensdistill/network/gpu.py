@@ -51,3 +51,13 @@ GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 312e12, 2.04e12, "datasheet", 80, 108),
     "b200": Gpu("B200", 2250e12, 8.0e12, "datasheet", 100, 148),
 }
+
+
+def gpu_named(device: str) -> Gpu | None:
+    """The GPU of a ``device`` as its driver names it; None for others.
+
+    >>> [gpu_named(name) for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB")] == [GPUS["a100"], None]
+    True
+    """
+    words = device.lower().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)

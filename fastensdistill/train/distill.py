@@ -15,6 +15,7 @@ from fastensdistill.data.augment import Augment
 from fastensdistill.data.loader import EvaluationSet
 from fastensdistill.data.sources import Dataset, Split
 from fastensdistill.engine import parallel
+from fastensdistill.engine.seeds import SeedsStep
 from fastensdistill.engine.select import distillation_step
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate import landscape, metrics
@@ -93,6 +94,16 @@ class DistillTrainer(Trainer):
         self.guard = Guard()
         self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
         self._about_teachers: dict[str, Any] = {}
+
+    def join(self, step: SeedsStep, number: int, first: DistillTrainer) -> None:
+        """Leave the training to ``step``, whose student of this ``number`` is this trainer's: ``fit`` ends here.
+
+        The teachers, and what they do on the validation images, are from here on those of the ``first`` trainer.
+        """
+        self.step = step.seeds[number]
+        self.averages = dict(zip(["ema"], step.averages[number : number + 1], strict=False))
+        self.teachers, self._about_teachers = first.teachers, first.about_teachers()
+        del self.distil  # the student's parameters have moved
 
     def train_step(self) -> dict[str, Tensor]:
         return self.distil.train_on(self.loaders[0])

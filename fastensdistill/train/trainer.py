@@ -24,6 +24,7 @@ from fastensdistill.data.presets import SWITCHES, choose_augment, switches
 from fastensdistill.data.sources import Dataset, load_dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.common import precision_on
+from fastensdistill.engine.seeds import OneSeed
 from fastensdistill.engine.select import AnyStep, EngineChoice
 from fastensdistill.errors import InputError
 from fastensdistill.evaluate.validate import Evaluator
@@ -65,7 +66,7 @@ class Trainer:
     title: str
     networks: dict[str, nn.Module]  # what is trained, by the name it is saved under
     averages: dict[str, nn.Module]  # theirs over time, likewise; {} where ``ema_decay`` asks for none
-    step: AnyStep
+    step: AnyStep | OneSeed
     engine: EngineChoice  # which engine trains, and why; prints as a line
     evaluator: Evaluator  # what the validation images go through
     seeds: list[int]  # one stream of batches each
@@ -93,6 +94,7 @@ class Trainer:
         self.data_given = data if isinstance(data, str | Path) else None
         self.notes: list[str] = []  # to tell before the first step
         self.step_index, self.averages = 0, {}
+        self.speaker = ""  # what its lines on stderr begin with
         self.phase = "new"  # then running, stopped (by a signal; it can go on) or finished
         self.loaders: list[DeviceLoader] = []
         self.kept = ""
@@ -124,8 +126,11 @@ class Trainer:
             folder.release(unused=self.step_index == 0)
         return self
 
-    def begin(self, folder: RunFolder) -> None:
-        """Seed everything, continue from the checkpoint, or go on where this trainer was stopped."""
+    def begin(self, folder: RunFolder, images: EvaluationSet | None = None) -> None:
+        """Seed everything, continue from the checkpoint, or go on where this trainer was stopped.
+
+        ``images`` are those to train on where they are on the device already.
+        """
         with parallel.together():
             if self.phase == "running":
                 raise InputError(f"this run ended with an error in step {self.step_index}: make a new trainer"
@@ -139,7 +144,7 @@ class Trainer:
             return
         with parallel.together():
             self.fitted_with = replace(self.config)
-            images = EvaluationSet(self.data.train, self.device)  # one copy, however many streams of batches
+            images = images or EvaluationSet(self.data.train, self.device)  # one copy for all streams of batches
             self.loaders = [self.make_loader(images, seed) for seed in self.seeds]
             self.steps_per_epoch = self.loaders[0].batches_per_epoch
             self.rate: Schedule = make_schedule(self.config, self.steps_per_epoch)
@@ -167,51 +172,75 @@ class Trainer:
 
     def train(self) -> None:
         """The loop: from ``step_index`` to the end."""
-        self.phase, total = "running", self.rate.total_steps
-        with parallel.together():
-            recorder = Recorder(
-                self.out if self.first else None, title=self.title, epochs=self.config.epochs,
-                steps_per_epoch=self.steps_per_epoch, images=self.config.batch_size, start_step=self.step_index,
-                tensorboard=self.tensorboard and self.first, quiet=self.quiet or not self.first,
-                describe=self.describe,
-            )  # fmt: skip
+        recorder = self.recording()
         with Stopper(self.step_index) as stopper, recorder:
-            while self.step_index < total:
+            while self.step_index < self.rate.total_steps:
                 self.step.set_learning_rate(self.rate(self.step_index))
                 with enough_values(self.config):
                     scalars = self.train_step()
-                recorder.step(self.step_index, scalars)
-                self.step_index += 1
-                epoch = self.step_index / self.steps_per_epoch
-                end_of_epoch = self.step_index % self.steps_per_epoch == 0
-                record = end_of_epoch or self.step_index % RECORD_EVERY == 0
-                stop = stopper.agreed(self.step_index, record)
-                if record or stop:
-                    with parallel.together():
-                        recorder.drain()
-                    recorder.train(self.step_index, epoch, self.rate(self.step_index - 1))
-                if end_of_epoch or stop:
-                    paused = recorder.pause()
-                    validates = end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs)
-                    with parallel.together():
-                        recorder.drain()  # raises where the loss is not finite, so no such weights are kept
-                        self.check_finite()
-                        if validates and self.first:
-                            with parallel.alone():
-                                recorder.validation(
-                                    {"step": self.step_index, "epoch": epoch, **self.validate_and_keep_best()}
-                                )
-                        self.save()
-                    recorder.resume(paused, validates)
+                self.note(scalars, recorder)
+                stop = stopper.agreed(self.step_index, self.record_due)
+                self.after_step(recorder, stop)
                 if stop:
-                    self.phase, self.random = "stopped", checkpoint.random_state(self.device)
-                    raise Interrupted(stop, f"at step {self.step_index} of {total}", self.out)
+                    raise Interrupted(stop, self.where, self.out)
+            self.after_last_step(recorder)
+
+    def recording(self, title: str = "", quiet: bool = False) -> Recorder:
+        """What records the run from here on, which begins with this; ``quiet`` shows nothing of its progress."""
+        self.phase = "running"
+        with parallel.together():
+            return Recorder(
+                self.out if self.first else None, title=title or self.title, epochs=self.config.epochs,
+                steps_per_epoch=self.steps_per_epoch, images=self.config.batch_size, start_step=self.step_index,
+                tensorboard=self.tensorboard and self.first, quiet=quiet or self.quiet or not self.first,
+                describe=self.describe,
+            )  # fmt: skip
+
+    def note(self, scalars: dict[str, Tensor], recorder: Recorder) -> None:
+        """A step was made, with these scalars."""
+        recorder.step(self.step_index, scalars)
+        self.step_index += 1
+
+    @property
+    def record_due(self) -> bool:
+        """Whether a record ends with the last step."""
+        return self.step_index % self.steps_per_epoch == 0 or self.step_index % RECORD_EVERY == 0
+
+    @property
+    def where(self) -> str:
+        """In words, how far the run has come."""
+        return f"at step {self.step_index} of {self.rate.total_steps}"
+
+    def after_step(self, recorder: Recorder, stop: int) -> None:
+        """The record; at the end of an epoch, or where the signal ``stop`` has come, a validation and a checkpoint."""
+        epoch = self.step_index / self.steps_per_epoch
+        end_of_epoch = self.step_index % self.steps_per_epoch == 0
+        if self.record_due or stop:
             with parallel.together():
-                if self.first:
-                    self.check_kept()
+                recorder.drain()
+            recorder.train(self.step_index, epoch, self.rate(self.step_index - 1))
+        if end_of_epoch or stop:
+            paused = recorder.pause()
+            validates = end_of_epoch and is_validation_epoch(round(epoch), self.config.epochs)
+            with parallel.together():
+                recorder.drain()  # raises where the loss is not finite, so no such weights are kept
+                self.check_finite()
+                if validates and self.first:
                     with parallel.alone():
-                        self.doubted = self.doubts()
-                    recorder.kept(self.kept_record(), total)
+                        recorder.validation({"step": self.step_index, "epoch": epoch, **self.validate_and_keep_best()})
+                self.save()
+            recorder.resume(paused, validates)
+        if stop:
+            self.phase, self.random = "stopped", checkpoint.random_state(self.device)
+
+    def after_last_step(self, recorder: Recorder) -> None:
+        """What the run ends with, for the record."""
+        with parallel.together():
+            if self.first:
+                self.check_kept()
+                with parallel.alone():
+                    self.doubted = self.doubts()
+                recorder.kept(self.kept_record(), self.rate.total_steps)
 
     def finish(self) -> None:
         """Save the last weights, and leave the networks and their averages with those that are kept."""
@@ -312,7 +341,7 @@ class Trainer:
     def say(self, line: str) -> None:
         """``line`` on stderr, once of all processes, and unless the run is quiet."""
         if self.first and not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{self.speaker}{line}", file=sys.stderr, flush=True)
 
     def warn(self, lines: Sequence[str]) -> None:
         """Say ``lines`` as warnings, and keep them for the report."""
