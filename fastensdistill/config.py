@@ -18,7 +18,7 @@ from fastensdistill.kernels.distillation_loss import TARGETS
 from fastensdistill.method.perturbation import PERTURBATIONS
 from fastensdistill.method.student import STUDENTS
 from fastensdistill.models import SHAPED, check_name
-from fastensdistill.settings import Settings, setting
+from fastensdistill.settings import Settings, setting, settings_of
 
 ENGINES = ("auto", "reference", "captured", "fused")
 OPTIMIZERS = ("sgd", "adamw")
@@ -79,6 +79,9 @@ class AugmentConfig(Settings):
         crop = self.resized_crop
         if crop is not None and (len(crop) != 2 or crop[0] > crop[1]):
             raise InputError(f"resized_crop={_numbers(crop)}: expected two shares, the smaller one first")
+        if crop is not None and self.pad:
+            raise InputError(f"pad={self.pad} with resized_crop={_numbers(crop)}, which takes the place of moving images: "
+                             "expected one of them")  # fmt: skip
 
 
 @dataclass
@@ -149,14 +152,22 @@ class TrainConfig(AugmentConfig):
         if self.warmup_epochs >= self.epochs:
             raise InputError(f"warmup_epochs={self.warmup_epochs:g} of epochs={self.epochs}: expected fewer")
         self._check_schedule(self.warmup_epochs / self.epochs)
+        for name, used in (("momentum", "sgd"), ("beta1", "adamw"), ("beta2", "adamw")):
+            if self.optimizer != used:
+                self._check_unset(name, f"optimizer={self.optimizer!r}", f"optimizer {used!r}")
+
+    def _check_unset(self, name: str, other: str, expected: str) -> None:
+        """Raise InputError where the setting ``name``, of which ``other`` makes no use, is not its default."""
+        value = getattr(self, name)
+        if value != settings_of(type(self))[name].default:
+            shown = f"{value:g}" if isinstance(value, float) else _numbers(value) if isinstance(value, tuple) else value
+            raise InputError(f"{name}={shown} with {other}: expected {expected}, or {name} unset")
 
     def _check_schedule(self, warmup: float) -> None:
         """Raise InputError for settings of another schedule, and milestones that are none after the ``warmup``."""
         if self.schedule != "step":
-            for name, value, unset in (("milestones", self.milestones, ()), ("gamma", self.gamma, 0.2)):
-                if value != unset:
-                    shown = f"{value:g}" if isinstance(value, float) else _numbers(value)
-                    raise InputError(f"{name}={shown} with schedule={self.schedule!r}: expected schedule 'step'")
+            for name in ("milestones", "gamma"):
+                self._check_unset(name, f"schedule={self.schedule!r}", "schedule 'step'")
             return
         self.milestones = given = self.milestones or MILESTONES
         if any(a >= b for a, b in pairwise(given)):
@@ -212,6 +223,11 @@ class DistillConfig(TrainConfig):
         if self.label_smoothing and self.alpha == 1:
             raise InputError(f"label_smoothing={self.label_smoothing:g} with alpha=1, where labels have no weight: "
                              "expected alpha below 1")  # fmt: skip
+        for name in ("target", "teacher_weights", "standardize_logits"):
+            if self.alpha == 0:
+                self._check_unset(name, "alpha=0, where teachers have no weight", "alpha above 0")
+        if self.student in ("single", "hydra"):
+            self._check_unset("factor_rate", f"a {self.student} student, which has no factors", "another student")
 
 
 @dataclass

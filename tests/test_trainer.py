@@ -92,6 +92,27 @@ def test_schedules_that_cannot_be(settings, words):
         TrainConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"beta1": 0.8}, "beta1=0.8 with optimizer='sgd': expected optimizer 'adamw', or beta1 unset"),
+        ({"beta2": 0.99}, "beta2=0.99 with optimizer='sgd'"),
+        ({"optimizer": "adamw", "momentum": 0.8}, "momentum=0.8 with optimizer='adamw': expected optimizer 'sgd', or"),
+        ({"resized_crop": (0.25, 1), "pad": 2}, "pad=2 with resized_crop=0.25 1, which takes the place of moving"),
+        ({"alpha": 0, "target": "mean"}, "target=mean with alpha=0, where teachers have no weight: expected alpha above"),
+        ({"alpha": 0, "teacher_weights": (1, 2)}, "teacher_weights=1 2 with alpha=0"),
+        ({"alpha": 0, "standardize_logits": True}, "standardize_logits=True with alpha=0"),
+        ({"student": "hydra", "factor_rate": 2}, "factor_rate=2 with a hydra student, which has no factors: expected"),
+        ({"student": "single", "factor_rate": 0.5}, "factor_rate=0.5 with a single student"),
+    ],
+    ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_settings_that_would_be_ignored_are_refused(settings, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        DistillConfig(**settings)
+    DistillConfig(**{key: value for key, value in settings.items() if key in ("optimizer", "student", "resized_crop")})
+
+
 def test_validation_epochs():
     looked = [e for e in range(1, 201) if is_validation_epoch(e, 200)]
     assert looked == [1, *range(20, 180, 20), *range(180, 201)]
@@ -317,8 +338,9 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     assert card["fingerprint"]["milestones"] == []
     card["fingerprint"] = {key: card["fingerprint"][key] for key in OLDEST.split()}
     save_tensors(file, tensors, card)
-    with pytest.raises(InputError, match="started with schedule='cosine', not 'constant'"):
-        make(out=tmp_path / "run", resume=True, schedule="constant").fit()
+    for schedule in ("constant", "step"):  # and not the milestones, which follow from it
+        with pytest.raises(InputError, match=f"started with schedule='cosine', not '{schedule}'"):
+            make(out=tmp_path / "run", resume=True, schedule=schedule).fit()
     resumed = make(out=tmp_path / "run", resume=True).fit()
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[name]), name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, Protocol
 
 from fastensdistill.data.augment import Augment
@@ -58,6 +58,8 @@ def choose_augment(data: Images, preset: str = "standard", given: Augment | None
             told = ", ".join(f"{name}={value!r}" for name, value in asked.items())
             raise InputError(f"augment is {given}, and the config says {told}; expected one of them")
     chosen = given or Augment(**(of_preset(data, preset) | own))
+    if chosen.resized_crop is not None:
+        chosen = replace(chosen, pad=0)  # it is in the place of moving images, and config.yaml should say so
     chosen.check(data.image_size, data.channels)
     return chosen
 

@@ -88,7 +88,8 @@ def check_continuation(folder: Path, before: dict[str, Any], now: dict[str, Any]
     defaults = {s.name: s.default for cls in (TeachRun, DistillRun) for s in settings_of(cls).values()} | OFF
     younger = {key: defaults[key] for key in now if key in defaults and key not in before}
     before, now = (json.loads(json.dumps(each, default=str)) for each in (before | younger, now))
-    for key in sorted(set(before) | set(now)):
+    # In the settings' order, as some follow from those before them (milestones from a schedule) and were not asked for
+    for key in dict.fromkeys([*defaults, *sorted({*before, *now})]):
         if before.get(key) != now.get(key):
             raise InputError(
                 f"the run in {folder} was started with {key}={before.get(key)!r}, "
