@@ -80,8 +80,8 @@ class AugmentConfig(Settings):
         if crop is not None and (len(crop) != 2 or crop[0] > crop[1]):
             raise InputError(f"resized_crop={_numbers(crop)}: expected two shares, the smaller one first")
         if crop is not None and self.pad:
-            raise InputError(f"pad={self.pad} with resized_crop={_numbers(crop)}, which takes the place of moving images: "
-                             "expected one of them")  # fmt: skip
+            raise InputError(f"pad={self.pad} with resized_crop={_numbers(crop)}, which takes the place of moving "
+                             "images: expected one of them")  # fmt: skip
 
 
 @dataclass
@@ -158,8 +158,9 @@ class TrainConfig(AugmentConfig):
 
     def _check_unset(self, name: str, other: str, expected: str) -> None:
         """Raise InputError where the setting ``name``, of which ``other`` makes no use, is not its default."""
+        cls: Any = type(self)
         value = getattr(self, name)
-        if value != settings_of(type(self))[name].default:
+        if value != settings_of(cls)[name].default:
             shown = f"{value:g}" if isinstance(value, float) else _numbers(value) if isinstance(value, tuple) else value
             raise InputError(f"{name}={shown} with {other}: expected {expected}, or {name} unset")
 

@@ -95,10 +95,10 @@ class Setting:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.least is not None and self.most is not None:
-            words = f"from {self.least:,} to {self.most:,}"
+            words = f"from {_bound(self.least)} to {_bound(self.most)}"
         else:
             bounds = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-            words = " and ".join(f"{word} {b:,}" for word, b in bounds.items() if b is not None)
+            words = " and ".join(f"{word} {_bound(b)}" for word, b in bounds.items() if b is not None)
         many = {"a whole number": "whole numbers", "a number": "numbers", "a path": "paths"} if self.many else {}
         return f"{many.get(KINDS[self.kind], KINDS[self.kind])} {words}".strip()
 
@@ -206,6 +206,10 @@ def _sources(module: str) -> dict[str, dict[str, str]]:
             ):  # fmt: skip
                 found.setdefault(node.name, {})[name.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _bound(value: float) -> str:
+    return f"{int(value):,}" if abs(value) < 1e15 and value == int(value) else f"{value:,}"
 
 
 def _is_number(text: str) -> bool:

@@ -70,8 +70,9 @@ def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, A
 
 
 def to_yaml(config: Any) -> str:
-    """A config dataclass as flat YAML."""
-    return yaml.safe_dump({k: _plain(v) for k, v in asdict(config).items()}, sort_keys=False)
+    """A config dataclass as flat YAML. ``resume`` is of one call, not of the settings: given again, they begin anew."""
+    values = {k: _plain(v) for k, v in asdict(config).items()}
+    return yaml.safe_dump(values | ({"resume": False} if "resume" in values else {}), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

@@ -237,6 +237,9 @@ def test_they_are_exported_and_learned_from_where_that_is_asked_for(runs, tmp_pa
         assert main([*arguments, "--out", str(tmp_path / "x")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "holds no average over time: expected the folder of a run with --ema-decay" in line
+    named = [str(teachers / f"teacher-{i}.safetensors") for i in range(2)]
+    assert main(["distill", *short, *named, "--teacher-ema", "--out", str(tmp_path / "y")]) == 2
+    assert f"teacher_ema with {named[0]}, {named[1]}: expected the folder of a run" in capsys.readouterr().err
     for file in teachers.glob("ema-*"):
         file.rename(tmp_path / file.name)
     assert main(["distill", *short, str(teachers), "--teacher-ema", "--out", str(tmp_path / "y")]) == 2

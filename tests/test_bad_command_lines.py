@@ -152,6 +152,7 @@ BAD = [
     ("distill --step-size 8", "--step-size: expected a number from 0 to 1, got 8"),
     ("distill --temperature 0", "--temperature: expected a number above 0"),
     ("distill --temperature inf", "--temperature"),
+    ("distill --factor-rate -1", "--factor-rate: expected a number from 0 to 1,000,000, got -1"),
     ("distill --alpha 1.5", "--alpha: expected a number from 0 to 1, got 1.5"),
     ("distill --teacher-std 0 1 1", "--teacher-std: expected numbers above 0, got 0"),
     ("distill --teacher-mean nan", "--teacher-mean"),

@@ -165,7 +165,8 @@ def test_more_seeds_may_be_added_and_no_settings_changed(runs, npz, tmp_path, ca
     teachers = str(runs / "teachers" / "seed-0")
     capsys.readouterr()
     for flags, words in (
-        (["--seeds", "1", "2"], "holds runs of the seeds 5 1: expected these, and more if need be, not 1 2"),
+        (["--seeds", "1", "2"], "holds runs of the seeds 5 1: expected these, and more after them if need be, not 1 2"),
+        (["--seeds", "1", "5"], "not 1 5"),  # seed 5 learned from the first teachers
         (["--epochs", "3"], "was started with epochs=2, not 3"),
         (["--seed", "5"], "--seed and --seeds: expected one of the two"),
     ):
@@ -178,7 +179,7 @@ def test_more_seeds_may_be_added_and_no_settings_changed(runs, npz, tmp_path, ca
     assert re.search("seed=5 and seeds=6 7: expected one", capsys.readouterr().err)
     assert main(["distill", "--out", str(out), "--resume", "--seeds", "5", "1", "2", "--teachers", teachers]) == 0
     assert len(rows(out)["students"]["metrics"]) == 3
-    assert config(out)["seeds"] == [5, 1, 2]
+    assert (config(out)["seeds"], config(out)["resume"]) == ([5, 1, 2], False)
 
 
 def test_a_seed_that_diverges_does_not_lose_the_others(runs, tmp_path, capsys, monkeypatch):

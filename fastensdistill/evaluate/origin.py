@@ -56,6 +56,11 @@ class Origin:
         return self.path.is_dir() and self.files[0].name not in KEPT
 
     @property
+    def is_average(self) -> bool:
+        """Whether this is the file of an average over time."""
+        return re.fullmatch(r"(last-)?ema(-\d+)?\.safetensors", self.path.name) is not None
+
+    @property
     def averages(self) -> list[Path]:
         """The averages over time that the run in a folder kept of its networks; [] where it kept none."""
         names = [f"ema-{i}" for i in range(len(self.files))] if self.is_teachers else ["ema"]

@@ -232,6 +232,11 @@ def teacher_sets(
     given = origins(paths, unfinished)
     for one in given:
         members(one.path)  # which refuses a folder without teachers
+    if ema and not any(one.path.is_dir() or one.is_average for one in given):
+        files = ", ".join(str(one.path) for one in given[:3])
+        raise InputError(
+            f"teacher_ema with {files}: expected the folder of a run with --ema-decay, or its ema-0.safetensors"
+        )
     given = [one.averaged() if one.path.is_dir() else one for one in given] if ema else given
     wholes: dict[Path, list[Origin]] = {}
     for one in given:

@@ -123,9 +123,9 @@ def check_whole(run: Run) -> None:
     seeds = saved.get("seeds") or ()
     if not seeds:
         raise InputError(f"{run.out} holds one run, of seed {saved.get('seed', 0)}: expected a folder of several seeds")
-    if not set(seeds) <= set(run.seeds):
+    if run.seeds[: len(seeds)] != seeds:  # in their order, as the i-th learns from the i-th teachers
         numbers = (" ".join(map(str, some)) for some in (seeds, run.seeds))
-        raise InputError("{} holds runs of the seeds {}: expected these, and more if need be, not {}".format(
+        raise InputError("{} holds runs of the seeds {}: expected these, and more after them if need be, not {}".format(
             run.out, *numbers))  # fmt: skip
     before, now = ({k: v for k, v in s.items() if k not in checkpoint.FREE} for s in (saved, vars(run)))
     checkpoint.check_continuation(run.out, before, now)
