@@ -3,7 +3,7 @@
     python examples/compare_baselines.py [--epochs 12] [--seeds 1]
 
 The table is Markdown. One seed and a short run show how it is done, not which method is better: `make demo` is the same
-comparison with four teachers, three seeds and a report, and takes a few minutes.
+comparison with four teachers, five seeds and a report, and takes a few minutes.
 """
 
 import argparse

@@ -72,10 +72,10 @@ class DemoRun(Settings):
 
     out: Path = Path("runs/demo")
     """Folder for the runs, the report and the network."""
-    seeds: int = setting(3, least=1, most=1000)
+    seeds: int = setting(5, least=1, most=1000)
     """Students of each kind."""
-    epochs: int | None = setting(None, least=1, most=10**6)
-    """Override the number of epochs."""
+    epochs: int = setting(90, least=1, most=10**6)
+    """How long students are trained; teachers in proportion."""
 
 
 @dataclass
