@@ -218,6 +218,12 @@ def test_tables_have_a_row_for_them(runs, tmp_path):
     assert "students, EMA: epoch " in page  # of which epoch
 
 
+def test_an_ensemble_of_all_has_each_run_s_network_once(runs, tmp_path):
+    assert main(["evaluate", str(runs / "students"), "--ensemble", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    [row] = [row for row in results(tmp_path).values() if row["group"] == "ensemble"]
+    assert row["files"] == [str(runs / "students" / f"seed-{seed}" / "network.safetensors") for seed in range(2)]
+
+
 def test_they_are_exported_and_learned_from_where_that_is_asked_for(runs, tmp_path, capsys):
     seed, teachers = runs / "students" / "seed-0", runs / "teachers"
     for flags, name in (([], "network"), (["--ema"], "ema")):

@@ -115,3 +115,12 @@ REFUSED = {
 def test_refusals(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+@pytest.mark.parametrize(("batch", "share"), [(1, (0, 1)), (2, (1, 2))])
+def test_an_image_with_none_to_be_blended_with_is_refused(batch, share):
+    expected = f"batch size is {batch} for {share[1]} processes; expected at least {2 * share[1]} for mixup and cutmix"
+    with pytest.raises(InputError, match=expected):
+        loader(batch=batch, share=share)
+    loader(Augment(pad=1), batch=batch, share=share)
+    loader(batch=2 * share[1], share=share)

@@ -107,6 +107,9 @@ class DeviceLoader:
         self._own = slice(rank * own, (rank + 1) * own)
         self.mixing: Mixing | None = None
         if self.augment.mixes:
+            if own < 2:
+                raise InputError(f"batch size is {batch_size} for {count} processes; expected at least {2 * count} for "
+                                 "mixup and cutmix, which blend images of a process's share")  # fmt: skip
             self.mixing = Mixing(self.augment.mixup, self.augment.cutmix, classes, self.images.device, dtype)
         self._index = self._permutation[:own].clone()  # of the images to read; it never moves, for captured reads
 

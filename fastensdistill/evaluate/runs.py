@@ -160,8 +160,12 @@ def rows_of_teachers(sets: Sequence[tuple[Teachers, Sequence[Path]]]) -> list[Ca
 
 
 def ensemble_of(candidates: Sequence[Candidate]) -> Candidate:
-    """All single networks of ``candidates`` as one ensemble. Raises InputError for fewer than two, and for copies."""
-    plain = [c for c in candidates if not any(isinstance(n, Student | Teachers) for n in c.networks)]
+    """All single networks of ``candidates`` as one ensemble. Raises InputError for fewer than two, and for copies.
+
+    The averages over time that a run's folder also has are near copies of its networks, and no further members.
+    """
+    alone = [c for c in candidates if not c.over_time]
+    plain = [c for c in alone if not any(isinstance(n, Student | Teachers) for n in c.networks)]
     networks = [n for c in plain for n in c.networks]
     files = [f for c in plain for f in c.files]
     if len(networks) < 2:
