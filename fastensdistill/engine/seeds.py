@@ -26,6 +26,7 @@ from fastensdistill.engine.common import (
     drawn_perturbation,
     drawn_state,
     load_drawn_state,
+    loss_options,
 )
 from fastensdistill.engine.dispatch import Dispatch
 from fastensdistill.engine.ensemble import Ensemble
@@ -130,6 +131,7 @@ class SeedsStep(CapturedStep):
         if len(seeds) != len(self.students):
             raise InputError(f"{len(seeds)} seeds for {len(self.students)} students: expected as many")
         check_config(config)
+        loss_options(config, self.students[0], len(self.teachers))
         self.networks = networks or check_students(self.students, self.teachers, image_shape, config.perturbation)
         self.image_shape, self.numbers = image_shape, tuple(seeds)
         super().__init__(config, self.students[0], len(self.students), capture, implementations)

@@ -128,7 +128,13 @@ def label_of(place: Path, over_time: bool, mark: str) -> Label:
 
 
 def join(rows: Sequence[Candidate], more: Sequence[Candidate]) -> None:
-    """Add to each of the ``rows`` its own of ``more``, which are of another seed."""
+    """Add to each of the ``rows`` its own of ``more``, which are of another seed.
+
+    Raises InputError where one of both has rows that the other lacks.
+    """
+    if len(rows) != len(more):
+        names = [", ".join(one.name for one in each) for each in (rows, more)]
+        raise InputError(f"seeds have other networks: {names[0]} and {names[1]}; expected the same of every seed")
     for row, other in zip(rows, more, strict=True):
         row.networks += other.networks
         row.folders += other.folders

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastensdistill.config import DistillConfig
 from fastensdistill.data.augment import Augment
-from fastensdistill.data.loader import EvaluationSet
-from fastensdistill.data.sources import Dataset, Split
+from fastensdistill.data.sources import Dataset
 from fastensdistill.engine import parallel
 from fastensdistill.engine.seeds import SeedsStep
 from fastensdistill.engine.select import distillation_step
@@ -89,8 +88,7 @@ class DistillTrainer(Trainer):
         self.averages = dict(zip(["ema"], self.distil.averages, strict=False))
         self.evaluator = Evaluator(self.engine.name, shape, precision=config.precision)
         self.sampled = index = landscape.spread(len(self.validation))
-        split = self.data.validation
-        self.sample = EvaluationSet(Split(split.images[index], split.labels[index]), self.device)
+        self.sample = self.validation.part(index.to(self.device))
         self.guard = Guard()
         self.saved_config = replace(config, student=self.student.kind, branches=self.student.branches)
         self._about_teachers: dict[str, Any] = {}

@@ -217,6 +217,7 @@ REFUSED = {
     "unlike teachers that are drawn": ({"K": 2, "M": 2, "teacher": lambda seed: network(seed, 1 + seed % 2)},
                                        "where teachers of several architectures are drawn"),
     "synchronised": ({"sync_batch_norm": True}, "several processes train the seeds one after another"),
+    "weights": ({"teacher_weights": (1.0,)}, "teacher_weights has 1 numbers for"),
 }  # fmt: skip
 
 
