@@ -133,7 +133,7 @@ def teach(run: TeachRun) -> None:
         conclude(run, data, *train_seeds(run, trainer_of), "Teachers", [])
         return
     trainer = trainer_of(run).fit()
-    if trainer.first:
+    if trainer.first and run.report:
         rows = runs.find_candidates([run.out], data)
         summarize(rows, trainer.data, run.out, trainer.device, "Teachers", trainer.warnings)
 
@@ -178,7 +178,7 @@ def distill(run: DistillRun) -> None:
         conclude(run, data, *train_seeds(run, trainer_of), title, notes, beside)
         return
     trainer = trainer_of(run).fit()
-    if trainer.first:
+    if trainer.first and run.report:
         beside = runs.rows_of_teachers([(trainer.teachers, run.teachers)])
         rows = runs.uniquely_named([*beside, *runs.find_candidates([run.out], data)])
         summarize(rows, trainer.data, run.out, trainer.device, title, [*notes, *trainer.warnings])
@@ -188,13 +188,13 @@ def conclude(
     run: Any, data: Dataset, ended: Sequence[Path], failed: Sequence[str], title: str, notes: Sequence[str],
     beside: Sequence[Any] = (),
 ) -> None:  # fmt: skip
-    """The table and the report of several seeds, with rows ``beside`` it. Raises InputError where any ``failed``."""
+    """The table and report of several seeds, with rows ``beside`` it. Raises InputError where any ``failed``."""
     from fastensdistill.engine import parallel
     from fastensdistill.evaluate import runs
     from fastensdistill.evaluate.origin import seed_origin
     from fastensdistill.train.setup import choose_device
 
-    if ended and parallel.rank() == 0:
+    if ended and run.report and parallel.rank() == 0:
         rows = runs.uniquely_named([*beside, *runs.candidates_of([seed_origin(f) for f in ended], data)])
         summarize(rows, data, run.out, choose_device(run.device), title, [*notes, *failed])
     if failed:

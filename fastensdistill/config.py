@@ -292,6 +292,9 @@ class RunConfig(Settings):
     """Continue the run in ``out`` from its last checkpoint."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra)."""
+    report: bool = True
+    """At the end, measure the networks on the test images: a table, results.json and report.html. ``evaluate`` does it
+    later."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ SEEDS = 5
 # them, and differ elsewhere (docs/studies/perturbation.md). How it was chosen: docs/benchmarks.md, Accuracy.
 VALIDATION = 450
 RECIPE = ("--data", "digits", "--validation", str(VALIDATION), "--pad", "0", "--batch-size", "32",
-          "--learning-rate", "0.1")  # fmt: skip
+          "--learning-rate", "0.1", "--no-report")  # fmt: skip
 TEACHER_EPOCHS, EPOCHS = 100, 90
 WARMUP = 0.3  # of a student's run, so that its branches do not part before the shared weights have settled
 STEP = 1 / 16  # of the perturbation: one of the scans' levels of grey

@@ -53,6 +53,18 @@ def runs(npz, tmp_path_factory):
     return folder
 
 
+def test_a_run_without_a_report_is_measured_when_it_goes_on_with_one(npz, tmp_path, capsys):
+    out = tmp_path / "teachers"
+    teaching = ["teach", "--data", npz, *SMALL, "--members", "2", "--out", str(out)]
+    assert main([*teaching, "--no-report"]) == 0
+    assert "ACC" not in capsys.readouterr().out
+    assert (out / "teacher-1.safetensors").is_file()
+    assert not {"report.html", "results.json"} & {p.name for p in out.iterdir()}
+    assert main([*teaching, "--resume", "--report"]) == 0
+    assert "ACC" in capsys.readouterr().out
+    assert {"report.html", "results.json"} <= {p.name for p in out.iterdir()}
+
+
 def test_the_whole_job(runs, npz, tmp_path, capsys):
     files = {p.name for p in (runs / "teachers").glob("*.safetensors")}
     assert files == {f"{name}.safetensors" for name in ("teacher-0", "teacher-1", "last-0", "last-1", "checkpoint")}

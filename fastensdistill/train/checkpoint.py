@@ -30,7 +30,8 @@ CHECKPOINT = "checkpoint.safetensors"
 # What may differ between a run and its continuation. Another engine changes the last bits, not the method; the kind of
 # device must be the same, since its generators' states are of no use to another.
 FREE = {
-    "out", "resume", "tensorboard", "device", "engine", "teachers", "teacher_ema", "root", "unfinished", "seeds",
+    "out", "resume", "tensorboard", "report", "device", "engine", "teachers", "teacher_ema", "root", "unfinished",
+    "seeds",
 }  # fmt: skip
 # What a run from before there was a setting trained with, where its default is left to another setting.
 OFF: dict[str, Any] = {"cutout": 0, "erasing": 0, "trivial_augment": False}
