@@ -20,7 +20,7 @@ from fastensdistill.models.preresnet import PreResNet
 from tests.compare import check_close
 from tests.engine.cases import CLASSES, batch, check_equal, network, setting, steps, teach_setting
 from tests.engine.frozen import FROZEN, frozen
-from tests.engine.updates import TEACHING, UPDATES, averages, check_averages
+from tests.engine.updates import TEACHING, UPDATES, averages, check_averages, update_of
 from tests.network import models
 
 SHAPE = (3, 6, 6)
@@ -33,7 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 CASES = {
     **{f"latent-be, {name}": options for name, options in UPDATES.items()},
-    **{f"{kind}, {name}": KINDS[kind] | UPDATES[name] for kind in KINDS for name in ("sgd, all", "adamw, all")},
+    **{
+        f"{kind}, {name}": KINDS[kind] | update_of(KINDS[kind].get("kind", "latent-be"), name)
+        for kind in KINDS
+        for name in ("sgd, all", "adamw, all")
+    },
 }
 
 
@@ -80,7 +84,7 @@ def test_frozen_parameters_and_thawed_ones(case, update):
     """Their averages go on; their norm does not count; AdamW's count of their steps begins when they move."""
     kind, chosen = FROZEN[case]
     changes = {"K": 1, "perturbation": "tdiv"} if kind == "single" else {}
-    student, other, one, two = both(**{"kind": kind, **changes, **UPDATES[update]})
+    student, other, one, two = both(**{"kind": kind, **changes, **update_of(kind, update)})
     before = copy.deepcopy(other.state_dict())
     for i in range(4):
         if i == 1:
@@ -126,7 +130,7 @@ def test_resumed_by_either_engine(kind, engines):
     """With its own engine bit for bit; averages are loaded as the networks that they are."""
 
     def make(engine: str) -> tuple[nn.Module, Any]:
-        student, teachers, config = setting(kind, perturbation="none", **UPDATES["adamw, all"])
+        student, teachers, config = setting(kind, perturbation="none", **update_of(kind, "adamw, all"))
         if engine == "fused":
             return student, FusedStep(student, teachers, config, image_shape=SHAPE)
         return student, ReferenceStep(student, teachers, config, num_classes=CLASSES)

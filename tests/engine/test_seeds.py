@@ -25,7 +25,7 @@ from fastensdistill.network.gpu import GAP, GPUS, HELD, LEAST
 from tests.compare import check_close
 from tests.datasets import arrays
 from tests.engine.cases import CLASSES, Everything, batch, network, scattered, setting
-from tests.engine.updates import UPDATES
+from tests.engine.updates import UPDATES, update_of
 from tests.network import models
 from tests.untyped import untyped
 
@@ -89,7 +89,9 @@ CASES = {
     "unusual network": {"S": 2, "kind": "single", "K": 1, "perturbation": "tdiv",
                         "teacher": models.odd, "student": models.odd},
     "adamw, clipped, averaged": {"S": 2, "K": 3, "perturbation": "none", **UPDATES["adamw, all"]},
-    "clipped sgd of plain networks": {"S": 2, "kind": "single", "K": 1, "perturbation": "none", **UPDATES["sgd, all"]},
+    "clipped sgd of plain networks": {
+        "S": 2, "kind": "single", "K": 1, "perturbation": "none", **update_of("single", "sgd, all"),
+    },
     "residual with zero padding": {"S": 3, "teacher": models.resnet, "student": models.resnet},
 }  # fmt: skip
 

@@ -24,6 +24,12 @@ UPDATES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TEACHING = {name: {k: v for k, v in of_one.items() if k != "factor_rate"} for name, of_one in UPDATES.items()}
 del TEACHING["factors"]
+BRANCHES = ("latent-be", "batch-ensemble")  # the kinds of students that have factors
+
+
+def update_of(kind: str, name: str) -> dict[str, Any]:
+    """One of the settings, for a student of the ``kind``."""
+    return UPDATES[name] if kind in BRANCHES else TEACHING[name]
 
 
 def averages(step: Any) -> dict[str, Tensor]:
