@@ -32,10 +32,10 @@ def whole_state(module: nn.Module, step: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_network_is_moved_and_averaged_as_by_pytorchs_own(kind):
     """A decay of at most 0.1 is the same from the first step on."""
+    betas: dict[str, Any] = {"beta1": 0.8, "beta2": 0.95} if kind == "adamw" else {}
     config = TeachConfig(
-        members=1, optimizer=kind, learning_rate=0.02, clip_norm=0.5, ema_decay=0.1, weight_decay=0.1, beta1=0.8,
-        beta2=0.95,
-    )  # fmt: skip
+        members=1, optimizer=kind, learning_rate=0.02, clip_norm=0.5, ema_decay=0.1, weight_decay=0.1, **betas
+    )
     own, other = network(1).double(), network(1).double()
     step, average = TeachStep([own], config), AveragedModel(other, multi_avg_fn=get_ema_multi_avg_fn(0.1))
     average.update_parameters(other)  # the first time it copies

@@ -52,7 +52,7 @@ def test_channel_groups_are_not_the_extensions(monkeypatch):
     monkeypatch.setattr(pack, "implementation", lambda *arguments: "extension")
     monkeypatch.setattr(pack, "_pack_rank_one", None)
     untyped(pack.pack_weights)(t["parameters"], t["deviations"], layout, *packed)
-    operands = t["parameters"], t["deviations"], *expected, layout.fields, 0, 2
+    operands = t["parameters"], t["deviations"], *expected, layout.fields, 0, 2, 1
     pack_weights_reference(untyped(PackOperands)(*operands))
     assert torch.equal(packed.view(torch.int16), expected.view(torch.int16))
 
