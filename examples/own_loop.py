@@ -49,9 +49,8 @@ def with_your_optimiser(student: fed.LatentBE, teachers: fed.Teachers, data: fed
             x = images.requires_grad_()
             teacher_logits, branch_logits = teachers(x), student(x)  # (M, B, classes), (K, B, classes)
             loss, *_ = fed.distillation_loss(teacher_logits.detach(), branch_logits, labels, temperature=4.0, alpha=1.0)
-            members = teacher_logits[pair].detach(), branch_logits[pair].detach()
-            tdiv, sdiv, grad_teacher, grad_branch = fed.diversity_seed(*members)
-            outputs, grads = [teacher_logits[pair[0]], branch_logits[pair[0]]], [grad_teacher, grad_branch]
+            tdiv, sdiv, *grads = fed.diversity_seed(teacher_logits[pair].detach(), branch_logits[pair].detach())
+            outputs = [teacher_logits[pair[0]], branch_logits[pair[0]]]
             (g,) = torch.autograd.grad(outputs, x, grads, retain_graph=True)
             update(loss)
             length = g.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)

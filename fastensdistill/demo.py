@@ -58,6 +58,7 @@ def command_lines(out: Path, seeds: int, epochs: int) -> dict[Path, list[str]]:
 
 
 def folder_of(out: Path, student: str, seed: int) -> Path:
+    """The folder of a student's run."""
     return out / f"{student.lower().replace(' + ', '-')}-{seed}"
 
 

@@ -573,7 +573,7 @@ def test_images_that_are_refused(x, words):
 
 
 LABELS = {
-    "one-hot": (torch.eye(CLASSES).repeat(2, 1), r"labels.argmax\(1\)"),
+    "one-hot": (torch.eye(CLASSES).long().repeat(2, 1), r"labels.argmax\(1\)"),
     "short": (torch.arange(8).int() % CLASSES, r"labels.long\(\)"),
     "from one": (torch.arange(8) % CLASSES + 1, "labels hold 4; expected classes from 0 to 3"),
     "left out": (torch.full((8,), -100), "labels hold -100"),
