@@ -18,7 +18,7 @@ from typing import Any
 
 import fastensdistill
 from fastensdistill.commands import COMMANDS, TRAINING
-from fastensdistill.config import RunConfig
+from fastensdistill.config import OF_PRESETS, RunConfig
 from fastensdistill.engine import parallel
 from fastensdistill.errors import InputError, one_line, unknown
 from fastensdistill.flags import OTHER_DASHES, help_page, read_flags
@@ -39,7 +39,11 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     given = flags = read_flags(name, cls, argv)
     file = given.pop("config", None)
     if file is not None:
-        given = read_settings(file, known) | given
+        read = read_settings(file, known)
+        if "augment" in flags and all(read.get(name) is not None for name in OF_PRESETS):
+            raise InputError(f"--augment {flags['augment']} changes nothing, as {file} sets {', '.join(OF_PRESETS)}: "
+                             "expected flags for these, or a file without them")  # fmt: skip
+        given = read | given
     if issubclass(cls, RunConfig) and given.get("resume"):
         saved = given.get("out", known["out"].default) / "config.yaml"
         if saved.is_file():

@@ -23,6 +23,7 @@ from fastensdistill.settings import Settings, setting, settings_of
 ENGINES = ("auto", "reference", "captured", "fused")
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTS = ("none", "standard", "strong")
+OF_PRESETS = ("pad", "flip", "trivial_augment", "cutout")  # the switches that they set
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SCHEDULES = ("cosine", "step", "constant")
 MILESTONES = (0.3, 0.6, 0.8)  # of step: Zagoruyko and Komodakis, "Wide Residual Networks", 2016, 60, 120, 160 of 200

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from fastensdistill.cli import main, parse
-from fastensdistill.config import AUGMENTS, DistillConfig, TeachConfig, TrainConfig
+from fastensdistill.config import AUGMENTS, OF_PRESETS, DistillConfig, TeachConfig, TrainConfig
 from fastensdistill.data import Augment, Dataset, Split, choose_augment, load_dataset
 from fastensdistill.data.augment import augment_images, draw, make_tables
 from fastensdistill.data.presets import SWITCHES, augmentation, doubts, of_preset, recorded, switches
@@ -175,3 +175,15 @@ def test_a_run_from_before_these_settings_goes_on(tmp_path):
     assert teach(out=tmp_path / "run", resume=True).fit().phase == "finished"
     with pytest.raises(InputError, match="was started with cutout=0, not 2"):
         teach(settings={"cutout": 2}, out=tmp_path / "run", resume=True).fit()
+
+
+def test_a_preset_on_top_of_a_file_that_sets_all_of_its_switches_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    every = {"augment": "standard", "pad": 1, "flip": False, "trivial_augment": False, "cutout": 0}
+    file.write_text(yaml.safe_dump(every))
+    with pytest.raises(InputError, match=r"--augment strong changes nothing, as .*config.yaml sets pad, flip"):
+        parse("teach", ["--config", str(file), "--augment", "strong"])
+    assert parse("teach", ["--config", str(file), "--cutout", "2"]).cutout == 2
+    file.write_text(yaml.safe_dump({**every, "cutout": None}))
+    assert parse("teach", ["--config", str(file), "--augment", "strong"]).augment == "strong"
+    assert set(OF_PRESETS) == {name for preset in AUGMENTS for name in of_preset(PHOTOGRAPHS, preset)}

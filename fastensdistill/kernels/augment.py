@@ -28,6 +28,7 @@ from fastensdistill.kernels.crop import (
     check_small,
     choose,
     chosen,
+    crop_constants,
     crop_pixels,
     crop_reference,
     load_box,
@@ -40,8 +41,8 @@ from fastensdistill.kernels.ops import define
 from fastensdistill.kernels.tiles import Tile
 from fastensdistill.kernels.trivial_augment import (
     BINS,
-    COLUMNS,
     OPERATIONS,
+    ROW_CONSTANTS,
     ROWS,
     blend,
     blend_reference,
@@ -230,13 +231,8 @@ def _launch(crop, change, dtype):
         crop,
         change,
         p_out=out,
-        H=height,
-        W=width,
-        C=channels,
-        N_CROPS=0 if crop.crops is None else crop.crops.shape[0],
-        N_ROWS=ROWS,
-        N_BINS=BINS,
-        N_COLUMNS=COLUMNS,
+        **crop_constants(crop),
+        **ROW_CONSTANTS,
         N_ERASED=0 if change.erased is None else change.erased.shape[0],
     )
     return out

@@ -156,6 +156,12 @@ def crop_pixels(
         return tl.load(p_image + ((i_h * W + i_w) * C + i_c), mask=m_x, other=0)
 
 
+def crop_constants(o: CropOperands) -> dict[str, int]:
+    """The compile-time integers of a kernel that reads the cropped images."""
+    _, height, width, channels = o.images.shape
+    return {"H": height, "W": width, "C": channels, "N_CROPS": 0 if o.crops is None else o.crops.shape[0]}
+
+
 def check_crop(o: CropOperands) -> None:
     """Raise InputError for operands of other shapes and dtypes."""
     check_tensor("images", o.images, 4)

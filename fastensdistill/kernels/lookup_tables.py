@@ -19,6 +19,7 @@ from fastensdistill.kernels.crop import (
     check_small,
     choose,
     chosen,
+    crop_constants,
     crop_pixels,
     crop_reference,
     load_box,
@@ -30,6 +31,7 @@ from fastensdistill.kernels.trivial_augment import (
     BINS,
     COLUMNS,
     OPERATIONS,
+    ROW_CONSTANTS,
     ROWS,
     blend,
     blend_reference,
@@ -139,21 +141,15 @@ def _empty(crop, rows):
 
 def _launch(crop, rows):
     out = _empty(crop, rows)
-    height, width, channels = crop.images.shape[1:]
     launch(
         lookup_tables_kernel,
-        (crop.picks.shape[0], channels),
+        (crop.picks.shape[0], crop.images.shape[3]),
         TABLES_TILE,
         crop,
         p_rows=rows,
         p_out=out,
-        H=height,
-        W=width,
-        C=channels,
-        N_CROPS=0 if crop.crops is None else crop.crops.shape[0],
-        N_ROWS=ROWS,
-        N_BINS=BINS,
-        N_COLUMNS=COLUMNS,
+        **crop_constants(crop),
+        **ROW_CONSTANTS,
     )
     return out
 

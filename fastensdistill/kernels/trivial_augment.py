@@ -29,6 +29,7 @@ _KINDS = {name: kind for kind, name in enumerate(OPERATIONS)}
 BINS = 31
 ROWS = len(OPERATIONS) * BINS * 2  # row = (operation · BINS + bin) · 2 + (1 if the sign is negative)
 COLUMNS = 6
+ROW_CONSTANTS = {"N_ROWS": ROWS, "N_BINS": BINS, "N_COLUMNS": COLUMNS}  # of a kernel that reads a row
 _MOST = {"shear-x": 0.99, "shear-y": 0.99, "translate-x": 32.0, "translate-y": 32.0, "rotate": 135.0,
          "brightness": 0.99, "color": 0.99, "contrast": 0.99, "sharpness": 0.99}  # fmt: skip
 # Shares of grey, rounded to float32

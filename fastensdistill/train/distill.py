@@ -185,6 +185,8 @@ class DistillTrainer(Trainer):
         teachers = self.about_teachers()["teacher_accuracy"]
         kept = self.keeper.kept()["student"]
         parted = [line for name in self.every for line in self.parted(name)]
+        if self.parted("student"):  # which says why it is behind, and longer training would not help
+            return parted
         return [*keeping.warn_of_student(kept, teachers, len(self.validation)), *parted]
 
     def parted(self, name: str) -> list[str]:
